@@ -1,0 +1,18 @@
+# All that `make test` needs on Debian 12. The tests of sandboxes make namespaces:
+#   docker build -t buswarden . && docker run --rm --privileged buswarden
+FROM debian:12-slim
+
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+      bubblewrap ca-certificates dbus dbus-broker dbus-tests libglib2.0-bin make \
+      python3 python3-venv systemd xdg-dbus-proxy \
+ && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /buswarden
+# The dependencies alone first: they change less often than the sources.
+COPY requirements.lock ./
+RUN python3 -m venv .venv && .venv/bin/pip install --no-cache-dir -r requirements.lock
+COPY . .
+RUN make setup
+
+CMD ["make", "test"]

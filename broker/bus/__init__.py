@@ -1,0 +1,1 @@
+"""The bridge to dbus-next: the one package that touches asyncio."""

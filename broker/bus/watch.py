@@ -1,0 +1,65 @@
+"""Watching names on a bus: who asked is told once when a name loses its owner.
+
+One match rule a name, counted, so that a busy bus does not wake us for everybody's comings and goings.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final, Protocol
+
+from broker.bus.connection import DRIVER, Signal, Target
+
+
+class Sender(Protocol):
+    """What the watch needs of a bus."""
+
+    def send(self, target: Target, member: str, signature: str, values: list[object]) -> None:
+        """Call without wanting a reply."""
+
+
+class NameWatch:
+    """The names that are watched on one bus. Give it every signal by `take`."""
+
+    def __init__(self, bus: Sender, on_gone: Callable[[str], None]) -> None:
+        self._bus: Final = bus
+        self._on_gone: Final = on_gone
+        self._counts: Final[dict[str, int]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._counts))
+
+    def add(self, name: str) -> None:
+        """Watch a name. What is called on this bus afterwards is answered after the watch is on."""
+        count = self._counts.get(name, 0)
+        self._counts[name] = count + 1
+        if count == 0:
+            self._bus.send(DRIVER, "AddMatch", "s", [_match(name)])
+
+    def discard(self, name: str) -> None:
+        """Undo one `add`. Names that are not watched are ignored: they may be gone already."""
+        count = self._counts.pop(name, 0)
+        if count > 1:
+            self._counts[name] = count - 1
+        elif count == 1:
+            self._bus.send(DRIVER, "RemoveMatch", "s", [_match(name)])
+
+    def take(self, signal: Signal) -> None:
+        """Look at a signal."""
+        if (
+            signal.sender != DRIVER.destination
+            or signal.member != "NameOwnerChanged"
+            or signal.signature != "sss"
+        ):
+            return
+        name, _, new_owner = signal.values
+        if not new_owner and name in self._counts:
+            del self._counts[name]
+            self._bus.send(DRIVER, "RemoveMatch", "s", [_match(name)])
+            self._on_gone(name)
+
+
+def _match(name: str) -> str:
+    driver = DRIVER.destination
+    return (
+        f"type='signal',sender='{driver}',interface='{driver}',member='NameOwnerChanged',"
+        f"arg0='{name}',arg2=''"
+    )

@@ -1,0 +1,1 @@
+"""The buswarden command, one module a command group."""

@@ -1,0 +1,259 @@
+"""The command line's side of the broker's D-Bus service: find it, ask it, and give plain values back.
+
+Errors of the service arrive as CallRefusedError with the text that the service gave. Nothing here prints.
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import trio
+
+from broker.bus.connection import Target, open_bus
+from broker.bus.values import Variant, plain
+from broker.cli.options import Settings
+from broker.wire.address import parse_address
+from broker.wire.errors import SERVICE_UNKNOWN, BrokerError, CallRefusedError, ConfigError
+
+NAME: Final = "org.buswarden.Broker1"
+MANAGER: Final = Target(
+    destination=NAME, path="/org/buswarden/Broker1", interface="org.buswarden.Broker1"
+)
+CONTAINERS: Final = Target(
+    destination=NAME, path="/org/freedesktop/DBus", interface="org.freedesktop.DBus.Containers1"
+)
+INSTANCE_PREFIX: Final = "/org/freedesktop/DBus/Containers1/"
+SYSTEM_RUNTIME_DIR: Final = Path("/run/buswarden")
+ADDRESS_FILE: Final = "bus-address"
+# Seconds for a whole command: far more than any answer takes, far less than a person waits.
+TIMEOUT: Final = 30.0
+T = TypeVar("T")
+
+
+class NoBrokerError(BrokerError):
+    """No broker runs where it was looked for."""
+
+
+class Bus(Protocol):
+    """What the client needs of a connection to a bus."""
+
+    @property
+    def address(self) -> str: ...
+
+    async def call(
+        self,
+        target: Target,
+        member: str,
+        signature: str = "",
+        values: Sequence[object] = (),
+        *,
+        fds: Sequence[int] = (),
+    ) -> list[Any]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSandbox:
+    """What AddServer is asked for."""
+
+    type: str
+    app: str
+    component: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    buses: tuple[str, ...] = ()
+    rules: tuple[tuple[bool, str], ...] = ()
+    portals_as_host: bool = False
+    keep_after_creator: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Added:
+    """What AddServer answered."""
+
+    path: str
+    socket: str
+    address: str
+
+    @property
+    def id(self) -> str:
+        return self.path.removeprefix(INSTANCE_PREFIX)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """Who is behind a connection."""
+
+    path: str
+    type: str
+    app: str
+    metadata: Mapping[str, Any]
+    creator: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.path.removeprefix(INSTANCE_PREFIX)
+
+
+class Client:
+    """The broker, as it answers on one bus. Every method raises CallRefusedError, BusLostError."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    @property
+    def address(self) -> str:
+        return self._bus.address
+
+    async def status(self) -> dict[str, Any]:
+        (status,) = await self._call(MANAGER, "Status")
+        return _as_dict(status)
+
+    async def list_sandboxes(self) -> list[dict[str, Any]]:
+        (sandboxes,) = await self._call(MANAGER, "List")
+        return [_as_dict(sandbox) for sandbox in sandboxes]
+
+    async def show(self, sandbox: str) -> dict[str, Any]:
+        (facts,) = await self._call(MANAGER, "Show", "s", [sandbox])
+        return _as_dict(facts)
+
+    async def change_access(
+        self, sandbox: str, rules: Sequence[tuple[bool, str]], *, replace: bool
+    ) -> list[tuple[bool, str]]:
+        """Return the rules in force, deny or not and text."""
+        values = [sandbox, [list(rule) for rule in rules], replace]
+        (access,) = await self._call(MANAGER, "ChangeAccess", "sa(bs)b", values)
+        return [(bool(deny), str(text)) for deny, text in access]
+
+    async def add(self, new: NewSandbox, *, close_notify: int | None = None) -> Added:
+        """Add a sandbox; it ends at the EOF of the pipe `close_notify`, which stays the caller's."""
+        metadata = {key: Variant("s", value) for key, value in new.metadata.items()}
+        named = _named_arguments(new)
+        fds = []
+        if close_notify is not None:
+            named["CloseNotify"] = Variant("h", 0)
+            fds = [close_notify]
+        values = [new.type, new.app, metadata, named]
+        path, socket, address = await self._call(
+            CONTAINERS, "AddServer", "ssa{sv}a{sv}", values, fds=fds
+        )
+        return Added(path=path, socket=os.fsdecode(bytes(socket).rstrip(b"\0")), address=address)
+
+    async def stop(self, path: str, *, keep_connections: bool) -> None:
+        await self._call(
+            CONTAINERS, "StopListening" if keep_connections else "StopInstance", "o", [path]
+        )
+
+    async def who(self, name: str, bus: str | None) -> Instance:
+        """Ask about a connection of the bus that we are on, or of another one of the broker's."""
+        if bus is None:
+            return await self.who_here(name)
+        buses = (await self.status())["buses"]
+        if bus not in buses:
+            known = ", ".join(sorted(buses))
+            raise ConfigError(f"the broker has no bus {bus[:80]!r}, only {known}")
+        # Unique names mean something on their own bus only, so that is where it is asked.
+        async with connect_bus(buses[bus]) as other:
+            return await Client(other).who_here(name)
+
+    async def who_here(self, name: str) -> Instance:
+        answer = await self._call(CONTAINERS, "GetConnectionInstance", "s", [name])
+        path, creator, type_, app, metadata = answer
+        return Instance(path=path, type=type_, app=app, metadata=metadata, creator=creator)
+
+    async def _call(
+        self,
+        target: Target,
+        member: str,
+        signature: str = "",
+        values: Sequence[object] = (),
+        *,
+        fds: Sequence[int] = (),
+    ) -> list[Any]:
+        try:
+            reply = await self._bus.call(target, member, signature, values, fds=fds)
+        except CallRefusedError as exc:
+            if exc.dbus_name == SERVICE_UNKNOWN:
+                text = f"no broker on the bus at {self.address} (is `buswarden run` running?)"
+                raise NoBrokerError(text) from exc
+            raise
+        return [plain(value) for value in reply]
+
+
+def ask(settings: Settings, question: Callable[[Client], Awaitable[T]]) -> T:
+    """Connect, ask, disconnect. Raises CallRefusedError, NoBrokerError, ConfigError, BusLostError."""
+    address = find_address(settings.address, os.environ)
+    # Checked apart from the connecting, so that what is wrongly written and what is not there differ.
+    parse_address(address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
+    return trio.run(_ask, address, question)
+
+
+def connect_bus(address: str) -> AbstractAsyncContextManager[Bus]:
+    """Open a connection for as long as the block. Raises ConfigError."""
+    return open_bus(address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
+
+
+async def _ask(address: str, question: Callable[[Client], Awaitable[T]]) -> T:
+    error: BrokerError
+    with trio.move_on_after(TIMEOUT):
+        try:
+            async with connect_bus(address) as bus:
+                # The error is taken out of the block by hand, as the connection's nursery would wrap it.
+                try:
+                    return await question(Client(bus))
+                except BrokerError as exc:
+                    error = exc
+        except ConfigError as exc:
+            raise NoBrokerError(str(exc)) from exc
+        raise error
+    raise NoBrokerError(f"the bus at {address}, or the broker on it, does not answer")
+
+
+def find_address(explicit: str | None, environ: Mapping[str, str]) -> str:
+    """Return the address of the bus to look for the broker on. Raises NoBrokerError."""
+    if address := explicit or environ.get("BUSWARDEN_BUS_ADDRESS"):
+        return address
+    for directory in (_user_runtime_dir(environ), SYSTEM_RUNTIME_DIR):
+        if directory is not None and (address := _read_address(directory / ADDRESS_FILE)):
+            return address
+    if address := environ.get("DBUS_SESSION_BUS_ADDRESS"):
+        return address
+    raise NoBrokerError("no broker found (is `buswarden run` running?), and no --address given")
+
+
+def instance_path(id_or_path: str) -> str:
+    """Return the object path of a sandbox given by id or by path."""
+    return id_or_path if id_or_path.startswith("/") else f"{INSTANCE_PREFIX}{id_or_path}"
+
+
+def _named_arguments(new: NewSandbox) -> dict[str, Variant]:
+    named: dict[str, Variant] = {}
+    if new.component:
+        named["Component"] = Variant("s", new.component)
+    if new.buses:
+        named["Buses"] = Variant("as", list(new.buses))
+    if new.rules:
+        named["Rules"] = Variant("a(bs)", [list(rule) for rule in new.rules])
+    if new.portals_as_host:
+        named["PortalsAsHost"] = Variant("b", True)
+    if new.keep_after_creator:
+        named["KeepAfterCreator"] = Variant("b", True)
+    return named
+
+
+def _as_dict(value: object) -> dict[str, Any]:
+    assert isinstance(value, dict), value
+    return value
+
+
+def _user_runtime_dir(environ: Mapping[str, str]) -> Path | None:
+    directory = environ.get("XDG_RUNTIME_DIR")
+    return Path(directory) / "buswarden" if directory else None
+
+
+def _read_address(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+    except OSError:
+        return ""

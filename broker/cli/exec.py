@@ -1,0 +1,116 @@
+"""`buswarden exec`: a command under bubblewrap, with the sandbox's bus socket and no other bus."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import click
+
+from broker.cli.client import Added, Client, NewSandbox, ask
+from broker.cli.options import (
+    ALLOW,
+    DENY,
+    PORTALS_AS_HOST,
+    Settings,
+    all_rules,
+    identity_options,
+)
+from broker.cli.output import print_error
+from broker.sandbox.launch import find_bubblewrap, find_host, run_sandbox
+from broker.sandbox.plan import Wish, addresses_in, make_plan
+
+DEFAULT_TYPE: Final = "org.buswarden.Exec"
+RuleTexts = tuple[tuple[bool, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A sandbox for the command, and what to keep out of its sight."""
+
+    added: Added
+    bus_addresses: tuple[str, ...]
+    runtime_dir: str
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": False})
+@identity_options(required=False)
+@ALLOW
+@DENY
+@PORTALS_AS_HOST
+@click.option(
+    "--share",
+    metavar="DIRECTORY",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="Show this, read-only, though it is below /tmp or /run. May be repeated.",
+)
+@click.argument("command", metavar="-- COMMAND [ARGUMENT]...", nargs=-1, required=True)
+@click.pass_obj
+def exec_command(  # noqa: PLR0913 - one parameter an option
+    settings: Settings,
+    *,
+    type_: str | None,
+    app: str | None,
+    component: str,
+    allow: RuleTexts,
+    deny: RuleTexts,
+    portals_as_host: bool,
+    share: tuple[str, ...],
+    command: tuple[str, ...],
+) -> int:
+    """Run COMMAND under bubblewrap with a bus socket of its own in place of the session bus.
+
+    The file system is read-only, /tmp and /run are empty and its own. Its exit code is ours.
+    """
+    find_bubblewrap()
+    _check_command(command[0])
+    new = NewSandbox(
+        type=type_ or DEFAULT_TYPE,
+        app=app or Path(command[0]).name,
+        component=component,
+        rules=tuple(all_rules(allow, deny)),
+        portals_as_host=portals_as_host,
+    )
+    read_end, write_end = os.pipe()
+    try:
+        made = ask(settings, partial(_make, new=new, close_notify=read_end))
+    except BaseException:
+        os.close(write_end)
+        raise
+    finally:
+        os.close(read_end)
+    return _run(made, command, share, write_end)
+
+
+async def _make(client: Client, *, new: NewSandbox, close_notify: int) -> Made:
+    status = await client.status()
+    added = await client.add(new, close_notify=close_notify)
+    return Made(
+        added=added,
+        bus_addresses=(client.address, *status["buses"].values()),
+        runtime_dir=status["runtime_dir"],
+    )
+
+
+def _run(made: Made, command: tuple[str, ...], shared: tuple[str, ...], close_notify: int) -> int:
+    addresses = (*made.bus_addresses, *addresses_in(os.environ))
+    dirs = (made.runtime_dir, os.environ.get("XDG_RUNTIME_DIR") or made.runtime_dir)
+    host = find_host(bus_addresses=addresses, runtime_dirs=dirs)
+    plan = make_plan(
+        Wish(command=command, socket=made.added.socket, bus_addresses=addresses, shared=shared),
+        host,
+    )
+    if plan.no_network:
+        print_error(f"{command[0]} has no network: a bus can be reached by {plan.no_network}")
+    if plan.cwd != host.cwd:
+        print_error(f"{host.cwd} is not there in the sandbox: {command[0]} starts in {plan.cwd}")
+    return run_sandbox(plan, close_notify=close_notify)
+
+
+def _check_command(name: str) -> None:
+    # Looked for outside, before anything is made; the sandbox has the same files.
+    if shutil.which(name) is None:
+        raise click.UsageError(f"no such command: {name[:200]}")

@@ -1,0 +1,100 @@
+"""Options that several commands share, and the check of a rule on the command line."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import click
+
+from policy.text import RuleSyntaxError, parse_rule
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What was said before the name of the command."""
+
+    address: str | None = None
+
+
+class RuleText(click.ParamType[tuple[bool, str]]):
+    """A rule in the form of policy.text: checked here, so that the mistake is shown before anything is done."""
+
+    name = "rule"
+
+    def __init__(self, *, deny: bool) -> None:
+        self._deny = deny
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[bool, str]:
+        """Return (deny, text)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            parse_rule(value, deny=self._deny)
+        except RuleSyntaxError as exc:
+            self.fail(str(exc), param, ctx)
+        return self._deny, value
+
+
+class KeyValue(click.ParamType[tuple[str, str]]):
+    """K=V."""
+
+    name = "key=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Return (key, value)."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not key or not equals:
+            self.fail(f"{value[:80]!r} is not KEY=VALUE", param, ctx)
+        return key, text
+
+
+ALLOW: Final = click.option(
+    "--allow",
+    metavar="RULE",
+    multiple=True,
+    type=RuleText(deny=False),
+    help="Allow this. May be repeated.",
+)
+DENY: Final = click.option(
+    "--deny",
+    metavar="RULE",
+    multiple=True,
+    type=RuleText(deny=True),
+    help="Deny this. May be repeated.",
+)
+JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+PORTALS_AS_HOST: Final = click.option(
+    "--portals-as-host",
+    is_flag=True,
+    help="Do not deny portals. They take the app for a program of the host, and grant it as much.",
+)
+
+
+def identity_options(*, required: bool) -> Callable[[F], F]:
+    """Return the decorator for --type, --app and --component."""
+
+    def decorate(function: F) -> F:
+        for option in (
+            click.option("--component", metavar="C", default="", help="A part of the app."),
+            click.option("--app", metavar="A", required=required, help="The app's identifier."),
+            click.option(
+                "--type", "type_", metavar="T", required=required, help="What contains it."
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def all_rules(*groups: Iterable[tuple[bool, str]]) -> list[tuple[bool, str]]:
+    """Return the rules of --allow and --deny together."""
+    return [rule for group in groups for rule in group]

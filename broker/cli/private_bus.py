@@ -1,0 +1,136 @@
+"""A dbus-daemon of our own, for a session that has no bus.
+
+It ends with an orderly end of ours. When the broker is killed instead it lives on, like the gate and for its
+sake: apps keep their connections, and the next broker takes both over.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from broker.wire.address import make_unix_address
+from broker.wire.errors import ConfigError
+
+SOCKET_NAME: Final = "private-bus"
+START_TIMEOUT: Final = 10_000  # milliseconds, until it has printed its address
+END_TIMEOUT: Final = 5_000  # milliseconds, from SIGTERM to SIGKILL
+_CREDENTIALS: Final = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivateBus:
+    """One that runs."""
+
+    address: str
+    pid: int
+    adopted: bool
+
+
+@contextmanager
+def private_bus(runtime_dir: Path) -> Iterator[PrivateBus]:
+    """Start one, or take over what an earlier broker left, and end it. Raises ConfigError."""
+    runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = runtime_dir / SOCKET_NAME
+    with _held(runtime_dir / f"{SOCKET_NAME}.lock"):
+        yield from _keep(path)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    # The broker has a lock of its own, but takes it later: without this one a second broker would take
+    # the bus over from the first, be refused, and end the bus on its way out.
+    with path.open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a broker with a private bus is running in {path.parent}") from None
+        yield
+
+
+def _keep(path: Path) -> Iterator[PrivateBus]:
+    pid = _find_pid(path)
+    adopted = pid is not None
+    if pid is None:
+        pid = _start(path)
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise ConfigError(f"the private dbus-daemon at {path} ended") from None
+    try:
+        yield PrivateBus(address=make_unix_address(str(path)), pid=pid, adopted=adopted)
+    finally:
+        _end(handle)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        path.unlink(missing_ok=True)
+
+
+def _find_pid(path: Path) -> int | None:
+    """Return who listens there, if somebody of our uid does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return None
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _gid = _CREDENTIALS.unpack(raw)
+    return pid if uid == os.getuid() else None
+
+
+def _start(path: Path) -> int:
+    path.unlink(missing_ok=True)
+    address = make_unix_address(str(path))
+    read_end, write_end = os.pipe()
+    argv = ["dbus-daemon", "--session", "--nofork", "--nopidfile", "--nosyslog"]
+    try:
+        process = subprocess.Popen(
+            [*argv, f"--address={address}", f"--print-address={write_end}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(write_end,),
+            # Ctrl-C is for the broker, which ends this one last.
+            start_new_session=True,
+        )
+    except OSError as exc:
+        os.close(read_end)
+        raise ConfigError(f"no bus, and cannot start dbus-daemon: {exc.strerror}") from exc
+    finally:
+        os.close(write_end)
+    poll = select.poll()
+    poll.register(read_end, select.POLLIN)
+    try:
+        started = bool(poll.poll(START_TIMEOUT) and os.read(read_end, 1))
+    finally:
+        os.close(read_end)
+    if not started:
+        process.kill()
+        process.wait()
+        raise ConfigError(f"dbus-daemon did not start on {path}")
+    # From here on it is known by its pid alone, started by us or not.
+    process.returncode = 0
+    return process.pid
+
+
+def _end(handle: int) -> None:
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(handle, number)
+            if poll.poll(END_TIMEOUT):
+                return
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(handle)

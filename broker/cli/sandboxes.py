@@ -1,0 +1,220 @@
+"""The commands about sandboxes: add, list, show, access, stop, who."""
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import click
+
+from broker.cli.client import Client, NewSandbox, ask, instance_path
+from broker.cli.options import (
+    ALLOW,
+    DENY,
+    JSON,
+    PORTALS_AS_HOST,
+    KeyValue,
+    Settings,
+    all_rules,
+    identity_options,
+)
+from broker.cli.output import (
+    app_name,
+    format_access,
+    print_json,
+    print_line,
+    print_pairs,
+    print_table,
+)
+
+RuleTexts = tuple[tuple[bool, str], ...]
+
+
+@click.command("add")
+@identity_options(required=True)
+@click.option(
+    "--meta", metavar="K=V", multiple=True, type=KeyValue(), help="Metadata. May be repeated."
+)
+@click.option(
+    "--bus", "buses", metavar="NAME", multiple=True, help="Which buses. Default: the first."
+)
+@ALLOW
+@DENY
+@PORTALS_AS_HOST
+@JSON
+@click.pass_obj
+def add_command(  # noqa: PLR0913 - one parameter an option
+    settings: Settings,
+    *,
+    type_: str,
+    app: str,
+    component: str,
+    meta: tuple[tuple[str, str], ...],
+    buses: tuple[str, ...],
+    allow: RuleTexts,
+    deny: RuleTexts,
+    portals_as_host: bool,
+    as_json: bool,
+) -> None:
+    """Add a sandbox that stays until it is stopped. Prints its id and the path of its bus socket."""
+    new = NewSandbox(
+        type=type_,
+        app=app,
+        component=component,
+        metadata=dict(meta),
+        buses=buses,
+        rules=tuple(all_rules(allow, deny)),
+        portals_as_host=portals_as_host,
+        keep_after_creator=True,
+    )
+    added = ask(settings, partial(Client.add, new=new))
+    if as_json:
+        facts = {
+            "id": added.id,
+            "path": added.path,
+            "socket": added.socket,
+            "address": added.address,
+        }
+        print_json(facts)
+    else:
+        print_line(f"{added.id} {added.socket}")
+
+
+@click.command("list")
+@JSON
+@click.pass_obj
+def list_command(settings: Settings, *, as_json: bool) -> None:
+    """List the sandboxes."""
+    sandboxes = ask(settings, Client.list_sandboxes)
+    if as_json:
+        print_json(sandboxes)
+        return
+    print_table(
+        ("ID", "APP", "CONNECTIONS", "RULES", "DENIED", "STATE"),
+        [
+            (
+                sandbox["id"],
+                app_name(sandbox),
+                " ".join(unique for _bus, unique in sandbox["connections"]),
+                str(len(sandbox["access"])),
+                str(sandbox["denied"]),
+                "listening" if sandbox["listening"] else "closed to new connections",
+            )
+            for sandbox in sandboxes
+        ],
+    )
+
+
+@click.command("show")
+@click.argument("sandbox", metavar="ID")
+@JSON
+@click.pass_obj
+def show_command(settings: Settings, *, sandbox: str, as_json: bool) -> None:
+    """Show one sandbox, its rules, and what it was refused lately."""
+    facts = ask(settings, partial(Client.show, sandbox=sandbox))
+    if as_json:
+        print_json(facts)
+        return
+    print_pairs(_describe(facts))
+    print_table(("RULE",), [(line,) for line in format_access(facts["access"])])
+    denials = facts.get("denials", [])
+    if denials:
+        print_table(("REFUSED", "WHAT", "WHY"), [_describe_denial(denial) for denial in denials])
+
+
+@click.command("access")
+@click.argument("sandbox", metavar="ID")
+@ALLOW
+@DENY
+@click.option("--replace", is_flag=True, help="Take all other rules away.")
+@JSON
+@click.pass_obj
+def access_command(
+    settings: Settings,
+    *,
+    sandbox: str,
+    allow: RuleTexts,
+    deny: RuleTexts,
+    replace: bool,
+    as_json: bool,
+) -> None:
+    """Change what a sandbox may do, and print its rules. They are in force when this returns.
+
+    Without an option nothing is changed.
+    """
+    rules = all_rules(allow, deny)
+    if rules or replace:
+        change = partial(Client.change_access, sandbox=sandbox, rules=rules, replace=replace)
+        access = ask(settings, change)
+    else:
+        access = ask(settings, partial(Client.show, sandbox=sandbox))["access"]
+    if as_json:
+        print_json([{"deny": bool(denied), "rule": text} for denied, text in access])
+        return
+    for line in format_access(access):
+        print_line(line)
+
+
+@click.command("stop")
+@click.argument("sandbox", metavar="ID")
+@click.option(
+    "--keep-connections", is_flag=True, help="Only take no new ones; it ends with the last."
+)
+@click.pass_obj
+def stop_command(settings: Settings, *, sandbox: str, keep_connections: bool) -> None:
+    """End a sandbox: its socket and its connections. ID is an id, or the instance's object path."""
+    path = instance_path(sandbox)
+    ask(settings, partial(Client.stop, path=path, keep_connections=keep_connections))
+
+
+@click.command("who")
+@click.argument("name", metavar="UNIQUE_NAME")
+@click.option("--bus", metavar="NAME", help="Which bus the name is on. Default: the one we ask on.")
+@JSON
+@click.pass_obj
+def who_command(settings: Settings, *, name: str, bus: str | None, as_json: bool) -> None:
+    """Say which sandbox is behind a connection, as a portal would ask."""
+    instance = ask(settings, partial(Client.who, name=name, bus=bus))
+    facts = {
+        "id": instance.id,
+        "path": instance.path,
+        "type": instance.type,
+        "app": instance.app,
+        "metadata": instance.metadata,
+        "creator": instance.creator,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_line(f"{instance.id} {app_name(facts)}")
+
+
+def _describe(facts: Mapping[str, Any]) -> dict[str, str]:
+    connections = [f"{unique} ({bus})" for bus, unique in facts["connections"]]
+    pairs = {
+        "id": facts["id"],
+        "path": facts["path"],
+        "app": app_name(facts),
+        "metadata": ", ".join(f"{key}={value}" for key, value in sorted(facts["metadata"].items())),
+        "created": f"{_local_time(facts['created'])} by uid {facts['uid']} ({facts['creator']})",
+        "listening": "yes" if facts["listening"] else "no",
+        "connections": ", ".join(connections),
+        "from the host": "let in" if facts["receive_from_host"] else "only by rule",
+        "refused": f"{facts['denied']} messages",
+    }
+    return pairs | {f"socket ({bus})": path for bus, path in sorted(facts["sockets"].items())}
+
+
+def _describe_denial(denial: Mapping[str, Any]) -> tuple[str, str, str]:
+    interface, member = denial.get("interface", ""), denial.get("member", "")
+    what = f"{interface}.{member}" if interface else member
+    peer, path = denial.get("peer", ""), denial.get("path", "")
+    more = f" (and {denial['more']} more before)" if denial.get("more") else ""
+    where = " ".join(part for part in (peer, path, what) if part)
+    direction = f"{denial.get('direction', '')} {denial.get('kind', '')}".strip()
+    origin = f" [{denial['origin']}]" if denial.get("origin") else ""
+    return direction, where, f"{denial.get('reason', '')}{origin}{more}"
+
+
+def _local_time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

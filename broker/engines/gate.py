@@ -1,0 +1,224 @@
+"""The engine that is a process of its own: starts the gate, or connects to the one that runs, and keeps to it.
+
+Theory of operation. `keep_connected` has one Link after the other; a Link is one control connection, with a
+reader task that hands events to the listener and answers to whoever waits, in the order in which the gate sent
+them. A gate outlives us unless it is shut down; if the connection breaks, the next round finds the same gate
+again, or starts another, and its snapshot tells the listener which of the two it was.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import trio
+
+import broker
+from broker.engines.base import EngineLostError, Listener
+from broker.engines.link import Link, connect
+from broker.gate.control import (
+    PROTOCOL,
+    AddSandbox,
+    BusSpec,
+    Done,
+    Request,
+    SandboxOf,
+    SandboxSpec,
+    SetAccess,
+    SetBuses,
+    Shutdown,
+    Snapshot,
+    StopListening,
+    StopSandbox,
+    TagHeaders,
+    TakeSnapshot,
+    WhoIs,
+)
+from broker.wire.errors import BrokerError, CallRefusedError
+from policy.rules import AccessList
+
+LOGGER: Final = logging.getLogger(__name__)
+START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
+SHUTDOWN_TIMEOUT: Final = 3.0  # seconds, before a gate that does not answer is killed
+# A gate that dies at once again would have us start gates for ever.
+MAX_STARTS: Final = 5
+FORGET_STARTS_AFTER: Final = 60.0  # seconds
+
+
+class GateError(BrokerError):
+    """There is no gate, and it cannot be started."""
+
+
+class GateEngine:
+    """One gate at a time, reached at the socket `control`."""
+
+    name: Final = "gate"
+
+    def __init__(
+        self, *, control: Path, buses: Sequence[BusSpec], command: Sequence[str] | None = None
+    ) -> None:
+        self._control: Final = control
+        self._buses: Final = tuple(buses)
+        self._command: Final = tuple(command or (sys.executable, "-P", "-m", "broker.gate"))
+        self._link: Link | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closing = False
+        self._starts: list[float] = []
+        self.pid = 0
+
+    async def keep_connected(
+        self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Have a gate, until `shutdown` or cancelled. Raises GateError if there cannot be one."""
+        try:
+            while not self._closing:
+                await self._run_link(listener, task_status)
+                task_status = trio.TASK_STATUS_IGNORED
+        finally:
+            self._link = None
+            if self._process is not None:
+                self._process.poll()  # reaped, if it ended
+
+    async def shutdown(self) -> None:
+        """End a gate that we started; leave one that was there before us."""
+        self._closing = True
+        process, link = self._process, self._link
+        if process is None:
+            if link is not None:
+                link.close()
+            return
+        with trio.move_on_after(SHUTDOWN_TIMEOUT):
+            if link is not None:
+                try:
+                    await link.request(Shutdown())
+                except BrokerError:
+                    LOGGER.debug("the gate ended without an answer")
+            while process.poll() is None:  # noqa: ASYNC110 - Popen has nothing to wait for in trio
+                await trio.sleep(0.01)
+        if process.poll() is None:
+            LOGGER.warning("the gate did not shut down in time: killed")
+            process.kill()
+            process.wait()
+
+    async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
+        await self._ask(AddSandbox(spec), fds)
+
+    async def set_access(self, sandbox: str, access: AccessList) -> None:
+        await self._ask(SetAccess(sandbox, access))
+
+    async def stop_listening(self, sandbox: str) -> None:
+        await self._ask(StopListening(sandbox))
+
+    async def stop(self, sandbox: str) -> None:
+        await self._ask(StopSandbox(sandbox))
+
+    async def who(self, bus: str, unique_name: str) -> str | None:
+        answer = await self._current().request(WhoIs(bus, unique_name))
+        if not isinstance(answer, SandboxOf):
+            raise EngineLostError(f"the gate answered WhoIs with {type(answer).__name__}")
+        return answer.sandbox
+
+    async def tag_headers(self, bus: str, unique_name: str) -> None:
+        await self._ask(TagHeaders(bus, unique_name))
+
+    def _current(self) -> Link:
+        if self._link is None:
+            raise EngineLostError("there is no gate at the moment")
+        return self._link
+
+    async def _ask(self, request: Request, fds: Sequence[int] = ()) -> None:
+        answer = await self._current().request(request, fds)
+        if not isinstance(answer, Done):
+            raise EngineLostError(
+                f"the gate answered {type(request).__name__} with {type(answer).__name__}"
+            )
+
+    # -- having a gate ------------------------------------------------------------------------------
+
+    async def _run_link(self, listener: Listener, task_status: trio.TaskStatus[None]) -> None:
+        sock = await self._connect_or_start()
+        failure: BrokerError | None = None
+        with Link(sock, listener) as link:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(link.run)
+                try:
+                    await self._greet(link)
+                except (EngineLostError, GateError) as exc:
+                    failure = exc
+                    nursery.cancel_scope.cancel()
+                else:
+                    self._link = link
+                    task_status.started()
+        self._link = None
+        if isinstance(failure, GateError):
+            raise failure
+        if not self._closing:
+            LOGGER.error("the connection to the gate was lost")
+
+    async def _greet(self, link: Link) -> None:
+        snapshot = await link.request(TakeSnapshot())
+        if not isinstance(snapshot, Snapshot) or snapshot.protocol != PROTOCOL:
+            raise GateError(
+                f"the gate that runs speaks another protocol than ours ({PROTOCOL}): end it first"
+            )
+        self.pid = snapshot.pid
+        try:
+            await link.request(SetBuses(self._buses))
+        except CallRefusedError as exc:
+            raise GateError(f"the gate does not take our buses: {exc}") from exc
+
+    async def _connect_or_start(self) -> trio.socket.SocketType:
+        sock = await connect(self._control)
+        if sock is not None:
+            return sock
+        while True:
+            self._count_start()
+            await self._start()
+            sock = await connect(self._control)
+            if sock is not None:
+                return sock
+
+    def _count_start(self) -> None:
+        now = trio.current_time()
+        self._starts = [at for at in self._starts if now - at < FORGET_STARTS_AFTER]
+        if len(self._starts) >= MAX_STARTS:
+            raise GateError(f"the gate ended {MAX_STARTS} times in {FORGET_STARTS_AFTER:.0f} s")
+        self._starts.append(now)
+
+    async def _start(self) -> None:
+        """Start a gate and wait until it listens."""
+        ready, ready_there = os.pipe()
+        try:
+            try:
+                # A session of its own: Ctrl-C is for us, and we tell it. No standard output, since
+                # whoever reads ours must see its end when we end.
+                self._process = subprocess.Popen(  # noqa: ASYNC220 - takes no longer than a fork
+                    [*self._command, "--control", self._control, "--ready-fd", str(ready_there)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=(ready_there,),
+                    env=_environment(),
+                )
+            finally:
+                os.close(ready_there)
+            with trio.move_on_after(START_TIMEOUT) as scope:
+                await trio.lowlevel.wait_readable(ready)
+            if scope.cancelled_caught or not os.read(ready, 1):
+                code = self._process.poll()
+                raise GateError(
+                    "the gate did not start: "
+                    + ("it says nothing" if code is None else f"it exited with {code}")
+                )
+        finally:
+            os.close(ready)
+
+
+def _environment() -> dict[str, str]:
+    """The gate must find the same code as we, installed or not (`-P` keeps it from our folder)."""
+    here = str(Path(broker.__file__).parent.parent)
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

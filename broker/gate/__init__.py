@@ -1,0 +1,1 @@
+"""The data plane: the process that serves sandbox sockets and judges messages."""

@@ -1,0 +1,101 @@
+"""What all connections of one gate to one bus share: who is who, and how that bus words its errors.
+
+Identity is exact because it is learned from the Hello reply as it passes through the gate, before
+that connection can say anything else: a unique name that is not here is a host's.
+"""
+
+from typing import Final, Protocol
+
+from broker.gate.control import BusSpec
+from broker.wire import errors
+from policy.rules import Identity
+
+DRIVER: Final = "org.freedesktop.DBus"
+DRIVER_PATH: Final = "/org/freedesktop/DBus"
+
+# A name that nobody owns and that no service file gives: what a bus says of it is what it says of
+# every name that is not there.
+ABSENT: Final = "org.buswarden.NotThere.x"
+ABSENT_UNIQUE: Final = ":0.4294967295"
+
+
+class Member(Protocol):
+    """What the bus has to know of a connection: see `Bus.connected`."""
+
+    def stranger_appeared(self, unique_name: str) -> None:
+        """Forget what was decided for this unique name while it was a host's."""
+
+    def forget_verdicts(self) -> None:
+        """Forget everything that was decided."""
+
+
+class Bus:
+    """One real bus."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name: Final = name
+        self.address = address
+        self.identities: Final[dict[str, Identity]] = {}
+        self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
+        self.members: Final[set[Member]] = set()
+        # Connections that want header field 10 on what sandboxes send them.
+        self.tagged: Final[set[str]] = set()
+        self._wording: dict[str, tuple[str, str]] = {}
+
+    def spec(self) -> BusSpec:
+        """Return it as the supervisor knows it."""
+        return BusSpec(name=self.name, address=self.address)
+
+    def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
+        """Remember who is behind a unique name. Call it before the app can use the connection."""
+        self.identities[unique_name] = identity
+        self.sandboxes[unique_name] = sandbox
+        for member in self.members:
+            member.stranger_appeared(unique_name)
+
+    def gone(self, unique_name: str) -> None:
+        """Forget a unique name. The bus never gives it to anybody else."""
+        self.identities.pop(unique_name, None)
+        self.sandboxes.pop(unique_name, None)
+
+    # -- how this bus words "there is no such name" ------------------------------------------
+
+    @property
+    def wording_known(self) -> bool:
+        """True when the bus has been asked."""
+        return bool(self._wording)
+
+    def learn_wording(self, question: str, error: str, text: str) -> None:
+        """Take the answer to `question` about ABSENT or ABSENT_UNIQUE as the bus's way of saying so."""
+        if error in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER):
+            asked = ABSENT_UNIQUE if ABSENT_UNIQUE in text else ABSENT
+            self._wording[question] = (error, text.replace(asked, "\0"))
+
+    def no_such_name(self, question: str, name: str) -> tuple[str, str]:
+        """Return the error name and text that this bus gives for a name that does not exist.
+
+        `question` is "call", "call-no-start", "unique", "unique-no-start" or a driver method's name.
+        """
+        error, text = self._wording.get(question) or _WORDING.get(
+            question, _WORDING["GetNameOwner"]
+        )
+        return error, text.replace("\0", name)
+
+
+# dbus-daemon's, until the bus in use has been heard.
+_NOT_PROVIDED: Final = (
+    errors.SERVICE_UNKNOWN,
+    "The name \0 was not provided by any .service files",
+)
+_NOT_EXISTING: Final = (errors.NAME_HAS_NO_OWNER, 'Name "\0" does not exist')
+_WORDING: Final = {
+    "call": _NOT_PROVIDED,
+    "call-no-start": _NOT_EXISTING,
+    "unique": _NOT_PROVIDED,
+    "unique-no-start": _NOT_EXISTING,
+    "StartServiceByName": _NOT_PROVIDED,
+    "GetNameOwner": (
+        errors.NAME_HAS_NO_OWNER,
+        "Could not get owner of name '\0': no such name",
+    ),
+}

@@ -1,0 +1,277 @@
+"""The messages between supervisor and gate, and their framing. No I/O.
+
+A frame is a little-endian uint32 length and that many bytes of msgpack: one Envelope. File descriptors
+travel with the first byte of their frame (SCM_RIGHTS); `Envelope.fds` says how many belong to it, and
+the messages name them by index. The supervisor sends requests; the gate answers each one in
+order, and sends events in between. Whatever the gate saw before it answers has been sent before
+the answer: who has an answer has all older events. docs/control-protocol.md has a table of all of it.
+"""
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from broker.wire.errors import PeerProtocolError
+from policy.rules import AccessList, Identity
+
+# Raised with every change that an older peer would misread.
+PROTOCOL: Final = 1
+# An access list of 10 000 rules takes about 2 MiB.
+MAX_FRAME: Final = 32 * 1024 * 1024
+# What the kernel takes in one SCM_RIGHTS message (SCM_MAX_FD).
+MAX_FRAME_FDS: Final = 253
+_LENGTH: Final = struct.Struct("<I")
+
+
+class BusSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A real bus to connect to."""
+
+    name: str
+    address: str  # D-Bus address
+
+
+class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one sandbox may take. Defaults are for a session."""
+
+    connections: int = 16  # max_connections_per_container, counted at accept
+    bytes_held: int = 64 * 1024 * 1024  # of unfinished messages from the sandbox
+    bytes_queued: int = 64 * 1024 * 1024  # to one connection that does not read
+    pending_calls: int = 4096  # each way and connection
+    match_rules: int = 4096  # a connection
+    names: int = 256  # owned or queued for, a connection
+    tracked_names: int = 1024  # names that no rule names but that the app wrote to, a connection
+
+
+class Listener(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A listening socket of a sandbox, for one bus."""
+
+    bus: str
+    fd: int  # index into the envelope's descriptors (in a snapshot: -1)
+    path: str = ""  # to unlink when listening ends; empty: not ours to unlink
+    device: int = 0  # st_dev and st_ino of what was bound there: only that is unlinked
+    inode: int = 0
+    guid: str = (
+        ""  # 32 hex digits, what the socket calls itself in the handshake; empty: gate's own
+    )
+
+
+class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that the gate has to know of a sandbox."""
+
+    id: str  # cN
+    identity: Identity
+    uid: int  # whose connections are taken, and as whom the bus is connected to
+    listeners: tuple[Listener, ...]
+    access: AccessList
+    close_notify: int | None = None  # index: read end of a pipe; the sandbox ends at its EOF
+    limits: SandboxLimits = SandboxLimits()
+
+
+class SetBuses(msgspec.Struct, frozen=True, tag=True):
+    """Say which buses there are. Answered by Done."""
+
+    buses: tuple[BusSpec, ...]
+
+
+class AddSandbox(msgspec.Struct, frozen=True, tag=True):
+    """Begin to serve a sandbox. Answered by Done when its sockets are served."""
+
+    spec: SandboxSpec
+
+
+class SetAccess(msgspec.Struct, frozen=True, tag=True):
+    """Swap the rules of a sandbox. Answered by Done when no message is judged by the old ones."""
+
+    sandbox: str
+    access: AccessList
+
+
+class StopListening(msgspec.Struct, frozen=True, tag=True):
+    """Close and unlink the sockets; the sandbox ends with its last connection. Answered by Done."""
+
+    sandbox: str
+
+
+class StopSandbox(msgspec.Struct, frozen=True, tag=True):
+    """Also end its connections. Answered by Done, after its Ended event."""
+
+    sandbox: str
+
+
+class WhoIs(msgspec.Struct, frozen=True, tag=True):
+    """Ask which sandbox is behind a unique name. Answered by SandboxOf."""
+
+    bus: str
+    unique_name: str
+
+
+class TagHeaders(msgspec.Struct, frozen=True, tag=True):
+    """Put header field 10, the sender's instance path, into messages to this connection. Done."""
+
+    bus: str
+    unique_name: str
+
+
+class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Ask for everything there is. Answered by Snapshot."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End every sandbox and the gate. Answered by Done before it exits."""
+
+
+Request = (
+    SetBuses
+    | AddSandbox
+    | SetAccess
+    | StopListening
+    | StopSandbox
+    | WhoIs
+    | TagHeaders
+    | TakeSnapshot
+    | Shutdown
+)
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """It is so."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """It was not done, and nothing has changed."""
+
+    error: str  # D-Bus error name
+    text: str
+
+
+class SandboxOf(msgspec.Struct, frozen=True, tag=True):
+    """None is: in no sandbox of this gate."""
+
+    sandbox: str | None
+
+
+class SandboxState(msgspec.Struct, frozen=True, kw_only=True):
+    """A sandbox as the gate has it."""
+
+    spec: SandboxSpec
+    listening: bool
+    connections: tuple[tuple[str, str], ...]  # (bus, unique name) of those that said Hello
+    opening: int  # connections that did not say Hello yet
+    denied: int  # messages refused so far
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """All there is, at one moment."""
+
+    protocol: int
+    pid: int
+    buses: tuple[BusSpec, ...]
+    sandboxes: tuple[SandboxState, ...]
+
+
+class Connected(msgspec.Struct, frozen=True, tag=True):
+    """A connection of a sandbox said Hello. Sent before it can say anything else."""
+
+    sandbox: str
+    bus: str
+    unique_name: str
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """That connection is closed."""
+
+    sandbox: str
+    bus: str
+    unique_name: str
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    """A sandbox neither listens nor has connections. Exactly once a sandbox."""
+
+    sandbox: str
+    reason: str  # "close-notify", "stopped", "last-connection"
+
+
+class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    """A message was refused."""
+
+    sandbox: str
+    bus: str
+    direction: str  # "send", "receive", "own", "see"
+    kind: str  # "call" or "signal"
+    peer: str  # the name in the message: destination, sender, or the name asked for
+    path: str = ""
+    interface: str = ""
+    member: str = ""
+    reason: str = ""  # the verdict in words
+    origin: str = ""  # of the rule that denied, if one did
+    more: int = 0  # how many refusals of this sandbox went unreported since the one before
+
+
+Answer = Done | Refused | SandboxOf | Snapshot
+Event = Connected | Gone | Ended | Denied
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One frame. An answer carries its request's serial; an event serial 0."""
+
+    serial: int
+    body: Request | Answer | Event
+    fds: int = 0
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Envelope)
+
+
+def make_frame(envelope: Envelope) -> bytes:
+    """Return the bytes of a frame."""
+    body = _encoder.encode(envelope)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Bytes and descriptors in, envelopes with their descriptors out.
+
+    Descriptors that no envelope has claimed yet belong to the reader: `take_all_fds` gives them up.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._fds: deque[int] = deque()
+
+    def feed(self, data: bytes, fds: Sequence[int] = ()) -> list[tuple[Envelope, list[int]]]:
+        """Return the envelopes that are complete now. Raises PeerProtocolError."""
+        self._buffer += data
+        self._fds.extend(fds)
+        complete = []
+        while (item := self._next()) is not None:
+            complete.append(item)
+        return complete
+
+    def take_all_fds(self) -> list[int]:
+        """Give up every unclaimed descriptor: the caller closes them."""
+        fds = list(self._fds)
+        self._fds.clear()
+        return fds
+
+    def _next(self) -> tuple[Envelope, list[int]] | None:
+        if len(self._buffer) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._buffer)
+        if length > MAX_FRAME:
+            raise PeerProtocolError(f"control frame of {length} bytes")
+        end = _LENGTH.size + length
+        if len(self._buffer) < end:
+            return None
+        try:
+            envelope = _decoder.decode(bytes(self._buffer[_LENGTH.size : end]))
+        except msgspec.MsgspecError as exc:
+            raise PeerProtocolError(f"control frame: {exc}") from exc
+        del self._buffer[:end]
+        if not 0 <= envelope.fds <= len(self._fds):
+            raise PeerProtocolError("control frame with too few descriptors")
+        return envelope, [self._fds.popleft() for _ in range(envelope.fds)]

@@ -1,0 +1,282 @@
+"""The state of one connection of a sandbox to a bus, shared by the two directions. No I/O.
+
+Theory of operation. A connection has an app side and a bus side. `Filter` cuts both byte streams into
+messages; what it has not seen before goes to `Outgoing`, `Driver` or `Incoming`, which judge it and
+leave a memory in `fast`, so that the next message with the same header bytes costs one look-up.
+
+Rule 1: whatever a remembered verdict depends on (rules, owners, identities, tags) calls `forget_verdicts`
+when it changes, in the same step.
+Rule 2: `pending` has one entry for each call that waits for a reply, whoever asked. An entry's `owner` is the one unique
+name whose reply is let through without a second look; "" makes every reply take the slow path.
+Rule 3: serials from OWN_SERIALS up are the gate's. An app's message that has one is given another.
+Rule 4: a descriptor that came in is in exactly one place; whoever drops it closes it by `close_fds`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, NamedTuple, Protocol, TypeVar
+
+from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
+from broker.gate.control import SandboxLimits
+from broker.wire import marshal
+from broker.wire.errors import PeerQuotaError
+from broker.wire.header import Header
+from broker.wire.matchrule import MatchRule
+from policy.match import Judge
+from policy.rules import Identity
+
+OWN_SERIALS: Final = 0xFFF00000
+LAST_SERIAL: Final = 0xFFFFFFFE
+# Replies that the gate makes itself carry this one: no bus uses it.
+REPLY_SERIAL: Final = 0xFFFFFFFF
+# Whoever called the app may be seen by it. How many are remembered.
+MAX_CALLERS: Final = 1024
+# Remembered verdicts a table, and the longest header worth remembering: 256 KiB at the most.
+MAX_REMEMBERED: Final = 512
+MAX_REMEMBERED_BYTES: Final = 512
+# Changes of owner that one waiting call is followed through.
+MAX_FORMER_OWNERS: Final = 64
+
+
+class Chunk(NamedTuple):
+    """Bytes that must begin a write of their own, with the descriptors that go with them."""
+
+    data: bytes | memoryview
+    fds: tuple[int, ...]
+
+
+Value = TypeVar("Value")
+
+Output = list[bytes | Chunk]
+
+
+class Target:
+    """Who may reply to a call: a unique name, or a well-known one with its present owner."""
+
+    __slots__ = ("former", "name", "owner")
+
+    def __init__(self, owner: str, name: str = "", former: frozenset[str] = frozenset()) -> None:
+        self.owner = owner
+        self.name = name  # the well-known name that was addressed, if one was
+        self.former = former  # who else owned that name since the call
+
+
+Finish = Callable[[Header, bytes, tuple[int, ...]], None]
+
+
+class Special:
+    """A call whose reply is not simply passed on: `finish` gets it, as (header, whole message, fds)."""
+
+    __slots__ = ("finish", "former", "name", "owner", "target")
+
+    def __init__(
+        self,
+        finish: Finish,
+        target: "Target | None" = None,
+    ) -> None:
+        self.owner = ""  # never equal to a sender
+        self.name = ""
+        self.former: frozenset[str] = frozenset()
+        self.target = target if target is not None else DRIVER_TARGET
+        self.finish = finish
+
+
+DRIVER_TARGET: Final = Target(DRIVER)
+
+
+class Denial(NamedTuple):
+    """A refusal, for the supervisor."""
+
+    direction: str
+    kind: str
+    peer: str
+    path: str
+    interface: str
+    member: str
+    reason: str
+    origin: str
+
+
+class Host(Protocol):
+    """What the connection needs of the sandbox it belongs to."""
+
+    id: str
+    identity: Identity
+    limits: SandboxLimits
+    bytes_held: int
+
+    def denied(self, core: "Core", denial: Denial) -> None:
+        """Report a refusal."""
+
+    def said_hello(self, core: "Core") -> None:
+        """Register `core.unique_name`, before the app gets to know it."""
+
+    def close_fds(self, fds: Sequence[int]) -> None:
+        """Close descriptors."""
+
+
+class Core:
+    """Everything both directions know."""
+
+    def __init__(self, bus: Bus, sandbox: Host, judge: Judge, *, app_takes_fds: bool) -> None:
+        self.bus: Final = bus
+        self.sandbox: Final = sandbox
+        self.judge = judge
+        self.app_takes_fds: Final = app_takes_fds
+        self.unique_name = ""
+        self.greeting = False  # Hello is on its way
+        self.to_bus: Output = []
+        self.to_app: Output = []
+        # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
+        self.pending: Final[dict[int, Target | Special]] = {}
+        # Calls to the app that wait for its reply: (caller, serial).
+        self.asked: Final[set[tuple[str, int]]] = set()
+        self.matches: Final[dict[MatchRule, int]] = {}
+        self.match_count = 0
+        self.requested_names: Final[set[str]] = set()
+        self.callers: Final[OrderedDict[str, None]] = OrderedDict()
+        # Remembered verdicts. Outer key: the first header word (byte order, type, flags, version), so
+        # an unusual one has no table; inner key: length and bytes of the field array.
+        self.app_calls: Final[dict[bytes, Target]] = {}  # -> who may reply
+        self.app_mute: Final[dict[bytes, bool]] = {}  # calls that want no reply
+        self.app_signals: Final[dict[bytes, bool]] = {}
+        self.bus_calls: Final[dict[bytes, str]] = {}  # -> caller
+        self.bus_mute: Final[dict[bytes, bool]] = {}
+        self.bus_signals: Final[dict[bytes, bool]] = {}
+        # Replies of one sender have one shape: the field array without the four bytes of
+        # REPLY_SERIAL. Length of the array -> where those are; shape -> sender (destination).
+        self.bus_reply_at: Final[dict[int, int]] = {}
+        self.bus_replies: Final[dict[bytes, str]] = {}
+        self.app_reply_at: Final[dict[int, int]] = {}
+        self.app_replies: Final[dict[bytes, str]] = {}
+        self._judged_uniques: Final[set[str]] = set()
+        self._next_own = OWN_SERIALS
+
+    # -- remembered verdicts -----------------------------------------------------------------
+
+    def forget_verdicts(self) -> None:
+        """Judge everything anew."""
+        for table in (
+            self.app_calls,
+            self.app_mute,
+            self.app_signals,
+            self.bus_calls,
+            self.bus_mute,
+            self.bus_signals,
+            self.app_replies,
+        ):
+            table.clear()
+        self._judged_uniques.clear()
+
+    def judged_as_host(self, unique_name: str) -> None:
+        """Note that a verdict rests on this unique name being nobody's we know."""
+        if len(self._judged_uniques) >= MAX_REMEMBERED:
+            self.forget_verdicts()
+        self._judged_uniques.add(unique_name)
+
+    def stranger_appeared(self, unique_name: str) -> None:
+        """Unique names can be guessed: a verdict may be older than the connection it is about."""
+        if unique_name in self._judged_uniques:
+            self.forget_verdicts()
+
+    # -- serials and calls of the gate's own ------------------------------------------------------
+
+    def own_serial(self) -> int:
+        """Return a serial that no waiting call has."""
+        for _ in range(LAST_SERIAL - OWN_SERIALS):
+            serial = self._next_own
+            self._next_own = OWN_SERIALS if serial == LAST_SERIAL else serial + 1
+            if serial not in self.pending:
+                return serial
+        raise PeerQuotaError("too many calls wait for a reply")
+
+    def call_driver(
+        self,
+        member: str,
+        signature: str,
+        values: Sequence[object],
+        finish: Finish,
+    ) -> None:
+        """Call the bus on this connection for the gate's own use."""
+        serial = self.own_serial()
+        self.pending[serial] = Special(finish)
+        self.to_bus.append(
+            marshal.make_call(
+                serial,
+                destination=DRIVER,
+                path=DRIVER_PATH,
+                interface=DRIVER,
+                member=member,
+                signature=signature,
+                values=values,
+            )
+        )
+
+    # -- answers of the gate's own ----------------------------------------------------------------
+
+    def answer(self, serial: int, signature: str = "", values: Sequence[object] = ()) -> None:
+        """Answer a call of the app in the bus's place."""
+        self.to_app.append(
+            marshal.make_return(
+                REPLY_SERIAL,
+                reply_serial=serial,
+                destination=self.unique_name or None,
+                sender=DRIVER,
+                signature=signature,
+                values=values,
+            )
+        )
+
+    def answer_error(self, serial: int, name: str, text: str) -> None:
+        """Refuse a call of the app in the bus's place."""
+        self.to_app.append(
+            marshal.make_error(
+                REPLY_SERIAL,
+                reply_serial=serial,
+                name=name,
+                text=text,
+                destination=self.unique_name or None,
+                sender=DRIVER,
+            )
+        )
+
+    def deliver(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Pass a message to the app as it is."""
+        self.to_app.append(Chunk(data, fds) if fds else data)
+
+    def translated(self, serial: int, finish: Finish | None = None) -> Finish:
+        """Return a `finish` that gives the reply the app's own serial back."""
+
+        def translate(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+            at = reply.reply_serial_at
+            order: Literal["little", "big"] = "little" if reply.little else "big"
+            data = data[:at] + serial.to_bytes(4, order) + data[at + 4 :]
+            if finish is None:
+                self.deliver(data, fds)
+            else:
+                finish(reply, data, fds)
+
+        return translate
+
+    def refuse_caller(self, caller: str, serial: int, name: str, text: str) -> None:
+        """Refuse a call to the app in the app's place."""
+        self.to_bus.append(
+            marshal.make_error(
+                self.own_serial(), reply_serial=serial, name=name, text=text, destination=caller
+            )
+        )
+
+    def met(self, unique_name: str) -> None:
+        """Remember a caller: the app may see it as long as it lives."""
+        self.callers[unique_name] = None
+        self.callers.move_to_end(unique_name)
+        if len(self.callers) > MAX_CALLERS:
+            self.callers.popitem(last=False)
+
+    def remember(self, table: dict[bytes, Value], key: bytes, value: Value) -> None:
+        """Remember a verdict, within bounds."""
+        if len(key) > MAX_REMEMBERED_BYTES:
+            return
+        if len(table) >= MAX_REMEMBERED:
+            table.clear()
+        table[key] = value

@@ -1,0 +1,410 @@
+"""Calls of an app to the bus itself (org.freedesktop.DBus), or to nobody. No I/O.
+
+An allow-list: what stands in no table here needs a rule, and some things no rule can allow.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from broker.gate.bus import DRIVER
+from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Finish, Special, Target
+from broker.gate.owners import Owners
+from broker.gate.sight import Sight
+from broker.wire import errors, marshal
+from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
+from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.matchrule import MatchRule, parse_match_rule
+from broker.wire.names import is_bus_name, is_well_known_name
+
+PEER: Final = "org.freedesktop.DBus.Peer"
+INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+
+# No rule allows these: they reach beyond one connection (the stock session buses would let them through).
+NEVER_INTERFACES: Final = frozenset(
+    {
+        "org.freedesktop.DBus.Monitoring",
+        "org.freedesktop.DBus.Debug.Stats",
+        "org.freedesktop.DBus.Containers1",
+    }
+)
+# The bus takes calls without an interface, so their members count too.
+NEVER_MEMBERS: Final = frozenset(
+    {
+        "BecomeMonitor",
+        "UpdateActivationEnvironment",
+        "GetStats",
+        "GetConnectionStats",
+        "GetAllMatchRules",
+        "AddServer",
+        "StopInstance",
+        "StopListening",
+        "GetConnectionInstance",
+        "GetInstanceInfo",
+        "RequestHeader",
+    }
+)
+# Flags of RequestName that the specification has.
+REQUEST_NAME_FLAGS: Final = 7
+# Answers of RequestName by which the app has the name, or waits in its queue, or has it already.
+HAS_NAME: Final = (1, 2, 4)
+
+_LOOK_UPS: Final = frozenset(
+    {
+        "GetNameOwner",
+        "NameHasOwner",
+        "GetConnectionUnixProcessID",
+        "GetConnectionUnixUser",
+        "GetConnectionCredentials",
+        "GetConnectionSELinuxSecurityContext",
+        "GetAdtAuditSessionData",
+    }
+)
+
+
+class Driver:
+    """The bus, as one app may use it."""
+
+    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._sight: Final = sight
+        self._methods: Final[dict[str, Callable[[Header, bytes], bool]]] = {
+            "Hello": self._hello,
+            "AddMatch": self._add_match,
+            "RemoveMatch": self._remove_match,
+            "GetId": self._pass,
+            "ListNames": self._list,
+            "ListActivatableNames": self._list,
+            "StartServiceByName": self._start_service,
+            "RequestName": self._request_name,
+            "ReleaseName": self._release_name,
+            "ListQueuedOwners": self._list_queued,
+        }
+        self._methods.update(dict.fromkeys(_LOOK_UPS, self._look_up))
+
+    def call(self, header: Header, data: bytes) -> bool:
+        """Deal with one call. False: it must wait until the owners are known."""
+        core = self._core
+        wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
+        if wants_reply and header.serial in core.pending:
+            text = f"a call with serial {header.serial} already waits"
+            core.answer_error(header.serial, errors.ACCESS_DENIED, text)
+            return True
+        if wants_reply and len(core.pending) >= core.sandbox.limits.pending_calls:
+            text = f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already"
+            core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
+            return True
+        try:
+            return self._dispatch(header, data)
+        except CallRefusedError as exc:
+            if wants_reply:
+                core.answer_error(header.serial, exc.dbus_name, str(exc))
+            return True
+
+    def _dispatch(self, header: Header, data: bytes) -> bool:
+        member = header.member or ""
+        if header.destination is None:
+            return self._nobody(header, data)
+        if header.interface in NEVER_INTERFACES or (
+            member in NEVER_MEMBERS and header.interface in (None, DRIVER)
+        ):
+            self._never(header)
+        if header.interface in (None, DRIVER):
+            method = self._methods.get(member)
+            if method is not None:
+                return method(header, data)
+        if header.interface in (None, PEER) and member == "Ping":
+            return self._pass(header, data)
+        if header.interface in (None, INTROSPECTABLE) and member == "Introspect":
+            return self._pass(header, data)
+        if header.interface in (None, PROPERTIES) and member in ("Get", "GetAll", "Set"):
+            body = data[header.size :]
+            if any(name.encode() in body for name in NEVER_INTERFACES):
+                self._never(header)
+        return self._by_rule(header, data)
+
+    def _nobody(self, header: Header, data: bytes) -> bool:
+        """No destination: the buses answer org.freedesktop.DBus.Peer there, and nothing else."""
+        if header.interface in (None, PEER):
+            if header.member == "Ping":
+                return self._pass(header, data)
+            if header.member == "GetMachineId":
+                return self._by_rule(header, data)
+        raise CallRefusedError(
+            errors.UNKNOWN_METHOD,
+            f"{header.interface}.{header.member} is not understood without a destination",
+        )
+
+    def _never(self, header: Header) -> None:
+        reason = "no rule can allow it in a sandbox"
+        self._report(header, reason)
+        raise CallRefusedError(errors.ACCESS_DENIED, f"{header.member} of the bus: {reason}")
+
+    def _by_rule(self, header: Header, data: bytes) -> bool:
+        verdict = self._core.judge.send(
+            (DRIVER,), header.path, header.interface, header.member, None
+        )
+        if verdict.allowed:
+            return self._pass(header, data)
+        origin = verdict.rule.origin if verdict.rule is not None else ""
+        self._report(header, verdict.reason, origin=origin)
+        raise CallRefusedError(
+            errors.ACCESS_DENIED,
+            f"This sandbox may not call {header.interface}.{header.member} of the bus: "
+            f"{verdict.reason}",
+        )
+
+    def _report(
+        self,
+        header: Header,
+        reason: str,
+        *,
+        direction: str = "send",
+        name: str = DRIVER,
+        origin: str = "",
+    ) -> None:
+        denial = Denial(
+            direction,
+            "call",
+            name,
+            header.path or "",
+            header.interface or "",
+            header.member or "",
+            reason,
+            origin,
+        )
+        self._core.sandbox.denied(self._core, denial)
+
+    # -- passing on --------------------------------------------------------------------------------
+
+    def _pass(self, header: Header, data: bytes, finish: Finish | None = None) -> bool:
+        """Forward a call with the body that it has."""
+        return self._send(header, data[header.size :], finish)
+
+    def _call(
+        self,
+        header: Header,
+        signature: str,
+        values: Sequence[object],
+        finish: Finish | None = None,
+    ) -> bool:
+        """Forward a call with these arguments in place of its own."""
+        body = marshal.make_body(signature, values)
+        made = replace(header, little=True, signature=signature, body_length=len(body))
+        return self._send(made, body, finish)
+
+    def _send(self, header: Header, body: bytes, finish: Finish | None) -> bool:
+        core = self._core
+        serial = header.serial
+        if serial >= OWN_SERIALS:
+            serial = core.own_serial()
+            finish = core.translated(header.serial, finish)
+        made = replace(header, serial=serial, unix_fds=0)
+        core.to_bus.append(serialise_header(made) + body)
+        if not header.flags & Flag.NO_REPLY_EXPECTED:
+            core.pending[serial] = DRIVER_TARGET if finish is None else Special(finish)
+        return True
+
+    # -- Hello --------------------------------------------------------------------------------------
+
+    def _hello(self, header: Header, _data: bytes) -> bool:
+        core = self._core
+        if core.unique_name or core.greeting:
+            raise CallRefusedError(errors.FAILED, "Already handled an Hello message")
+        if header.flags & Flag.NO_REPLY_EXPECTED:
+            raise PeerProtocolError("a Hello that wants no reply")
+        core.greeting = True
+
+        def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+            if reply.type != MessageType.METHOD_RETURN:
+                raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
+            core.unique_name = str(_results(reply, data, "s")[0])
+            core.sandbox.said_hello(core)
+            self._owners.use(core.judge.uses)
+            if not core.bus.wording_known:
+                self._owners.ask_wording()
+            core.deliver(data, fds)
+
+        return self._call(header, "", (), finish)
+
+    # -- match rules ------------------------------------------------------------------------------
+
+    def _add_match(self, header: Header, data: bytes) -> bool:
+        core = self._core
+        (text,) = self._arguments(header, data, "s")
+        rule = parse_match_rule(str(text))
+        limit = core.sandbox.limits.match_rules
+        if core.match_count >= limit:
+            raise CallRefusedError(
+                errors.LIMITS_EXCEEDED, f"match_rules={limit} are in use already"
+            )
+        core.matches[rule] = core.matches.get(rule, 0) + 1
+        core.match_count += 1
+
+        def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+            if reply.type == MessageType.ERROR and rule in core.matches:
+                self._drop_match(rule)
+            core.deliver(data, fds)
+
+        return self._call(header, "s", (rule.canonical(),), finish)
+
+    def _remove_match(self, header: Header, data: bytes) -> bool:
+        (text,) = self._arguments(header, data, "s")
+        rule = parse_match_rule(str(text))
+        if rule not in self._core.matches:
+            raise CallRefusedError(
+                errors.MATCH_RULE_NOT_FOUND,
+                "The given match rule wasn't found and can't be removed",
+            )
+        self._drop_match(rule)
+        return self._call(header, "s", (rule.canonical(),))
+
+    def _drop_match(self, rule: MatchRule) -> None:
+        core = self._core
+        core.match_count -= 1
+        core.matches[rule] -= 1
+        if not core.matches[rule]:
+            del core.matches[rule]
+
+    # -- looking names up ---------------------------------------------------------------------------
+
+    def _look_up(self, header: Header, data: bytes) -> bool:
+        name = self._bus_name(header, data, "s")
+        if not self._sight.knows_enough(name):
+            self._owners.ask(name)
+            return False
+        if self._owners.waiting:
+            return False
+        if self._sight.sees(name):
+            return self._call(header, "s", (name,))
+        core = self._core
+        self._report(header, "the name may not be seen", direction="see", name=name)
+        if header.member == "NameHasOwner":
+            if not header.flags & Flag.NO_REPLY_EXPECTED:
+                core.answer(header.serial, "b", (False,))
+            return True
+        raise CallRefusedError(*core.bus.no_such_name(header.member or "", name))
+
+    def _start_service(self, header: Header, data: bytes) -> bool:
+        name, flags = self._arguments(header, data, "su")
+        name = str(name)
+        if not is_well_known_name(name):
+            raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
+        target = self._owners.names.get(name)
+        if target is None and self._core.judge.any_send:
+            self._owners.ask(name)
+            return False
+        if self._owners.waiting:
+            return False
+        if name == DRIVER or self._may_start(name, target):
+            return self._call(header, "su", (name, flags))
+        core = self._core
+        self._report(header, "no rule allows sending to it", name=name)
+        if self._sight.sees(name):
+            raise CallRefusedError(
+                errors.ACCESS_DENIED,
+                f"This sandbox may not start {name}: no rule allows sending to it",
+            )
+        raise CallRefusedError(*core.bus.no_such_name("StartServiceByName", name))
+
+    def _may_start(self, name: str, target: Target | None) -> bool:
+        core = self._core
+        owner = target.owner if target is not None else ""
+        return core.judge.start(name, core.bus.identities.get(owner)).allowed
+
+    def _list(self, header: Header, _data: bytes) -> bool:
+        if self._owners.waiting:
+            return False
+        return self._call(header, "", (), self._filtered_list)
+
+    def _filtered_list(self, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        if reply.type != MessageType.METHOD_RETURN:
+            core.deliver(data, fds)
+            return
+        (names,) = _results(reply, data, "as")
+        assert isinstance(names, (list, tuple))
+        seen = [name for name in names if self._sight.sees(name)]
+        at = reply.reply_serial_at
+        serial = int.from_bytes(data[at : at + 4], "little" if reply.little else "big")
+        core.deliver(
+            marshal.make_return(
+                reply.serial,
+                reply_serial=serial,
+                destination=core.unique_name,
+                sender=DRIVER,
+                signature="as",
+                values=(seen,),
+            )
+        )
+
+    # -- owning names -------------------------------------------------------------------------------
+
+    def _request_name(self, header: Header, data: bytes) -> bool:
+        core = self._core
+        name, flags = self._arguments(header, data, "su")
+        name = str(name)
+        assert isinstance(flags, int)
+        self._must_own(header, name)
+        limit = core.sandbox.limits.names
+        if name not in core.requested_names and len(core.requested_names) >= limit:
+            raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
+        core.requested_names.add(name)
+
+        def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+            got = reply.type == MessageType.METHOD_RETURN and (
+                _results(reply, data, "u")[0] in HAS_NAME
+            )
+            if not got:
+                core.requested_names.discard(name)
+            core.deliver(data, fds)
+
+        return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), finish)
+
+    def _release_name(self, header: Header, data: bytes) -> bool:
+        name = str(self._arguments(header, data, "s")[0])
+        self._must_own(header, name)
+        self._core.requested_names.discard(name)
+        return self._call(header, "s", (name,))
+
+    def _list_queued(self, header: Header, data: bytes) -> bool:
+        name = str(self._arguments(header, data, "s")[0])
+        self._must_own(header, name)
+        return self._call(header, "s", (name,), self._filtered_list)
+
+    def _must_own(self, header: Header, name: str) -> None:
+        if not is_well_known_name(name):
+            raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
+        verdict = self._core.judge.own(name)
+        if verdict.allowed:
+            return
+        origin = verdict.rule.origin if verdict.rule is not None else ""
+        self._report(header, verdict.reason, direction="own", name=name, origin=origin)
+        raise CallRefusedError(
+            errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
+        )
+
+    # -- arguments ----------------------------------------------------------------------------------
+
+    def _arguments(self, header: Header, data: bytes, signature: str) -> tuple[object, ...]:
+        if header.signature != signature:
+            raise CallRefusedError(
+                errors.INVALID_ARGS,
+                f"{header.member} takes ({signature}), not ({header.signature})",
+            )
+        return marshal.read_body(signature, data[header.size :], little=header.little)
+
+    def _bus_name(self, header: Header, data: bytes, signature: str) -> str:
+        name = str(self._arguments(header, data, signature)[0])
+        if not is_bus_name(name):
+            raise CallRefusedError(errors.INVALID_ARGS, f"not a bus name: {name[:40]!r}")
+        return name
+
+
+def _results(reply: Header, data: bytes, signature: str) -> tuple[object, ...]:
+    """Read what the bus answered. Raises PeerProtocolError if it is not of that form."""
+    if reply.signature != signature:
+        raise PeerProtocolError(f"the bus answered ({reply.signature}) instead of ({signature})")
+    return marshal.read_body(signature, data[reply.size :], little=reply.little)

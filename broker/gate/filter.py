@@ -1,0 +1,336 @@
+"""One connection's judgement: bytes and descriptors in, bytes and descriptors out. No I/O.
+
+The fast path is here: a message whose header bytes were judged before costs a slice and a look-up,
+and runs of such messages are passed on as one slice. Everything else is cut out whole and handed to
+`Outgoing` or `Incoming`. Read core.py's theory of operation first.
+
+Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not read from
+the app: what it sends next depends on an answer of the bus that is on its way.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from broker.gate.bus import Bus
+from broker.gate.core import OWN_SERIALS, Core, Host
+from broker.gate.incoming import Incoming
+from broker.gate.intake import Intake
+from broker.gate.outgoing import Outgoing
+from broker.gate.owners import Owners
+from broker.gate.sight import Sight
+from broker.wire import errors
+from broker.wire.errors import PeerProtocolError, PeerQuotaError
+from broker.wire.header import FIXED_SIZE, Flag, Header, MessageType, measure, parse_header
+from policy.match import Judge
+
+# The fixed header of a little-endian message: first word, body length, serial, length of the field array.
+_FIXED: Final = struct.Struct("<IIII")
+_U32: Final = struct.Struct("<I")
+
+
+def _first_words(message_type: int, *, mute: bool | None = None) -> list[int]:
+    """Return the first words of little-endian messages of a type: all known flags, or some."""
+    flags = [f for f in range(8) if mute is None or bool(f & Flag.NO_REPLY_EXPECTED) is mute]
+    return [ord("l") | message_type << 8 | f << 16 | 1 << 24 for f in flags]
+
+
+_CALLS: Final = _first_words(MessageType.METHOD_CALL, mute=False)
+_MUTE_CALLS: Final = _first_words(MessageType.METHOD_CALL, mute=True)
+_SIGNALS: Final = _first_words(MessageType.SIGNAL)
+# A reply carries NO_REPLY_EXPECTED or not, as its sender likes.
+_REPLIES: Final = frozenset(
+    _first_words(MessageType.METHOD_RETURN) + _first_words(MessageType.ERROR)
+)
+
+
+@dataclass(slots=True)
+class _Stashed:
+    header: Header
+    data: bytes
+    fds: tuple[int, ...]
+
+
+class Filter:
+    """A connection of a sandbox to a bus."""
+
+    def __init__(self, bus: Bus, sandbox: Host, judge: Judge, *, app_takes_fds: bool) -> None:
+        self.core: Final = Core(bus, sandbox, judge, app_takes_fds=app_takes_fds)
+        self.held = False
+        self._owners: Final = Owners(self.core, self._synced)
+        self._sight: Final = Sight(self.core, self._owners)
+        self._outgoing: Final = Outgoing(self.core, self._owners, self._sight)
+        self._incoming: Final = Incoming(self.core, self._owners, self._sight)
+        self._from_app: Final = Intake(sandbox)
+        self._from_bus: Final = Intake(None)
+        self._stash: list[_Stashed] = []
+        self._stashed_bytes = 0
+        self._wake = False
+        core = self.core
+        self._app_tables: Final = {
+            **dict.fromkeys(_CALLS, core.app_calls),
+            **dict.fromkeys(_MUTE_CALLS, core.app_mute),
+            **dict.fromkeys(_SIGNALS, core.app_signals),
+        }
+        self._bus_tables: Final = {
+            **dict.fromkeys(_CALLS, core.bus_calls),
+            **dict.fromkeys(_MUTE_CALLS, core.bus_mute),
+            **dict.fromkeys(_SIGNALS, core.bus_signals),
+        }
+
+    # -- rules ---------------------------------------------------------------------------------------
+
+    def use(self, judge: Judge) -> None:
+        """Judge every message from now on by these rules."""
+        core = self.core
+        seen = self._sight.visible_owners()
+        core.judge = judge
+        core.forget_verdicts()
+        if not core.unique_name:
+            return
+        now = self._sight.visible_owners()
+        for name, owner in seen.items():
+            if name not in now:
+                self._incoming.tell_owner_change(name, owner, "")
+        for name, owner in now.items():
+            if name not in seen:
+                self._incoming.tell_owner_change(name, "", owner)
+        for name in [name for name in core.requested_names if not judge.own(name).allowed]:
+            core.requested_names.discard(name)
+            core.call_driver("ReleaseName", "s", (name,), lambda _header, _data, _fds: None)
+        known = frozenset(now)
+        self._owners.use(judge.uses, lambda: self._tell_new(known))
+        self._resume()
+
+    def _tell_new(self, known: frozenset[str]) -> None:
+        """Names that came into sight with the rules, and whose owners had to be asked for."""
+        for name, owner in self._sight.visible_owners().items():
+            if name not in known:
+                self._incoming.tell_owner_change(name, "", owner)
+
+    def close(self) -> list[int]:
+        """Return every descriptor that is still here: the caller closes them."""
+        fds = self._from_app.take_fds() + self._from_bus.take_fds()
+        for stashed in self._stash:
+            fds += stashed.fds
+        self._stash.clear()
+        return fds
+
+    # -- from the app ----------------------------------------------------------------------------------
+
+    def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        core = self.core
+        intake = self._from_app
+        ready = intake.take(data, fds)
+        if self.held:
+            if ready is not None:
+                intake.put_back(ready)
+            return
+        if ready is None:
+            if core.sandbox.bytes_held <= core.sandbox.limits.bytes_held or not intake.held:
+                return
+            # Other connections of the sandbox took what was left when this message began.
+            ready = intake.take_all()
+        data = ready
+        end = len(data)
+        pos = run = 0
+        out = core.to_bus
+        pending = core.pending
+        room = core.sandbox.limits.pending_calls
+        calls = core.app_calls
+        tables = {} if intake.has_fds else self._app_tables
+        unpack = _FIXED.unpack_from
+        while pos + FIXED_SIZE <= end:
+            first, body, serial, fields = unpack(data, pos)
+            table = tables.get(first)
+            if table is not None:
+                start = pos + 16 + (fields + 7 & -8)
+                stop = start + body
+                target = table.get(data[pos + 12 : start])
+                if target is not None and stop <= end and 0 < serial < OWN_SERIALS:
+                    if table is not calls:
+                        pos = stop
+                        continue
+                    if serial not in pending and len(pending) < room:
+                        pending[serial] = target  # type: ignore[assignment]
+                        pos = stop
+                        continue
+            elif first in _REPLIES and not intake.has_fds:
+                stop = self._known_app_reply(data, pos, end, body, fields)
+                if stop:
+                    pos = stop
+                    continue
+            if run < pos:
+                out.append(data[run:pos])
+            run = pos
+            stop = self._app_message(data, pos)
+            if not stop:
+                break
+            run = pos = stop
+        if run < pos:
+            out.append(data[run:pos])
+        intake.consumed(data, pos)
+
+    def _known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
+        """Return where a reply of a known shape ends, 0 if it has to be looked at."""
+        start = pos + 16 + (fields + 7 & -8)
+        at = self.core.app_reply_at.get(start - pos)
+        if at is None or start + body > end:
+            return 0
+        at += pos
+        caller = self.core.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        serial = _U32.unpack_from(data, pos + 8)[0]
+        if caller is None or not 0 < serial < OWN_SERIALS:
+            return 0
+        key = (caller, _U32.unpack_from(data, at)[0])
+        if key not in self.core.asked:
+            return 0
+        self.core.asked.discard(key)
+        return start + body
+
+    def _app_message(self, data: bytes, pos: int) -> int:
+        """Deal with one message from the app; return where it ends, 0 if it has to wait."""
+        intake = self._from_app
+        size = measure(data, pos)
+        if pos + size > len(data):
+            limit = self.core.sandbox.limits.bytes_held
+            if self.core.sandbox.bytes_held + size <= limit:
+                intake.need(size)
+                return 0
+            return self._refuse_too_large(data, pos, size)
+        header = parse_header(data, pos)
+        # Whoever drops the message closes them, so they are taken only when it will not wait.
+        fds = intake.peek_fds(header.unix_fds)
+        if header.unix_fds and not self.core.app_takes_fds:
+            raise PeerProtocolError("file descriptors that were not negotiated")
+        if not self._outgoing.message(header, data[pos : pos + size], fds):
+            self.held = True
+            return 0
+        intake.drop_fds(len(fds))
+        return pos + size
+
+    def _refuse_too_large(self, data: bytes, pos: int, size: int) -> int:
+        """Refuse a message that is over the sandbox's budget; the rest of it is not stored."""
+        intake = self._from_app
+        fields = int.from_bytes(
+            data[pos + 12 : pos + 16], "little" if data[pos] == ord("l") else "big"
+        )
+        header_size = FIXED_SIZE + (fields + 7 & -8)
+        if len(data) - pos < header_size:
+            intake.need(header_size)
+            return 0
+        header = parse_header(data, pos)
+        if header.unix_fds:
+            raise PeerQuotaError("a message over the budget, with file descriptors")
+        if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
+            limit = self.core.sandbox.limits.bytes_held
+            self.core.answer_error(
+                header.serial,
+                errors.LIMITS_EXCEEDED,
+                f"a message of {size} bytes, with bytes_held={limit} in all for this sandbox",
+            )
+        intake.skip(pos + size - len(data))
+        return len(data)
+
+    # -- from the bus ----------------------------------------------------------------------------------
+
+    def feed_bus(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        intake = self._from_bus
+        ready = intake.take(data, fds)
+        if ready is None:
+            return
+        data = ready
+        end = len(data)
+        pos = run = 0
+        core = self.core
+        out = core.to_app
+        pending = core.pending
+        tables = {} if intake.has_fds else self._bus_tables
+        reply_at = {} if intake.has_fds else core.bus_reply_at
+        shapes = core.bus_replies
+        unpack = _FIXED.unpack_from
+        while pos + FIXED_SIZE <= end:
+            first, body, serial, fields = unpack(data, pos)
+            start = pos + 16 + (fields + 7 & -8)
+            stop = start + body
+            if stop <= end:
+                if first in _REPLIES:
+                    at = reply_at.get(start - pos)
+                    if at is not None:
+                        at += pos
+                        sender = shapes.get(data[pos + 12 : at] + data[at + 4 : start])
+                        asked = _U32.unpack_from(data, at)[0]
+                        if (
+                            sender is not None
+                            and asked in pending
+                            and pending[asked].owner == sender
+                        ):
+                            del pending[asked]
+                            pos = stop
+                            continue
+                else:
+                    table = tables.get(first)
+                    if table is not None:
+                        caller = table.get(data[pos + 12 : start])
+                        if caller is not None and self._known_bus_call(table, caller, serial):
+                            pos = stop
+                            continue
+            if run < pos:
+                out.append(data[run:pos])
+            run = pos
+            stop = self._bus_message(data, pos)
+            if not stop:
+                break
+            run = pos = stop
+        if run < pos:
+            out.append(data[run:pos])
+        intake.consumed(data, pos)
+        if self._wake:
+            self._resume()
+
+    def _known_bus_call(self, table: object, caller: object, serial: int) -> bool:
+        core = self.core
+        if table is core.bus_calls:
+            if len(core.asked) >= core.sandbox.limits.pending_calls:
+                return False
+            core.asked.add((caller, serial))  # type: ignore[arg-type]
+        return True
+
+    def _bus_message(self, data: bytes, pos: int) -> int:
+        """Deal with one message from the bus; return where it ends, 0 if it is not whole."""
+        intake = self._from_bus
+        size = measure(data, pos)
+        if pos + size > len(data):
+            intake.need(size)
+            return 0
+        header = parse_header(data, pos)
+        fds = intake.peek_fds(header.unix_fds)
+        message = data[pos : pos + size]
+        if not self._incoming.message(header, message, fds):
+            self._stash.append(_Stashed(header, message, fds))
+            self._stashed_bytes += size
+            if self._stashed_bytes > self.core.sandbox.limits.bytes_queued:
+                raise PeerQuotaError("too much arrived while the owners of names were asked for")
+        intake.drop_fds(len(fds))
+        return pos + size
+
+    # -- waiting for owners ---------------------------------------------------------------------------
+
+    def _synced(self) -> None:
+        # Called from within a loop over a buffer: what waited goes on when that loop is done.
+        self._wake = True
+
+    def _resume(self) -> None:
+        while self._wake and not self._owners.waiting:
+            self._wake = False
+            stash, self._stash = self._stash, []
+            self._stashed_bytes = 0
+            for stashed in stash:
+                if not self._incoming.message(stashed.header, stashed.data, stashed.fds):
+                    self._stash.append(stashed)
+            if self.held:
+                self.held = False
+                self.feed_app(b"")

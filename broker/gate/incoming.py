@@ -1,0 +1,199 @@
+"""What the bus delivers to an app: judged, and passed to it. No I/O.
+
+The slow path of the bus side; `Filter` comes here with what it does not remember.
+"""
+
+from dataclasses import replace
+from typing import Final
+
+from broker.gate.bus import DRIVER
+from broker.gate.core import Core, Denial, Special, Target
+from broker.gate.outgoing import denial
+from broker.gate.owners import Owners
+from broker.gate.sight import Sight
+from broker.wire import errors, marshal
+from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
+
+
+class Incoming:
+    """The bus side of one connection."""
+
+    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._sight: Final = sight
+
+    def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        """Deal with one whole message. False: it must wait until the owners are known."""
+        if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            self._reply(header, data, fds)
+        elif header.type == MessageType.SIGNAL and header.sender in (DRIVER, None):
+            self._core.sandbox.close_fds(fds)
+            self._driver_signal(header, data)
+        elif header.type in (MessageType.METHOD_CALL, MessageType.SIGNAL):
+            if self._owners.waiting or not self._core.unique_name:
+                return False
+            self._from_peer(header, data, fds)
+        else:
+            self._core.sandbox.close_fds(fds)
+        return True
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        sender = header.sender or DRIVER
+        entry = core.pending.get(header.reply_serial or 0)
+        if entry is None or not self._may_answer(entry, sender):
+            core.sandbox.close_fds(fds)
+            if sender != DRIVER:
+                core.sandbox.denied(
+                    core, Denial("receive", "reply", sender, "", "", "", "not asked for", "")
+                )
+            return
+        del core.pending[header.reply_serial or 0]
+        if fds and not core.app_takes_fds:
+            core.sandbox.close_fds(fds)
+            fds = ()
+            header, data = _without_fds(header)
+        if isinstance(entry, Special):
+            entry.finish(header, self._clean(header, data), fds)
+            return
+        core.deliver(self._clean(header, data), fds)
+        if not fds and header.little and not header.has_unknown and header.sender:
+            at = header.reply_serial_at
+            core.remember(core.bus_replies, data[12:at] + data[at + 4 : header.size], sender)
+            if len(core.bus_reply_at) > len(core.bus_replies):
+                core.bus_reply_at.clear()
+            core.bus_reply_at[header.size] = at
+
+    def _may_answer(self, entry: Target | Special, sender: str) -> bool:
+        """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
+        target = entry.target if isinstance(entry, Special) else entry
+        return sender in (DRIVER, target.owner) or sender in target.former
+
+    # -- signals of the bus itself -----------------------------------------------------------------
+
+    def _driver_signal(self, header: Header, data: bytes) -> None:
+        core = self._core
+        if header.member == "NameOwnerChanged" and header.interface == DRIVER:
+            self._owner_changed(header, data)
+        elif header.destination is not None:  # NameAcquired, NameLost
+            core.deliver(self._clean(header, data))
+        else:
+            verdict = core.judge.receive(
+                (DRIVER,), header.path, header.interface, header.member, None, broadcast=True
+            )
+            if verdict.allowed:
+                core.deliver(self._clean(header, data))
+
+    def _owner_changed(self, header: Header, data: bytes) -> None:
+        if header.signature != "sss":
+            return
+        arguments = marshal.read_body("sss", data[header.size :], little=header.little)
+        name, old, new = (str(argument) for argument in arguments)
+        told = self._sight.owner_changed(name, old, new)
+        # Our own match rules bring changes that the app has not asked for.
+        if told and self._wants_owner_change(name, old, new):
+            self._core.deliver(self._clean(header, data))
+
+    def _wants_owner_change(self, name: str, old: str, new: str) -> bool:
+        return any(
+            rule.matches(
+                sender_names=(DRIVER,),
+                path="/org/freedesktop/DBus",
+                interface=DRIVER,
+                member="NameOwnerChanged",
+                args=(name, old, new),
+            )
+            for rule in self._core.matches
+        )
+
+    def tell_owner_change(self, name: str, old: str, new: str) -> None:
+        """Say that a name came into sight or left it, in the words of an owner change."""
+        if self._wants_owner_change(name, old, new):
+            self._core.deliver(
+                marshal.make_signal(
+                    0xFFFFFFFF,
+                    path="/org/freedesktop/DBus",
+                    interface=DRIVER,
+                    member="NameOwnerChanged",
+                    sender=DRIVER,
+                    signature="sss",
+                    values=(name, old, new),
+                )
+            )
+
+    # -- calls and signals of others -----------------------------------------------------------------
+
+    def _from_peer(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        sender = header.sender or ""
+        peer = core.bus.identities.get(sender)
+        if peer is None:
+            core.judged_as_host(sender)
+        is_call = header.type == MessageType.METHOD_CALL
+        wants_reply = is_call and not header.flags & Flag.NO_REPLY_EXPECTED
+        verdict = core.judge.receive(
+            self._owners.names_of(sender),
+            header.path,
+            header.interface,
+            header.member,
+            peer,
+            broadcast=header.destination is None,
+        )
+        problem = None
+        if not verdict.allowed:
+            core.sandbox.denied(core, denial("receive", header, sender, verdict))
+            problem = (
+                errors.ACCESS_DENIED,
+                f"The sandboxed receiver takes no such call: {verdict.reason}",
+            )
+        elif fds and not core.app_takes_fds:
+            problem = (errors.NOT_SUPPORTED, "The receiver takes no file descriptors")
+        elif wants_reply and len(core.asked) >= core.sandbox.limits.pending_calls:
+            problem = (errors.LIMITS_EXCEEDED, "Too many calls wait for the receiver's reply")
+        if problem is not None:
+            core.sandbox.close_fds(fds)
+            if wants_reply:
+                core.refuse_caller(sender, header.serial, *problem)
+            return
+        core.deliver(self._clean(header, data), fds)
+        if is_call:
+            core.met(sender)
+        if wants_reply:
+            core.asked.add((sender, header.serial))
+        if not fds and header.little and not header.has_unknown:
+            self._remember(header, data[12 : header.size], sender)
+
+    def _remember(self, header: Header, key: bytes, sender: str) -> None:
+        core = self._core
+        if header.type == MessageType.SIGNAL:
+            core.remember(core.bus_signals, key, True)
+        elif header.flags & Flag.NO_REPLY_EXPECTED:
+            core.remember(core.bus_mute, key, True)
+        else:
+            core.remember(core.bus_calls, key, sender)
+
+    def _clean(self, header: Header, data: bytes) -> bytes:
+        """Leave out what the bus let through and does not define: it could be forged."""
+        if not header.has_unknown:
+            return data
+        return serialise_header(header, sender=True) + data[header.size :]
+
+
+def _without_fds(header: Header) -> tuple[Header, bytes]:
+    """Return an error in place of a reply that the app cannot take."""
+    body = marshal.make_body("s", ("The reply has file descriptors, which were not negotiated",))
+    error = replace(
+        header,
+        little=True,
+        type=MessageType.ERROR,
+        error_name=errors.NOT_SUPPORTED,
+        signature="s",
+        body_length=len(body),
+        unix_fds=0,
+        has_unknown=False,
+    )
+    made = serialise_header(error, sender=True) + body
+    return parse_header(made), made

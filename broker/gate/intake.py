@@ -1,0 +1,136 @@
+"""The unfinished end of a byte stream, and the descriptors that came with it. No I/O.
+
+Descriptors arrive with some read; they belong to a message that has bytes in that read. One that names
+no message by the time all bytes of its read are used is an attack (or a bug): it would be given to a later message.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from broker.wire.errors import PeerProtocolError
+
+# What one connection may have in flight before a message claims it: one message's worth, sent in two parts.
+MAX_UNCLAIMED_FDS: Final = 253
+
+
+class Account(Protocol):
+    """Who pays for what is held."""
+
+    bytes_held: int
+
+
+class _Batch:
+    """Descriptors of one read. `end` counts from the beginning of what is held."""
+
+    __slots__ = ("end", "left")
+
+    def __init__(self, left: int, end: int) -> None:
+        self.left = left
+        self.end = end
+
+
+class Intake:
+    """One direction of a connection."""
+
+    def __init__(self, account: Account | None) -> None:
+        self._account: Final = account
+        self._parts: list[bytes] = []
+        self._held = 0
+        self._need = 0
+        self._skip = 0
+        self._fds: Final[deque[int]] = deque()
+        self._batches: Final[deque[_Batch]] = deque()
+
+    @property
+    def has_fds(self) -> bool:
+        """True when descriptors wait for their message."""
+        return bool(self._fds)
+
+    @property
+    def held(self) -> int:
+        """How many bytes are held."""
+        return self._held
+
+    def take(self, data: bytes, fds: Sequence[int]) -> bytes | None:
+        """Return all that is held and `data`, once it is as much as was said to be needed."""
+        if self._skip and data:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            data = data[skipped:]
+        if fds:
+            self._fds.extend(fds)
+            if len(self._fds) > MAX_UNCLAIMED_FDS:
+                raise PeerProtocolError("more file descriptors than any message may have")
+            self._batches.append(_Batch(len(fds), self._held + len(data)))
+        if not self._parts:
+            return data or None
+        if data:
+            self._parts.append(data)
+            self._count(len(data))
+        if self._held < self._need:
+            return None
+        return self.take_all()
+
+    def take_all(self) -> bytes:
+        """Return all that is held, however little it is."""
+        self._need = 0
+        whole = b"".join(self._parts) if len(self._parts) > 1 else self._parts[0]
+        self._parts.clear()
+        self._count(-self._held)
+        return whole
+
+    def put_back(self, data: bytes) -> None:
+        """Hold what `take` gave, as it was."""
+        self._parts.append(data)
+        self._count(len(data))
+
+    def consumed(self, data: bytes, used: int) -> None:
+        """Hold what is left of what `take` gave. Raises PeerProtocolError (descriptors left over)."""
+        if used < len(data):
+            self._parts.append(data[used:] if used else data)
+            self._count(len(data) - used)
+        for batch in self._batches:
+            batch.end -= used
+        if self._batches and self._batches[0].end <= 0:
+            raise PeerProtocolError("file descriptors that belong to no message")
+
+    def need(self, size: int) -> None:
+        """Say how many bytes, from the first unused one, make a whole message."""
+        self._need = size
+
+    def skip(self, size: int) -> None:
+        """Throw the next bytes away as they come."""
+        self._skip = size
+
+    def peek_fds(self, count: int) -> tuple[int, ...]:
+        """Return the descriptors of the next message. Raises PeerProtocolError if they are not there."""
+        if not count:
+            return ()
+        if count > len(self._fds):
+            raise PeerProtocolError(
+                f"a message says it has {count} descriptors, {len(self._fds)} came"
+            )
+        return tuple(self._fds[n] for n in range(count))
+
+    def drop_fds(self, count: int) -> None:
+        """Give up the descriptors of a message: somebody else has them now."""
+        for _ in range(count):
+            self._fds.popleft()
+            self._batches[0].left -= 1
+            if not self._batches[0].left:
+                self._batches.popleft()
+
+    def take_fds(self) -> list[int]:
+        """Give up everything, at the end: the caller closes the descriptors."""
+        fds = list(self._fds)
+        self._fds.clear()
+        self._batches.clear()
+        self._parts.clear()
+        self._count(-self._held)
+        return fds
+
+    def _count(self, size: int) -> None:
+        self._held += size
+        if self._account is not None:
+            self._account.bytes_held += size

@@ -1,0 +1,234 @@
+"""One connection of an app, with its connection to the bus: handshakes, then `Filter` in between.
+
+Whatever one app's bytes do ends this link at the worst: `_contained` is the one place that catches it.
+"""
+
+import functools
+import logging
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from broker.gate.bus import Bus
+from broker.gate.connector import connect
+from broker.gate.filter import Filter
+from broker.gate.loop import Loop
+from broker.gate.pipe import Closed, Pipe, close_fds
+from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
+from broker.wire.sasl import SaslClient, SaslServer
+
+if TYPE_CHECKING:
+    from broker.gate.sandbox import Sandbox
+
+LOGGER: Final = logging.getLogger(__name__)
+
+# From accept to the bus's answer to Hello. libdbus gives a client 30 seconds as well.
+HANDSHAKE_TIMEOUT: Final = 30.0
+
+
+def _contained(method: Callable[["Link"], None]) -> Callable[["Link"], None]:
+    """Whatever goes wrong with one peer ends its link, and nothing else."""
+
+    @functools.wraps(method)
+    def contained(self: "Link") -> None:
+        try:
+            method(self)
+        except (Closed, BlockingIOError) as exc:
+            if isinstance(exc, Closed):
+                self.close("closed")
+        except (PeerProtocolError, PeerQuotaError) as exc:
+            LOGGER.warning("peer-violation sandbox=%s: %s", self.sandbox.id, exc)
+            self.close(str(exc))
+        except (OSError, BrokerError) as exc:
+            LOGGER.warning("peer-lost sandbox=%s: %s", self.sandbox.id, exc)
+            self.close(str(exc))
+        except Exception:  # one sandbox's bytes must not end the gate, whatever we did wrong
+            LOGGER.exception("peer-defect sandbox=%s", self.sandbox.id)
+            self.close("defect")
+
+    return contained
+
+
+class Link:
+    """An app's connection, from accept to its end."""
+
+    def __init__(
+        self, loop: Loop, sandbox: "Sandbox", bus: Bus, sock: socket.socket, guid: str
+    ) -> None:
+        self._loop: Final = loop
+        self.sandbox: Final = sandbox
+        self._bus: Final = bus
+        self._app: Final = Pipe(loop, sock, self._app_readable, self._app_drained)
+        self._server: Final = SaslServer(sandbox.spec.uid, guid)
+        self._upstream: Pipe | None = None
+        self._client: SaslClient | None = None
+        self._filter: Filter | None = None
+        self._early = b""
+        self._closed = False
+        self._deadline: Final = loop.call_later(HANDSHAKE_TIMEOUT, self._too_slow)
+        # The app's side is read through a name that changes with the state of the link.
+        self._read_app: Callable[[], None] = self._greet_app
+        self._read_bus: Callable[[], None] = self._greet_bus
+
+    @property
+    def filter(self) -> Filter | None:
+        """What judges it, once both handshakes are done."""
+        return self._filter
+
+    def apply(self, change: Callable[[Filter], None]) -> None:
+        """Do something with the filter, and send what comes of it."""
+        self._change = change
+        self._apply()
+
+    @_contained
+    def _apply(self) -> None:
+        if self._filter is not None:
+            self._change(self._filter)
+            self._send()
+
+    @property
+    def queued(self) -> int:
+        """Bytes that the app has not taken yet."""
+        return self._app.queued
+
+    def close(self, reason: str) -> None:
+        """End both sides. Does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        LOGGER.debug("link-closed sandbox=%s: %s", self.sandbox.id, reason)
+        self._deadline.cancel()
+        if self._filter is not None:
+            self._filter_closed(self._filter)
+        self._app.close()
+        if self._upstream is not None:
+            self._upstream.close()
+        self.sandbox.link_closed(self)
+
+    def _filter_closed(self, closing: Filter) -> None:
+        core = closing.core
+        close_fds(closing.close())
+        for item in (*core.to_bus, *core.to_app):
+            if not isinstance(item, bytes):
+                close_fds(item.fds)
+        self._bus.members.discard(core)
+
+    def _too_slow(self) -> None:
+        LOGGER.warning("peer-violation sandbox=%s: no Hello in time", self.sandbox.id)
+        self.close("no Hello in time")
+
+    def said_hello(self) -> None:
+        """The handshake deadline is kept."""
+        self._deadline.cancel()
+
+    # -- handshakes -----------------------------------------------------------------------------------
+
+    @_contained
+    def _app_readable(self) -> None:
+        self._read_app()
+
+    @_contained
+    def _bus_readable(self) -> None:
+        self._read_bus()
+
+    def _greet_app(self) -> None:
+        data, fds = self._app.read()
+        if fds:
+            close_fds(fds)
+            raise PeerProtocolError("file descriptors during authentication")
+        answer = self._server.feed(data)
+        if answer:
+            self._app.write([answer])
+        if self._server.done:
+            self._early = self._server.leftover
+            self._app.pause(reading=False)
+            self._connect()
+
+    def _connect(self) -> None:
+        spec = self.sandbox.spec
+        connect(self._loop, self._bus.address, spec.uid, self._connected)
+
+    def _connected(self, sock: socket.socket | None) -> None:
+        if self._closed:
+            if sock is not None:
+                sock.close()
+            return
+        if sock is None:
+            LOGGER.warning("bus-unreachable bus=%s sandbox=%s", self._bus.name, self.sandbox.id)
+            self.close("the bus cannot be reached")
+            return
+        self._upstream = Pipe(self._loop, sock, self._bus_readable, self._bus_drained)
+        self._client = SaslClient(self.sandbox.spec.uid)
+        self._write_hello()
+
+    @_contained
+    def _write_hello(self) -> None:
+        assert self._upstream is not None
+        assert self._client is not None
+        self._upstream.write([self._client.start()])
+
+    def _greet_bus(self) -> None:
+        assert self._upstream is not None
+        assert self._client is not None
+        data, fds = self._upstream.read()
+        close_fds(fds)
+        self._client.feed(data)
+        if not self._client.done:
+            return
+        self._filter = Filter(
+            self._bus,
+            self.sandbox,
+            self.sandbox.judge(self._bus.name),
+            # What the bus does not take we cannot pass on.
+            app_takes_fds=self._server.unix_fds and self._client.unix_fds,
+        )
+        self._bus.members.add(self._filter.core)
+        self._read_app = self._judge_app
+        self._read_bus = self._judge_bus
+        if self._client.leftover:
+            self._filter.feed_bus(self._client.leftover)
+        if self._early:
+            early, self._early = self._early, b""
+            self._filter.feed_app(early)
+        self._send()
+
+    # -- messages -------------------------------------------------------------------------------------
+
+    def _judge_app(self) -> None:
+        data, fds = self._app.read()
+        judging = self._filter
+        assert judging is not None
+        judging.feed_app(data, fds)
+        self._send()
+
+    def _judge_bus(self) -> None:
+        assert self._upstream is not None
+        data, fds = self._upstream.read()
+        judging = self._filter
+        assert judging is not None
+        judging.feed_bus(data, fds)
+        self._send()
+
+    def _send(self) -> None:
+        judging = self._filter
+        upstream = self._upstream
+        assert judging is not None
+        assert upstream is not None
+        core = judging.core
+        if core.to_app:
+            before = self._app.queued
+            self._app.write(core.to_app)
+            # One message of any size may wait; a second one not over the budget.
+            if before and self._app.queued > self.sandbox.limits.bytes_queued:
+                raise PeerQuotaError("does not read what it is sent")
+        if core.to_bus:
+            upstream.write(core.to_bus)
+        self._app.pause(reading=not (judging.held or upstream.queued))
+
+    @_contained
+    def _bus_drained(self) -> None:
+        if self._filter is not None:
+            self._send()
+
+    def _app_drained(self) -> None:
+        """Nothing waits for the app to read."""

@@ -1,0 +1,276 @@
+"""What an app sends: judged, cleaned, and passed to its bus. No I/O.
+
+The slow path of the app side; `Filter` comes here with what it does not remember.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Final
+
+from broker.gate.bus import DRIVER
+from broker.gate.core import OWN_SERIALS, Chunk, Core, Denial, Special, Target
+from broker.gate.driver import Driver
+from broker.gate.owners import Owners
+from broker.gate.sight import Sight
+from broker.wire import errors
+from broker.wire.errors import PeerProtocolError
+from broker.wire.header import Flag, Header, MessageType, serialise_header
+from policy.match import Verdict
+from policy.rules import Identity
+
+# dbus-daemon takes 16 and ends a connection that sends more (max_message_unix_fds).
+MAX_FDS: Final = 16
+KNOWN_FLAGS: Final = 7
+CONTAINER_INSTANCE: Final = 10
+INSTANCE_PATH: Final = "/org/freedesktop/DBus/Containers1/"
+
+
+class Outgoing:
+    """The app side of one connection."""
+
+    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._sight: Final = sight
+        self._driver: Final = Driver(core, owners, sight)
+
+    def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        """Deal with one whole message. False: it must wait until the owners are known."""
+        core = self._core
+        if not core.unique_name and not self._is_hello(header):
+            if core.greeting:
+                return False
+            core.sandbox.close_fds(fds)
+            self._refuse_before_hello(header)
+            return True
+        if header.type == MessageType.METHOD_CALL:
+            if header.destination is None or header.destination == DRIVER:
+                core.sandbox.close_fds(fds)
+                return self._driver.call(header, data)
+            return self._call(header, data, fds)
+        if header.type == MessageType.SIGNAL:
+            if header.destination is None:
+                self._broadcast(header, data, fds)
+                return True
+            return self._signal(header, data, fds)
+        if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            self._reply(header, data, fds)
+        else:  # the specification wants unknown types ignored
+            core.sandbox.close_fds(fds)
+        return True
+
+    # -- before Hello ---------------------------------------------------------------------------
+
+    def _is_hello(self, header: Header) -> bool:
+        return (
+            header.type == MessageType.METHOD_CALL
+            and header.destination == DRIVER
+            and header.member == "Hello"
+            and header.interface in (None, DRIVER)
+        )
+
+    def _refuse_before_hello(self, header: Header) -> None:
+        if header.type != MessageType.METHOD_CALL or header.destination not in (None, DRIVER):
+            raise PeerProtocolError("sent a message before Hello")
+        if not header.flags & Flag.NO_REPLY_EXPECTED:
+            self._core.answer_error(
+                header.serial,
+                errors.ACCESS_DENIED,
+                "Client tried to send a message other than Hello without being registered",
+            )
+
+    # -- calls and signals ------------------------------------------------------------------------
+
+    def _call(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        core = self._core
+        target = self._target(header)
+        if target is None:
+            return False
+        if self._over_limit(header, fds):
+            return True
+        names, peer = self._other_end(header, target)
+        verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
+        if not verdict.allowed:
+            core.sandbox.close_fds(fds)
+            self._refuse(header, verdict, names, peer)
+            return True
+        if header.flags & Flag.NO_REPLY_EXPECTED:
+            plain = self._emit(header, data, fds, target)
+            if plain:
+                core.remember(core.app_mute, data[12 : header.size], True)
+            return True
+        plain = self._emit(header, data, fds, target)
+        if header.serial < OWN_SERIALS:
+            core.pending[header.serial] = target
+        if plain:
+            core.remember(core.app_calls, data[12 : header.size], target)
+        return True
+
+    def _over_limit(self, header: Header, fds: tuple[int, ...]) -> bool:
+        core = self._core
+        mute = bool(header.flags & Flag.NO_REPLY_EXPECTED)
+        if len(fds) > MAX_FDS:
+            problem = (errors.LIMITS_EXCEEDED, f"{len(fds)} file descriptors, {MAX_FDS} at most")
+        elif not mute and header.serial in core.pending:
+            problem = (errors.ACCESS_DENIED, f"a call with serial {header.serial} already waits")
+        elif not mute and len(core.pending) >= core.sandbox.limits.pending_calls:
+            problem = (
+                errors.LIMITS_EXCEEDED,
+                f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already",
+            )
+        else:
+            return False
+        core.sandbox.close_fds(fds)
+        if header.type == MessageType.METHOD_CALL and not mute:
+            core.answer_error(header.serial, *problem)
+        return True
+
+    def _signal(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        core = self._core
+        if header.destination == DRIVER:  # e.g. a forged ActivationFailure
+            core.sandbox.close_fds(fds)
+            return True
+        target = self._target(header)
+        if target is None:
+            return False
+        names, peer = self._other_end(header, target)
+        verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
+        if verdict.allowed and len(fds) <= MAX_FDS:
+            if self._emit(header, data, fds, target):
+                core.remember(core.app_signals, data[12 : header.size], True)
+        else:
+            core.sandbox.close_fds(fds)
+            core.sandbox.denied(core, denial("send", header, header.destination or "", verdict))
+        return True
+
+    def _broadcast(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        verdict = core.judge.broadcast(header.path, header.interface, header.member)
+        if verdict.allowed and len(fds) <= MAX_FDS:
+            if self._emit(header, data, fds, None):
+                core.remember(core.app_signals, data[12 : header.size], True)
+        else:
+            core.sandbox.close_fds(fds)
+            core.sandbox.denied(core, denial("send", header, "", verdict))
+
+    def _target(self, header: Header) -> Target | None:
+        """Return who is written to; None if that has to be asked first."""
+        name = header.destination or ""
+        if name[:1] == ":":
+            return Target(name)
+        target = self._owners.names.get(name)
+        if target is None:
+            if not self._core.judge.any_send:
+                return Target("", name)
+            self._owners.ask(name)
+            return None
+        self._owners.used(name)
+        return None if self._owners.waiting else target
+
+    def _other_end(self, header: Header, target: Target) -> tuple[set[str], Identity | None]:
+        core = self._core
+        names = {header.destination or ""}
+        if target.owner:
+            names |= self._owners.names_of(target.owner)
+        peer = core.bus.identities.get(target.owner)
+        if peer is None and target.owner:
+            core.judged_as_host(target.owner)
+        return names, peer
+
+    def _refuse(
+        self, header: Header, verdict: Verdict, names: Collection[str], peer: Identity | None
+    ) -> None:
+        core = self._core
+        name = header.destination or ""
+        core.sandbox.denied(core, denial("send", header, name, verdict))
+        if header.flags & Flag.NO_REPLY_EXPECTED:
+            return
+        if self._sight.sees(name) or core.judge.see(names, peer).allowed:
+            core.answer_error(header.serial, errors.ACCESS_DENIED, refusal(header, name, verdict))
+            return
+        question = "unique" if name[:1] == ":" else "call"
+        if header.flags & Flag.NO_AUTO_START:
+            question += "-no-start"
+        core.answer_error(header.serial, *core.bus.no_such_name(question, name))
+
+    # -- replies ----------------------------------------------------------------------------------
+
+    def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        key = (header.destination or "", header.reply_serial or 0)
+        if key not in core.asked or len(fds) > MAX_FDS:
+            core.sandbox.close_fds(fds)
+            if header.destination not in (None, DRIVER):
+                core.sandbox.denied(
+                    core,
+                    Denial("send", "reply", key[0], "", "", "", "no call waits for it", ""),
+                )
+            return
+        core.asked.discard(key)
+        if self._emit(header, data, fds, Target(key[0])):
+            at = header.reply_serial_at
+            core.remember(core.app_replies, data[12:at] + data[at + 4 : header.size], key[0])
+            core.app_reply_at[header.size] = at
+
+    # -- onto the bus -------------------------------------------------------------------------------
+
+    def _emit(
+        self, header: Header, data: bytes, fds: tuple[int, ...], target: Target | None
+    ) -> bool:
+        """Pass a message on, cleaned; return True if it went as it came, and may be remembered."""
+        core = self._core
+        clean, untouched = cleaned(core, header, data, target)
+        if fds:
+            core.to_bus.append(Chunk(clean, fds))
+            return False
+        core.to_bus.append(clean)
+        return untouched and header.little
+
+
+def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> tuple[bytes, bool]:
+    """Return the message as the bus may have it, and whether it is as it was.
+
+    A serial of the gate's own range is translated; the reply will be translated back.
+    """
+    extra = {}
+    if target is not None and target.owner in core.bus.tagged:
+        extra[CONTAINER_INSTANCE] = ("o", INSTANCE_PATH + core.sandbox.id)
+    is_reply = header.type in (MessageType.METHOD_RETURN, MessageType.ERROR)
+    dirty = (
+        header.has_unknown
+        or header.sender is not None
+        or header.flags & ~KNOWN_FLAGS
+        or (header.reply_serial is not None and not is_reply)
+    )
+    serial = header.serial
+    if serial >= OWN_SERIALS:
+        serial = core.own_serial()
+        if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
+            core.pending[serial] = Special(core.translated(header.serial), target)
+    elif not dirty and not extra:
+        return data, True
+    new = serialise_header(replace(header, serial=serial), extra=extra)
+    return new + data[header.size :], False
+
+
+def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denial:
+    """Return the report of a refused message."""
+    return Denial(
+        direction,
+        "call" if header.type == MessageType.METHOD_CALL else "signal",
+        peer,
+        header.path or "",
+        header.interface or "",
+        header.member or "",
+        verdict.reason,
+        verdict.rule.origin if verdict.rule is not None else "",
+    )
+
+
+def refusal(header: Header, name: str, verdict: Verdict) -> str:
+    """Return the text of AccessDenied, for whoever has to make the app work."""
+    member = f"{header.interface}.{header.member}" if header.interface else header.member
+    because = f"{verdict.reason}"
+    if verdict.rule is not None and verdict.rule.origin:
+        because += f" ({verdict.rule.origin})"
+    return f"This sandbox may not call {member} at {header.path} of {name}: {because}"

@@ -1,0 +1,175 @@
+"""One socket of a connection: reading with descriptors, writing with a queue behind it."""
+
+import array
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from broker.gate.core import Chunk, Output
+from broker.gate.loop import BROKEN, READABLE, WRITABLE, Loop
+from broker.wire.errors import PeerProtocolError
+
+READ_SIZE: Final = 65536
+# What the kernel passes with one message (SCM_MAX_FD).
+_ANCILLARY: Final = socket.CMSG_SPACE(253 * 4)
+# Parts of one sendmsg; the kernel takes 1024 (UIO_MAXIOV).
+MAX_PARTS: Final = 64
+
+
+class Closed(Exception):  # noqa: N818 - an event, not a fault
+    """The other end is gone."""
+
+
+class Pipe:
+    """A non-blocking stream socket in the loop."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        readable: Callable[[], None],
+        drained: Callable[[], None],
+    ) -> None:
+        self._loop: Final = loop
+        self.sock: Final = sock
+        self._fd: Final = sock.fileno()
+        self._readable: Final = readable
+        self._drained: Final = drained
+        self._queue: Final[deque[Chunk]] = deque()
+        self.queued = 0  # bytes that the other end has not taken
+        self._reading = True
+        self._events: int = READABLE
+        self._recvmsg = sock.recvmsg
+        self._send = sock.send
+        loop.add(self._fd, READABLE, self._event)
+
+    def read(self) -> tuple[bytes, Sequence[int]]:
+        """Return what is there, with its descriptors. Raises Closed, BlockingIOError, PeerProtocolError."""
+        try:
+            data, ancillary, flags, _ = self._recvmsg(
+                READ_SIZE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError as exc:
+            raise Closed from exc
+        fds = _descriptors(ancillary) if ancillary else ()
+        if flags & socket.MSG_CTRUNC:
+            close_fds(fds)
+            raise PeerProtocolError("more file descriptors than fit")
+        if not data:
+            close_fds(fds)
+            raise Closed
+        return data, fds
+
+    def write(self, output: Output) -> None:
+        """Send, or queue what the other end does not take; `output` is emptied. Raises Closed."""
+        if not self._queue and len(output) == 1 and output[0].__class__ is bytes:
+            data = output[0]
+            output.clear()
+            try:
+                sent = self._send(data)  # type: ignore[arg-type]
+            except BlockingIOError:
+                sent = 0
+            except OSError as exc:
+                raise Closed from exc
+            if sent < len(data):
+                self._enqueue(Chunk(data[sent:], ()))  # type: ignore[arg-type]
+                self._listen()
+            return
+        for item in output:
+            self._enqueue(item if isinstance(item, Chunk) else Chunk(item, ()))
+        output.clear()
+        self._flush()
+
+    def pause(self, *, reading: bool) -> None:
+        """Read on, or not."""
+        if reading is not self._reading:
+            self._reading = reading
+            self._listen()
+
+    def close(self) -> None:
+        """Close the socket and what is queued."""
+        self._loop.remove(self._fd)
+        self.sock.close()
+        for chunk in self._queue:
+            close_fds(chunk.fds)
+        self._queue.clear()
+        self.queued = 0
+
+    def _event(self, events: int) -> None:
+        if events & WRITABLE and self._queue:
+            try:
+                self._flush()
+            except Closed:
+                events |= READABLE  # reading finds out, and ends the connection
+            else:
+                if not self._queue:
+                    self._drained()
+        if events & (READABLE | BROKEN) and (self._reading or events & BROKEN):
+            self._readable()
+
+    def _enqueue(self, chunk: Chunk) -> None:
+        self._queue.append(chunk)
+        self.queued += len(chunk.data)
+
+    def _listen(self) -> None:
+        wanted = (READABLE if self._reading else 0) | (WRITABLE if self._queue else 0)
+        if wanted != self._events:
+            self._events = wanted
+            self._loop.change(self._fd, wanted)
+
+    def _flush(self) -> None:
+        """Send as much as the other end takes. Raises Closed."""
+        while self._queue:
+            try:
+                sent = self._send_some()
+            except BlockingIOError:
+                break
+            except OSError as exc:
+                raise Closed from exc
+            self._took(sent)
+        self._listen()
+
+    def _send_some(self) -> int:
+        first = self._queue[0]
+        if first.fds:
+            # Alone, so that the receiver can tell which message they belong to.
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", first.fds))
+            sent = self.sock.sendmsg([first.data], [rights])
+            close_fds(first.fds)
+            self._queue[0] = Chunk(first.data, ())
+            return sent
+        parts = []
+        for chunk in self._queue:
+            if chunk.fds or len(parts) == MAX_PARTS:
+                break
+            parts.append(chunk.data)
+        return self.sock.sendmsg(parts)
+
+    def _took(self, sent: int) -> None:
+        self.queued -= sent
+        while sent:
+            first = self._queue[0]
+            if sent < len(first.data):
+                # A view: a large message must not be copied once for each piece that is taken.
+                self._queue[0] = Chunk(memoryview(first.data)[sent:], first.fds)
+                return
+            sent -= len(first.data)
+            self._queue.popleft()
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+def close_fds(fds: Sequence[int]) -> None:
+    """Close descriptors."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

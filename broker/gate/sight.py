@@ -1,0 +1,71 @@
+"""Which names a connection's app may see. No I/O.
+
+It sees itself, the bus, what its rules let it see (by any name of the same owner), and whoever has
+called it as long as that caller lives.
+"""
+
+from collections import OrderedDict
+from typing import Final
+
+from broker.gate.bus import DRIVER
+from broker.gate.core import Core
+from broker.gate.owners import Owners
+
+# Connections that lost the last name by which they were seen. Their end is still told, because a client that
+# knew them waits for it.
+MAX_LATELY_SEEN: Final = 256
+
+
+class Sight:
+    """What one app may see."""
+
+    def __init__(self, core: Core, owners: Owners) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._lately: Final[OrderedDict[str, None]] = OrderedDict()
+
+    def knows_enough(self, name: str) -> bool:
+        """Return False if the owner of `name` could change what may be seen, and is not known."""
+        return (
+            name[:1] == ":"
+            or name == DRIVER
+            or name in self._owners.names
+            or not self._core.judge.owner_matters
+        )
+
+    def sees(self, name: str) -> bool:
+        """Judge by what is known now."""
+        core = self._core
+        if name in (DRIVER, core.unique_name) or name in core.callers:
+            return True
+        target = self._owners.names.get(name)
+        owner = name if name[:1] == ":" else target.owner if target is not None else ""
+        if owner and (owner in core.callers or owner == core.unique_name):
+            return True
+        names = self._owners.names_of(owner) | {name} if owner else {name}
+        return core.judge.see(names, core.bus.identities.get(owner)).allowed
+
+    def visible_owners(self) -> dict[str, str]:
+        """Return the owned names that may be seen, with their owners."""
+        return {
+            name: target.owner
+            for name, target in self._owners.names.items()
+            if target.owner and self.sees(name)
+        }
+
+    def owner_changed(self, name: str, old: str, new: str) -> bool:
+        """Take note of a NameOwnerChanged; return whether the app may hear of it."""
+        if name[:1] == ":":
+            told = self.sees(name) or name in self._lately
+            if not new:
+                self._core.callers.pop(name, None)
+                self._lately.pop(name, None)
+            return told
+        told = self.sees(name)
+        old_seen = bool(old) and self.sees(old)
+        self._owners.changed(name, new)
+        if old_seen:
+            self._lately[old] = None
+            if len(self._lately) > MAX_LATELY_SEEN:
+                self._lately.popitem(last=False)
+        return told or self.sees(name)

@@ -1,0 +1,1 @@
+"""Starting an app in a sandbox of its own."""

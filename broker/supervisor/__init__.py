@@ -1,0 +1,1 @@
+"""The control plane: sandboxes, their lifetimes and state."""

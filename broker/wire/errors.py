@@ -1,0 +1,41 @@
+"""What can go wrong, by who is at fault: the class decides the fate (docs/design: Errors)."""
+
+from typing import Final
+
+ACCESS_DENIED: Final = "org.freedesktop.DBus.Error.AccessDenied"
+FAILED: Final = "org.freedesktop.DBus.Error.Failed"
+INVALID_ARGS: Final = "org.freedesktop.DBus.Error.InvalidArgs"
+LIMITS_EXCEEDED: Final = "org.freedesktop.DBus.Error.LimitsExceeded"
+MATCH_RULE_INVALID: Final = "org.freedesktop.DBus.Error.MatchRuleInvalid"
+MATCH_RULE_NOT_FOUND: Final = "org.freedesktop.DBus.Error.MatchRuleNotFound"
+NAME_HAS_NO_OWNER: Final = "org.freedesktop.DBus.Error.NameHasNoOwner"
+NOT_CONTAINER: Final = "org.freedesktop.DBus.Error.NotContainer"
+NOT_SUPPORTED: Final = "org.freedesktop.DBus.Error.NotSupported"
+SERVICE_UNKNOWN: Final = "org.freedesktop.DBus.Error.ServiceUnknown"
+UNKNOWN_METHOD: Final = "org.freedesktop.DBus.Error.UnknownMethod"
+UNKNOWN_INTERFACE: Final = "org.freedesktop.DBus.Error.UnknownInterface"
+UNKNOWN_PROPERTY: Final = "org.freedesktop.DBus.Error.UnknownProperty"
+
+
+class BrokerError(Exception):
+    """Anything of ours."""
+
+
+class PeerProtocolError(BrokerError):
+    """The peer's bytes broke the protocol: end that peer."""
+
+
+class PeerQuotaError(BrokerError):
+    """The peer took more than its share: end that peer."""
+
+
+class CallRefusedError(BrokerError):
+    """A legal call that is refused: answer it with `dbus_name` and go on."""
+
+    def __init__(self, dbus_name: str, text: str) -> None:
+        super().__init__(text)
+        self.dbus_name: Final = dbus_name
+
+
+class ConfigError(BrokerError):
+    """What the operator gave us is wrong: one line, exit 2."""

@@ -1,0 +1,231 @@
+"""Reading marshalled values strictly: nothing is accepted that a bus would refuse.
+
+A Reader stands on bytes whose first one is aligned to 8 (a message's start, or its body's). Each method
+takes one value and raises PeerProtocolError if it is not there or not right. It never recurses,
+and it counts its work: a peer cannot make one header cost more than MAX_STEPS allow.
+"""
+
+import re
+import struct
+from typing import Final
+
+from broker.wire.errors import PeerProtocolError
+from broker.wire.names import is_object_path
+from broker.wire.signature import BASIC, find_type_end, is_signature, is_single_type
+
+MAX_ARRAY: Final = 2**26  # bytes; the specification's limit
+# The specification allows 64 levels of containers of all kinds together.
+MAX_DEPTH: Final = 64
+# A header has at most ten fields, a step or two each; only a hostile one has thousands of values. This
+# many take about ten milliseconds, during which nobody else is served.
+MAX_STEPS: Final = 2**14
+
+_SIZES: Final = {"y": 1, "n": 2, "q": 2, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
+_ALIGNMENTS: Final = {
+    **_SIZES,
+    "b": 4,
+    "s": 4,
+    "o": 4,
+    "a": 4,
+    "g": 1,
+    "v": 1,
+    "(": 8,
+    "{": 8,
+}
+# Unicode's non-characters: U+FDD0 to U+FDEF and the last two of each plane.
+_PLANE_ENDS: Final = "".join(
+    chr(plane << 16 | 0xFFFE) + chr(plane << 16 | 0xFFFF) for plane in range(17)
+)
+_NON_CHARACTER: Final = re.compile(f"[\ufdd0-\ufdef{_PLANE_ENDS}]")
+# Nearly every variant in a header is of a basic type: how those look, so that they need no parse.
+_SHORT: Final = {bytes((1, ord(code), 0)): code for code in BASIC}
+_LITTLE: Final = struct.Struct("<I")
+_BIG: Final = struct.Struct(">I")
+
+
+class Reader:
+    """A position in marshalled bytes. `at` is where the next value begins, `end` where they stop."""
+
+    def __init__(self, data: bytes, *, little: bool, at: int = 0, end: int | None = None) -> None:
+        self.at = at
+        self.end: Final = len(data) if end is None else end
+        self._data: Final = data
+        self._unpack: Final = (_LITTLE if little else _BIG).unpack_from
+        self._steps = 0
+
+    def spend(self, steps: int = 1) -> None:
+        """Count work done. Raises PeerProtocolError when it is too much."""
+        self._steps += steps
+        if self._steps > MAX_STEPS:
+            raise PeerProtocolError("too many values")
+
+    def align(self, alignment: int) -> None:
+        """Skip padding, which must be zero."""
+        if padding := -self.at % alignment:
+            start = self._take(padding)
+            if any(self._data[start : self.at]):
+                raise PeerProtocolError(f"padding at byte {start} is not zero")
+
+    def byte(self) -> int:
+        """Take a `y`."""
+        return self._data[self._take(1)]
+
+    def uint32(self) -> int:
+        """Take a `u`."""
+        self.align(4)
+        (value,) = self._unpack(self._data, self._take(4))
+        return int(value)
+
+    def boolean(self) -> bool:
+        """Take a `b`."""
+        value = self.uint32()
+        if value > 1:
+            raise PeerProtocolError(f"a boolean of {value}")
+        return value == 1
+
+    def string(self) -> str:
+        """Take an `s`."""
+        return self._text(self.uint32())
+
+    def object_path(self) -> str:
+        """Take an `o`."""
+        text = self.string()
+        if not is_object_path(text):
+            raise PeerProtocolError(f"not an object path: {text[:40]!r}")
+        return text
+
+    def signature(self) -> str:
+        """Take a `g`."""
+        text = self._text(self.byte())
+        if not is_signature(text):
+            raise PeerProtocolError(f"not a signature: {text[:40]!r}")
+        return text
+
+    def array_end(self, element: str) -> int:
+        """Take an array's length, and skip to its first element. Returns where it ends."""
+        length = self.uint32()
+        if length > MAX_ARRAY:
+            raise PeerProtocolError(f"an array of {length} bytes")
+        self.align(_ALIGNMENTS[element])
+        if length > self.end - self.at:
+            raise PeerProtocolError("an array runs past the end")
+        return self.at + length
+
+    def finish(self) -> None:
+        """Check that nothing is left."""
+        if self.at != self.end:
+            raise PeerProtocolError(f"{self.end - self.at} bytes too many")
+
+    def skip(self, code: str) -> None:
+        """Take a value of a basic type without keeping it."""
+        match code:
+            case "s":
+                self.string()
+            case "o":
+                self.object_path()
+            case "g":
+                self.signature()
+            case "b":
+                self.boolean()
+            case _:
+                self.align(_SIZES[code])
+                self._take(_SIZES[code])
+
+    def variant_type(self) -> str:
+        """Take the signature of a variant: one complete type."""
+        short = _SHORT.get(self._data[self.at : min(self.at + 3, self.end)])
+        if short is not None:
+            self.at += 3
+            return short
+        text = self.signature()
+        if not is_single_type(text):
+            raise PeerProtocolError(f"a variant of {text[:40]!r}")
+        return text
+
+    def _take(self, size: int) -> int:
+        start = self.at
+        if size > self.end - start:
+            raise PeerProtocolError("a value runs past the end")
+        self.at = start + size
+        return start
+
+    def _text(self, length: int) -> str:
+        start = self._take(length + 1)
+        raw = self._data[start : start + length]
+        if self._data[start + length] or 0 in raw:
+            raise PeerProtocolError("a string with a wrong NUL")
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            raise PeerProtocolError("a string that is not UTF-8") from None
+        if not raw.isascii() and _NON_CHARACTER.search(text):
+            raise PeerProtocolError("a string with a non-character")
+        return text
+
+
+class _Frame:
+    """Types still to be read, `at` to `stop`; again from `start` as long as an array lasts."""
+
+    __slots__ = ("array_end", "at", "signature", "start", "stop")
+
+    def __init__(self, signature: str, start: int, stop: int, array_end: int | None = None) -> None:
+        self.signature: Final = signature
+        self.start: Final = start
+        self.stop: Final = stop
+        self.array_end: Final = array_end
+        # An array may be empty, so whether there is an element is asked before the first one too.
+        self.at = start if array_end is None else stop
+
+
+def skip_value(reader: Reader, signature: str, *, depth: int = 0) -> None:
+    """Check and skip one value of any type. `depth` is how many containers it is in already."""
+    stack = [_Frame(signature, 0, len(signature))]
+    while stack:
+        if depth + len(stack) > MAX_DEPTH:
+            raise PeerProtocolError("a value nested too deep")
+        reader.spend()
+        frame = stack[-1]
+        if frame.at < frame.stop:
+            _skip_type(reader, frame, stack)
+        elif frame.array_end is None or reader.at == frame.array_end:
+            stack.pop()
+        elif reader.at < frame.array_end:
+            frame.at = frame.start
+        else:
+            raise PeerProtocolError("an element runs past the end of its array")
+
+
+def _skip_type(reader: Reader, frame: _Frame, stack: list[_Frame]) -> None:
+    at = frame.at
+    code = frame.signature[at]
+    match code:
+        case "v":
+            frame.at = at + 1
+            inner = reader.variant_type()
+            reader.spend(len(inner))
+            stack.append(_Frame(inner, 0, len(inner)))
+        case "a" | "(" | "{":
+            # A dict entry is no complete type, but always all that its array is of.
+            stop = frame.stop if code == "{" else find_type_end(frame.signature, at)
+            reader.spend(stop - at)  # that look costs as much as the type is long
+            frame.at = stop
+            if code == "a":
+                _skip_array(reader, _Frame(frame.signature, at + 1, stop), stack)
+            else:
+                reader.align(8)
+                stack.append(_Frame(frame.signature, at + 1, stop - 1))
+        case _:
+            frame.at = at + 1
+            reader.skip(code)
+
+
+def _skip_array(reader: Reader, element: _Frame, stack: list[_Frame]) -> None:
+    code = element.signature[element.at]
+    array_end = reader.array_end(code)
+    if size := _SIZES.get(code):
+        # Any bytes are good numbers: no need to look at each.
+        if (array_end - reader.at) % size:
+            raise PeerProtocolError(f"an array that is no multiple of its {size} byte elements")
+        reader.at = array_end
+    else:
+        stack.append(_Frame(element.signature, element.start, element.stop, array_end))

@@ -1,0 +1,1 @@
+"""Tests with real buses and real clients, and the harness that they share."""

@@ -1,0 +1,1 @@
+"""What the gate costs, beside xdg-dbus-proxy and no mediator at all. See docs/performance.md."""

@@ -1,0 +1,136 @@
+"""Interleaved blocks of work, and what is said of them: medians and how far they spread."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of the result. None: there is no such thing."""
+
+    name: str
+    gate: float
+    peer: float | None
+    bus: float | None
+    unit: str
+    ratio_peer: float | None
+    ratio_bus: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The figures of one column: one a block."""
+
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Return the median absolute deviation."""
+        middle = self.median
+        return statistics.median(abs(value - middle) for value in self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A row before rounding, with its spreads."""
+
+    unit: str
+    gate: Series
+    peer: Series | None = None
+    bus: Series | None = None
+
+    def make_row(self, name: str) -> Row:
+        """Return the row."""
+        return Row(
+            name=name,
+            gate=_round(self.gate.median),
+            peer=None if self.peer is None else _round(self.peer.median),
+            bus=None if self.bus is None else _round(self.bus.median),
+            unit=self.unit,
+            ratio_peer=self._ratio(self.peer),
+            ratio_bus=self._ratio(self.bus),
+        )
+
+    def _ratio(self, other: Series | None) -> float | None:
+        return None if other is None else _round(self.gate.median / other.median)
+
+
+@dataclass(slots=True, kw_only=True)
+class Column:
+    """Somebody to measure."""
+
+    run: Callable[[int], float]  # does it that many times, returns the seconds
+    check: Callable[[], object] = lambda: None  # raises if what was measured did not work
+    pid: int | None = None  # whose processor time counts; None: no mediator
+    step: int = 1  # a block is a multiple of so many
+    count: int = 0  # times a block; 0: as many as fill it
+    wall: list[float] = field(default_factory=list)  # seconds each time, one figure a block
+    cpu: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How long to measure."""
+
+    blocks: int = 21  # a column
+    seconds: float = 0.15  # a block
+
+
+QUICK: Final = Effort(blocks=5, seconds=0.05)
+
+
+def interleave(columns: Sequence[Column], effort: Effort) -> None:
+    """Measure the columns in turns, a block each, so that a slow spell of the machine hits all."""
+    for column in columns:
+        _warm_up(column, effort.seconds)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(effort.blocks):
+            first = number % len(columns)  # nobody always comes after the same other
+            for column in (*columns[first:], *columns[:first]):
+                _run_block(column)
+    finally:
+        gc.enable()
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """Return the user and system time of a process so far, in nanosecond steps."""
+    if pid is None:
+        return 0.0
+    # The kernel's number for the processor clock of that process (CPUCLOCK_SCHED). What /proc says
+    # counts in ticks of 10 ms.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def _warm_up(column: Column, seconds: float) -> None:
+    if column.count:
+        column.run(1)
+        return
+    column.run(column.step)
+    calls = column.step * 8
+    while (taken := column.run(calls)) < seconds / 4:
+        calls *= 2
+    column.count = max(1, round(calls * seconds / taken / column.step)) * column.step
+
+
+def _run_block(column: Column) -> None:
+    before = cpu_seconds(column.pid)
+    taken = column.run(column.count)
+    used = cpu_seconds(column.pid) - before
+    column.check()
+    column.wall.append(taken / column.count)
+    column.cpu.append(used / column.count)
+
+
+def _round(value: float) -> float:
+    return round(value, 3)

@@ -1,0 +1,115 @@
+"""Real message buses for tests: dbus-daemon and dbus-broker, private, on a socket in a given folder.
+
+Both allow everything that a stock session bus allows. `services` makes names activatable: a name and the
+argv that the bus starts for it, with DBUS_STARTER_ADDRESS in its environment.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from xml.sax.saxutils import escape
+
+from integration.processes import PROJECT, PYTHON, running
+
+DAEMON: Final = "dbus-daemon"
+BROKER: Final = "dbus-broker"
+KINDS: Final = (DAEMON, BROKER)
+
+# What /usr/share/dbus-1/session.conf says, but for its folders of services.
+_CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>session</type>
+  <keep_umask/>
+  <listen>{address}</listen>
+  <auth>EXTERNAL</auth>
+  <servicedir>{services}</servicedir>
+  <policy context="default">
+    <allow send_destination="*" eavesdrop="true"/>
+    <allow eavesdrop="true"/>
+    <allow own="*"/>
+  </policy>
+  <limit name="max_incoming_bytes">1000000000</limit>
+  <limit name="max_incoming_unix_fds">250000000</limit>
+  <limit name="max_outgoing_bytes">1000000000</limit>
+  <limit name="max_outgoing_unix_fds">250000000</limit>
+  <limit name="max_message_size">1000000000</limit>
+  <limit name="service_start_timeout">120000</limit>
+  <limit name="auth_timeout">240000</limit>
+  <limit name="pending_fd_timeout">150000</limit>
+  <limit name="max_completed_connections">100000</limit>
+  <limit name="max_incomplete_connections">10000</limit>
+  <limit name="max_connections_per_user">100000</limit>
+  <limit name="max_pending_service_starts">10000</limit>
+  <limit name="max_names_per_connection">50000</limit>
+  <limit name="max_match_rules_per_connection">50000</limit>
+  <limit name="max_replies_per_connection">50000</limit>
+</busconfig>
+"""
+
+Services = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bus:
+    """A bus that runs."""
+
+    kind: str
+    address: str
+    pid: int
+
+    @property
+    def forwards_unknown_fields(self) -> bool:
+        """Whether header field 10 gets through."""
+        return self.kind == BROKER
+
+
+@contextmanager
+def open_bus(kind: str, folder: Path, services: Services | None = None) -> Iterator[Bus]:
+    """Run a bus of that kind whose socket is `folder`/bus."""
+    opener = {DAEMON: open_dbus_daemon, BROKER: open_dbus_broker}[kind]
+    with opener(folder, services) as bus:
+        yield bus
+
+
+@contextmanager
+def open_dbus_daemon(folder: Path, services: Services | None = None) -> Iterator[Bus]:
+    """Run dbus-daemon: with its stock session configuration, unless there are services."""
+    address = f"unix:path={folder}/bus"
+    how = "--session"
+    if services is not None:
+        how = f"--config-file={_write_config(folder, address, services)}"
+    argv = [DAEMON, how, "--nofork", "--nopidfile", "--print-address=1", f"--address={address}"]
+    with running(argv, env=_bus_env(folder), log=folder / "bus.log") as process:
+        yield Bus(kind=DAEMON, address=process.wait_line("unix:"), pid=process.pid)
+
+
+@contextmanager
+def open_dbus_broker(folder: Path, services: Services | None = None) -> Iterator[Bus]:
+    """Run dbus-broker under a controller of our own (`integration.controller`)."""
+    path = folder / "bus"
+    argv = [PYTHON, "-m", "integration.controller", "--socket", str(path)]
+    for name, command in (services or {}).items():
+        argv += ["--service", f"{name}={shlex.join(command)}"]
+    with running(argv, env=_bus_env(folder), log=folder / "bus.log") as process:
+        pid = int(process.wait_line("READY").split()[1])
+        yield Bus(kind=BROKER, address=f"unix:path={path}", pid=pid)
+
+
+def _bus_env(folder: Path) -> dict[str, str]:
+    # The runtime directory keeps a bus from looking for service files of whoever runs the tests.
+    return {"XDG_RUNTIME_DIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(PROJECT)}
+
+
+def _write_config(folder: Path, address: str, services: Services) -> Path:
+    service_folder = folder / "services"
+    service_folder.mkdir()
+    for name, command in services.items():
+        text = f"[D-BUS Service]\nName={name}\nExec={shlex.join(command)}\n"
+        (service_folder / f"{name}.service").write_text(text)
+    config = folder / "bus.conf"
+    config.write_text(_CONFIG.format(address=escape(address), services=escape(str(service_folder))))
+    return config

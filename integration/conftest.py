@@ -1,0 +1,58 @@
+"""Fixtures of the integration tests, and the rule that in CI nothing is skipped for want of a program."""
+
+import os
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.buses import KINDS, Bus, open_bus
+from integration.supervised import Warden, open_warden
+
+# A skip whose text has one of these is of the kernel or the machine, which CI cannot install.
+_EXCUSES = ("the kernel", "the machine", "this kernel", "this machine")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_skip_in_ci(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_skip_in_ci(report)
+    return report
+
+
+def _fail_skip_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail") or os.environ.get("CI") != "true":
+        return
+    text = str(report.longrepr)
+    if not any(excuse in text for excuse in _EXCUSES):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {text}"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short path: a Unix socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="bw-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(params=KINDS)
+def bus(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bus]:
+    """A real bus: each test that takes it runs on dbus-daemon and on dbus-broker."""
+    with open_bus(request.param, folder) as running_bus:
+        yield running_bus
+
+
+@pytest.fixture
+def warden(bus: Bus, folder: Path) -> Iterator[Warden]:
+    """A supervisor with its gate on that bus; the test fails if it leaves anything behind."""
+    with open_warden(bus, folder / "run") as running_warden:
+        yield running_warden

@@ -1,0 +1,1 @@
+"""Tests of single modules: no daemon, no network, no real time."""

@@ -1,0 +1,184 @@
+"""The layers and sizes that docs/design.md promises, checked on the source text."""
+
+import ast
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+PROJECT: Final = Path(__file__).resolve().parent.parent
+PACKAGES: Final = ("broker", "policy")
+SOURCES: Final = sorted(path for name in PACKAGES for path in (PROJECT / name).rglob("*.py"))
+TESTS: Final = sorted(
+    path for name in ("integration", "tests") for path in (PROJECT / name).rglob("*.py")
+)
+MAX_LINES: Final = 400
+MAX_FUNCTION_LINES: Final = 50  # docstring and comments left out
+
+# Whatever is in one of these may import what stands behind it, and itself; the first match counts.
+# The arrows: cli, api -> supervisor -> engines -> (bus | gate control); gate -> wire, policy.
+MAY_IMPORT: Final = {
+    "policy": {"policy"},
+    "broker.wire": {"broker.wire"},
+    "broker.gate": {"broker.gate", "broker.wire", "policy"},
+    "broker.bus": {"broker.bus", "broker.wire"},
+    "broker.engines": {
+        "broker.engines",
+        "broker.bus",
+        "broker.gate.control",
+        "broker.wire",
+        "policy",
+    },
+    "broker.sandbox": {"broker.sandbox", "broker.wire", "policy"},
+    "broker.supervisor.service": {"broker", "policy"},  # puts the processes' parts together
+    "broker.supervisor": {
+        "broker.supervisor",
+        "broker.engines",
+        "broker.bus",
+        "broker.gate.control",
+        "broker.wire",
+        "policy",
+    },
+    "broker.api": {
+        "broker.api",
+        "broker.supervisor",
+        "broker.engines",
+        "broker.bus",
+        "broker.gate.control",
+        "broker.wire",
+        "policy",
+    },
+}
+
+# Modules that only compute: they touch no file, socket, clock or log.
+PURE: Final = [
+    path
+    for path in SOURCES
+    if path.is_relative_to(PROJECT / "policy")
+    or path.is_relative_to(PROJECT / "broker" / "wire")
+    or path.relative_to(PROJECT).as_posix()
+    in {
+        "broker/gate/control.py",
+        "broker/sandbox/plan.py",
+        "broker/supervisor/registry.py",
+    }
+]
+NEEDS_THE_WORLD: Final = {
+    "asyncio",
+    "logging",
+    "os",
+    "pathlib.Path",  # PurePath only computes
+    "random",
+    "select",
+    "selectors",
+    "signal",
+    "socket",
+    "sqlite3",
+    "subprocess",
+    "tempfile",
+    "threading",
+    "time",
+    "trio",
+}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the full names of all that a file imports: `from a import b` counts as a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def top_level(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def wrong_imports(path: Path) -> set[str]:
+    """Return what a file imports of ours against the arrows."""
+    layer = next((layer for layer in MAY_IMPORT if is_within(name_of(path), layer)), None)
+    if layer is None:
+        return set()
+    allowed = MAY_IMPORT[layer]
+    return {
+        module
+        for module in imported_modules(path)
+        if any(is_within(module, package) for package in PACKAGES)
+        and not any(is_within(module, other) for other in allowed)
+        # `from broker.gate import control` names the package, too: what it takes of it is judged.
+        and not any(is_within(other, module) for other in allowed)
+    }
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    assert not wrong_imports(path)
+
+
+@pytest.mark.parametrize("path", PURE, ids=name_of)
+def test_pure_module_does_no_io(path: Path) -> None:
+    imported = imported_modules(path)
+    assert not {module for module in NEEDS_THE_WORLD if any(is_within(i, module) for i in imported)}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if is_within(name_of(path), "broker.gate")], ids=name_of
+)
+def test_gate_stays_lean(path: Path) -> None:
+    # One gate a session, and its memory is measured: msgspec and the standard library, no event
+    # loop but its own on epoll (docs/decisions/0001).
+    outside = top_level(imported_modules(path)) - set(sys.stdlib_module_names) - set(PACKAGES)
+    assert outside <= {"msgspec"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_only_the_bus_bridge_knows_asyncio(path: Path) -> None:
+    if not is_within(name_of(path), "broker.bus"):
+        assert not top_level(imported_modules(path)) & {"asyncio", "trio_asyncio", "dbus_next"}
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=name_of)
+def test_file_is_not_too_long(path: Path) -> None:
+    assert path.read_text().count("\n") <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_are_not_too_long(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            code = lines[body[0].lineno - 1 : node.end_lineno] if body else []
+            written = [line for line in code if line.strip() and not line.lstrip().startswith("#")]
+            assert len(written) <= MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.name == "__init__.py"], ids=name_of
+)
+def test_package_file_is_a_docstring_and_nothing_else(path: Path) -> None:
+    (only,) = ast.parse(path.read_text()).body
+    assert isinstance(only, ast.Expr)
+    assert isinstance(only.value, ast.Constant)
+
+
+def test_an_import_against_the_arrows_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.PROJECT", tmp_path)
+    path = tmp_path / "broker" / "engines" / "bad.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from broker.gate import control, core\nimport policy.rules\nimport trio\n")
+    assert wrong_imports(path) == {"broker.gate.core"}
