@@ -13,9 +13,10 @@ all of the text up to the next `**`. What is left is quadratic, and `match.MAX_P
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
+
+import msgspec
 
 MAX_NAME: Final = 255  # bytes; names, interfaces and members, by the D-Bus specification
 MAX_PATTERN: Final = 1024  # characters
@@ -40,8 +41,7 @@ class PatternError(ValueError):
         self.position: Final = position
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NamePattern:
+class NamePattern(msgspec.Struct, frozen=True, kw_only=True):
     """A bus name; all of `org.example` and below it (`org.example.*`); or a glob."""
 
     kind: Literal["exact", "subtree", "glob"]

@@ -103,6 +103,9 @@ def test_work_is_bounded() -> None:
     count = MAX_STEPS
     with pytest.raises(PeerProtocolError, match="too many values"):
         skip("ag", u32(2 * count) + b"\0\0" * count)
+    long = b"\xff" + b"y" * 255 + b"\0"
+    with pytest.raises(PeerProtocolError, match="too many values"):
+        skip("ag", u32(257 * 65) + long * 65)
     # Types count by what it takes to look at them.
     deep = "a(" + "y" * 200 + ")"
     with pytest.raises(PeerProtocolError, match="too many values"):

@@ -158,7 +158,7 @@ class Link(MessageBus):
 class _Writer:
     """What waits to be sent. Descriptors are the sender's: it keeps them open until it has a reply."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Any) -> None:
         self._link = link
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._waiting = False

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from broker.gate.loop import READABLE, Loop
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_REFUSED
     with listening:
         _serve(listening, args.ready_fd)
-    os.unlink(args.control)
+    Path(args.control).unlink(missing_ok=True)
     return EXIT_OK
 
 
@@ -73,7 +74,7 @@ def _listen(path: str) -> socket.socket:
     before = os.umask(0o177)
     try:
         if _is_stale(path):
-            os.unlink(path)
+            Path(path).unlink()
         sock.bind(path)
     except OSError:
         sock.close()

@@ -14,16 +14,19 @@ Rule 4: a descriptor that came in is in exactly one place; whoever drops it clos
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
 from broker.gate.control import SandboxLimits
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Header
-from broker.wire.matchrule import MatchRule
+from broker.wire.marshal import Value
 from policy.match import Judge
 from policy.rules import Identity
+
+if TYPE_CHECKING:
+    from broker.wire.matchrule import MatchRule
 
 OWN_SERIALS: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
@@ -45,7 +48,7 @@ class Chunk(NamedTuple):
     fds: tuple[int, ...]
 
 
-Value = TypeVar("Value")
+Remembered = TypeVar("Remembered")
 
 Output = list[bytes | Chunk]
 
@@ -100,10 +103,19 @@ class Denial(NamedTuple):
 class Host(Protocol):
     """What the connection needs of the sandbox it belongs to."""
 
-    id: str
-    identity: Identity
-    limits: SandboxLimits
     bytes_held: int
+
+    @property
+    def id(self) -> str:
+        """Its id, cN."""
+
+    @property
+    def identity(self) -> Identity:
+        """Which app it is."""
+
+    @property
+    def limits(self) -> SandboxLimits:
+        """What it may take."""
 
     def denied(self, core: "Core", denial: Denial) -> None:
         """Report a refusal."""
@@ -194,7 +206,7 @@ class Core:
         self,
         member: str,
         signature: str,
-        values: Sequence[object],
+        values: Sequence[Value],
         finish: Finish,
     ) -> None:
         """Call the bus on this connection for the gate's own use."""
@@ -214,7 +226,7 @@ class Core:
 
     # -- answers of the gate's own ----------------------------------------------------------------
 
-    def answer(self, serial: int, signature: str = "", values: Sequence[object] = ()) -> None:
+    def answer(self, serial: int, signature: str = "", values: Sequence[Value] = ()) -> None:
         """Answer a call of the app in the bus's place."""
         self.to_app.append(
             marshal.make_return(
@@ -273,7 +285,7 @@ class Core:
         if len(self.callers) > MAX_CALLERS:
             self.callers.popitem(last=False)
 
-    def remember(self, table: dict[bytes, Value], key: bytes, value: Value) -> None:
+    def remember(self, table: dict[bytes, Remembered], key: bytes, value: Remembered) -> None:
         """Remember a verdict, within bounds."""
         if len(key) > MAX_REMEMBERED_BYTES:
             return

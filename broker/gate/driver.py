@@ -14,6 +14,7 @@ from broker.gate.sight import Sight
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.marshal import Value
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from broker.wire.names import is_bus_name, is_well_known_name
 
@@ -187,7 +188,7 @@ class Driver:
         self,
         header: Header,
         signature: str,
-        values: Sequence[object],
+        values: Sequence[Value],
         finish: Finish | None = None,
     ) -> bool:
         """Forward a call with these arguments in place of its own."""
@@ -388,7 +389,7 @@ class Driver:
 
     # -- arguments ----------------------------------------------------------------------------------
 
-    def _arguments(self, header: Header, data: bytes, signature: str) -> tuple[object, ...]:
+    def _arguments(self, header: Header, data: bytes, signature: str) -> tuple[Value, ...]:
         if header.signature != signature:
             raise CallRefusedError(
                 errors.INVALID_ARGS,
@@ -403,7 +404,7 @@ class Driver:
         return name
 
 
-def _results(reply: Header, data: bytes, signature: str) -> tuple[object, ...]:
+def _results(reply: Header, data: bytes, signature: str) -> tuple[Value, ...]:
     """Read what the bus answered. Raises PeerProtocolError if it is not of that form."""
     if reply.signature != signature:
         raise PeerProtocolError(f"the bus answered ({reply.signature}) instead of ({signature})")

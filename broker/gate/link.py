@@ -16,6 +16,7 @@ from broker.gate.loop import Loop
 from broker.gate.pipe import Closed, Pipe, close_fds
 from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
 from broker.wire.sasl import SaslClient, SaslServer
+from policy.match import Judge
 
 if TYPE_CHECKING:
     from broker.gate.sandbox import Sandbox
@@ -65,6 +66,7 @@ class Link:
         self._filter: Filter | None = None
         self._early = b""
         self._closed = False
+        self._new_judge: Judge | None = None
         self._deadline: Final = loop.call_later(HANDSHAKE_TIMEOUT, self._too_slow)
         # The app's side is read through a name that changes with the state of the link.
         self._read_app: Callable[[], None] = self._greet_app
@@ -75,15 +77,15 @@ class Link:
         """What judges it, once both handshakes are done."""
         return self._filter
 
-    def apply(self, change: Callable[[Filter], None]) -> None:
-        """Do something with the filter, and send what comes of it."""
-        self._change = change
+    def use(self, judge: Judge) -> None:
+        """Judge by other rules from now on."""
+        self._new_judge = judge
         self._apply()
 
     @_contained
     def _apply(self) -> None:
-        if self._filter is not None:
-            self._change(self._filter)
+        if self._filter is not None and self._new_judge is not None:
+            self._filter.use(self._new_judge)
             self._send()
 
     @property

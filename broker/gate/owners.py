@@ -15,6 +15,7 @@ from broker.gate.core import MAX_FORMER_OWNERS, Core, Special, Target
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
+from broker.wire.marshal import Value
 from policy.match import NamesUsed
 
 _OWNER_CHANGED: Final = (
@@ -201,7 +202,7 @@ class Owners:
         self,
         member: str,
         signature: str,
-        values: tuple[object, ...],
+        values: tuple[Value, ...],
         use: Callable[[Header, bytes], None],
     ) -> None:
         def finish(header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
@@ -226,7 +227,7 @@ class Owners:
     def _told(self, name: str, header: Header, data: bytes) -> None:
         owner = ""
         if header.type == MessageType.METHOD_RETURN:
-            (owner,) = marshal.read_body("s", data[header.size :], little=header.little)
+            owner = str(marshal.read_body("s", data[header.size :], little=header.little)[0])
         if name in self.names:
             self.changed(name, owner)
 
@@ -234,6 +235,7 @@ class Owners:
         if header.type != MessageType.METHOD_RETURN:
             raise PeerQuotaError("the bus does not list its names")
         (names,) = marshal.read_body("as", data[header.size :], little=header.little)
+        assert isinstance(names, tuple)
         there = {n for n in names if n[0] != ":" and n != DRIVER and self._relevant(n)}
         for name in wanted - there:
             self.names.setdefault(name, Target("", name))

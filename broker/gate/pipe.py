@@ -69,13 +69,13 @@ class Pipe:
             data = output[0]
             output.clear()
             try:
-                sent = self._send(data)  # type: ignore[arg-type]
+                sent = self._send(data)
             except BlockingIOError:
                 sent = 0
             except OSError as exc:
                 raise Closed from exc
             if sent < len(data):
-                self._enqueue(Chunk(data[sent:], ()))  # type: ignore[arg-type]
+                self._enqueue(Chunk(data[sent:], ()))
                 self._listen()
             return
         for item in output:
@@ -141,7 +141,7 @@ class Pipe:
             close_fds(first.fds)
             self._queue[0] = Chunk(first.data, ())
             return sent
-        parts = []
+        parts: list[bytes | memoryview] = []
         for chunk in self._queue:
             if chunk.fds or len(parts) == MAX_PARTS:
                 break

@@ -7,6 +7,8 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -77,9 +79,7 @@ class Sandbox:
             sock = socket.socket(fileno=fds[listener.fd])
             sock.setblocking(False)
             self._listening[sock.fileno()] = (sock, listener)
-            self._loop.add(
-                sock.fileno(), READABLE, lambda _events, fd=sock.fileno(): self._accept(fd)
-            )
+            self._loop.add(sock.fileno(), READABLE, partial(self._readable, sock.fileno()))
         if self.spec.close_notify is not None:
             self._close_pipe = fds[self.spec.close_notify]
             os.set_blocking(self._close_pipe, False)
@@ -142,9 +142,12 @@ class Sandbox:
             judging = link.filter
             if judging is not None:
                 judge = self.judge(judging.core.bus.name)
-                link.apply(lambda changed, judge=judge: changed.use(judge))
+                link.use(judge)
 
     # -- connections -------------------------------------------------------------------------------
+
+    def _readable(self, fd: int, _events: int) -> None:
+        self._accept(fd)
 
     def _accept(self, fd: int) -> None:
         sock, listener = self._listening[fd]
@@ -157,7 +160,7 @@ class Sandbox:
                 if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     LOGGER.warning("accept sandbox=%s: %s", self.id, exc.strerror)
                     self._loop.change(fd, 0)
-                    self._loop.call_later(ACCEPT_PAUSE, lambda: self._accept_again(fd))
+                    self._loop.call_later(ACCEPT_PAUSE, partial(self._accept_again, fd))
                 return
             self._take(connection, listener)
 
@@ -262,6 +265,7 @@ def _unlink(listener: Listener) -> None:
     if not listener.path:
         return
     with contextlib.suppress(OSError):
-        found = os.stat(listener.path, follow_symlinks=False)
+        path = Path(listener.path)
+        found = path.lstat()
         if (found.st_dev, found.st_ino) == (listener.device, listener.inode):
-            os.unlink(listener.path)
+            path.unlink()

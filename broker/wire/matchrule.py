@@ -95,12 +95,10 @@ def parse_match_rule(text: str) -> MatchRule:
         else:
             raise _invalid(f"unknown key {key[:40]!r}")
     _check_together(plain, args)
-    rule = MatchRule(
-        **{key: value for key, value in plain.items() if key in _PLAIN_KEYS},
-        args=tuple(sorted(args)),
-    )
-    canonical = rule.canonical()
-    if len(canonical.encode()) > MAX_RULE or len(args) + len(plain) > MAX_KEYS:
+    kept = {key: plain[key] for key in _PLAIN_KEYS if key in plain}
+    rule = MatchRule(**kept, args=tuple(sorted(args)))
+    # The text that goes to the bus has the type in any case, and quotes.
+    if len(rule.canonical().encode()) > MAX_RULE or 1 + len(kept) + len(args) > MAX_KEYS:
         raise CallRefusedError(LIMITS_EXCEEDED, "match rule too long")
     return rule
 
@@ -134,7 +132,8 @@ def _split(text: str) -> dict[str, str]:
     """Return the keys with their values, unquoted."""
     keys: dict[str, str] = {}
     at = 0
-    while at < len(text):
+    # A comma at the end is left by some generators of rules, and taken by the buses.
+    while text[at:].strip(_BLANKS):
         key, equals, _ = text[at:].partition("=")
         at += len(key) + 1
         key = key.strip(_BLANKS)
@@ -146,8 +145,6 @@ def _split(text: str) -> dict[str, str]:
         if at < len(text) and text[at] != ",":
             raise _invalid(f"bad quoting at {text[at : at + 20]!r}")
         at += 1
-        if not text[at:].strip(_BLANKS):
-            break  # a comma at the end: generators of rules leave it, and the buses take it
     return keys
 
 

@@ -16,8 +16,8 @@ from broker.wire.signature import BASIC, find_type_end, is_signature, is_single_
 MAX_ARRAY: Final = 2**26  # bytes; the specification's limit
 # The specification allows 64 levels of containers of all kinds together.
 MAX_DEPTH: Final = 64
-# A header has at most ten fields, a step or two each; only a hostile one has thousands of values. This
-# many take about ten milliseconds, during which nobody else is served.
+# A header has at most ten fields, a step or two each, and a signature; only a hostile one has thousands of
+# values. This many take some ten milliseconds, during which nobody else is served.
 MAX_STEPS: Final = 2**14
 
 _SIZES: Final = {"y": 1, "n": 2, "q": 2, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
@@ -96,7 +96,9 @@ class Reader:
 
     def signature(self) -> str:
         """Take a `g`."""
-        text = self._text(self.byte())
+        length = self.byte()
+        self.spend(length)  # checking it costs as much as it is long
+        text = self._text(length)
         if not is_signature(text):
             raise PeerProtocolError(f"not a signature: {text[:40]!r}")
         return text
@@ -202,7 +204,6 @@ def _skip_type(reader: Reader, frame: _Frame, stack: list[_Frame]) -> None:
         case "v":
             frame.at = at + 1
             inner = reader.variant_type()
-            reader.spend(len(inner))
             stack.append(_Frame(inner, 0, len(inner)))
         case "a" | "(" | "{":
             # A dict entry is no complete type, but always all that its array is of.

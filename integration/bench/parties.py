@@ -159,6 +159,7 @@ def open_gate(scene: Scene) -> Iterator[Gate]:
             gate = Gate(connection, process.pid, folder)
             gate.ask(control.SetBuses((control.BusSpec(name=BUS, address=scene.address),)))
             yield gate
+            gate.ask(control.Shutdown())
 
 
 @contextlib.contextmanager

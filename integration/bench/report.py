@@ -26,30 +26,25 @@ def print_table(results: Mapping[str, Result]) -> None:
     for heading in ("unit", "gate", "peer", "bus", "gate/peer", "goal", "gate/bus"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
-        row = result.make_row(name)
         goal = GOALS.get(name)
         table.add_row(
             name,
-            row.unit,
-            _series(result.gate),
-            _series(result.peer),
-            _series(result.bus),
-            _ratio(row.ratio_peer),
+            result.unit,
+            _text(result.gate),
+            _text(result.peer),
+            _text(result.bus),
+            _text(result.ratio_peer),
             "" if goal is None else f"<= {goal:.2f}",
-            _ratio(row.ratio_bus),
+            _text(result.ratio_bus),
         )
     # A pipe has no width of its own; a table cut at 80 columns would be of no use.
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
-def _series(series: Series | None) -> str:
+def _text(series: Series | None) -> str:
     if series is None:
         return "-"
-    digits = 0 if series.median >= 1000 else 1 if series.median >= 100 else 2
+    digits = max(0, 3 - len(str(int(series.median))))  # three that count
     if len(series.values) == 1:
         return f"{series.median:.{digits}f}"
     return f"{series.median:.{digits}f} ± {series.spread:.{digits}f}"
-
-
-def _ratio(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"

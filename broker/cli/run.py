@@ -1,0 +1,82 @@
+"""`buswarden run`: the broker in the foreground, until SIGTERM or SIGINT."""
+
+import logging
+import os
+from pathlib import Path
+
+import click
+import msgspec
+import trio
+
+from broker.cli.options import KeyValue
+from broker.cli.output import print_line
+from broker.cli.private_bus import private_bus
+from broker.gate.control import BusSpec
+from broker.supervisor.config import Config, load_config
+from broker.supervisor.service import serve
+from broker.wire.address import make_unix_address
+
+
+@click.command("run")
+@click.option(
+    "--bus",
+    "buses",
+    metavar="NAME=ADDRESS",
+    multiple=True,
+    type=KeyValue(),
+    help="A bus to serve; the first is the one that sandboxes get. May be repeated.",
+)
+@click.option(
+    "--scope", type=click.Choice(["user", "system"]), help="For whom: one user, or everybody."
+)
+@click.option(
+    "--config",
+    "config_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Read settings from this TOML file.",
+)
+@click.option("--verbose", is_flag=True, help="Log each message that is refused, and more.")
+def run_command(
+    *,
+    buses: tuple[tuple[str, str], ...],
+    scope: str | None,
+    config_path: Path | None,
+    verbose: bool,
+) -> None:
+    """Run the broker. Without --bus and without a session bus it starts one of its own."""
+    config = load_config(config_path, scope=scope, buses=_unique(buses))
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    if config.buses:
+        trio.run(serve, config)
+        return
+    if address := _session_bus_in(os.environ.get("XDG_RUNTIME_DIR")):
+        trio.run(serve, _with_session(config, address))
+        return
+    with private_bus(config.runtime_dir) as bus:
+        what = "an earlier broker's" if bus.adopted else "a"
+        print_line(
+            f"no session bus found: using {what} private one, {bus.address} (process {bus.pid})"
+        )
+        trio.run(serve, _with_session(config, bus.address))
+
+
+def _unique(buses: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    found = dict(buses)
+    if len(found) != len(buses):
+        raise click.UsageError("two buses of one name")
+    return found
+
+
+def _session_bus_in(runtime_dir: str | None) -> str | None:
+    if runtime_dir is None:
+        return None
+    path = Path(runtime_dir) / "bus"
+    return make_unix_address(str(path)) if path.is_socket() else None
+
+
+def _with_session(config: Config, address: str) -> Config:
+    return msgspec.structs.replace(config, buses=(BusSpec(name="session", address=address),))

@@ -1,0 +1,157 @@
+"""What the operator may set: scope, buses, folder, limits. From flags, a TOML file and the environment.
+
+    scope = "user"                  # or "system"
+    runtime_dir = "/run/buswarden"
+    [buses]
+    session = "unix:path=/run/user/1000/bus"
+    [limits]
+    max_containers = 100
+
+Flags go before the file, the file before the environment. Unknown keys are errors.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from broker.gate.control import BusSpec, SandboxLimits
+from broker.wire.address import MAX_PATH, parse_address
+from broker.wire.errors import ConfigError
+
+Scope = Literal["user", "system"]
+
+SYSTEM_RUNTIME_DIR: Final = Path("/run/buswarden")
+SYSTEM_BUS: Final = "unix:path=/run/dbus/system_bus_socket"
+CONTAINERS: Final = "containers"
+# As long as the longest file name that we bind: containers/dbus-XXXXXXXXXXXX
+_ROOM_FOR_NAMES: Final = len(f"/{CONTAINERS}/dbus-") + 12
+# Bus names are shown, and are keys of the control protocol: short and plain.
+_BUS_NAME: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that callers and sandboxes may grow. The first four have dbus-daemon's names."""
+
+    max_containers: int = 10_000
+    max_containers_per_user: int = 10_000
+    max_connections_per_container: int = 16
+    max_container_metadata_bytes: int = 65_536
+    bytes_held: int = SandboxLimits().bytes_held
+    bytes_queued: int = SandboxLimits().bytes_queued
+    pending_calls: int = SandboxLimits().pending_calls
+    match_rules: int = SandboxLimits().match_rules
+    names: int = SandboxLimits().names
+    tracked_names: int = SandboxLimits().tracked_names
+
+    def for_sandbox(self) -> SandboxLimits:
+        """Return those that the gate enforces."""
+        values = msgspec.structs.asdict(self)
+        mine = {name: values[name] for name in SandboxLimits.__struct_fields__ if name in values}
+        return SandboxLimits(connections=self.max_connections_per_container, **mine)
+
+
+SYSTEM_LIMITS: Final = Limits(
+    max_containers=512, max_containers_per_user=16, max_container_metadata_bytes=4096
+)
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the supervisor goes by. The first bus is the primary one."""
+
+    scope: Scope
+    buses: tuple[BusSpec, ...]
+    runtime_dir: Path
+    limits: Limits
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    scope: Scope | None = None
+    runtime_dir: str | None = None
+    buses: dict[str, str] = {}
+    limits: dict[str, int] = {}
+
+
+def load_config(
+    path: Path | None = None,
+    *,
+    scope: str | None = None,
+    buses: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Return what flags, the file if there is one, and the environment say together.
+
+    Raises ConfigError. There may be no bus in the result: whoever can start one decides.
+    """
+    environ = os.environ if environ is None else environ
+    file = _load_file(path) if path is not None else _File()
+    chosen: Scope = _check_scope(scope) or file.scope or "user"
+    addresses = dict(buses or file.buses or _find_buses(chosen, environ))
+    runtime_dir = _find_runtime_dir(chosen, file, environ)
+    return Config(
+        scope=chosen,
+        buses=tuple(_make_bus(name, addresses[name], environ) for name in addresses),
+        runtime_dir=runtime_dir,
+        limits=_make_limits(chosen, file.limits, path),
+    )
+
+
+def _load_file(path: Path) -> _File:
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+    try:
+        return msgspec.toml.decode(data, type=_File)
+    except msgspec.MsgspecError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+
+
+def _check_scope(text: str | None) -> Scope | None:
+    match text:
+        case None | "user" | "system":
+            return text
+        case _:
+            raise ConfigError(f"scope is user or system, not {text[:40]!r}")
+
+
+def _find_buses(scope: Scope, environ: Mapping[str, str]) -> dict[str, str]:
+    if scope == "system":
+        return {"system": environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS}
+    address = environ.get("DBUS_SESSION_BUS_ADDRESS")
+    return {"session": address} if address else {}
+
+
+def _make_bus(name: str, address: str, environ: Mapping[str, str]) -> BusSpec:
+    if not name or not _BUS_NAME.issuperset(name) or len(name) > 64:
+        raise ConfigError(f"not a name for a bus: {name[:40]!r} (small letters, digits, - and _)")
+    parse_address(address, runtime_dir=environ.get("XDG_RUNTIME_DIR"))
+    return BusSpec(name=name, address=address)
+
+
+def _find_runtime_dir(scope: Scope, file: _File, environ: Mapping[str, str]) -> Path:
+    if file.runtime_dir is not None:
+        path = Path(file.runtime_dir)
+    elif scope == "system":
+        path = SYSTEM_RUNTIME_DIR
+    elif folder := environ.get("XDG_RUNTIME_DIR"):
+        path = Path(folder) / "buswarden"
+    else:
+        raise ConfigError("no XDG_RUNTIME_DIR in the environment, and no runtime_dir configured")
+    if not path.is_absolute():
+        raise ConfigError(f"runtime_dir is not an absolute path: {str(path)[:80]!r}")
+    if len(os.fsencode(path)) + _ROOM_FOR_NAMES > MAX_PATH:
+        raise ConfigError(f"the runtime folder's path is too long for sockets in it: {path}")
+    return path
+
+
+def _make_limits(scope: Scope, given: Mapping[str, int], path: Path | None) -> Limits:
+    defaults = SYSTEM_LIMITS if scope == "system" else Limits()
+    for name, value in given.items():
+        if name not in Limits.__struct_fields__:
+            raise ConfigError(f"{path}: there is no limit named {name[:40]!r}")
+        if not 0 <= value < 2**63:
+            raise ConfigError(f"{path}: limit {name} cannot be {value}")
+    return msgspec.structs.replace(defaults, **given)

@@ -1,0 +1,307 @@
+"""The sandboxes there are: identifiers, limits, connections, denials. Pure: changes return their effects.
+
+Theory of operation. A sandbox is STARTING from the moment it has an id, RUNNING once its creator is about to be
+told, and gone when the engine says that it ended. What ended while STARTING is kept as ENDED, until
+`announce` says that the creator knows of it: so InstanceRemoved comes once for each instance that was announced, after
+the announcement, and never for others. Ids are given once, and survive the registry: whoever stores
+records stores `next_number` with them.
+"""
+
+import enum
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, NewType
+
+import msgspec
+
+from broker.gate.control import Denied, SandboxState, Snapshot
+from broker.supervisor.config import Limits
+from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
+from policy.rules import Access, AccessList, Identity, Rule
+
+SandboxId = NewType("SandboxId", str)
+
+INSTANCE_PREFIX: Final = "/org/freedesktop/DBus/Containers1/"
+# Refusals that are remembered for each sandbox, and of each of their texts.
+MAX_DENIALS: Final = 50
+MAX_DENIAL_TEXT: Final = 255
+
+# Portals take the gate's process for the app, and so a sandboxed app for a host's (docs/design.md, Identity).
+PORTAL_RULES: Final = tuple(
+    Rule(
+        access=frozenset({Access.SEND}),
+        deny=True,
+        name=name,
+        origin="built in: portals would take the sandbox for a program of the host"
+        " (--portals-as-host allows it)",
+    )
+    for name in ("org.freedesktop.portal.*", "org.freedesktop.impl.portal.*")
+)
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of a sandbox and stored. Metadata and credentials are marshalled `a{sv}`."""
+
+    number: int
+    type: str
+    app: str
+    component: str | None = None
+    metadata: bytes
+    uid: int  # of the creator
+    creator: str  # unique name
+    creator_bus: str
+    credentials: bytes
+    sockets: dict[str, str]  # bus -> path
+    addresses: dict[str, str]  # bus -> address
+    access: AccessList  # as given: without the built-in rules
+    portals_as_host: bool = False
+    keep_after_creator: bool = False
+    close_notify: bool = False
+    plugs: tuple[str, ...] = ()
+    created: float
+    listening: bool = True
+
+    @property
+    def id(self) -> SandboxId:
+        """Its id."""
+        return SandboxId(f"c{self.number}")
+
+    @property
+    def path(self) -> str:
+        """Its object path."""
+        return f"{INSTANCE_PREFIX}{self.id}"
+
+    @property
+    def identity(self) -> Identity:
+        """Which app it is of."""
+        return Identity(type=self.type, app=self.app, component=self.component)
+
+    @property
+    def access_in_force(self) -> AccessList:
+        """Return the list with what is built in."""
+        if self.portals_as_host:
+            return self.access
+        return msgspec.structs.replace(self.access, rules=(*self.access.rules, *PORTAL_RULES))
+
+
+class Phase(enum.Enum):
+    """Where a sandbox is in its life."""
+
+    STARTING = enum.auto()  # its creator does not know of it yet
+    RUNNING = enum.auto()
+    ENDED = enum.auto()  # before its creator knew of it
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sandbox:
+    """A sandbox in the registry."""
+
+    record: Record
+    phase: Phase = Phase.STARTING
+    connections: dict[tuple[str, str], None] = field(default_factory=dict)  # (bus, unique name)
+    denied: int = 0  # messages refused so far
+    denials: deque[Denied] = field(default_factory=lambda: deque(maxlen=MAX_DENIALS))
+    reason: str = ""  # why it ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """The effect of an end: to be announced as InstanceRemoved."""
+
+    record: Record
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciled:
+    """What a snapshot of the gate means for us."""
+
+    strangers: tuple[SandboxId, ...]  # the gate has them and nobody knows them: to be stopped
+    lost: tuple[Removed, ...]  # the gate has them no more
+    changed: tuple[Record, ...]  # to be stored
+    other_access: tuple[SandboxId, ...]  # enforced by rules that were never acknowledged
+    differences: tuple[str, ...]  # for the log
+
+
+class Registry:
+    """All sandboxes."""
+
+    def __init__(
+        self, limits: Limits, records: Iterable[Record] = (), next_number: int = 0
+    ) -> None:
+        self._limits: Final = limits
+        self._sandboxes: Final[dict[SandboxId, Sandbox]] = {}
+        self._by_uid: Final[dict[int, int]] = {}
+        self.next_number = next_number
+        for record in records:
+            self.add(record).phase = Phase.RUNNING
+
+    def __iter__(self) -> Iterator[Sandbox]:
+        return iter(list(self._sandboxes.values()))
+
+    def __len__(self) -> int:
+        return len(self._sandboxes)
+
+    # -- looking up -----------------------------------------------------------------------------
+
+    def get(self, id_: str) -> Sandbox | None:
+        """Return a sandbox that has not ended."""
+        sandbox = self._sandboxes.get(SandboxId(id_))
+        return sandbox if sandbox is not None and sandbox.phase is not Phase.ENDED else None
+
+    def find(self, id_or_path: str) -> Sandbox:
+        """Return the sandbox that a caller means. Raises CallRefusedError NotContainer."""
+        sandbox = self.get(id_or_path.removeprefix(INSTANCE_PREFIX))
+        if sandbox is None:
+            raise CallRefusedError(NOT_CONTAINER, f"there is no container {id_or_path[:100]!r}")
+        return sandbox
+
+    def connection_count(self) -> int:
+        """Count the connections of all sandboxes."""
+        return sum(len(sandbox.connections) for sandbox in self._sandboxes.values())
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def new_number(self, uid: int, metadata_size: int) -> int:
+        """Return the number for a sandbox to `add` at once. Raises CallRefusedError LimitsExceeded."""
+        limits = self._limits
+        _check_limit(
+            "max_container_metadata_bytes", limits.max_container_metadata_bytes, metadata_size
+        )
+        _check_limit("max_containers", limits.max_containers, len(self._sandboxes) + 1)
+        _check_limit(
+            "max_containers_per_user", limits.max_containers_per_user, self._by_uid.get(uid, 0) + 1
+        )
+        return self.next_number
+
+    def add(self, record: Record) -> Sandbox:
+        """Take in a sandbox."""
+        assert record.id not in self._sandboxes
+        self.next_number = max(self.next_number, record.number + 1)
+        self._by_uid[record.uid] = self._by_uid.get(record.uid, 0) + 1
+        sandbox = self._sandboxes[record.id] = Sandbox(record=record)
+        return sandbox
+
+    def withdraw(self, id_: SandboxId) -> None:
+        """Forget a sandbox that did not come about."""
+        sandbox = self._sandboxes[id_]
+        assert sandbox.phase is not Phase.RUNNING
+        self._forget(sandbox)
+
+    def announce(self, id_: SandboxId) -> Removed | None:
+        """The creator is told now: return the end, if that came first."""
+        sandbox = self._sandboxes[id_]
+        if sandbox.phase is Phase.ENDED:
+            self._forget(sandbox)
+            return Removed(record=sandbox.record, reason=sandbox.reason)
+        sandbox.phase = Phase.RUNNING
+        return None
+
+    def end(self, id_: str, reason: str) -> Removed | None:
+        """It neither listens nor has connections. Unknown ones are ignored: they were withdrawn."""
+        sandbox = self.get(id_)
+        if sandbox is None:
+            return None
+        if sandbox.phase is Phase.STARTING:
+            sandbox.phase = Phase.ENDED
+            sandbox.reason = reason
+            return None
+        self._forget(sandbox)
+        return Removed(record=sandbox.record, reason=reason)
+
+    def update(self, record: Record) -> None:
+        """Replace what is known of a sandbox."""
+        sandbox = self._sandboxes[record.id]
+        assert sandbox.record.uid == record.uid
+        sandbox.record = record
+
+    # -- what happens in it ---------------------------------------------------------------------------
+
+    def connect(self, id_: str, bus: str, unique_name: str) -> None:
+        """A connection said Hello."""
+        if sandbox := self.get(id_):
+            sandbox.connections[bus, unique_name] = None
+
+    def disconnect(self, id_: str, bus: str, unique_name: str) -> None:
+        """A connection is closed."""
+        if sandbox := self.get(id_):
+            sandbox.connections.pop((bus, unique_name), None)
+
+    def deny(self, event: Denied) -> Sandbox | None:
+        """Remember a refusal, cut short: the texts are the sandbox's choice."""
+        sandbox = self.get(event.sandbox)
+        if sandbox is not None:
+            sandbox.denied += 1 + event.more
+            sandbox.denials.append(shorten(event))
+        return sandbox
+
+    # -- after a restart, ours or the gate's ------------------------------------------------------------
+
+    def reconcile(self, snapshot: Snapshot) -> Reconciled:
+        """Take the gate's word for what there is. Sandboxes that are STARTING are left to who adds them."""
+        theirs = {state.spec.id: state for state in snapshot.sandboxes}
+        strangers, others = [], []
+        differences: list[str] = []
+        changed: list[Record] = []
+        for id_, state in theirs.items():
+            self._keep_number(id_)
+            sandbox = self.get(id_)
+            if sandbox is None:
+                strangers.append(SandboxId(id_))
+                differences.append(f"{id_}: the gate has it and we do not: stopped")
+            elif sandbox.phase is Phase.RUNNING:
+                changed += self._adopt(sandbox, state, differences)
+                if state.spec.access != sandbox.record.access_in_force:
+                    others.append(sandbox.record.id)
+                    differences.append(f"{id_}: the gate had other rules: set again")
+        lost = []
+        for sandbox in self:
+            if sandbox.phase is Phase.RUNNING and sandbox.record.id not in theirs:
+                differences.append(f"{sandbox.record.id}: the gate does not have it: ended")
+                self._forget(sandbox)
+                lost.append(Removed(record=sandbox.record, reason="gate-lost"))
+        return Reconciled(
+            strangers=tuple(strangers),
+            lost=tuple(lost),
+            changed=tuple(changed),
+            other_access=tuple(others),
+            differences=tuple(differences),
+        )
+
+    def _adopt(
+        self, sandbox: Sandbox, state: SandboxState, differences: list[str]
+    ) -> Iterator[Record]:
+        sandbox.connections = dict.fromkeys(state.connections)
+        sandbox.denied = state.denied
+        if sandbox.record.listening and not state.listening:
+            differences.append(f"{sandbox.record.id}: the gate has stopped listening")
+            sandbox.record = msgspec.structs.replace(sandbox.record, listening=False)
+            yield sandbox.record
+
+    def _keep_number(self, id_: str) -> None:
+        number = id_.removeprefix("c")
+        if number.isdecimal():
+            self.next_number = max(self.next_number, int(number) + 1)
+
+    def _forget(self, sandbox: Sandbox) -> None:
+        record = sandbox.record
+        del self._sandboxes[record.id]
+        self._by_uid[record.uid] -= 1
+        if not self._by_uid[record.uid]:
+            del self._by_uid[record.uid]
+
+
+def shorten(event: Denied) -> Denied:
+    """Return the event with texts of bounded length."""
+    texts: Mapping[str, str] = {
+        name: value[:MAX_DENIAL_TEXT]
+        for name, value in msgspec.structs.asdict(event).items()
+        if isinstance(value, str)
+    }
+    return msgspec.structs.replace(event, **texts)
+
+
+def _check_limit(name: str, limit: int, wanted: int) -> None:
+    if wanted > limit:
+        raise CallRefusedError(LIMITS_EXCEEDED, f"{name}={limit} would be exceeded")

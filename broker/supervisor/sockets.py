@@ -1,0 +1,153 @@
+"""Descriptors and socket files: what we bind for a sandbox, and what a caller hands us.
+
+A Bound belongs to whoever made it, and closes our descriptor at the end of its block; the file is unlinked there
+only if the block failed, as otherwise it is the gate's to unlink.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from broker.wire.address import make_unix_address
+from broker.wire.errors import INVALID_ARGS, CallRefusedError
+
+# Connections that wait for the gate to take them. It counts them from there on.
+BACKLOG: Final = 128
+_TRIES: Final = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """A socket that listens."""
+
+    fd: int
+    path: str  # as in sun_path: an abstract one begins with NUL
+    guid: str
+    device: int = 0  # of a file that we made; 0: it is somebody else's
+    inode: int = 0
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the file is to be unlinked."""
+        return self.inode != 0
+
+    @property
+    def address(self) -> str:
+        """The D-Bus address to connect to."""
+        return make_unix_address(self.path, self.guid)
+
+
+@contextmanager
+def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
+    """Listen on a new file in the folder, which only that uid may connect to."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        path = _bind(sock, folder)
+        try:
+            if uid != os.geteuid():
+                os.chown(path, uid, -1)
+            sock.listen(BACKLOG)
+            info = path.stat()
+            yield Bound(
+                fd=sock.fileno(),
+                path=str(path),
+                guid=os.urandom(16).hex(),
+                device=info.st_dev,
+                inode=info.st_ino,
+            )
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            raise
+
+
+@contextmanager
+def given_socket(fd: int) -> Iterator[Bound]:
+    """Listen on a socket of the caller's, which stays open for it. Raises CallRefusedError."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise CallRefusedError(INVALID_ARGS, "Socket is not a unix stream socket")
+        try:
+            name = sock.getsockname()
+            path = name if isinstance(name, str) else name.decode()
+        except UnicodeDecodeError:
+            raise CallRefusedError(INVALID_ARGS, "Socket is bound to a name that is no text") from None
+        if not path.removeprefix("\0").isprintable() or not path.removeprefix("\0"):
+            raise CallRefusedError(INVALID_ARGS, "Socket is not bound to a name, or to an odd one")
+        try:
+            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                sock.listen(BACKLOG)
+        except OSError as exc:
+            raise CallRefusedError(INVALID_ARGS, f"Socket cannot listen: {exc.strerror}") from exc
+        yield Bound(fd=sock.fileno(), path=path, guid=os.urandom(16).hex())
+
+
+def check_readable(fd: int, name: str) -> None:
+    """Check that it is the read end of a pipe, or a socket. Raises CallRefusedError."""
+    if not _is_channel(fd) or _mode(fd) == os.O_WRONLY:
+        raise CallRefusedError(INVALID_ARGS, f"{name} is not the read end of a pipe")
+
+
+def check_writable(fd: int, name: str) -> None:
+    """Check that it is the write end of a pipe, or a socket. Raises CallRefusedError."""
+    if not _is_channel(fd) or _mode(fd) == os.O_RDONLY:
+        raise CallRefusedError(INVALID_ARGS, f"{name} is not the write end of a pipe")
+
+
+def notify(fd: int) -> None:
+    """Write one byte, without ever waiting for whoever reads, or does not."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                sock.send(b"\0", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            return
+        # O_NONBLOCK set on the descriptor would be the caller's as well: open the pipe anew.
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(own, b"\0")
+        finally:
+            os.close(own)
+
+
+def sweep(folder: Path, keep: set[str]) -> list[str]:
+    """Unlink the sockets in the folder that are not to be kept, and return their paths."""
+    swept = []
+    for path in folder.glob("dbus-*"):
+        if str(path) not in keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                swept.append(str(path))
+    return swept
+
+
+def _bind(sock: socket.socket, folder: Path) -> Path:
+    umask = os.umask(0o077)
+    try:
+        for _ in range(_TRIES):
+            path = folder / f"dbus-{os.urandom(6).hex()}"
+            try:
+                sock.bind(os.fspath(path))
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return path
+    finally:
+        os.umask(umask)
+    raise FileExistsError(f"no free name in {folder}")
+
+
+def _is_channel(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _mode(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
