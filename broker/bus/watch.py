@@ -3,29 +3,36 @@
 One match rule a name, counted, so that a busy bus does not wake us for everybody's comings and goings.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
 
 from broker.bus.connection import DRIVER, Signal, Target
 
 
-class Sender(Protocol):
+class Caller(Protocol):
     """What the watch needs of a bus."""
 
-    def send(self, target: Target, member: str, signature: str, values: list[object]) -> None:
+    def send(
+        self, target: Target, member: str, signature: str = "", values: Sequence[object] = ()
+    ) -> None:
         """Call without wanting a reply."""
+
+    async def call(
+        self, target: Target, member: str, signature: str = "", values: Sequence[object] = ()
+    ) -> list[Any]:
+        """Return the values of the reply."""
 
 
 class NameWatch:
     """The names that are watched on one bus. Give it every signal by `take`."""
 
-    def __init__(self, bus: Sender, on_gone: Callable[[str], None]) -> None:
+    def __init__(self, bus: Caller, on_gone: Callable[[str], None]) -> None:
         self._bus: Final = bus
         self._on_gone: Final = on_gone
         self._counts: Final[dict[str, int]] = {}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._counts))
+    def __contains__(self, name: str) -> bool:
+        return name in self._counts
 
     def add(self, name: str) -> None:
         """Watch a name. What is called on this bus afterwards is answered after the watch is on."""
@@ -51,8 +58,18 @@ class NameWatch:
         ):
             return
         name, _, new_owner = signal.values
-        if not new_owner and name in self._counts:
-            del self._counts[name]
+        if not new_owner:
+            self._gone(name)
+
+    async def check(self) -> None:
+        """Find out which names were gone already when they were added."""
+        for name in list(self._counts):
+            (has_owner,) = await self._bus.call(DRIVER, "NameHasOwner", "s", [name])
+            if not has_owner:
+                self._gone(name)
+
+    def _gone(self, name: str) -> None:
+        if self._counts.pop(name, 0):
             self._bus.send(DRIVER, "RemoveMatch", "s", [_match(name)])
             self._on_gone(name)
 

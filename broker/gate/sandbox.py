@@ -39,6 +39,8 @@ REPORTS_PER_SECOND: Final = 50
 ACCEPT_PAUSE: Final = 0.1  # seconds
 # Connections taken in one turn of the loop, so that one sandbox does not keep the others waiting.
 ACCEPTS_A_TURN: Final = 16
+# What a socket calls itself in the handshake when nobody gave it a guid: 32 hex digits.
+GUID: Final = os.urandom(16).hex()
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
@@ -186,7 +188,7 @@ class Sandbox:
             return
         connection.setblocking(False)
         bus = self._buses[listener.bus]
-        self.links.add(Link(self._loop, self, bus, connection, listener.guid))
+        self.links.add(Link(self._loop, self, bus, connection, listener.guid or GUID))
 
     def said_hello(self, core: Core) -> None:
         """Register a connection, before its app can use it."""

@@ -78,7 +78,9 @@ def given_socket(fd: int) -> Iterator[Bound]:
             name = sock.getsockname()
             path = name if isinstance(name, str) else name.decode()
         except UnicodeDecodeError:
-            raise CallRefusedError(INVALID_ARGS, "Socket is bound to a name that is no text") from None
+            raise CallRefusedError(
+                INVALID_ARGS, "Socket is bound to a name that is no text"
+            ) from None
         if not path.removeprefix("\0").isprintable() or not path.removeprefix("\0"):
             raise CallRefusedError(INVALID_ARGS, "Socket is not bound to a name, or to an odd one")
         try:

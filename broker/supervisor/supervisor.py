@@ -10,9 +10,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -38,7 +39,6 @@ from broker.supervisor.state import State
 from broker.wire.errors import (
     ACCESS_DENIED,
     LIMITS_EXCEEDED,
-    NOT_CONTAINER,
     CallRefusedError,
 )
 from policy.rules import AccessList, Rule
@@ -46,6 +46,7 @@ from policy.rules import AccessList, Rule
 LOGGER: Final = logging.getLogger(__name__)
 # An access list of this many takes about 2 MiB, in each of the places that have it.
 MAX_RULES: Final = 10_000
+_Job = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,17 +124,17 @@ class Supervisor:
         # One change of rules at a time: each one reads the list that it changes.
         self._changing: Final = trio.Lock()
         # Cannot grow without bound: at most one job of each kind a sandbox, and a snapshot's.
-        self._jobs_in, self._jobs = trio.open_memory_channel[_Job](math.inf)
+        self._jobs_in, self._jobs = trio.open_memory_channel[tuple[str, _Job]](math.inf)
         self._tagged: Final[dict[tuple[str, str], None]] = {}
         for record in records:
             self._follow(record)
 
     # -- what callers ask ---------------------------------------------------------------------------------
 
-    async def add(self, request: AddRequest, caller: Caller, *, is_watched: bool = True) -> Record:
+    async def add(self, request: AddRequest, caller: Caller) -> Record:
         """Make a sandbox and return it once its sockets are served; then call `announce`.
 
-        `is_watched`: the caller's name was watched before its credentials were asked for.
+        The caller's name must be watched since before its credentials were asked for, until `announce`.
         """
         _check_rules(request.access)
         number = self.registry.new_number(caller.uid, len(request.metadata))
@@ -155,9 +156,11 @@ class Supervisor:
         removed = self.registry.announce(record.id)
         if removed is not None:
             self._remove(removed)
-        elif not self._follow(record):
-            # It left while its sandbox was made: nobody will tell us again.
-            self._jobs_in.send_nowait(_Job(self._end_listening, record.id))
+        elif follows_creator(record):
+            if record.creator in self._outside.watches[record.creator_bus]:
+                self._follow(record)
+            else:  # it left while its sandbox was made, and nobody will tell us again
+                self._later(record.id, partial(self._end_listening, record.id))
 
     async def stop(self, caller: Caller, id_or_path: str) -> None:
         """End a sandbox, its connections included."""
@@ -176,9 +179,9 @@ class Supervisor:
         async with self._changing:
             record = self._changeable(caller, id_or_path)
             before = () if replace else record.access.rules
-            # Twice the same rule says nothing more; `origin` is no part of what it says.
-            new = {_meaning(rule): rule for rule in (*rules, *before)}
-            access = msgspec.structs.replace(record.access, rules=tuple(reversed(new.values())))
+            # The same rule twice says nothing more; its origin is no part of what it says.
+            meanings = {_meaning(rule): rule for rule in (*before, *rules)}
+            access = msgspec.structs.replace(record.access, rules=tuple(meanings.values()))
             _check_rules(access)
             record = msgspec.structs.replace(record, access=access)
             await self._outside.engine.set_access(record.id, record.access_in_force)
@@ -230,12 +233,12 @@ class Supervisor:
         for removed in result.lost:
             self._remove(removed)
         for id_ in result.strangers:
-            self._jobs_in.send_nowait(_Job(self._outside.engine.stop, id_))
+            self._later(id_, partial(self._outside.engine.stop, id_))
         for id_ in result.other_access:
-            self._jobs_in.send_nowait(_Job(self._set_access_again, id_))
+            self._later(id_, partial(self._set_access_again, id_))
         for bus, unique_name in self._tagged:
-            self._jobs_in.send_nowait(_Job(self._tag_again, unique_name, bus))
-        self._set_listening_right(snapshot)
+            again = partial(self._outside.engine.tag_headers, bus, unique_name)
+            self._later(unique_name, again)
         self._sweep()
 
     def name_gone(self, bus: str, unique_name: str) -> None:
@@ -243,16 +246,16 @@ class Supervisor:
         self._tagged.pop((bus, unique_name), None)
         for id_ in self._creators.left(bus, unique_name):
             LOGGER.info("%s: its creator left the bus: listening ends", id_)
-            self._jobs_in.send_nowait(_Job(self._end_listening, id_))
+            self._later(id_, partial(self._end_listening, id_))
 
     async def run_jobs(self) -> None:
         """Do what events gave to do, for ever. One that fails does not keep the others from being done."""
-        async for job in self._jobs:
+        async for about, job in self._jobs:
             try:
-                await job.run()
+                await job()
             except (CallRefusedError, EngineLostError) as exc:
                 # It ended by itself, or the next snapshot will show what is left to do.
-                LOGGER.info("%s: %s", job.id, exc)
+                LOGGER.info("%s: %s", about, exc)
 
     # -- helpers -------------------------------------------------------------------------------------------
 
@@ -304,5 +307,80 @@ class Supervisor:
             self._outside.state.delete(record)
             if not isinstance(exc, CallRefusedError):
                 # The gate may have it, or come to have it.
-                self._jobs_in.send_nowait(_Job(self._outside.engine.stop, record.id))
+                self._later(record.id, partial(self._outside.engine.stop, record.id))
             raise
+
+    def _follow(self, record: Record) -> None:
+        if self._creators.add(record):
+            self._outside.watches[record.creator_bus].add(record.creator)
+
+    def _later(self, about: str, job: _Job) -> None:
+        self._jobs_in.send_nowait((about, job))
+
+    def _store(self, record: Record) -> None:
+        self._outside.state.put(record)
+        self.registry.update(record)
+
+    def _remove(self, removed: Removed) -> None:
+        record = removed.record
+        LOGGER.info("%s: ended (%s)", record.id, removed.reason)
+        self._outside.state.delete(record)
+        if self._creators.remove(record):
+            self._outside.watches[record.creator_bus].discard(record.creator)
+        self._outside.announcer.removed(record)
+
+    def _sweep(self) -> None:
+        keep = {path for sandbox in self.registry for path in sandbox.record.sockets.values()}
+        for path in sweep(self._outside.folder, keep):
+            LOGGER.info("%s: left behind by an earlier gate: unlinked", path)
+
+    async def _end_listening(self, id_: SandboxId) -> None:
+        await self._outside.engine.stop_listening(id_)
+        sandbox = self.registry.get(id_)
+        if sandbox is not None:  # else that was its end
+            self._store(msgspec.structs.replace(sandbox.record, listening=False))
+
+    async def _set_access_again(self, id_: SandboxId) -> None:
+        async with self._changing:
+            record = self.registry.find(id_).record
+            await self._outside.engine.set_access(id_, record.access_in_force)
+
+
+def _make_spec(
+    record: Record, request: AddRequest, bound: Mapping[str, Bound], limits: Limits
+) -> tuple[SandboxSpec, list[int]]:
+    fds = [one.fd for one in bound.values()]
+    close_notify = None
+    if request.close_notify is not None:
+        close_notify = len(fds)
+        fds.append(request.close_notify)
+    listeners = tuple(
+        Listener(
+            bus=bus,
+            fd=index,
+            path=one.path if one.is_ours else "",
+            device=one.device,
+            inode=one.inode,
+            guid=one.guid,
+        )
+        for index, (bus, one) in enumerate(bound.items())
+    )
+    spec = SandboxSpec(
+        id=record.id,
+        identity=record.identity,
+        uid=record.uid,
+        listeners=listeners,
+        access=record.access_in_force,
+        close_notify=close_notify,
+        limits=limits.for_sandbox(),
+    )
+    return spec, fds
+
+
+def _check_rules(access: AccessList) -> None:
+    if len(access.rules) > MAX_RULES:
+        raise CallRefusedError(LIMITS_EXCEEDED, f"max_rules={MAX_RULES} would be exceeded")
+
+
+def _meaning(rule: Rule) -> Rule:
+    return msgspec.structs.replace(rule, origin="")

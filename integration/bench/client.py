@@ -11,7 +11,7 @@ import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from broker.wire.header import FIXED_SIZE, MessageType, measure, parse_header
 from broker.wire.marshal import Value, make_call
@@ -98,7 +98,7 @@ class Client:
             send(call)
             missing = reply_size - receive(buffer)
             while missing > 0:
-                missing -= receive(buffer)
+                missing -= receive(buffer) or _closed()
         taken = time.perf_counter() - start
         self._serial += count
         return taken
@@ -127,7 +127,7 @@ class Client:
         receive, view = self._socket.recv_into, memoryview(self._buffer)
         while missing > 0:
             # No further than asked for: what lies behind belongs to the next batch.
-            missing -= receive(view[:missing])
+            missing -= receive(view[:missing]) or _closed()
 
     def _send_next(self, call: bytes) -> None:
         numbered = bytearray(call)
@@ -160,8 +160,12 @@ class Client:
     def _receive(self) -> bytes:
         data = self._socket.recv(BUFFER)
         if not data:
-            raise BenchError("the connection was closed")
+            _closed()
         return data
+
+
+def _closed() -> NoReturn:
+    raise BenchError("the connection was closed")
 
 
 def make_driver_call(member: str, signature: str = "", values: Sequence[Value] = ()) -> bytes:
