@@ -1,6 +1,6 @@
 """The judgement: an AccessList compiled into an index, and questions to it. Pure.
 
-A Judge is immutable: new rules are a new Judge. It answers for one sandbox on one bus, and is told who the
+A Judge does not change: new rules are a new Judge. It answers for one sandbox on one bus, and is told who the
 other end is; it keeps nothing of what it was asked. docs/policy.md says what the rules mean.
 
 How the index works. Rules are put into buckets by what they name: nothing, an exact name, a subtree, a
@@ -28,7 +28,7 @@ from policy.rules import Access, AccessList, Identity, Peer, Rule
 from policy.text import format_rule
 
 # D-Bus sets no limit to a path, and a glob takes time quadratic in it (policy.globs): 2048
-# characters are some milliseconds at worst. No longer path was seen in the wild.
+# characters are some tens of milliseconds for the worst of patterns.
 MAX_PATH: Final = 2048
 # Names whose place in an index is remembered.
 MAX_KNOWN_NAMES: Final = 512

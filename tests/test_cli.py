@@ -287,10 +287,11 @@ def test_stop_can_keep_connections(run: Run, broker: Broker) -> None:
 
 
 def test_who_asks_on_the_bus_that_the_name_is_on(run: Run, broker: Broker) -> None:
-    assert run("who", ":1.9", "--bus", "system") == (0, "c7 org.example.T/app\n", "")
+    assert run("who", ":1.9", "--bus", "system") == (0, "c7 org.example.T/app#part\n", "")
     assert [(call[0], call[2]) for call in broker.calls] == [
         (ADDRESS, "Status"),
         (OTHER, "GetConnectionInstance"),
+        (OTHER, "Show"),
     ]
 
 

@@ -1,7 +1,7 @@
 from functools import lru_cache
 
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given, reject, strategies as st
 
 from policy import globs
 from policy.globs import (
@@ -123,7 +123,7 @@ def test_members() -> None:
         (parse_name_pattern, ".*", 0, "empty"),
         (parse_name_pattern, "org..*x", 3, "empty"),
         (parse_name_pattern, "1org.*", 0, "digit"),
-        (parse_name_pattern, "*" * 1025, 1024, "too long"),
+        (parse_name_pattern, "*" * 256, 255, "longer"),
         (compile_path, "*/a", 0, "begins with '/'"),
         (compile_path, "/a/*/", 4, "does not end"),
         (compile_path, "/a.*", 2, "cannot stand"),
@@ -178,8 +178,7 @@ def test_path_globs_match_what_a_plain_search_matches(pieces: list[str], rest: s
     try:
         predicate = compile_path(pattern)
     except PatternError:
-        assume(False)  # noqa: FBT003 (hypothesis takes it so)
-        raise
+        reject()
     assert bool(predicate("/" + rest)) == searched(pattern, "/" + rest)
 
 
@@ -188,8 +187,7 @@ def test_name_globs_match_what_a_plain_search_matches(pattern: str, name: str) -
     try:
         parsed = parse_name_pattern(pattern)
     except PatternError:
-        assume(False)  # noqa: FBT003
-        raise
+        reject()
     assume(parsed.kind == "glob")
     assert bool(compile_name(pattern)(name)) == searched(pattern.replace("*", "**"), name)
 

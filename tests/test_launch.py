@@ -89,22 +89,18 @@ def test_the_exit_status_is_passed_on(
 def test_a_signal_reaches_the_command_and_not_bubblewrap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The fake is bubblewrap and the first process in one: its child is the command, which signals the
-    # test's process, our launcher, and exits by what comes back.
+    # The fake is bubblewrap and the first process in one; its child is the command, which signals the
+    # test's process, our launcher, until it hears of it. SIGWINCH, as that one never ends anything.
     script = """
+import time
 parent = os.getppid()
-ready, go = os.pipe()
-child = os.fork()
-if child == 0:
-    os.close(go)
-    signal.signal(signal.SIGUSR1, lambda *_: os._exit(33))
-    os.read(ready, 1)
-    os.kill(parent, signal.SIGUSR1)
-    signal.pause()
+if os.fork() == 0:
+    signal.signal(signal.SIGWINCH, lambda *_: os._exit(33))
+    for _ in range(500):
+        os.kill(parent, signal.SIGWINCH)
+        time.sleep(0.01)
 os.write(int(sys.argv[4]), b'{"child-pid": %d}' % os.getpid())
-os.close(int(sys.argv[4]))
-os.close(go)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
     fake_bubblewrap(tmp_path, monkeypatch, script)
     read_end, write_end = os.pipe()

@@ -42,7 +42,7 @@ def test_other_words_are_refused(bad: bytes) -> None:
 
 
 def test_no_access_is_an_empty_list_with_the_default_for_the_host() -> None:
-    assert NO_ACCESS == AccessList(rules=(), receive_from_host=True)
+    assert AccessList(rules=(), receive_from_host=True) == NO_ACCESS
 
 
 def test_an_app_without_component_is_not_the_component_with_no_name() -> None:

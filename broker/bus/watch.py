@@ -26,9 +26,9 @@ class Caller(Protocol):
 class NameWatch:
     """The names that are watched on one bus. Give it every signal by `take`."""
 
-    def __init__(self, bus: Caller, on_gone: Callable[[str], None]) -> None:
+    def __init__(self, bus: Caller) -> None:
+        self.on_gone: Callable[[str], None] = _ignore
         self._bus: Final = bus
-        self._on_gone: Final = on_gone
         self._counts: Final[dict[str, int]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -71,7 +71,11 @@ class NameWatch:
     def _gone(self, name: str) -> None:
         if self._counts.pop(name, 0):
             self._bus.send(DRIVER, "RemoveMatch", "s", [_match(name)])
-            self._on_gone(name)
+            self.on_gone(name)
+
+
+def _ignore(_name: str) -> None:
+    pass
 
 
 def _match(name: str) -> str:

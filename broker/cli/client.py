@@ -88,6 +88,7 @@ class Instance:
     path: str
     type: str
     app: str
+    component: str
     metadata: Mapping[str, Any]
     creator: Mapping[str, Any]
 
@@ -160,7 +161,13 @@ class Client:
     async def who_here(self, name: str) -> Instance:
         answer = await self._call(CONTAINERS, "GetConnectionInstance", "s", [name])
         path, creator, type_, app, metadata = answer
-        return Instance(path=path, type=type_, app=app, metadata=metadata, creator=creator)
+        try:
+            component = (await self.show(path))["component"]
+        except CallRefusedError:
+            component = ""  # gone since, or another user's: the rest is for everybody to know
+        return Instance(
+            path=path, type=type_, app=app, component=component, metadata=metadata, creator=creator
+        )
 
     async def _call(
         self,

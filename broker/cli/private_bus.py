@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from broker.supervisor.service import StartError
 from broker.wire.address import make_unix_address
-from broker.wire.errors import ConfigError
 
 SOCKET_NAME: Final = "private-bus"
 START_TIMEOUT: Final = 10_000  # milliseconds, until it has printed its address
@@ -38,7 +38,7 @@ class PrivateBus:
 
 @contextmanager
 def private_bus(runtime_dir: Path) -> Iterator[PrivateBus]:
-    """Start one, or take over what an earlier broker left, and end it. Raises ConfigError."""
+    """Start one, or take over what an earlier broker left, and end it. Raises StartError."""
     runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = runtime_dir / SOCKET_NAME
     with _held(runtime_dir / f"{SOCKET_NAME}.lock"):
@@ -49,11 +49,12 @@ def private_bus(runtime_dir: Path) -> Iterator[PrivateBus]:
 def _held(path: Path) -> Iterator[None]:
     # The broker has a lock of its own, but takes it later: without this one a second broker would take
     # the bus over from the first, be refused, and end the bus on its way out.
+    path.touch(mode=0o600)
     with path.open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"a broker with a private bus is running in {path.parent}") from None
+            raise StartError(f"a broker with a private bus is running in {path.parent}") from None
         yield
 
 
@@ -65,7 +66,7 @@ def _keep(path: Path) -> Iterator[PrivateBus]:
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
-        raise ConfigError(f"the private dbus-daemon at {path} ended") from None
+        raise StartError(f"the private dbus-daemon at {path} ended") from None
     try:
         yield PrivateBus(address=make_unix_address(str(path)), pid=pid, adopted=adopted)
     finally:
@@ -104,7 +105,7 @@ def _start(path: Path) -> int:
         )
     except OSError as exc:
         os.close(read_end)
-        raise ConfigError(f"no bus, and cannot start dbus-daemon: {exc.strerror}") from exc
+        raise StartError(f"no bus, and cannot start dbus-daemon: {exc.strerror}") from exc
     finally:
         os.close(write_end)
     poll = select.poll()
@@ -116,7 +117,7 @@ def _start(path: Path) -> int:
     if not started:
         process.kill()
         process.wait()
-        raise ConfigError(f"dbus-daemon did not start on {path}")
+        raise StartError(f"dbus-daemon did not start on {path}")
     # From here on it is known by its pid alone, started by us or not.
     process.returncode = 0
     return process.pid

@@ -116,7 +116,8 @@ def show_command(settings: Settings, *, sandbox: str, as_json: bool) -> None:
         print_json(facts)
         return
     print_pairs(_describe(facts))
-    print_table(("RULE",), [(line,) for line in format_access(facts["access"])])
+    built_in = [f"{line} (built in)" for line in format_access(facts.get("built_in", []))]
+    print_table(("RULE",), [(line,) for line in (*format_access(facts["access"]), *built_in)])
     denials = facts.get("denials", [])
     if denials:
         print_table(("REFUSED", "WHAT", "WHY"), [_describe_denial(denial) for denial in denials])
@@ -180,6 +181,7 @@ def who_command(settings: Settings, *, name: str, bus: str | None, as_json: bool
         "path": instance.path,
         "type": instance.type,
         "app": instance.app,
+        "component": instance.component,
         "metadata": instance.metadata,
         "creator": instance.creator,
     }

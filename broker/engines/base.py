@@ -26,7 +26,9 @@ class Listener(Protocol):
 class Engine(Protocol):
     """Serves the sandboxes' sockets. All of it raises CallRefusedError and EngineLostError."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Which engine this is."""
 
     @property
     def pid(self) -> int:

@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -42,10 +42,13 @@ from policy.rules import AccessList
 
 LOGGER: Final = logging.getLogger(__name__)
 START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
-SHUTDOWN_TIMEOUT: Final = 3.0  # seconds, before a gate that does not answer is killed
+SHUTDOWN_TIMEOUT: Final = 2.5  # seconds, from the request to the end of the connection
+REAP_TIMEOUT: Final = 1.0  # seconds, from there to the end of the process
 # A gate that dies at once again would have us start gates for ever.
 MAX_STARTS: Final = 5
 FORGET_STARTS_AFTER: Final = 60.0  # seconds
+MAX_REFUSALS: Final = 20
+REFUSAL_PAUSE: Final = 0.1  # seconds
 
 
 class GateError(BrokerError):
@@ -67,39 +70,62 @@ class GateEngine:
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False
         self._starts: list[float] = []
+        self._refusals = 0
+        # Says which gate was started by a supervisor, and so is to end with one.
+        self._mark: Final = control.with_suffix(".pid")
+        self._is_ours = False
         self.pid = 0
 
     async def keep_connected(
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Have a gate, until `shutdown` or cancelled. Raises GateError if there cannot be one."""
+        is_ready = False
+
+        def ready() -> None:
+            nonlocal is_ready
+            if not is_ready:
+                is_ready = True
+                task_status.started()
+
         try:
             while not self._closing:
-                await self._run_link(listener, task_status)
-                task_status = trio.TASK_STATUS_IGNORED
+                await self._run_link(listener, ready)
         finally:
             self._link = None
             if self._process is not None:
                 self._process.poll()  # reaped, if it ended
 
     async def shutdown(self) -> None:
-        """End a gate that we started; leave one that was there before us."""
+        """End the gate, if one of us started it: this supervisor, or one before it in this folder."""
         self._closing = True
-        process, link = self._process, self._link
-        if process is None:
-            if link is not None:
-                link.close()
+        link = self._link
+        if link is None:
             return
-        with trio.move_on_after(SHUTDOWN_TIMEOUT):
-            if link is not None:
-                try:
-                    await link.request(Shutdown())
-                except BrokerError:
-                    LOGGER.debug("the gate ended without an answer")
+        if not self._is_ours:
+            link.close()
+            return
+        with trio.move_on_after(SHUTDOWN_TIMEOUT) as scope:
+            try:
+                await link.request(Shutdown())
+            except BrokerError:
+                LOGGER.debug("the gate ended without an answer")
+            await link.ended.wait()
+        if scope.cancelled_caught:
+            LOGGER.warning("the gate (process %d) does not end", self.pid)
+        self._mark.unlink(missing_ok=True)
+        await self._reap()
+
+    async def _reap(self) -> None:
+        """Wait for the gate if it is our child, so that whoever waits for us finds it gone."""
+        process = self._process
+        if process is None:
+            return
+        with trio.move_on_after(REAP_TIMEOUT):
+            await trio.lowlevel.checkpoint()
             while process.poll() is None:  # noqa: ASYNC110 - Popen has nothing to wait for in trio
-                await trio.sleep(0.01)
+                await trio.sleep(0.005)
         if process.poll() is None:
-            LOGGER.warning("the gate did not shut down in time: killed")
             process.kill()
             process.wait()
 
@@ -138,7 +164,7 @@ class GateEngine:
 
     # -- having a gate ------------------------------------------------------------------------------
 
-    async def _run_link(self, listener: Listener, task_status: trio.TaskStatus[None]) -> None:
+    async def _run_link(self, listener: Listener, ready: Callable[[], None]) -> None:
         sock = await self._connect_or_start()
         failure: BrokerError | None = None
         with Link(sock, listener) as link:
@@ -151,12 +177,23 @@ class GateEngine:
                     nursery.cancel_scope.cancel()
                 else:
                     self._link = link
-                    task_status.started()
+                    ready()
         self._link = None
         if isinstance(failure, GateError):
             raise failure
+        if failure is not None:
+            await self._wait_for_another_try()
+            return
+        self._refusals = 0
         if not self._closing:
             LOGGER.error("the connection to the gate was lost")
+
+    async def _wait_for_another_try(self) -> None:
+        """A gate that hangs up at once serves another supervisor, or has not noticed that it died."""
+        self._refusals += 1
+        if self._refusals >= MAX_REFUSALS:
+            raise GateError("the gate that runs does not talk to us: it has another supervisor")
+        await trio.sleep(REFUSAL_PAUSE)
 
     async def _greet(self, link: Link) -> None:
         snapshot = await link.request(TakeSnapshot())
@@ -165,6 +202,7 @@ class GateEngine:
                 f"the gate that runs speaks another protocol than ours ({PROTOCOL}): end it first"
             )
         self.pid = snapshot.pid
+        self._is_ours = self._marked_pid() == snapshot.pid
         try:
             await link.request(SetBuses(self._buses))
         except CallRefusedError as exc:
@@ -188,6 +226,12 @@ class GateEngine:
             raise GateError(f"the gate ended {MAX_STARTS} times in {FORGET_STARTS_AFTER:.0f} s")
         self._starts.append(now)
 
+    def _marked_pid(self) -> int | None:
+        try:
+            return int(self._mark.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
+
     async def _start(self) -> None:
         """Start a gate and wait until it listens."""
         ready, ready_there = os.pipe()
@@ -205,6 +249,7 @@ class GateEngine:
                 )
             finally:
                 os.close(ready_there)
+            self._mark.write_text(str(self._process.pid), encoding="ascii")
             with trio.move_on_after(START_TIMEOUT) as scope:
                 await trio.lowlevel.wait_readable(ready)
             if scope.cancelled_caught or not os.read(ready, 1):

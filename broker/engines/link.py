@@ -44,6 +44,7 @@ class Link:
         self._serial = 0
         self._sending: Final = trio.Lock()
         self._dead = False
+        self.ended: Final = trio.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -55,6 +56,7 @@ class Link:
         """Hang up. Requests that wait fail."""
         self._dead = True
         self._sock.close()
+        self.ended.set()
         for waiter in self._waiting.values():
             waiter.done.set()
 

@@ -63,6 +63,7 @@ def _serve(listening: socket.socket, ready_fd: int | None) -> None:
     try:
         loop.run()
     finally:
+        signal.set_wakeup_fd(-1)
         wake.close()
         wake_end.close()
         loop.close()

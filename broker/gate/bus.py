@@ -4,6 +4,7 @@ Identity is exact because it is learned from the Hello reply as it passes throug
 that connection can say anything else: a unique name that is not here is a host's.
 """
 
+from collections import OrderedDict
 from typing import Final, Protocol
 
 from broker.gate.control import BusSpec
@@ -17,6 +18,11 @@ DRIVER_PATH: Final = "/org/freedesktop/DBus"
 # every name that is not there.
 ABSENT: Final = "org.buswarden.NotThere.x"
 ABSENT_UNIQUE: Final = ":0.4294967295"
+
+
+# Connections that are closed and still have a name, because messages of theirs may be on their way. Each
+# of them took a handshake with the bus, which hands out messages in the meantime.
+MAX_LATE: Final = 4096
 
 
 class Member(Protocol):
@@ -38,6 +44,7 @@ class Bus:
         self.identities: Final[dict[str, Identity]] = {}
         self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
         self.members: Final[set[Member]] = set()
+        self._late: Final[OrderedDict[str, None]] = OrderedDict()
         # Connections that want header field 10 on what sandboxes send them.
         self.tagged: Final[set[str]] = set()
         self._wording: dict[str, tuple[str, str]] = {}
@@ -49,14 +56,23 @@ class Bus:
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
         """Remember who is behind a unique name. Call it before the app can use the connection."""
         self.identities[unique_name] = identity
+        self._late.pop(unique_name, None)
         self.sandboxes[unique_name] = sandbox
         for member in self.members:
             member.stranger_appeared(unique_name)
 
     def gone(self, unique_name: str) -> None:
-        """Forget a unique name. The bus never gives it to anybody else."""
-        self.identities.pop(unique_name, None)
+        """Note that a connection is closed.
+
+        Who it was is remembered for a while: what it sent last is still to be judged, and must not pass for
+        a host's. The bus gives its name to nobody else, unless it starts anew: then all members go.
+        """
         self.sandboxes.pop(unique_name, None)
+        if unique_name in self.identities:
+            self._late[unique_name] = None
+        while self._late and (len(self._late) > MAX_LATE or not self.members):
+            oldest, _ = self._late.popitem(last=False)
+            del self.identities[oldest]
 
     # -- how this bus words "there is no such name" ------------------------------------------
 

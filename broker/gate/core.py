@@ -70,18 +70,17 @@ Finish = Callable[[Header, bytes, tuple[int, ...]], None]
 class Special:
     """A call whose reply is not simply passed on: `finish` gets it, as (header, whole message, fds)."""
 
-    __slots__ = ("finish", "former", "name", "owner", "target")
+    __slots__ = ("finish", "former", "is_own", "name", "owner", "target")
 
     def __init__(
-        self,
-        finish: Finish,
-        target: "Target | None" = None,
+        self, finish: Finish, target: "Target | None" = None, *, is_own: bool = False
     ) -> None:
         self.owner = ""  # never equal to a sender
         self.name = ""
         self.former: frozenset[str] = frozenset()
         self.target = target if target is not None else DRIVER_TARGET
         self.finish = finish
+        self.is_own = is_own  # a call of the gate, not of the app
 
 
 DRIVER_TARGET: Final = Target(DRIVER)
@@ -145,7 +144,8 @@ class Core:
         self.asked: Final[set[tuple[str, int]]] = set()
         self.matches: Final[dict[MatchRule, int]] = {}
         self.match_count = 0
-        self.requested_names: Final[set[str]] = set()
+        # Names that the app has or waits for, and the number of its last request for each.
+        self.requested_names: Final[dict[str, int]] = {}
         self.callers: Final[OrderedDict[str, None]] = OrderedDict()
         # Remembered verdicts. Outer key: the first header word (byte order, type, flags, version), so
         # an unusual one has no table; inner key: length and bytes of the field array.
@@ -193,6 +193,10 @@ class Core:
 
     # -- serials and calls of the gate's own ------------------------------------------------------
 
+    def waits(self, serial: int) -> bool:
+        """Say whether a call of the app with this serial waits for its reply."""
+        return serial < OWN_SERIALS and serial in self.pending
+
     def own_serial(self) -> int:
         """Return a serial that no waiting call has."""
         for _ in range(LAST_SERIAL - OWN_SERIALS):
@@ -211,7 +215,7 @@ class Core:
     ) -> None:
         """Call the bus on this connection for the gate's own use."""
         serial = self.own_serial()
-        self.pending[serial] = Special(finish)
+        self.pending[serial] = Special(finish, is_own=True)
         self.to_bus.append(
             marshal.make_call(
                 serial,
@@ -285,10 +289,30 @@ class Core:
         if len(self.callers) > MAX_CALLERS:
             self.callers.popitem(last=False)
 
-    def remember(self, table: dict[bytes, Remembered], key: bytes, value: Remembered) -> None:
-        """Remember a verdict, within bounds."""
-        if len(key) > MAX_REMEMBERED_BYTES:
-            return
-        if len(table) >= MAX_REMEMBERED:
-            table.clear()
-        table[key] = value
+
+def remember(table: dict[bytes, Remembered], key: bytes, value: Remembered) -> None:
+    """Remember a verdict, within bounds."""
+    if len(key) > MAX_REMEMBERED_BYTES:
+        return
+    if len(table) >= MAX_REMEMBERED:
+        table.clear()
+    table[key] = value
+
+
+def remember_shape(
+    shapes: dict[bytes, str], positions: dict[int, int], header: Header, data: bytes, peer: str
+) -> None:
+    """Remember what replies from or to this peer look like, within bounds.
+
+    All shapes of one length lack the bytes at the same place. Otherwise a reply could be made that looks
+    like one of them with other bytes left out, and says something else.
+    """
+    at = header.reply_serial_at
+    shape = data[12:at] + data[at + 4 : header.size]
+    if len(shape) > MAX_REMEMBERED_BYTES:
+        return
+    if positions.get(header.size, at) != at:
+        for known in [known for known in shapes if len(known) == len(shape)]:
+            del shapes[known]
+    positions[header.size] = at
+    remember(shapes, shape, peer)

@@ -71,6 +71,7 @@ class Driver:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
+        self._requests = 0  # for names, so far
         self._methods: Final[dict[str, Callable[[Header, bytes], bool]]] = {
             "Hello": self._hello,
             "AddMatch": self._add_match,
@@ -89,7 +90,7 @@ class Driver:
         """Deal with one call. False: it must wait until the owners are known."""
         core = self._core
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
-        if wants_reply and header.serial in core.pending:
+        if wants_reply and core.waits(header.serial):
             text = f"a call with serial {header.serial} already waits"
             core.answer_error(header.serial, errors.ACCESS_DENIED, text)
             return True
@@ -352,14 +353,16 @@ class Driver:
         limit = core.sandbox.limits.names
         if name not in core.requested_names and len(core.requested_names) >= limit:
             raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
-        core.requested_names.add(name)
+        self._requests += 1
+        request = core.requested_names[name] = self._requests
 
         def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
             got = reply.type == MessageType.METHOD_RETURN and (
                 _results(reply, data, "u")[0] in HAS_NAME
             )
-            if not got:
-                core.requested_names.discard(name)
+            # The answer to a later request for the name may be another.
+            if not got and core.requested_names.get(name) == request:
+                del core.requested_names[name]
             core.deliver(data, fds)
 
         return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), finish)
@@ -367,7 +370,7 @@ class Driver:
     def _release_name(self, header: Header, data: bytes) -> bool:
         name = str(self._arguments(header, data, "s")[0])
         self._must_own(header, name)
-        self._core.requested_names.discard(name)
+        self._core.requested_names.pop(name, None)
         return self._call(header, "s", (name,))
 
     def _list_queued(self, header: Header, data: bytes) -> bool:

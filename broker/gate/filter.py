@@ -9,12 +9,13 @@ the app: what it sends next depends on an answer of the bus that is on its way.
 """
 
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from broker.gate.bus import Bus
-from broker.gate.core import OWN_SERIALS, Core, Host
+from broker.gate.core import OWN_SERIALS, Core, Host, Special
 from broker.gate.incoming import Incoming
 from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing
@@ -64,9 +65,11 @@ class Filter:
         self._incoming: Final = Incoming(self.core, self._owners, self._sight)
         self._from_app: Final = Intake(sandbox)
         self._from_bus: Final = Intake(None)
-        self._stash: list[_Stashed] = []
+        # What came from the bus and waits; everything behind it waits with it, to come in order.
+        self._stash: Final[deque[_Stashed]] = deque()
         self._stashed_bytes = 0
         self._wake = False
+        self._told: frozenset[str] | None = None  # names that the app saw when the rules changed
         core = self.core
         self._app_tables: Final[dict[int, Mapping[bytes, object]]] = {
             **dict.fromkeys(_CALLS, core.app_calls),
@@ -85,6 +88,8 @@ class Filter:
         """Judge every message from now on by these rules."""
         core = self.core
         seen = self._sight.visible_owners()
+        if self._told is not None:  # it has not heard yet of what the last change brought
+            seen = {name: owner for name, owner in seen.items() if name in self._told}
         core.judge = judge
         core.forget_verdicts()
         if not core.unique_name:
@@ -97,16 +102,17 @@ class Filter:
             if name not in seen:
                 self._incoming.tell_owner_change(name, "", owner)
         for name in [name for name in core.requested_names if not judge.own(name).allowed]:
-            core.requested_names.discard(name)
+            del core.requested_names[name]
             core.call_driver("ReleaseName", "s", (name,), lambda _header, _data, _fds: None)
-        known = frozenset(now)
-        self._owners.use(judge.uses, lambda: self._tell_new(known))
+        self._told = frozenset(now)
+        self._owners.use(judge.uses, self._tell_new)
         self._resume()
 
-    def _tell_new(self, known: frozenset[str]) -> None:
+    def _tell_new(self) -> None:
         """Names that came into sight with the rules, and whose owners had to be asked for."""
+        told, self._told = self._told or frozenset(), None
         for name, owner in self._sight.visible_owners().items():
-            if name not in known:
+            if name not in told:
                 self._incoming.tell_owner_change(name, "", owner)
 
     def close(self) -> list[int]:
@@ -254,8 +260,9 @@ class Filter:
         core = self.core
         out = core.to_app
         pending = core.pending
-        tables = {} if intake.has_fds else self._bus_tables
-        reply_at = {} if intake.has_fds else core.bus_reply_at
+        slowly = intake.has_fds or self._stash
+        tables = {} if slowly else self._bus_tables
+        reply_at = {} if slowly else core.bus_reply_at
         shapes = core.bus_replies
         unpack = _FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
@@ -290,6 +297,8 @@ class Filter:
             stop = self._bus_message(data, pos)
             if not stop:
                 break
+            if self._stash:
+                tables = reply_at = {}
             run = pos = stop
         if run < pos:
             out.append(data[run:pos])
@@ -315,13 +324,19 @@ class Filter:
         header = parse_header(data, pos)
         fds = intake.peek_fds(header.unix_fds)
         message = data[pos : pos + size]
-        if not self._incoming.message(header, message, fds):
+        in_order = not self._stash or self._cannot_wait(header)
+        if not (in_order and self._incoming.message(header, message, fds)):
             self._stash.append(_Stashed(header, message, fds))
             self._stashed_bytes += size
-            if self._stashed_bytes > self.core.sandbox.limits.bytes_queued:
-                raise PeerQuotaError("too much arrived while the owners of names were asked for")
         intake.drop_fds(len(fds))
+        if self._stashed_bytes > self.core.sandbox.limits.bytes_queued:
+            raise PeerQuotaError("too much arrived while the owners of names were asked for")
         return pos + size
+
+    def _cannot_wait(self, header: Header) -> bool:
+        """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
+        entry = self.core.pending.get(header.reply_serial or 0)
+        return isinstance(entry, Special) and (entry.is_own or not self.core.unique_name)
 
     # -- waiting for owners ---------------------------------------------------------------------------
 
@@ -332,11 +347,11 @@ class Filter:
     def _resume(self) -> None:
         while self._wake and not self._owners.waiting:
             self._wake = False
-            stash, self._stash = self._stash, []
             self._stashed_bytes = 0
-            for stashed in stash:
-                if not self._incoming.message(stashed.header, stashed.data, stashed.fds):
-                    self._stash.append(stashed)
+            while self._stash:
+                stashed = self._stash.popleft()
+                waits = not self._incoming.message(stashed.header, stashed.data, stashed.fds)
+                assert not waits
             if self.held:
                 self.held = False
                 self.feed_app(b"")

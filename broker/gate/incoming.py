@@ -22,6 +22,7 @@ class Incoming:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
+        self._counting = False
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
@@ -56,16 +57,16 @@ class Incoming:
             core.sandbox.close_fds(fds)
             fds = ()
             header, data = _without_fds(header)
+        untouched = not header.has_unknown
+        if not untouched:
+            data = self._clean(header, data)
+            header = parse_header(data)
         if isinstance(entry, Special):
-            entry.finish(header, self._clean(header, data), fds)
+            entry.finish(header, data, fds)
             return
-        core.deliver(self._clean(header, data), fds)
-        if not fds and header.little and not header.has_unknown and header.sender:
-            at = header.reply_serial_at
-            core.remember(core.bus_replies, data[12:at] + data[at + 4 : header.size], sender)
-            if len(core.bus_reply_at) > len(core.bus_replies):
-                core.bus_reply_at.clear()
-            core.bus_reply_at[header.size] = at
+        core.deliver(data, fds)
+        if untouched and not fds and header.little and header.sender:
+            remember_shape(core.bus_replies, core.bus_reply_at, header, data, sender)
 
     def _may_answer(self, entry: Target | Special, sender: str) -> bool:
         """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
@@ -153,6 +154,7 @@ class Incoming:
             problem = (errors.NOT_SUPPORTED, "The receiver takes no file descriptors")
         elif wants_reply and len(core.asked) >= core.sandbox.limits.pending_calls:
             problem = (errors.LIMITS_EXCEEDED, "Too many calls wait for the receiver's reply")
+            self._count_callers()
         if problem is not None:
             core.sandbox.close_fds(fds)
             if wants_reply:
@@ -166,14 +168,29 @@ class Incoming:
         if not fds and header.little and not header.has_unknown:
             self._remember(header, data[12 : header.size], sender)
 
+    def _count_callers(self) -> None:
+        """Calls of callers that are gone may never be answered: find out which these are."""
+        if not self._counting:
+            self._counting = True
+            self._core.call_driver("ListNames", "", (), self._counted)
+
+    def _counted(self, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        self._counting = False
+        if reply.signature == "as":
+            (names,) = marshal.read_body("as", data[reply.size :], little=reply.little)
+            assert isinstance(names, tuple)
+            there = frozenset(names)
+            asked = self._core.asked
+            asked -= {key for key in asked if key[0] not in there}
+
     def _remember(self, header: Header, key: bytes, sender: str) -> None:
         core = self._core
         if header.type == MessageType.SIGNAL:
-            core.remember(core.bus_signals, key, True)
+            remember(core.bus_signals, key, True)
         elif header.flags & Flag.NO_REPLY_EXPECTED:
-            core.remember(core.bus_mute, key, True)
+            remember(core.bus_mute, key, True)
         else:
-            core.remember(core.bus_calls, key, sender)
+            remember(core.bus_calls, key, sender)
 
     def _clean(self, header: Header, data: bytes) -> bytes:
         """Leave out what the bus let through and does not define: it could be forged."""

@@ -12,6 +12,8 @@ from broker.wire.errors import PeerProtocolError
 
 # What one connection may have in flight before a message claims it: one message's worth, sent in two parts.
 MAX_UNCLAIMED_FDS: Final = 253
+# Parts smaller than this are put together, or each byte that trickles in would cost many.
+SMALL: Final = 4096
 
 
 class Account(Protocol):
@@ -35,7 +37,7 @@ class Intake:
 
     def __init__(self, account: Account | None) -> None:
         self._account: Final = account
-        self._parts: list[bytes] = []
+        self._parts: list[bytes | bytearray] = []
         self._held = 0
         self._need = 0
         self._skip = 0
@@ -66,7 +68,13 @@ class Intake:
         if not self._parts:
             return data or None
         if data:
-            self._parts.append(data)
+            last = self._parts[-1]
+            if len(data) >= SMALL:
+                self._parts.append(data)
+            elif isinstance(last, bytearray):
+                last += data
+            else:
+                self._parts.append(bytearray(data))
             self._count(len(data))
         if self._held < self._need:
             return None
@@ -75,7 +83,7 @@ class Intake:
     def take_all(self) -> bytes:
         """Return all that is held, however little it is."""
         self._need = 0
-        whole = b"".join(self._parts) if len(self._parts) > 1 else self._parts[0]
+        whole = b"".join(self._parts) if len(self._parts) > 1 else bytes(self._parts[0])
         self._parts.clear()
         self._count(-self._held)
         return whole

@@ -75,6 +75,8 @@ class Loop:
         poll = self._epoll.poll
         while self._running:
             timeout = self._run_timers() if self._timers else -1
+            if not self._running:  # a timer said so
+                break
             for fd, events in poll(timeout, MAX_EVENTS):
                 # An earlier callback of this turn may have closed it.
                 handler = handlers.get(fd)

@@ -8,7 +8,16 @@ from dataclasses import replace
 from typing import Final
 
 from broker.gate.bus import DRIVER
-from broker.gate.core import OWN_SERIALS, Chunk, Core, Denial, Special, Target
+from broker.gate.core import (
+    OWN_SERIALS,
+    Chunk,
+    Core,
+    Denial,
+    Special,
+    Target,
+    remember,
+    remember_shape,
+)
 from broker.gate.driver import Driver
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
@@ -40,13 +49,15 @@ class Outgoing:
         if not core.unique_name and not self._is_hello(header):
             if core.greeting:
                 return False
-            core.sandbox.close_fds(fds)
             self._refuse_before_hello(header)
+            core.sandbox.close_fds(fds)
             return True
         if header.type == MessageType.METHOD_CALL:
             if header.destination is None or header.destination == DRIVER:
+                if not self._driver.call(header, data):
+                    return False
                 core.sandbox.close_fds(fds)
-                return self._driver.call(header, data)
+                return True
             return self._call(header, data, fds)
         if header.type == MessageType.SIGNAL:
             if header.destination is None:
@@ -97,13 +108,13 @@ class Outgoing:
         if header.flags & Flag.NO_REPLY_EXPECTED:
             plain = self._emit(header, data, fds, target)
             if plain:
-                core.remember(core.app_mute, data[12 : header.size], True)
+                remember(core.app_mute, data[12 : header.size], True)
             return True
         plain = self._emit(header, data, fds, target)
         if header.serial < OWN_SERIALS:
             core.pending[header.serial] = target
         if plain:
-            core.remember(core.app_calls, data[12 : header.size], target)
+            remember(core.app_calls, data[12 : header.size], target)
         return True
 
     def _over_limit(self, header: Header, fds: tuple[int, ...]) -> bool:
@@ -111,7 +122,7 @@ class Outgoing:
         mute = bool(header.flags & Flag.NO_REPLY_EXPECTED)
         if len(fds) > MAX_FDS:
             problem = (errors.LIMITS_EXCEEDED, f"{len(fds)} file descriptors, {MAX_FDS} at most")
-        elif not mute and header.serial in core.pending:
+        elif not mute and core.waits(header.serial):
             problem = (errors.ACCESS_DENIED, f"a call with serial {header.serial} already waits")
         elif not mute and len(core.pending) >= core.sandbox.limits.pending_calls:
             problem = (
@@ -137,7 +148,7 @@ class Outgoing:
         verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, target):
-                core.remember(core.app_signals, data[12 : header.size], True)
+                remember(core.app_signals, data[12 : header.size], True)
         else:
             core.sandbox.close_fds(fds)
             core.sandbox.denied(core, denial("send", header, header.destination or "", verdict))
@@ -148,7 +159,7 @@ class Outgoing:
         verdict = core.judge.broadcast(header.path, header.interface, header.member)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, None):
-                core.remember(core.app_signals, data[12 : header.size], True)
+                remember(core.app_signals, data[12 : header.size], True)
         else:
             core.sandbox.close_fds(fds)
             core.sandbox.denied(core, denial("send", header, "", verdict))
@@ -157,7 +168,8 @@ class Outgoing:
         """Return who is written to; None if that has to be asked first."""
         name = header.destination or ""
         if name[:1] == ":":
-            return Target(name)
+            # Not before it is known which names it owns: one of them may be denied.
+            return None if self._owners.waiting else Target(name)
         target = self._owners.names.get(name)
         if target is None:
             if not self._core.judge.any_send:
@@ -208,9 +220,7 @@ class Outgoing:
             return
         core.asked.discard(key)
         if self._emit(header, data, fds, Target(key[0])):
-            at = header.reply_serial_at
-            core.remember(core.app_replies, data[12:at] + data[at + 4 : header.size], key[0])
-            core.app_reply_at[header.size] = at
+            remember_shape(core.app_replies, core.app_reply_at, header, data, key[0])
 
     # -- onto the bus -------------------------------------------------------------------------------
 
@@ -270,7 +280,4 @@ def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denia
 def refusal(header: Header, name: str, verdict: Verdict) -> str:
     """Return the text of AccessDenied, for whoever has to make the app work."""
     member = f"{header.interface}.{header.member}" if header.interface else header.member
-    because = f"{verdict.reason}"
-    if verdict.rule is not None and verdict.rule.origin:
-        because += f" ({verdict.rule.origin})"
-    return f"This sandbox may not call {member} at {header.path} of {name}: {because}"
+    return f"This sandbox may not call {member} at {header.path} of {name}: {verdict.reason}"

@@ -27,6 +27,8 @@ _LOOK_UPS: Final = (
     "GetConnectionUnixProcessID",
     "GetConnectionUnixUser",
     "GetConnectionCredentials",
+    "GetConnectionSELinuxSecurityContext",
+    "GetAdtAuditSessionData",
 )
 # With more names than this, one match for every owner change is cheaper, and the system bus takes 512 at most.
 MAX_NARROW_MATCHES: Final = 64
@@ -57,14 +59,14 @@ class Owners:
         self._then = then
         self.waiting += 1  # keeps synced() from coming early
         before, self._uses = self._uses, uses
-        asked = {target.name for target in self._core.pending.values() if target.name}
+        asked = {_target_of(entry).name for entry in self._core.pending.values()}
         for name in [name for name in self.names if not self._relevant(name)]:
             if name in asked:  # its reply is still to be recognised
                 self._extra[name] = None
             else:
                 self._forget(name)
         self._set_matches()
-        wanted = uses.exact - self.names.keys()
+        wanted = uses.exact - self.names.keys() - {DRIVER}
         if self._wide or uses.subtrees - before.subtrees or (uses.globs and not before.globs):
             self._ask("ListNames", "", (), partial(self._listed, wanted))
         else:
@@ -75,10 +77,11 @@ class Owners:
     def ask(self, name: str) -> None:
         """Know one more name, which no rule names."""
         self._extra[name] = None
-        if len(self._extra) > self._core.sandbox.limits.tracked_names:
+        while len(self._extra) > max(self._core.sandbox.limits.tracked_names, 1):
             oldest, _ = self._extra.popitem(last=False)
-            self._forget(oldest)
-        self._set_matches(name)
+            if not self._relevant(oldest):
+                self._forget(oldest)
+        self._set_matches()
         self._ask_owner(name)
 
     def ask_wording(self) -> None:
@@ -98,7 +101,7 @@ class Owners:
             self._answered()
 
         serial = self._core.own_serial()
-        self._core.pending[serial] = Special(finish, Target(name))
+        self._core.pending[serial] = Special(finish, Target(name), is_own=True)
         self.waiting += 1
         self._core.to_bus.append(
             marshal.make_call(
@@ -140,6 +143,8 @@ class Owners:
             self._by_owner.setdefault(new, set()).add(name)
         self._follow(target, old, new)
         target.owner = new
+        if not new and name not in self._uses.exact and name not in self._extra:
+            del self.names[name]  # names come and go: those of a subtree or glob have no end
         self._core.forget_verdicts()
         return True
 
@@ -148,7 +153,8 @@ class Owners:
     @property
     def _wide(self) -> bool:
         uses = self._uses
-        return uses.globs or len(uses.exact) + len(uses.subtrees) > MAX_NARROW_MATCHES
+        number = len(uses.exact) + len(uses.subtrees) + len(self._extra)
+        return uses.globs or number > MAX_NARROW_MATCHES
 
     def _relevant(self, name: str) -> bool:
         uses = self._uses
@@ -159,14 +165,12 @@ class Owners:
 
     def _follow(self, target: Target, old: str, new: str) -> None:
         """Let waiting calls to this name be answered by whoever owned it since they were made."""
-        if not old:
-            return
         for serial, entry in list(self._core.pending.items()):
-            waiting = entry.target if isinstance(entry, Special) else entry
+            waiting = _target_of(entry)
             if waiting.name != target.name:
                 continue
-            former = waiting.former | {old} if len(waiting.former) < MAX_FORMER_OWNERS else {old}
-            followed = Target(new, target.name, frozenset(former))
+            former = waiting.former if len(waiting.former) < MAX_FORMER_OWNERS else frozenset()
+            followed = Target(new, target.name, former | {old} if old else former)
             if isinstance(entry, Special):
                 entry.target = followed
             else:
@@ -181,15 +185,13 @@ class Owners:
                 del self._by_owner[target.owner]
         self._core.forget_verdicts()
 
-    def _set_matches(self, *more: str) -> None:
+    def _set_matches(self) -> None:
         """Bring the match rules of the connection in line with what is to be known."""
         uses = self._uses
         if self._wide:
             wanted = {_OWNER_CHANGED}
         else:
-            wanted = {
-                f"{_OWNER_CHANGED},arg0='{name}'" for name in (*uses.exact, *self._extra, *more)
-            }
+            wanted = {f"{_OWNER_CHANGED},arg0='{name}'" for name in (*uses.exact, *self._extra)}
             wanted |= {f"{_OWNER_CHANGED},arg0namespace='{base}'" for base in uses.subtrees}
         for text in sorted(wanted - self._matches):
             self._ask("AddMatch", "s", (text,), _must_work)
@@ -241,6 +243,10 @@ class Owners:
             self.names.setdefault(name, Target("", name))
         for name in sorted(there - {n for n, t in self.names.items() if t.owner}):
             self._ask_owner(name)
+
+
+def _target_of(entry: Target | Special) -> Target:
+    return entry.target if isinstance(entry, Special) else entry
 
 
 def _must_work(header: Header, _data: bytes) -> None:

@@ -30,6 +30,7 @@ FORWARDED: Final = (
     signal.SIGWINCH,
 )
 _UNIX_SOCKETS: Final = Path("/proc/net/unix")
+_MAX_INFO: Final = 65536  # bytes: it takes some 200
 _ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON in the flags column
 
 
@@ -105,14 +106,17 @@ def _signals_forwarded(process: subprocess.Popen[bytes], info_fd: int) -> Iterat
 
 
 def _read_init(info_fd: int) -> int | None:
-    """Return the pid, outside, of the sandbox's first process."""
-    with open(info_fd, "rb") as file:
-        text = file.read()
+    """Return the pid, outside, of the sandbox's first process; None if bubblewrap failed."""
+    text = b""
     try:
-        pid = json.loads(text)["child-pid"]
-    except (ValueError, KeyError):
-        return None  # bubblewrap failed, and says why itself
-    return int(pid)
+        # Not to the end of the file, which would trust every process inside to close its copy.
+        while (data := os.read(info_fd, 4096)) and len(text) < _MAX_INFO:
+            text += data
+            with contextlib.suppress(ValueError, KeyError):
+                return int(json.loads(text)["child-pid"])
+    finally:
+        os.close(info_fd)
+    return None
 
 
 def _command_of(init: int | None) -> int | None:

@@ -1,6 +1,7 @@
 """Measure the gate, xdg-dbus-proxy and the plain bus side by side. See docs/performance.md."""
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -54,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Result] = {}
     try:
         measure(arguments.only or NAMES, effort, results)
-    except (BenchError, OSError) as exc:
-        report.print_table(results)  # what there is took its time
+    except (BenchError, OSError, subprocess.TimeoutExpired) as exc:
+        if results:  # what there is took its time
+            report.print_table(results)
         print(f"bench: {exc}", file=sys.stderr)
         return 1
     report.print_table(results)

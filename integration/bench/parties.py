@@ -160,6 +160,7 @@ def open_gate(scene: Scene) -> Iterator[Gate]:
             gate.ask(control.SetBuses((control.BusSpec(name=BUS, address=scene.address),)))
             yield gate
             gate.ask(control.Shutdown())
+            process.wait(STOP_TIMEOUT)
 
 
 @contextlib.contextmanager

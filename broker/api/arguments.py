@@ -1,0 +1,145 @@
+"""AddServer's arguments, checked. Pure, but for a look at the descriptors among them."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from broker.bus.values import Variant, holds_descriptor, pack
+from broker.supervisor.sockets import check_readable, check_writable
+from broker.supervisor.supervisor import AddRequest
+from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
+from broker.wire.names import is_interface
+from policy.containers1 import parse_usos
+from policy.rules import AccessList, Rule
+from policy.text import parse_rule
+
+# An app's identifier may be any text; it is shown, stored, and in each message about the sandbox.
+MAX_TEXT: Final = 4096  # bytes
+MAX_PLUGS: Final = 1024
+
+NAMED: Final[Mapping[str, str]] = {
+    "Allow": "a(usos)",
+    "Buses": "as",
+    "CloseNotify": "h",
+    "Component": "s",
+    "KeepAfterCreator": "b",
+    "Plugs": "as",
+    "PortalsAsHost": "b",
+    "ReadyNotify": "h",
+    "ReceiveFromHost": "b",
+    "Rules": "a(bs)",
+    "Socket": "h",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Where a call came from."""
+
+    bus: str
+    buses: Collection[str]
+    fds: Sequence[int]
+    origin: str  # for the rules
+
+
+def parse_request(values: Sequence[Any], context: Context) -> AddRequest:
+    """Return what AddServer's four arguments ask for. Raises CallRefusedError."""
+    type_, app, metadata, variants = values
+    if not is_interface(type_):
+        raise CallRefusedError(INVALID_ARGS, f"type {type_[:100]!r} is not an interface name")
+    check_text(app, "name")
+    if holds_descriptor(metadata):
+        raise CallRefusedError(INVALID_ARGS, "metadata cannot hold descriptors")
+    named = _check_named(variants)
+    component = named.get("Component") or None
+    if component is not None:
+        check_text(component, "Component")
+    rules = (
+        *parse_allow(named.get("Allow", ()), context.origin),
+        *parse_rules(named.get("Rules", ()), context.origin),
+    )
+    return AddRequest(
+        type=type_,
+        app=app,
+        component=component,
+        metadata=pack("a{sv}", [metadata]),
+        buses=_check_buses(named.get("Buses", [context.bus]), context.buses),
+        access=AccessList(rules=rules, receive_from_host=named.get("ReceiveFromHost", True)),
+        plugs=_check_plugs(named.get("Plugs", [])),
+        portals_as_host=named.get("PortalsAsHost", False),
+        keep_after_creator=named.get("KeepAfterCreator", False),
+        close_notify=_take_fd(named, context, "CloseNotify", check_readable),
+        ready_notify=_take_fd(named, context, "ReadyNotify", check_writable),
+        socket=_take_fd(named, context, "Socket", _check_nothing),
+    )
+
+
+def parse_allow(entries: Sequence[tuple[int, str, str, str]], origin: str) -> tuple[Rule, ...]:
+    """Return the rules of `a(usos)`. Raises CallRefusedError."""
+    try:
+        return parse_usos(entries, origin=origin)
+    except ValueError as exc:
+        raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+
+
+def parse_rules(entries: Sequence[tuple[bool, str]], origin: str) -> tuple[Rule, ...]:
+    """Return the rules of `a(bs)`, each deny or not and text. Raises CallRefusedError."""
+    try:
+        return tuple(parse_rule(text, deny=deny, origin=origin) for deny, text in entries)
+    except ValueError as exc:
+        raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+
+
+def check_text(text: str, name: str) -> None:
+    """Check the length of a text that may be anything. Raises CallRefusedError."""
+    if len(text.encode()) > MAX_TEXT:
+        raise CallRefusedError(LIMITS_EXCEEDED, f"{name}: max_text_bytes={MAX_TEXT} is exceeded")
+
+
+def _check_named(variants: Mapping[str, Variant]) -> dict[str, Any]:
+    for name, variant in variants.items():
+        wanted = NAMED.get(name)
+        if wanted is None:
+            raise CallRefusedError(INVALID_ARGS, f"named argument {name[:100]!r} is not understood")
+        if variant.signature != wanted:
+            raise CallRefusedError(
+                INVALID_ARGS, f"named argument {name} is of type {wanted}, not {variant.signature}"
+            )
+    return {name: variant.value for name, variant in variants.items()}
+
+
+def _check_buses(wanted: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise CallRefusedError(INVALID_ARGS, "Buses is empty, or has one twice")
+    for bus in wanted:
+        if bus not in known:
+            listed = ", ".join(known)
+            raise CallRefusedError(INVALID_ARGS, f"no bus {bus[:100]!r}; there are: {listed}")
+    return tuple(wanted)
+
+
+def _check_plugs(plugs: Sequence[str]) -> tuple[str, ...]:
+    if len(plugs) > MAX_PLUGS:
+        raise CallRefusedError(LIMITS_EXCEEDED, f"max_plugs={MAX_PLUGS} is exceeded")
+    for plug in plugs:
+        check_text(plug, "Plugs")
+        if not plug:
+            raise CallRefusedError(INVALID_ARGS, "Plugs has an empty name")
+    return tuple(dict.fromkeys(plugs))
+
+
+def _take_fd(
+    named: Mapping[str, Any], context: Context, name: str, check: Callable[[int, str], None]
+) -> int | None:
+    if name not in named:
+        return None
+    index: int = named[name]
+    if index >= len(context.fds):
+        raise CallRefusedError(INVALID_ARGS, f"{name}: there is no descriptor {index}")
+    fd = context.fds[index]
+    check(fd, name)
+    return fd
+
+
+def _check_nothing(_fd: int, _name: str) -> None:
+    """Whoever listens on it looks."""

@@ -1,0 +1,54 @@
+"""Who calls: asked of the bus and the gate, never of the caller."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from broker.bus.connection import DRIVER, Call, Target
+from broker.bus.values import Variant, holds_descriptor, pack
+from broker.supervisor.supervisor import Caller, Supervisor
+from broker.wire.errors import ACCESS_DENIED, CallRefusedError
+
+
+class Connection(Protocol):
+    """What the interfaces need of a bus."""
+
+    async def call(
+        self, target: Target, member: str, signature: str = "", values: Any = ()
+    ) -> list[Any]:
+        """Return the values of the reply."""
+
+    async def forwards_instance_field(self) -> bool:
+        """Find out whether header field 10 gets through."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """One bus that the service is on."""
+
+    name: str
+    bus: Connection
+    supervisor: Supervisor
+    buses: Collection[str]  # the names of all
+
+    async def host_caller(self, call: Call) -> Caller:
+        """Return who calls. Raises CallRefusedError AccessDenied for a call from inside a sandbox."""
+        if await self.supervisor.is_inside(self.name, call.sender):
+            raise CallRefusedError(
+                ACCESS_DENIED, f"{call.member} is not for callers in a container"
+            )
+        (credentials,) = await self.bus.call(DRIVER, "GetConnectionCredentials", "s", [call.sender])
+        uid = credentials.get("UnixUserID")
+        if not isinstance(uid, Variant) or not isinstance(uid.value, int):
+            raise CallRefusedError(ACCESS_DENIED, "the bus does not know which user calls")
+        return Caller(
+            bus=self.name,
+            unique_name=call.sender,
+            uid=uid.value,
+            credentials=pack("a{sv}", [_without_descriptors(credentials)]),
+        )
+
+
+def _without_descriptors(credentials: dict[str, Variant]) -> dict[str, Variant]:
+    """A pidfd would be an index into the descriptors of a message long gone."""
+    return {key: value for key, value in credentials.items() if not holds_descriptor(value)}

@@ -1,0 +1,161 @@
+"""org.freedesktop.DBus.Containers1, as dbus-daemon's experimental one, and what we have beside it."""
+
+from typing import Final
+
+from broker.api.arguments import NAMED, Context, parse_allow, parse_request
+from broker.api.caller import Door
+from broker.api.dispatch import Interface, Method, Property, Reply, Signal, args
+from broker.bus.connection import DRIVER, Call
+from broker.bus.values import Variant, unpack
+from broker.supervisor.registry import INSTANCE_PREFIX, Record
+from broker.supervisor.supervisor import Watch
+from broker.wire.errors import (
+    INVALID_ARGS,
+    NAME_HAS_NO_OWNER,
+    NOT_CONTAINER,
+    NOT_SUPPORTED,
+    CallRefusedError,
+)
+from broker.wire.names import is_bus_name, is_unique_name
+
+PATH: Final = "/org/freedesktop/DBus"
+NAME: Final = "org.freedesktop.DBus.Containers1"
+_ADD_TAKES: Final = args(
+    "container_type:s", "container_name:s", "metadata:a{sv}", "named_arguments:a{sv}"
+)
+_ADD_GIVES: Final = args("container_instance:o", "socket_path:ay", "connectable_address:s")
+_INSTANCE: Final = args("container_instance:o")
+_ABOUT: Final = args("creator:a{sv}", "container_type:s", "container_name:s", "metadata:a{sv}")
+
+
+class Containers1:
+    """The interface on one bus."""
+
+    def __init__(self, door: Door, watch: Watch) -> None:
+        self._door: Final = door
+        self._supervisor: Final = door.supervisor
+        self._watch: Final = watch
+
+    def interface(self) -> Interface:
+        """Return its description."""
+        rules = args("container_instance:s", "rules:a(usos)")
+        return Interface(
+            name=NAME,
+            methods=(
+                Method(name="AddServer", takes=_ADD_TAKES, gives=_ADD_GIVES, run=self._add),
+                Method(
+                    name="AddContainerServer", takes=_ADD_TAKES, gives=_ADD_GIVES, run=self._add
+                ),
+                Method(name="StopInstance", takes=_INSTANCE, run=self._stop),
+                Method(name="RemoveContainerServer", takes=_INSTANCE, run=self._stop),
+                Method(name="StopListening", takes=_INSTANCE, run=self._stop_listening),
+                Method(name="SetContainerAccess", takes=rules, run=self._set_access),
+                Method(
+                    name="GetConnectionInstance",
+                    takes=args("connection_name:s"),
+                    gives=(*_INSTANCE, *_ABOUT),
+                    run=self._get_connection_instance,
+                ),
+                Method(
+                    name="GetInstanceInfo",
+                    takes=_INSTANCE,
+                    gives=_ABOUT,
+                    run=self._get_instance_info,
+                ),
+                Method(name="RequestHeader", run=self._request_header),
+            ),
+            signals=(Signal(name="InstanceRemoved", args=_INSTANCE),),
+            properties=(Property(name="SupportedArguments", type="as", value=sorted(NAMED)),),
+        )
+
+    async def _add(self, call: Call) -> Reply:
+        # Watched before anything is asked about it: either it is there when we ask, or we are told.
+        self._watch.add(call.sender)
+        try:
+            caller = await self._door.host_caller(call)
+            context = Context(
+                bus=self._door.name,
+                buses=self._door.buses,
+                fds=call.fds,
+                origin=f"AddServer by {call.sender}",
+            )
+            record = await self._supervisor.add(parse_request(call.values, context), caller)
+        except BaseException:
+            self._watch.discard(call.sender)
+            raise
+
+        def then() -> None:
+            self._supervisor.announce(record)
+            self._watch.discard(call.sender)
+
+        bus = next(iter(record.sockets))
+        path = record.sockets[bus].encode() + b"\0"
+        return Reply((record.path, path, record.addresses[bus]), then)
+
+    async def _stop(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        await self._supervisor.stop(caller, instance(call.values[0]))
+        return Reply()
+
+    async def _stop_listening(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        await self._supervisor.stop_listening(caller, instance(call.values[0]))
+        return Reply()
+
+    async def _set_access(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        target, entries = call.values
+        rules = parse_allow(entries, f"SetContainerAccess by {call.sender}")
+        await self._supervisor.set_access(caller, target, rules)
+        return Reply()
+
+    async def _get_connection_instance(self, call: Call) -> Reply:
+        unique_name = await self._find_owner(call.values[0])
+        sandbox = await self._supervisor.who(self._door.name, unique_name)
+        if sandbox is None:
+            if not await self._is_there(unique_name):
+                raise CallRefusedError(NAME_HAS_NO_OWNER, f"nobody is {unique_name}")
+            raise CallRefusedError(NOT_CONTAINER, f"{unique_name} is in no container")
+        return Reply((sandbox.record.path, *describe(sandbox.record)))
+
+    async def _get_instance_info(self, call: Call) -> Reply:
+        record = self._supervisor.registry.find(instance(call.values[0])).record
+        return Reply(describe(record))
+
+    async def _request_header(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        if not await self._door.bus.forwards_instance_field():
+            raise CallRefusedError(
+                NOT_SUPPORTED, "this bus strips header fields that it does not know"
+            )
+        await self._supervisor.tag_headers(caller)
+        return Reply()
+
+    async def _find_owner(self, name: str) -> str:
+        if not is_bus_name(name):
+            raise CallRefusedError(INVALID_ARGS, f"{name[:100]!r} is not a bus name")
+        if name == DRIVER.destination:
+            raise CallRefusedError(NOT_CONTAINER, "the bus itself is in no container")
+        if is_unique_name(name):
+            return name
+        (owner,) = await self._door.bus.call(DRIVER, "GetNameOwner", "s", [name])
+        return str(owner)
+
+    async def _is_there(self, unique_name: str) -> bool:
+        (there,) = await self._door.bus.call(DRIVER, "NameHasOwner", "s", [unique_name])
+        return bool(there)
+
+
+def instance(path: str) -> str:
+    """Return an instance's path, checked. Raises CallRefusedError."""
+    if not path.startswith(INSTANCE_PREFIX):
+        raise CallRefusedError(NOT_CONTAINER, f"{path[:100]!r} is no container's path")
+    return path
+
+
+def describe(record: Record) -> tuple[object, ...]:
+    """Return creator, type, name and metadata."""
+    creator: dict[str, Variant]
+    (creator,) = unpack("a{sv}", record.credentials)
+    (metadata,) = unpack("a{sv}", record.metadata)
+    return creator, record.type, record.app, metadata

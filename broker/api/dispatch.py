@@ -1,0 +1,257 @@
+"""D-Bus objects for a Bus: finds the method that a call means, answers, and describes itself.
+
+The standard interfaces are answered here: Peer on every path, Introspectable on every path above an object
+too (so that `busctl tree` finds them), Properties on objects. What goes wrong inside a method is one error
+reply; it never ends anything else.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from broker.bus.connection import Call
+from broker.bus.values import Variant
+from broker.wire.errors import (
+    FAILED,
+    INVALID_ARGS,
+    UNKNOWN_INTERFACE,
+    UNKNOWN_METHOD,
+    UNKNOWN_PROPERTY,
+    BrokerError,
+    CallRefusedError,
+)
+
+LOGGER: Final = logging.getLogger(__name__)
+UNKNOWN_OBJECT: Final = "org.freedesktop.DBus.Error.UnknownObject"
+PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
+PEER: Final = "org.freedesktop.DBus.Peer"
+INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+_MACHINE_ID: Final = Path("/etc/machine-id")
+_DOCTYPE: Final = (
+    '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
+    ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
+)
+
+
+def do_nothing() -> None:
+    """For a Reply that is all there is to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a method gives back; `then` is called once that is on its way."""
+
+    values: Sequence[object] = ()
+    then: Callable[[], None] = do_nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arg:
+    """An argument, in or out."""
+
+    name: str
+    type: str
+
+
+def args(*pairs: str) -> tuple[Arg, ...]:
+    """Return arguments from `"name:type"` each."""
+    return tuple(
+        Arg(name=name, type=kind) for name, _, kind in (pair.partition(":") for pair in pairs)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A method and who carries it out."""
+
+    name: str
+    takes: tuple[Arg, ...] = ()
+    gives: tuple[Arg, ...] = ()
+    run: Callable[[Call], Reply | Awaitable[Reply]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """A signal."""
+
+    name: str
+    args: tuple[Arg, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Property:
+    """A property that never changes."""
+
+    name: str
+    type: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """An interface on an object."""
+
+    name: str
+    methods: tuple[Method, ...]
+    signals: tuple[Signal, ...] = ()
+    properties: tuple[Property, ...] = ()
+
+
+class Answerer(Protocol):
+    """What is needed of a bus."""
+
+    def answer(self, call: Call, signature: str = "", values: Sequence[object] = ()) -> None:
+        """Answer a call."""
+
+    def refuse(self, call: Call, name: str, text: str) -> None:
+        """Answer a call with an error."""
+
+
+class Objects:
+    """All objects on one bus: path -> interfaces."""
+
+    def __init__(self, objects: Mapping[str, Sequence[Interface]]) -> None:
+        self._objects: Final = {
+            path: (*interfaces, *self._standard(interfaces)) for path, interfaces in objects.items()
+        }
+
+    async def serve(self, bus: Answerer, call: Call) -> None:
+        """Carry out a call and answer it."""
+        try:
+            method = self._find(call)
+            given = method.run(call)
+            reply = given if isinstance(given, Reply) else await given
+            bus.answer(call, _signature(method.gives), reply.values)
+        except CallRefusedError as exc:
+            bus.refuse(call, exc.dbus_name, str(exc))
+        except BrokerError as exc:  # the gate, or a bus, went away meanwhile
+            LOGGER.warning("%s: %s", call.member, exc)
+            bus.refuse(call, FAILED, str(exc))
+        except Exception:  # one caller's request; everybody else's must go on
+            LOGGER.exception("%s failed", call.member)
+            bus.refuse(call, FAILED, "internal error")
+        else:
+            reply.then()
+
+    def _find(self, call: Call) -> Method:
+        interfaces = self._objects.get(call.path) or self._standard(())
+        if call.path not in self._objects and call.interface not in (PEER, INTROSPECTABLE):
+            raise CallRefusedError(UNKNOWN_OBJECT, f"no object at {call.path[:100]!r}")
+        wanted = [one for one in interfaces if call.interface in (None, one.name)]
+        if not wanted:
+            raise CallRefusedError(
+                UNKNOWN_INTERFACE, f"no interface {call.interface} at {call.path[:100]!r}"
+            )
+        method = next((m for one in wanted for m in one.methods if m.name == call.member), None)
+        if method is None:
+            raise CallRefusedError(
+                UNKNOWN_METHOD, f"no method {call.member} at {call.path[:100]!r}"
+            )
+        if call.signature != _signature(method.takes):
+            text = f"{call.member} takes {_signature(method.takes)!r}, not {call.signature!r}"
+            raise CallRefusedError(INVALID_ARGS, text)
+        return method
+
+    # -- the standard interfaces -------------------------------------------------------------------
+
+    def _standard(self, interfaces: Sequence[Interface]) -> tuple[Interface, ...]:
+        by_name = {interface.name: interface for interface in interfaces}
+        peer = (
+            Method(name="Ping", run=_ping),
+            Method(name="GetMachineId", gives=args("machine_uuid:s"), run=_machine_id),
+        )
+        introspect = Method(name="Introspect", gives=args("xml_data:s"), run=self._introspect)
+        name, prop = args("interface_name:s", "property_name:s")
+
+        def get(call: Call) -> Reply:
+            return Reply((_get(by_name, call.values[0], call.values[1]),))
+
+        def get_all(call: Call) -> Reply:
+            interface = _interface(by_name, call.values[0])
+            return Reply(({p.name: Variant(p.type, p.value) for p in interface.properties},))
+
+        def put(call: Call) -> Reply:
+            _get(by_name, call.values[0], call.values[1])
+            raise CallRefusedError(PROPERTY_READ_ONLY, f"{call.values[1][:100]!r} is read-only")
+
+        properties = (
+            Method(name="Get", takes=(name, prop), gives=args("value:v"), run=get),
+            Method(name="GetAll", takes=(name,), gives=args("properties:a{sv}"), run=get_all),
+            Method(name="Set", takes=(name, prop, *args("value:v")), run=put),
+        )
+        return (
+            Interface(name=PEER, methods=peer),
+            Interface(name=INTROSPECTABLE, methods=(introspect,)),
+            *([Interface(name=PROPERTIES, methods=properties)] if interfaces else []),
+        )
+
+    def _introspect(self, call: Call) -> Reply:
+        above = call.path.rstrip("/") + "/"
+        children = {
+            path.removeprefix(above).partition("/")[0]
+            for path in self._objects
+            if path.startswith(above)
+        }
+        interfaces = self._objects.get(call.path, () if not children else self._standard(()))
+        if not interfaces:
+            raise CallRefusedError(UNKNOWN_OBJECT, f"no object at {call.path[:100]!r}")
+        lines = [line for interface in interfaces for line in _describe(interface)]
+        lines += [f'  <node name="{child}"/>' for child in sorted(children)]
+        return Reply((_DOCTYPE + "\n".join(["<node>", *lines, "</node>", ""]),))
+
+
+def _ping(_call: Call) -> Reply:
+    return Reply()
+
+
+def _machine_id(_call: Call) -> Reply:
+    try:
+        return Reply((_MACHINE_ID.read_text(encoding="ascii").strip(),))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise CallRefusedError(FAILED, "this machine has no id") from exc
+
+
+def _interface(by_name: Mapping[str, Interface], name: str) -> Interface:
+    interface = by_name.get(name)
+    if interface is None:
+        raise CallRefusedError(UNKNOWN_INTERFACE, f"no interface {name[:100]!r} with properties")
+    return interface
+
+
+def _get(by_name: Mapping[str, Interface], interface_name: str, name: str) -> Variant:
+    found: list[Any] = [
+        prop for prop in _interface(by_name, interface_name).properties if prop.name == name
+    ]
+    if not found:
+        raise CallRefusedError(UNKNOWN_PROPERTY, f"no property {name[:100]!r}")
+    return Variant(found[0].type, found[0].value)
+
+
+def _signature(arguments: Sequence[Arg]) -> str:
+    return "".join(arg.type for arg in arguments)
+
+
+def _describe(interface: Interface) -> Iterator[str]:
+    yield f'  <interface name="{interface.name}">'
+    for method in interface.methods:
+        yield f'    <method name="{method.name}">'
+        for direction, arguments in (("in", method.takes), ("out", method.gives)):
+            for arg in arguments:
+                yield f'      <arg name="{arg.name}" type="{arg.type}" direction="{direction}"/>'
+        yield "    </method>"
+    for signal in interface.signals:
+        yield f'    <signal name="{signal.name}">'
+        for arg in signal.args:
+            yield f'      <arg name="{arg.name}" type="{arg.type}"/>'
+        yield "    </signal>"
+    for prop in interface.properties:
+        yield f'    <property name="{prop.name}" type="{prop.type}" access="read">'
+        yield (
+            '      <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal"'
+            ' value="const"/>'
+        )
+        yield "    </property>"
+    yield "  </interface>"

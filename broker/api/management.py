@@ -1,0 +1,159 @@
+"""org.buswarden.Broker1: what our command line asks. Not for callers in sandboxes, nor for other users."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from broker.api.arguments import parse_rules
+from broker.api.caller import Door
+from broker.api.dispatch import Interface, Method, Reply, Signal, args
+from broker.bus.connection import Call
+from broker.bus.values import Variant, unpack
+from broker.engines.base import Engine
+from broker.gate.control import Denied
+from broker.supervisor.config import Config
+from broker.supervisor.registry import PORTAL_RULES, Sandbox
+from broker.supervisor.supervisor import Caller
+from broker.wire.errors import ACCESS_DENIED, CallRefusedError
+from policy.rules import Rule
+from policy.text import format_rule
+
+PATH: Final = "/org/buswarden/Broker1"
+NAME: Final = "org.buswarden.Broker1"
+DENIED: Final = Signal(name="Denied", args=args("sandbox:o", "what:a{sv}"))
+Dict = dict[str, Variant]
+
+
+class Management:
+    """The interface on one bus."""
+
+    def __init__(self, door: Door, engine: Engine, config: Config) -> None:
+        self._door: Final = door
+        self._engine: Final = engine
+        self._config: Final = config
+        self._registry: Final = door.supervisor.registry
+
+    def interface(self) -> Interface:
+        """Return its description."""
+        change_takes = args("sandbox:s", "rules:a(bs)", "replace:b")
+        return Interface(
+            name=NAME,
+            methods=(
+                Method(name="List", gives=args("sandboxes:aa{sv}"), run=self._list),
+                Method(
+                    name="Show", takes=args("sandbox:s"), gives=args("what:a{sv}"), run=self._show
+                ),
+                Method(
+                    name="ChangeAccess",
+                    takes=change_takes,
+                    gives=args("rules:a(bs)"),
+                    run=self._change_access,
+                ),
+                Method(name="Status", gives=args("status:a{sv}"), run=self._status),
+            ),
+            signals=(DENIED,),
+        )
+
+    async def _list(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        shown = [sandbox for sandbox in self._registry if _may_see(caller, sandbox)]
+        return Reply(([self._describe(sandbox) for sandbox in shown],))
+
+    async def _show(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        sandbox = self._registry.find(call.values[0])
+        if not _may_see(caller, sandbox):
+            raise CallRefusedError(ACCESS_DENIED, f"{sandbox.record.id} is of another user")
+        denials = [describe_denial(event) for event in sandbox.denials]
+        built_in = () if sandbox.record.portals_as_host else PORTAL_RULES
+        more = {
+            "denials": Variant("aa{sv}", denials),
+            "built_in": Variant("a(bs)", format_rules(built_in)),
+        }
+        return Reply((self._describe(sandbox) | more,))
+
+    async def _change_access(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        target, entries, replace = call.values
+        rules = parse_rules(entries, f"ChangeAccess by {call.sender}")
+        access = await self._door.supervisor.set_access(caller, target, rules, replace=replace)
+        return Reply((format_rules(access.rules),))
+
+    async def _status(self, call: Call) -> Reply:
+        await self._door.host_caller(call)
+        config = self._config
+        limits: Mapping[str, int] = msgspec.structs.asdict(config.limits)
+        status: Dict = {
+            "version": Variant("s", _version()),
+            "scope": Variant("s", config.scope),
+            "pid": Variant("u", os.getpid()),
+            "gate_pid": Variant("u", self._engine.pid),
+            "engine": Variant("s", self._engine.name),
+            "buses": Variant("a{ss}", {bus.name: bus.address for bus in config.buses}),
+            "sandboxes": Variant("u", len(self._registry)),
+            "connections": Variant("u", self._registry.connection_count()),
+            "limits": Variant("a{st}", dict(limits)),
+            "runtime_dir": Variant("s", str(config.runtime_dir)),
+        }
+        return Reply((status,))
+
+    def _describe(self, sandbox: Sandbox) -> Dict:
+        record = sandbox.record
+        sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}
+        (metadata,) = unpack("a{sv}", record.metadata)
+        return {
+            "id": Variant("s", record.id),
+            "path": Variant("o", record.path),
+            "type": Variant("s", record.type),
+            "app": Variant("s", record.app),
+            "component": Variant("s", record.component or ""),
+            "metadata": Variant("a{sv}", metadata),
+            "uid": Variant("u", record.uid),
+            "creator": Variant("s", record.creator),
+            "listening": Variant("b", record.listening),
+            "sockets": Variant("a{ss}", sockets),
+            "addresses": Variant("a{ss}", dict(record.addresses)),
+            "connections": Variant("a(ss)", list(sandbox.connections)),
+            "engine": Variant("s", self._engine.name),
+            "access": Variant("a(bs)", format_rules(record.access.rules)),
+            "receive_from_host": Variant("b", record.access.receive_from_host),
+            "portals_as_host": Variant("b", record.portals_as_host),
+            "keep_after_creator": Variant("b", record.keep_after_creator),
+            "plugs": Variant("as", list(record.plugs)),
+            "denied": Variant("t", sandbox.denied),
+            "created": Variant("t", int(record.created)),
+        }
+
+
+def describe_denial(event: Denied) -> Dict:
+    """Return a refusal as a dictionary, without what is not known."""
+    values: dict[str, Any] = msgspec.structs.asdict(event)
+    del values["sandbox"]
+    texts = {key: Variant("s", value) for key, value in values.items() if isinstance(value, str)}
+    return texts | {"more": Variant("u", event.more)}
+
+
+def format_rules(rules: Sequence[Rule]) -> list[tuple[bool, str]]:
+    """Return rules as (deny, text)."""
+    return [(rule.deny, format_rule(rule)) for rule in rules]
+
+
+def _version() -> str:
+    # Imported when somebody asks: it takes more memory than all else in this module.
+    from importlib import metadata  # noqa: PLC0415
+
+    try:
+        return metadata.version("buswarden")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _may_see(caller: Caller, sandbox: Sandbox) -> bool:
+    return caller.uid in (0, sandbox.record.uid)
+
+
+def _show_path(path: str) -> str:
+    """An abstract name begins with NUL, which no D-Bus string may hold."""
+    return "@" + path[1:] if path.startswith("\0") else path

@@ -1,0 +1,276 @@
+import msgspec
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from broker.gate.control import Denied
+from broker.supervisor.config import Limits
+from broker.supervisor.registry import (
+    MAX_DENIAL_TEXT,
+    MAX_DENIALS,
+    PORTAL_RULES,
+    Phase,
+    Record,
+    Registry,
+    Removed,
+    SandboxId,
+)
+from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
+from policy.rules import Access, AccessList, Identity, Rule
+from tests.records import make_record, make_snapshot, make_state
+
+SMALL = Limits(max_containers=3, max_containers_per_user=2, max_container_metadata_bytes=10)
+
+
+def running(registry: Registry, number: int = 0, **fields: object) -> Record:
+    record = make_record(number, **fields)
+    registry.add(record)
+    assert registry.announce(record.id) is None
+    return record
+
+
+def denied(sandbox: str = "c0", member: str = "M", more: int = 0) -> Denied:
+    return Denied(
+        sandbox=sandbox,
+        bus="session",
+        direction="send",
+        kind="call",
+        peer="org.example.X",
+        member=member,
+        more=more,
+    )
+
+
+def test_a_record_knows_its_names() -> None:
+    record = make_record(7, component="part")
+    assert record.id == "c7"
+    assert record.path == "/org/freedesktop/DBus/Containers1/c7"
+    assert record.identity == Identity(type="org.example.Type", app="app", component="part")
+
+
+def test_portals_are_denied_unless_the_caller_insists() -> None:
+    given = AccessList(rules=(Rule(access=frozenset({Access.SEND})),), receive_from_host=False)
+    record = make_record(access=given)
+    assert record.access_in_force.rules == (*given.rules, *PORTAL_RULES)
+    assert not record.access_in_force.receive_from_host
+    assert all(rule.deny and rule.origin for rule in PORTAL_RULES)
+    insisting = msgspec.structs.replace(record, portals_as_host=True)
+    assert insisting.access_in_force == given
+
+
+def test_a_sandbox_is_found_by_id_and_by_path() -> None:
+    registry = Registry(Limits())
+    record = running(registry)
+    assert registry.find("c0").record == record
+    assert registry.find(record.path).record == record
+
+
+@pytest.mark.parametrize("name", ["c1", "", "/", "0", "/org/freedesktop/DBus/Containers1/", "C0"])
+def test_what_is_no_sandbox_is_not_found(name: str) -> None:
+    registry = Registry(Limits())
+    running(registry)
+    with pytest.raises(CallRefusedError) as caught:
+        registry.find(name)
+    assert caught.value.dbus_name == NOT_CONTAINER
+
+
+def test_each_limit_is_kept_and_named() -> None:
+    registry = Registry(SMALL)
+    running(registry, 0, uid=1)
+    running(registry, 1, uid=1)
+    for arguments, name in (((1, 0), "max_containers_per_user=2"), ((2, 11), "metadata_bytes=10")):
+        with pytest.raises(CallRefusedError, match=name) as caught:
+            registry.new_number(*arguments)
+        assert caught.value.dbus_name == LIMITS_EXCEEDED
+    assert registry.new_number(2, 10) == 2
+    running(registry, 2, uid=2)
+    with pytest.raises(CallRefusedError, match="max_containers=3"):
+        registry.new_number(3, 0)
+
+
+def test_a_sandbox_that_ended_counts_no_more_but_keeps_its_number() -> None:
+    registry = Registry(SMALL)
+    running(registry, 0, uid=1)
+    running(registry, 1, uid=1)
+    assert registry.end("c1", "stopped") is not None
+    assert registry.new_number(1, 0) == 2
+
+
+def test_an_end_is_told_once() -> None:
+    registry = Registry(Limits())
+    record = running(registry)
+    assert registry.end("c0", "stopped") == Removed(record=record, reason="stopped")
+    assert registry.end("c0", "stopped") is None
+    assert registry.end("c9", "stopped") is None
+
+
+def test_an_end_before_the_announcement_is_told_after_it() -> None:
+    registry = Registry(Limits())
+    record = make_record()
+    registry.add(record)
+    assert registry.end("c0", "close-notify") is None
+    assert registry.get("c0") is None
+    assert registry.announce(record.id) == Removed(record=record, reason="close-notify")
+    assert len(registry) == 0
+
+
+def test_a_sandbox_that_did_not_come_about_is_forgotten() -> None:
+    registry = Registry(Limits(max_containers=1))
+    registry.add(make_record())
+    registry.withdraw(SandboxId("c0"))
+    assert registry.end("c0", "stopped") is None
+    assert registry.new_number(1000, 0) == 1
+
+
+def test_connections_are_counted() -> None:
+    registry = Registry(Limits())
+    running(registry)
+    registry.connect("c0", "session", ":1.5")
+    registry.connect("c0", "system", ":1.5")
+    registry.connect("c9", "system", ":1.6")
+    assert registry.connection_count() == 2
+    registry.disconnect("c0", "session", ":1.5")
+    registry.disconnect("c0", "session", ":1.5")
+    registry.disconnect("c9", "session", ":1.5")
+    assert list(registry.find("c0").connections) == [("system", ":1.5")]
+
+
+def test_denials_are_counted_and_the_last_are_kept_short() -> None:
+    registry = Registry(Limits())
+    running(registry)
+    for number in range(MAX_DENIALS + 5):
+        registry.deny(denied(member=str(number)))
+    registry.deny(denied(member="x" * 1000, more=10))
+    sandbox = registry.find("c0")
+    assert sandbox.denied == MAX_DENIALS + 5 + 11
+    assert len(sandbox.denials) == MAX_DENIALS
+    assert sandbox.denials[-1].member == "x" * MAX_DENIAL_TEXT
+    assert registry.deny(denied(sandbox="c9")) is None
+
+
+# -- reconciling ----------------------------------------------------------------------------------
+
+
+def test_what_both_have_is_kept_with_the_gates_facts() -> None:
+    record = make_record(4)
+    registry = Registry(Limits(), [record], next_number=6)
+    state = make_state(record, connections=(("session", ":1.9"),), denied=3)
+    result = registry.reconcile(make_snapshot(state))
+    assert result.differences == result.strangers == result.lost == result.changed == ()
+    sandbox = registry.find("c4")
+    assert list(sandbox.connections) == [("session", ":1.9")]
+    assert (sandbox.denied, sandbox.phase, registry.next_number) == (3, Phase.RUNNING, 6)
+
+
+def test_what_only_the_gate_has_is_to_be_stopped_and_its_number_is_taken() -> None:
+    registry = Registry(Limits())
+    result = registry.reconcile(make_snapshot(make_state(make_record(8))))
+    assert result.strangers == ("c8",)
+    assert len(result.differences) == 1
+    assert registry.next_number == 9
+
+
+def test_what_only_we_have_has_ended() -> None:
+    record = make_record(1)
+    registry = Registry(Limits(), [record], next_number=2)
+    result = registry.reconcile(make_snapshot())
+    assert result.lost == (Removed(record=record, reason="gate-lost"),)
+    assert registry.reconcile(make_snapshot()).lost == ()
+
+
+def test_what_is_just_being_added_is_left_alone() -> None:
+    registry = Registry(Limits())
+    registry.add(make_record(0))
+    registry.add(make_record(1))
+    result = registry.reconcile(make_snapshot(make_state(make_record(0))))
+    assert result.lost == result.strangers == ()
+    assert len(registry) == 2
+
+
+def test_a_gate_that_stopped_listening_is_believed() -> None:
+    record = make_record()
+    registry = Registry(Limits(), [record], next_number=1)
+    result = registry.reconcile(make_snapshot(make_state(record, listening=False)))
+    assert [changed.listening for changed in result.changed] == [False]
+    assert not registry.find("c0").record.listening
+
+
+def test_rules_that_were_never_acknowledged_are_set_again() -> None:
+    record = make_record()
+    registry = Registry(Limits(), [record], next_number=1)
+    other = make_state(make_record(portals_as_host=True))
+    assert registry.reconcile(make_snapshot(other)).other_access == ("c0",)
+
+
+class Lives(RuleBasedStateMachine):
+    """Whatever happens in whatever order: ends are told once, after their announcement, and ids are new."""
+
+    starting: Bundle[str] = Bundle("starting")
+    known: Bundle[str] = Bundle("known")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = Registry(Limits(max_containers=5, max_containers_per_user=4))
+        self.given: set[str] = set()
+        self.announced: set[str] = set()
+        self.removed: list[str] = []
+
+    def take(self, removed: Removed | None) -> None:
+        if removed is not None:
+            assert removed.record.id in self.announced
+            self.removed.append(removed.record.id)
+
+    @rule(target=starting, uid=st.integers(1, 2))
+    def add(self, uid: int) -> str:
+        try:
+            number = self.registry.new_number(uid, 0)
+        except CallRefusedError:
+            mine = sum(sandbox.record.uid == uid for sandbox in self.registry)
+            assert mine >= 4 or len(self.registry) >= 5
+            return ""
+        record = make_record(number, uid=uid)
+        assert record.id not in self.given
+        self.given.add(record.id)
+        self.registry.add(record)
+        return record.id
+
+    @rule(target=known, id_=consumes(starting))
+    def announce(self, id_: str) -> str:
+        if id_:
+            self.announced.add(id_)
+            self.take(self.registry.announce(SandboxId(id_)))
+        return id_
+
+    @rule(id_=consumes(starting))
+    def withdraw(self, id_: str) -> None:
+        if id_:
+            self.registry.withdraw(SandboxId(id_))
+
+    @rule(id_=st.one_of(known, starting))
+    def end(self, id_: str) -> None:
+        self.take(self.registry.end(id_, "stopped"))
+
+    @rule(data=st.data())
+    def restart_gate(self, data: st.DataObject) -> None:
+        there = [sandbox.record for sandbox in self.registry]
+        kept = [record for record in there if data.draw(st.booleans())]
+        result = self.registry.reconcile(make_snapshot(*(make_state(record) for record in kept)))
+        for removed in result.lost:
+            self.take(removed)
+
+    @rule()
+    def restart_supervisor(self) -> None:
+        records = [s.record for s in self.registry if s.phase is Phase.RUNNING]
+        if len(records) == len(self.registry):
+            limits = Limits(max_containers=5, max_containers_per_user=4)
+            self.registry = Registry(limits, records, self.registry.next_number)
+
+    @invariant()
+    def ends_are_told_once(self) -> None:
+        assert len(self.removed) == len(set(self.removed))
+        there = {sandbox.record.id for sandbox in self.registry}
+        assert not there & set(self.removed)
+        assert self.announced == set(self.removed) | (there & self.announced)
+
+
+TestLives = Lives.TestCase
