@@ -56,3 +56,22 @@ def warden(bus: Bus, folder: Path) -> Iterator[Warden]:
     """A supervisor with its gate on that bus; the test fails if it leaves anything behind."""
     with open_warden(bus, folder / "run") as running_warden:
         yield running_warden
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def module_warden(request: pytest.FixtureRequest) -> Iterator[Warden]:
+    """A supervisor on a real bus, for all tests of a module: take `shared`."""
+    with tempfile.TemporaryDirectory(prefix="bw-") as name:
+        folder = Path(name)
+        with (
+            open_bus(request.param, folder) as running_bus,
+            open_warden(running_bus, folder / "run") as running_warden,
+        ):
+            yield running_warden
+
+
+@pytest.fixture
+def shared(module_warden: Warden) -> Iterator[Warden]:
+    """As `warden`, for tests that neither end nor configure it: it was used before and will be again."""
+    yield module_warden
+    module_warden.tidy()

@@ -1,5 +1,6 @@
 """buswarden itself under test: a supervisor with its gate on a real bus, driven over D-Bus and by its CLI."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -176,6 +177,20 @@ class Warden:
     def close_clients(self) -> None:
         for client in (*self._clients, self.host):
             client.close()
+
+    def tidy(self) -> None:
+        """Make it as it was at the start, for another test; assert that nothing fell meanwhile."""
+        while self._clients:
+            self._clients.pop().close()
+        for sandbox in self.list_sandboxes():
+            # It may be ending by itself, now that its clients are gone.
+            with contextlib.suppress(CallError):
+                self.containers("StopInstance", "o", sandbox["path"])
+        (status,) = self.manage("Status")
+        assert (status["sandboxes"], status["connections"]) == (0, 0)
+        assert status["gate_pid"] == self.gate_pid, "there is another gate"
+        assert "Traceback" not in self.log
+        self.host.drain(0)
 
 
 @contextmanager

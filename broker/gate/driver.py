@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from broker.gate.arguments import arguments, bus_name, results
 from broker.gate.bus import DRIVER
 from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Finish, Special, Target
 from broker.gate.owners import Owners
@@ -16,7 +17,7 @@ from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaErr
 from broker.wire.header import Flag, Header, MessageType, serialise_header
 from broker.wire.marshal import Value
 from broker.wire.matchrule import MatchRule, parse_match_rule
-from broker.wire.names import is_bus_name, is_well_known_name
+from broker.wire.names import is_well_known_name
 
 PEER: Final = "org.freedesktop.DBus.Peer"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
@@ -222,7 +223,7 @@ class Driver:
         def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
             if reply.type != MessageType.METHOD_RETURN:
                 raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
-            core.unique_name = str(_results(reply, data, "s")[0])
+            core.unique_name = str(results(reply, data, "s")[0])
             core.sandbox.said_hello(core)
             self._owners.use(core.judge.uses)
             if not core.bus.wording_known:
@@ -235,7 +236,7 @@ class Driver:
 
     def _add_match(self, header: Header, data: bytes) -> bool:
         core = self._core
-        (text,) = self._arguments(header, data, "s")
+        (text,) = arguments(header, data, "s")
         rule = parse_match_rule(str(text))
         limit = core.sandbox.limits.match_rules
         if core.match_count >= limit:
@@ -253,7 +254,7 @@ class Driver:
         return self._call(header, "s", (rule.canonical(),), finish)
 
     def _remove_match(self, header: Header, data: bytes) -> bool:
-        (text,) = self._arguments(header, data, "s")
+        (text,) = arguments(header, data, "s")
         rule = parse_match_rule(str(text))
         if rule not in self._core.matches:
             raise CallRefusedError(
@@ -273,7 +274,7 @@ class Driver:
     # -- looking names up ---------------------------------------------------------------------------
 
     def _look_up(self, header: Header, data: bytes) -> bool:
-        name = self._bus_name(header, data, "s")
+        name = bus_name(header, data)
         if not self._sight.knows_enough(name):
             self._owners.ask(name)
             return False
@@ -290,7 +291,7 @@ class Driver:
         raise CallRefusedError(*core.bus.no_such_name(header.member or "", name))
 
     def _start_service(self, header: Header, data: bytes) -> bool:
-        name, flags = self._arguments(header, data, "su")
+        name, flags = arguments(header, data, "su")
         name = str(name)
         if not is_well_known_name(name):
             raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
@@ -326,7 +327,7 @@ class Driver:
         if reply.type != MessageType.METHOD_RETURN:
             core.deliver(data, fds)
             return
-        (names,) = _results(reply, data, "as")
+        (names,) = results(reply, data, "as")
         assert isinstance(names, (list, tuple))
         seen = [name for name in names if self._sight.sees(name)]
         at = reply.reply_serial_at
@@ -346,7 +347,7 @@ class Driver:
 
     def _request_name(self, header: Header, data: bytes) -> bool:
         core = self._core
-        name, flags = self._arguments(header, data, "su")
+        name, flags = arguments(header, data, "su")
         name = str(name)
         assert isinstance(flags, int)
         self._must_own(header, name)
@@ -358,7 +359,7 @@ class Driver:
 
         def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
             got = reply.type == MessageType.METHOD_RETURN and (
-                _results(reply, data, "u")[0] in HAS_NAME
+                results(reply, data, "u")[0] in HAS_NAME
             )
             # The answer to a later request for the name may be another.
             if not got and core.requested_names.get(name) == request:
@@ -368,13 +369,13 @@ class Driver:
         return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), finish)
 
     def _release_name(self, header: Header, data: bytes) -> bool:
-        name = str(self._arguments(header, data, "s")[0])
+        name = str(arguments(header, data, "s")[0])
         self._must_own(header, name)
         self._core.requested_names.pop(name, None)
         return self._call(header, "s", (name,))
 
     def _list_queued(self, header: Header, data: bytes) -> bool:
-        name = str(self._arguments(header, data, "s")[0])
+        name = str(arguments(header, data, "s")[0])
         self._must_own(header, name)
         return self._call(header, "s", (name,), self._filtered_list)
 
@@ -389,26 +390,3 @@ class Driver:
         raise CallRefusedError(
             errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
         )
-
-    # -- arguments ----------------------------------------------------------------------------------
-
-    def _arguments(self, header: Header, data: bytes, signature: str) -> tuple[Value, ...]:
-        if header.signature != signature:
-            raise CallRefusedError(
-                errors.INVALID_ARGS,
-                f"{header.member} takes ({signature}), not ({header.signature})",
-            )
-        return marshal.read_body(signature, data[header.size :], little=header.little)
-
-    def _bus_name(self, header: Header, data: bytes, signature: str) -> str:
-        name = str(self._arguments(header, data, signature)[0])
-        if not is_bus_name(name):
-            raise CallRefusedError(errors.INVALID_ARGS, f"not a bus name: {name[:40]!r}")
-        return name
-
-
-def _results(reply: Header, data: bytes, signature: str) -> tuple[Value, ...]:
-    """Read what the bus answered. Raises PeerProtocolError if it is not of that form."""
-    if reply.signature != signature:
-        raise PeerProtocolError(f"the bus answered ({reply.signature}) instead of ({signature})")
-    return marshal.read_body(signature, data[reply.size :], little=reply.little)

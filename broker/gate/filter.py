@@ -21,7 +21,6 @@ from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
-from broker.wire import errors
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Flag, Header, MessageType, measure, parse_header
 from policy.match import Judge
@@ -133,24 +132,19 @@ class Filter:
         """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         core = self.core
         intake = self._from_app
-        ready = intake.take(data, fds)
-        if self.held:
-            if ready is not None:
-                intake.put_back(ready)
-            return
-        if ready is None:
-            if core.sandbox.bytes_held <= core.sandbox.limits.bytes_held or not intake.held:
+        plain = not fds and intake.is_idle
+        if not plain or self.held or not data:
+            ready = self._take_from_app(data, fds)
+            if ready is None:
                 return
-            # Other connections of the sandbox took what was left when this message began.
-            ready = intake.take_all()
-        data = ready
+            data = ready
         end = len(data)
         pos = run = 0
         out = core.to_bus
         pending = core.pending
         room = core.sandbox.limits.pending_calls
         calls = core.app_calls
-        tables = {} if intake.has_fds else self._app_tables
+        tables = self._app_tables if plain or not intake.has_fds else {}
         unpack = _FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
@@ -167,7 +161,7 @@ class Filter:
                         pending[serial] = target  # type: ignore[assignment]
                         pos = stop
                         continue
-            elif first in _REPLIES and not intake.has_fds:
+            elif tables and first in _REPLIES:
                 stop = self._known_app_reply(data, pos, end, body, fields)
                 if stop:
                     pos = stop
@@ -181,7 +175,24 @@ class Filter:
             run = pos = stop
         if run < pos:
             out.append(data[run:pos])
-        intake.consumed(data, pos)
+        if pos < end or not plain:
+            intake.consumed(data, pos)
+
+    def _take_from_app(self, data: bytes, fds: Sequence[int]) -> bytes | None:
+        """Put what arrived behind what is held; return it all if it can be looked at now."""
+        core = self.core
+        intake = self._from_app
+        ready = intake.take(data, fds)
+        if self.held:
+            if ready is not None:
+                intake.put_back(ready)
+            return None
+        if ready is None:
+            if core.sandbox.bytes_held <= core.sandbox.limits.bytes_held or not intake.held:
+                return None
+            # Other connections of the sandbox took what was left when this message began.
+            ready = intake.take_all()
+        return ready
 
     def _known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
         """Return where a reply of a known shape ends, 0 if it has to be looked at."""
@@ -234,27 +245,24 @@ class Filter:
         header = parse_header(data, pos)
         if header.unix_fds:
             raise PeerQuotaError("a message over the budget, with file descriptors")
-        if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
-            limit = self.core.sandbox.limits.bytes_held
-            self.core.answer_error(
-                header.serial,
-                errors.LIMITS_EXCEEDED,
-                f"a message of {size} bytes, with bytes_held={limit} in all for this sandbox",
-            )
+        limit = self.core.sandbox.limits.bytes_held
+        self._outgoing.refuse_too_large(
+            header, f"a message of {size} bytes, with bytes_held={limit} in all for this sandbox"
+        )
         intake.skip(pos + size - len(data))
         return len(data)
 
     # -- from the bus ----------------------------------------------------------------------------------
 
     def feed_bus(  # noqa: C901, PLR0912, PLR0915
-        self, data: bytes, fds: Sequence[int] = ()
+        self, arrived: bytes, fds: Sequence[int] = ()
     ) -> None:
         """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         intake = self._from_bus
-        ready = intake.take(data, fds)
-        if ready is None:
+        plain = not fds and intake.is_idle
+        data = arrived if plain else intake.take(arrived, fds)
+        if data is None:
             return
-        data = ready
         end = len(data)
         pos = run = 0
         core = self.core
@@ -275,12 +283,8 @@ class Filter:
                     if at is not None:
                         at += pos
                         sender = shapes.get(data[pos + 12 : at] + data[at + 4 : start])
-                        asked = _U32.unpack_from(data, at)[0]
-                        if (
-                            sender is not None
-                            and asked in pending
-                            and pending[asked].owner == sender
-                        ):
+                        entry = pending.get(asked := _U32.unpack_from(data, at)[0])
+                        if entry is not None and entry.owner == sender:  # no owner is None
                             del pending[asked]
                             pos = stop
                             continue
@@ -298,11 +302,12 @@ class Filter:
             if not stop:
                 break
             if self._stash:
-                tables = reply_at = {}
+                tables, reply_at = {}, {}
             run = pos = stop
         if run < pos:
             out.append(data[run:pos])
-        intake.consumed(data, pos)
+        if pos < end or not plain:
+            intake.consumed(data, pos)
         if self._wake:
             self._resume()
 

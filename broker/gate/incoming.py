@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from broker.gate.bus import DRIVER
-from broker.gate.core import Core, Denial, Special, Target
+from broker.gate.core import Core, Denial, Special, Target, remember, remember_shape
 from broker.gate.outgoing import denial
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight

@@ -50,6 +50,11 @@ class Intake:
         return bool(self._fds)
 
     @property
+    def is_idle(self) -> bool:
+        """True when nothing is held or expected: what arrives can be used as it is."""
+        return not (self._parts or self._fds or self._skip)
+
+    @property
     def held(self) -> int:
         """How many bytes are held."""
         return self._held

@@ -59,7 +59,7 @@ class Link:
         self._loop: Final = loop
         self.sandbox: Final = sandbox
         self._bus: Final = bus
-        self._app: Final = Pipe(loop, sock, self._app_readable, self._app_drained)
+        self._app: Final = Pipe(loop, sock, self._greet_app, self._app_drained)
         self._server: Final = SaslServer(sandbox.spec.uid, guid)
         self._upstream: Pipe | None = None
         self._client: SaslClient | None = None
@@ -68,9 +68,6 @@ class Link:
         self._closed = False
         self._new_judge: Judge | None = None
         self._deadline: Final = loop.call_later(HANDSHAKE_TIMEOUT, self._too_slow)
-        # The app's side is read through a name that changes with the state of the link.
-        self._read_app: Callable[[], None] = self._greet_app
-        self._read_bus: Callable[[], None] = self._greet_bus
 
     @property
     def filter(self) -> Filter | None:
@@ -126,13 +123,6 @@ class Link:
     # -- handshakes -----------------------------------------------------------------------------------
 
     @_contained
-    def _app_readable(self) -> None:
-        self._read_app()
-
-    @_contained
-    def _bus_readable(self) -> None:
-        self._read_bus()
-
     def _greet_app(self) -> None:
         data, fds = self._app.read()
         if fds:
@@ -159,7 +149,7 @@ class Link:
             LOGGER.warning("bus-unreachable bus=%s sandbox=%s", self._bus.name, self.sandbox.id)
             self.close("the bus cannot be reached")
             return
-        self._upstream = Pipe(self._loop, sock, self._bus_readable, self._bus_drained)
+        self._upstream = Pipe(self._loop, sock, self._greet_bus, self._bus_drained)
         self._client = SaslClient(self.sandbox.spec.uid)
         self._write_hello()
 
@@ -169,6 +159,7 @@ class Link:
         assert self._client is not None
         self._upstream.write([self._client.start()])
 
+    @_contained
     def _greet_bus(self) -> None:
         assert self._upstream is not None
         assert self._client is not None
@@ -185,8 +176,8 @@ class Link:
             app_takes_fds=self._server.unix_fds and self._client.unix_fds,
         )
         self._bus.members.add(self._filter.core)
-        self._read_app = self._judge_app
-        self._read_bus = self._judge_bus
+        self._app.readable = self._judge_app
+        self._upstream.readable = self._judge_bus
         if self._client.leftover:
             self._filter.feed_bus(self._client.leftover)
         if self._early:
@@ -196,6 +187,7 @@ class Link:
 
     # -- messages -------------------------------------------------------------------------------------
 
+    @_contained
     def _judge_app(self) -> None:
         data, fds = self._app.read()
         judging = self._filter
@@ -203,6 +195,7 @@ class Link:
         judging.feed_app(data, fds)
         self._send()
 
+    @_contained
     def _judge_bus(self) -> None:
         assert self._upstream is not None
         data, fds = self._upstream.read()

@@ -75,8 +75,6 @@ class Loop:
         poll = self._epoll.poll
         while self._running:
             timeout = self._run_timers() if self._timers else -1
-            if not self._running:  # a timer said so
-                break
             for fd, events in poll(timeout, MAX_EVENTS):
                 # An earlier callback of this turn may have closed it.
                 handler = handlers.get(fd)
@@ -89,7 +87,7 @@ class Loop:
 
     def _run_timers(self) -> float:
         """Call what is due; return the seconds to the next one, -1 for none."""
-        while self._timers:
+        while self._timers and self._running:
             when, _, timer = self._timers[0]
             left = when - self._clock()
             if timer.callback is not None and left > 0:
@@ -97,4 +95,4 @@ class Loop:
             heapq.heappop(self._timers)
             if timer.callback is not None:
                 timer.callback()
-        return -1
+        return -1 if self._running else 0

@@ -90,6 +90,17 @@ class Outgoing:
                 "Client tried to send a message other than Hello without being registered",
             )
 
+    def refuse_too_large(self, header: Header, text: str) -> None:
+        """Refuse a message of which only the header is known. Whoever waits for it is told."""
+        core = self._core
+        key = (header.destination or "", header.reply_serial or 0)
+        if header.type == MessageType.METHOD_CALL:
+            if not header.flags & Flag.NO_REPLY_EXPECTED:
+                core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
+        elif header.type != MessageType.SIGNAL and key in core.asked:
+            core.asked.discard(key)
+            core.refuse_caller(*key, errors.LIMITS_EXCEEDED, text)
+
     # -- calls and signals ------------------------------------------------------------------------
 
     def _call(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:

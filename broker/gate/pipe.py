@@ -13,6 +13,9 @@ from broker.gate.loop import BROKEN, READABLE, WRITABLE, Loop
 from broker.wire.errors import PeerProtocolError
 
 READ_SIZE: Final = 65536
+# Plain integers: an operation on the socket module's enum members runs Python code, once a message.
+_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED: Final = int(socket.MSG_CTRUNC)
 # What the kernel passes with one message (SCM_MAX_FD).
 _ANCILLARY: Final = socket.CMSG_SPACE(253 * 4)
 # Parts of one sendmsg; the kernel takes 1024 (UIO_MAXIOV).
@@ -36,7 +39,7 @@ class Pipe:
         self._loop: Final = loop
         self.sock: Final = sock
         self._fd: Final = sock.fileno()
-        self._readable: Final = readable
+        self.readable = readable  # may be replaced: another state, another reader
         self._drained: Final = drained
         self._queue: Final[deque[Chunk]] = deque()
         self.queued = 0  # bytes that the other end has not taken
@@ -49,13 +52,11 @@ class Pipe:
     def read(self) -> tuple[bytes, Sequence[int]]:
         """Return what is there, with its descriptors. Raises Closed, BlockingIOError, PeerProtocolError."""
         try:
-            data, ancillary, flags, _ = self._recvmsg(
-                READ_SIZE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, flags, _ = self._recvmsg(READ_SIZE, _ANCILLARY, _CLOEXEC)
         except ConnectionError as exc:
             raise Closed from exc
         fds = _descriptors(ancillary) if ancillary else ()
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             close_fds(fds)
             raise PeerProtocolError("more file descriptors than fit")
         if not data:
@@ -99,6 +100,10 @@ class Pipe:
         self.queued = 0
 
     def _event(self, events: int) -> None:
+        if events == READABLE:
+            if self._reading:
+                self.readable()
+            return
         if events & WRITABLE and self._queue:
             try:
                 self._flush()
@@ -108,7 +113,7 @@ class Pipe:
                 if not self._queue:
                     self._drained()
         if events & (READABLE | BROKEN) and (self._reading or events & BROKEN):
-            self._readable()
+            self.readable()
 
     def _enqueue(self, chunk: Chunk) -> None:
         self._queue.append(chunk)

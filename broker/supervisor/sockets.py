@@ -71,6 +71,8 @@ def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
 @contextmanager
 def given_socket(fd: int) -> Iterator[Bound]:
     """Listen on a socket of the caller's, which stays open for it. Raises CallRefusedError."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise CallRefusedError(INVALID_ARGS, "Socket is not a unix stream socket")
     with socket.socket(fileno=os.dup(fd)) as sock:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             raise CallRefusedError(INVALID_ARGS, "Socket is not a unix stream socket")
