@@ -33,7 +33,8 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/flake8-async --enable=ASYNC --disable=ASYNC114,ASYNC910,ASYNC911 $(SOURCES)
+	$(VENV)/bin/flake8-async --enable=ASYNC --disable=ASYNC114,ASYNC910,ASYNC911 \
+	  $$(find $(SOURCES) -name '*.py')
 
 bench: setup
 	$(PY) -m integration.bench $(ARGS)

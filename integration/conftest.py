@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from integration.buses import KINDS, Bus, open_bus
+from integration.stage import Stage
 from integration.supervised import Warden, open_warden
 
 # A skip whose text has one of these is of the kernel or the machine, which CI cannot install.
@@ -75,3 +76,9 @@ def shared(module_warden: Warden) -> Iterator[Warden]:
     """As `warden`, for tests that neither end nor configure it: it was used before and will be again."""
     yield module_warden
     module_warden.tidy()
+
+
+@pytest.fixture
+def stage(shared: Warden) -> Stage:
+    """Apps in sandboxes, and hosts, for tests of the rules."""
+    return Stage(shared)

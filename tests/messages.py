@@ -41,6 +41,11 @@ class Message:
         }.get(MessageType(header.type), "other")
 
 
+def names(messages: Iterable[Message]) -> list[str]:
+    """Return them in short."""
+    return [message.text for message in messages]
+
+
 def call(
     serial: int,
     destination: str | None,

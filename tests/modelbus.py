@@ -324,6 +324,11 @@ class Dialogue:
         """Let a name change its owner; return what the app heard of it."""
         return self.deliver(self.model.change(name, new))
 
+    def step(self) -> None:
+        """Let the paused bus answer one thing."""
+        answer = self.model.handle(self._late.pop(0))
+        self.deliver(answer)
+
     def resume(self) -> list[Message]:
         """Let the bus answer what it was asked while paused; return what the app got."""
         before = len(self.got)

@@ -1,5 +1,5 @@
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 import trio
@@ -122,7 +122,7 @@ async def test_ping_is_answered_on_every_path() -> None:
 async def test_an_object_describes_itself() -> None:
     bus = await ask(call("Introspect", interface=INTROSPECTABLE))
     ((_, (xml,)),) = bus.answers
-    node = ElementTree.fromstring(str(xml))
+    node = ET.fromstring(str(xml))
     names = [interface.get("name") for interface in node]
     assert names == [NAME, "org.freedesktop.DBus.Peer", INTROSPECTABLE, PROPERTIES]
     echo_args = [arg.attrib for arg in node.findall(".//method[@name='Echo']/arg")]
@@ -139,7 +139,7 @@ async def test_paths_above_an_object_lead_to_it() -> None:
     for element in PATH.split("/")[1:]:
         bus = await ask(call("Introspect", path=path or "/", interface=INTROSPECTABLE))
         ((_, (xml,)),) = bus.answers
-        node = ElementTree.fromstring(str(xml))
+        node = ET.fromstring(str(xml))
         assert [child.get("name") for child in node.findall("node")] == [element]
         path += "/" + element
 

@@ -28,6 +28,9 @@ from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
 
 LOGGER: Final = logging.getLogger(__name__)
 _CHUNK: Final = 64 * 1024
+# What anybody may want of us is far shorter (10 000 rules are 2 MiB), and Python takes up to thirty times as
+# much for the values: a longer body is not looked at.
+MAX_BODY: Final = 8 * 1024 * 1024
 _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(253 * _INT)  # as many as the kernel lets through at once
 _FIELDS: Final = (
@@ -221,6 +224,8 @@ def _make_message(header: Header, body: bytes, fds: list[int]) -> Message | None
     except ValueError:
         return None
     fields: dict[str, Any] = {name: getattr(header, name) for name in _FIELDS}
+    if len(body) > MAX_BODY:
+        raise ValueError(f"a body of more than {MAX_BODY} bytes")
     values = unpack(header.signature, body, little=header.little) if body else []
     try:
         return Message(

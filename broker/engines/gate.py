@@ -8,7 +8,7 @@ again, or starts another, and its snapshot tells the listener which of the two i
 
 import logging
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +43,8 @@ from policy.rules import AccessList
 LOGGER: Final = logging.getLogger(__name__)
 START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
 SHUTDOWN_TIMEOUT: Final = 2.5  # seconds, from the request to the end of the connection
-REAP_TIMEOUT: Final = 1.0  # seconds, from there to the end of the process
+EXIT_TIMEOUT: Final = 1.0  # seconds, from there to the end of the process
+_READY_FD: Final = 3  # in the gate
 # A gate that dies at once again would have us start gates for ever.
 MAX_STARTS: Final = 5
 FORGET_STARTS_AFTER: Final = 60.0  # seconds
@@ -67,7 +68,7 @@ class GateEngine:
         self._buses: Final = tuple(buses)
         self._command: Final = tuple(command or (sys.executable, "-P", "-m", "broker.gate"))
         self._link: Link | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._children: Final[set[int]] = set()
         self._closing = False
         self._starts: list[float] = []
         self._refusals = 0
@@ -93,8 +94,6 @@ class GateEngine:
                 await self._run_link(listener, ready)
         finally:
             self._link = None
-            if self._process is not None:
-                self._process.poll()  # reaped, if it ended
 
     async def shutdown(self) -> None:
         """End the gate, if one of us started it: this supervisor, or one before it in this folder."""
@@ -114,20 +113,28 @@ class GateEngine:
         if scope.cancelled_caught:
             LOGGER.warning("the gate (process %d) does not end", self.pid)
         self._mark.unlink(missing_ok=True)
-        await self._reap()
+        await self._wait_for_child()
 
-    async def _reap(self) -> None:
+    async def _wait_for_child(self) -> None:
         """Wait for the gate if it is our child, so that whoever waits for us finds it gone."""
-        process = self._process
-        if process is None:
+        if self.pid not in self._children:
             return
-        with trio.move_on_after(REAP_TIMEOUT):
-            await trio.lowlevel.checkpoint()
-            while process.poll() is None:  # noqa: ASYNC110 - Popen has nothing to wait for in trio
-                await trio.sleep(0.005)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        end = os.pidfd_open(self.pid)
+        try:
+            with trio.move_on_after(EXIT_TIMEOUT) as scope:
+                await trio.lowlevel.wait_readable(end)
+            if scope.cancelled_caught:
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+        finally:
+            os.close(end)
+        os.waitpid(self.pid, 0)
+        self._children.discard(self.pid)
+
+    def _reap(self) -> None:
+        """Take note of gates that ended."""
+        for pid in list(self._children):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                self._children.discard(pid)
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
         await self._ask(AddSandbox(spec), fds)
@@ -234,32 +241,42 @@ class GateEngine:
 
     async def _start(self) -> None:
         """Start a gate and wait until it listens."""
+        self._reap()
         ready, ready_there = os.pipe()
         try:
             try:
-                # A session of its own: Ctrl-C is for us, and we tell it. No standard output, since
-                # whoever reads ours must see its end when we end.
-                self._process = subprocess.Popen(  # noqa: ASYNC220 - takes no longer than a fork
-                    [*self._command, "--control", self._control, "--ready-fd", str(ready_there)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    start_new_session=True,
-                    pass_fds=(ready_there,),
-                    env=_environment(),
-                )
+                pid = _spawn((*self._command, "--control", str(self._control)), ready_there)
             finally:
                 os.close(ready_there)
-            self._mark.write_text(str(self._process.pid), encoding="ascii")
+            self._children.add(pid)
+            self._mark.write_text(str(pid), encoding="ascii")
             with trio.move_on_after(START_TIMEOUT) as scope:
                 await trio.lowlevel.wait_readable(ready)
-            if scope.cancelled_caught or not os.read(ready, 1):
-                code = self._process.poll()
-                raise GateError(
-                    "the gate did not start: "
-                    + ("it says nothing" if code is None else f"it exited with {code}")
-                )
+            if scope.cancelled_caught:
+                os.kill(pid, signal.SIGKILL)
+                raise GateError(f"the gate did not say that it listens, in {START_TIMEOUT:.0f} s")
+            if not os.read(ready, 1):
+                raise GateError("the gate did not start: its message stands above")
         finally:
             os.close(ready)
+
+
+def _spawn(argv: Sequence[str], ready: int) -> int:
+    """Start a gate, which is to outlive us: not by subprocess, which minds."""
+    # A session of its own: Ctrl-C is for us, and we tell it. No standard output, since whoever reads ours
+    # must see its end when we end.
+    return os.posix_spawn(
+        argv[0],
+        [*argv, "--ready-fd", str(_READY_FD)],
+        _environment(),
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_DUP2, ready, _READY_FD),
+        ],
+        setsid=True,
+        setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -1,0 +1,122 @@
+"""A gate that serves nobody: it speaks the control protocol and keeps a list of what it was given.
+
+Run as a program it takes the options of the real one, and serves one supervisor after the other until it is told to
+shut down. An app called "die" makes it exit without an answer.
+"""
+
+import argparse
+import array
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from broker.gate.control import (
+    PROTOCOL,
+    AddSandbox,
+    Answer,
+    Connected,
+    Done,
+    Ended,
+    Envelope,
+    Event,
+    FrameReader,
+    Refused,
+    Request,
+    SandboxOf,
+    SandboxSpec,
+    SandboxState,
+    Shutdown,
+    Snapshot,
+    StopSandbox,
+    TakeSnapshot,
+    WhoIs,
+    make_frame,
+)
+from broker.wire.errors import NOT_CONTAINER
+
+
+class FakeGate:
+    """What it has. `answer` returns the events that come before the answer, and the answer."""
+
+    def __init__(self, protocol: int = PROTOCOL) -> None:
+        self.protocol = protocol
+        self.sandboxes: dict[str, SandboxSpec] = {}
+        self.asked: list[Request] = []
+
+    def answer(self, request: Request) -> tuple[list[Event], Answer]:
+        self.asked.append(request)
+        match request:
+            case AddSandbox(spec):
+                self.sandboxes[spec.id] = spec
+                return [Connected(spec.id, "session", ":1.5")], Done()
+            case StopSandbox(sandbox):
+                if self.sandboxes.pop(sandbox, None) is None:
+                    return [], Refused(NOT_CONTAINER, sandbox)
+                return [Ended(sandbox, "stopped")], Done()
+            case WhoIs(unique_name=name):
+                return [], SandboxOf(name if name in self.sandboxes else None)
+            case TakeSnapshot():
+                return [], self.snapshot()
+            case _:
+                return [], Done()
+
+    def snapshot(self) -> Snapshot:
+        states = tuple(
+            SandboxState(spec=spec, listening=True, connections=(), opening=0, denied=0)
+            for spec in self.sandboxes.values()
+        )
+        return Snapshot(protocol=self.protocol, pid=os.getpid(), buses=(), sandboxes=states)
+
+
+def serve(gate: FakeGate, connection: socket.socket) -> bool:
+    """Serve one supervisor; return whether to go on."""
+    reader = FrameReader()
+    size = socket.CMSG_SPACE(64 * array.array("i").itemsize)
+    while True:
+        data, ancillary, _, _ = connection.recvmsg(65536, size)
+        if not data:
+            return True
+        fds = array.array("i")
+        for _, _, raw in ancillary:
+            fds.frombytes(raw)
+        for envelope, its_fds in reader.feed(data, fds.tolist()):
+            for fd in its_fds:
+                os.write(fd, b"x")  # shows that it is the right one
+                os.close(fd)
+            request = envelope.body
+            assert isinstance(request, Request)
+            if isinstance(request, AddSandbox) and request.spec.identity.app == "die":
+                os._exit(3)
+            events, answer = gate.answer(request)
+            for event in events:
+                connection.sendall(make_frame(Envelope(serial=0, body=event)))
+            connection.sendall(make_frame(Envelope(serial=envelope.serial, body=answer)))
+            if isinstance(request, Shutdown):
+                return False
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control")
+    parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--mode", default="good")
+    options = parser.parse_args(argv)
+    if options.mode == "refuse":
+        sys.exit(3)
+    gate = FakeGate(PROTOCOL + 1 if options.mode == "old" else PROTOCOL)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(options.control)
+        listening.listen(8)
+        os.write(options.ready_fd, b"x")
+        os.close(options.ready_fd)
+        go_on = True
+        while go_on:
+            connection, _ = listening.accept()
+            with connection:
+                go_on = serve(gate, connection)
+    os.unlink(options.control)  # noqa: PTH108 - nothing more to import than is needed
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

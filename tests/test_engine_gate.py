@@ -1,0 +1,145 @@
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from broker.engines import gate as gate_module
+from broker.engines.base import EngineLostError
+from broker.engines.gate import GateEngine, GateError
+from broker.gate.control import BusSpec
+from broker.wire.errors import CallRefusedError
+from tests import fake_gate
+from tests.records import make_record, make_state
+from tests.test_engine_link import Told
+
+BUSES = (BusSpec(name="session", address="unix:path=/nowhere"),)
+SPEC = make_state(make_record()).spec
+
+
+def make_engine(folder: Path, mode: str = "good") -> GateEngine:
+    command = (sys.executable, fake_gate.__file__, "--mode", mode)
+    return GateEngine(control=folder / "gate.sock", buses=BUSES, command=command)
+
+
+@asynccontextmanager
+async def kept(engine: GateEngine, told: Told | None = None) -> AsyncIterator[GateEngine]:
+    """Keep it connected; at the end leave the gate as a killed supervisor would."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.keep_connected, told or Told())
+        yield engine
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_gate_is_started_used_and_shut_down(tmp_path: Path) -> None:
+    told = Told()
+    read, write = os.pipe()
+    async with kept(make_engine(tmp_path), told) as engine:
+        assert engine.pid > 0
+        await engine.add(SPEC, [write])
+        assert os.read(read, 9) == b"x"
+        assert await engine.who("session", "c0") == "c0"
+        assert await engine.who("session", ":1.1") is None
+        await engine.set_access("c0", SPEC.access)
+        await engine.stop_listening("c0")
+        await engine.tag_headers("session", ":1.1")
+        await engine.stop("c0")
+        assert [type(one).__name__ for one in told.order] == ["Snapshot", "Connected", "Ended"]
+        with pytest.raises(CallRefusedError):
+            await engine.stop("c0")
+        await engine.shutdown()
+        with pytest.raises(ProcessLookupError):
+            os.kill(engine.pid, 0)
+        with pytest.raises(EngineLostError):
+            await engine.stop("c0")
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+    os.close(read)
+    os.close(write)
+
+
+async def test_a_gate_outlives_us_and_is_found_again(tmp_path: Path) -> None:
+    async with kept(make_engine(tmp_path)) as engine:
+        await engine.add(SPEC, [])
+        pid = engine.pid
+    told = Told()
+    async with kept(make_engine(tmp_path), told) as engine:
+        assert engine.pid == pid
+        (snapshot,) = told.order
+        assert [state.spec for state in snapshot.sandboxes] == [SPEC]  # type: ignore[union-attr]
+        # One of us started it, so it ends with us.
+        await engine.shutdown()
+    os.waitpid(pid, 0)
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+async def test_a_gate_that_somebody_else_started_is_left_running(tmp_path: Path) -> None:
+    async with kept(make_engine(tmp_path)) as first:
+        pid = first.pid
+    (tmp_path / "gate.pid").unlink()
+    async with kept(make_engine(tmp_path)) as engine:
+        await engine.shutdown()
+        with pytest.raises(EngineLostError):
+            await engine.who("session", ":1.1")
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+
+
+async def test_a_gate_that_dies_is_replaced(tmp_path: Path) -> None:
+    told = Told()
+    async with kept(make_engine(tmp_path), told) as engine:
+        pid = engine.pid
+        (tmp_path / "gate.sock").unlink()
+        with pytest.raises(EngineLostError):
+            await engine.add(make_state(make_record(app="die")).spec, [])
+        with trio.fail_after(10):
+            while engine.pid == pid or engine._link is None:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+        assert len(told.order) == 2
+        await engine.shutdown()
+
+
+async def test_a_gate_of_another_version_is_not_talked_to(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, "old")
+    with pytest.raises(GateError, match="protocol"):
+        await engine.keep_connected(Told())
+    (pid,) = engine._children
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+
+
+async def test_a_gate_that_does_not_start_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="did not start"):
+        await make_engine(tmp_path, "refuse").keep_connected(Told())
+
+
+async def test_gates_are_not_started_for_ever(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    for _ in range(gate_module.MAX_STARTS):
+        engine._count_start()
+    with pytest.raises(GateError, match="5 times"):
+        engine._count_start()
+
+
+async def test_a_gate_that_hangs_up_at_once_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "REFUSAL_PAUSE", 0.001)
+    sock = trio.socket.socket(trio.socket.AF_UNIX)
+    await sock.bind(str(tmp_path / "gate.sock"))
+    sock.listen(64)
+
+    async def hang_up() -> None:
+        while True:
+            connection, _ = await sock.accept()
+            connection.close()
+
+    with sock:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang_up)
+            with pytest.raises(GateError, match="another supervisor"):
+                await make_engine(tmp_path).keep_connected(Told())
+            nursery.cancel_scope.cancel()

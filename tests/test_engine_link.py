@@ -1,0 +1,180 @@
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from broker.engines.base import EngineLostError
+from broker.engines.link import Link, connect
+from broker.gate.control import (
+    AddSandbox,
+    Connected,
+    Done,
+    Envelope,
+    Event,
+    FrameReader,
+    SandboxOf,
+    Snapshot,
+    StopSandbox,
+    TakeSnapshot,
+    WhoIs,
+    make_frame,
+)
+from broker.wire.errors import NOT_CONTAINER, CallRefusedError
+from tests.fake_gate import FakeGate
+from tests.records import make_record, make_state
+
+SPEC = make_state(make_record()).spec
+
+
+class Told:
+    """Keeps what a listener is told, in order."""
+
+    def __init__(self) -> None:
+        self.order: list[Event | Snapshot] = []
+
+    def take_event(self, event: Event) -> None:
+        self.order.append(event)
+
+    def take_snapshot(self, snapshot: Snapshot) -> None:
+        self.order.append(snapshot)
+
+
+class World:
+    def __init__(self) -> None:
+        ours, theirs = trio.socket.socketpair()
+        self.theirs = theirs
+        self.told = Told()
+        self.link = Link(ours, self.told)
+        self.gate = FakeGate()
+        self.reader = FrameReader()
+
+    async def send(self, envelope: Envelope) -> None:
+        await self.theirs.send(make_frame(envelope))
+
+    async def serve(self) -> None:
+        """Answer as the fake gate does, one byte a write."""
+        while data := await self.theirs.recv(65536):
+            for envelope, _ in self.reader.feed(data):
+                events, answer = self.gate.answer(envelope.body)  # type: ignore[arg-type]
+                frames = [make_frame(Envelope(serial=0, body=event)) for event in events]
+                frames.append(make_frame(Envelope(serial=envelope.serial, body=answer)))
+                for byte in b"".join(frames):
+                    await self.theirs.send(bytes([byte]))
+
+
+@asynccontextmanager
+async def open_world(*, serving: bool = True) -> AsyncIterator[World]:
+    world = World()
+    with world.link:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.link.run)
+            if serving:
+                nursery.start_soon(world.serve)
+            yield world
+            nursery.cancel_scope.cancel()
+    world.theirs.close()
+
+
+async def test_requests_are_answered_and_events_told_before() -> None:
+    async with open_world() as world:
+        assert await world.link.request(AddSandbox(SPEC)) == Done()
+        assert world.told.order == [Connected("c0", "session", ":1.5")]
+        assert await world.link.request(WhoIs("session", "c0")) == SandboxOf("c0")
+        snapshot = await world.link.request(TakeSnapshot())
+        assert isinstance(snapshot, Snapshot)
+        assert world.told.order[1:] == [snapshot]
+        assert [state.spec for state in snapshot.sandboxes] == [SPEC]
+
+
+async def test_a_refusal_is_an_error_with_its_name() -> None:
+    async with open_world() as world:
+        with pytest.raises(CallRefusedError, match="c9") as caught:
+            await world.link.request(StopSandbox("c9"))
+        assert caught.value.dbus_name == NOT_CONTAINER
+
+
+async def test_many_can_ask_at_once() -> None:
+    async with open_world() as world:
+
+        async def ask(name: str) -> None:
+            assert await world.link.request(WhoIs("session", name)) == SandboxOf(None)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(50):
+                nursery.start_soon(ask, f":1.{number}")
+
+
+async def test_who_waits_when_the_gate_hangs_up_is_told() -> None:
+    async with open_world(serving=False) as world:
+
+        async def ask() -> None:
+            with pytest.raises(EngineLostError):
+                await world.link.request(WhoIs("session", ":1.1"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            world.theirs.close()
+        await world.link.ended.wait()
+        await ask()
+
+
+async def test_a_gate_that_breaks_the_protocol_is_hung_up_on() -> None:
+    async with open_world(serving=False) as world:
+        await world.theirs.send(b"\xff" * 16)
+        await world.link.ended.wait()
+
+
+async def test_an_answer_nobody_waits_for_is_dropped() -> None:
+    async with open_world() as world:
+        await world.send(Envelope(serial=99, body=Done()))
+        assert await world.link.request(WhoIs("session", "x")) == SandboxOf(None)
+
+
+async def test_who_is_cancelled_leaves_the_connection_whole() -> None:
+    async with open_world(serving=False) as world:
+        with trio.move_on_after(0):
+            await world.link.request(WhoIs("session", "x"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.serve)
+            assert await world.link.request(WhoIs("session", "y")) == SandboxOf(None)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_long_frame_with_descriptors_arrives_whole() -> None:
+    ours, theirs = socket.socketpair()
+    read, write = os.pipe()
+    received: list[tuple[Envelope, list[int]]] = []
+
+    def take() -> None:
+        reader = FrameReader()
+        while not received:
+            data, fds, _, _ = socket.recv_fds(theirs, 65536, 16)
+            received.extend(reader.feed(data, fds))
+
+    spec = make_state(make_record(app="x" * 1_000_000)).spec
+    link = Link(trio.socket.from_stdlib_socket(ours), Told())
+    with theirs, link:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, take)
+            with trio.move_on_after(5):
+                await link._send(Envelope(serial=1, body=AddSandbox(spec), fds=1), [write])
+    ((envelope, (fd,)),) = received
+    assert envelope.body == AddSandbox(spec)
+    os.write(fd, b"y")
+    assert os.read(read, 9) == b"y"
+    for one in (read, write, fd):
+        os.close(one)
+
+
+async def test_without_a_gate_there_is_no_connection(tmp_path: Path) -> None:
+    path = tmp_path / "gate.sock"
+    assert await connect(path) is None
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    assert await connect(path) is None
