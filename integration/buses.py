@@ -28,6 +28,7 @@ _CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Co
   <auth>EXTERNAL</auth>
   <servicedir>{services}</servicedir>
   <policy context="default">
+    {connect}
     <allow send_destination="*" eavesdrop="true"/>
     <allow eavesdrop="true"/>
     <allow own="*"/>
@@ -68,20 +69,29 @@ class Bus:
 
 
 @contextmanager
-def open_bus(kind: str, folder: Path, services: Services | None = None) -> Iterator[Bus]:
-    """Run a bus of that kind whose socket is `folder`/bus."""
-    opener = {DAEMON: open_dbus_daemon, BROKER: open_dbus_broker}[kind]
-    with opener(folder, services) as bus:
+def open_bus(
+    kind: str, folder: Path, services: Services | None = None, *, everybody: bool = False
+) -> Iterator[Bus]:
+    """Run a bus of that kind whose socket is `folder`/bus; `everybody`: for all users (dbus-daemon)."""
+    if kind == DAEMON:
+        opening = open_dbus_daemon(folder, services, everybody=everybody)
+    else:
+        assert not everybody, "not needed so far"
+        opening = open_dbus_broker(folder, services)
+    with opening as bus:
         yield bus
 
 
 @contextmanager
-def open_dbus_daemon(folder: Path, services: Services | None = None) -> Iterator[Bus]:
-    """Run dbus-daemon: with its stock session configuration, unless there are services."""
+def open_dbus_daemon(
+    folder: Path, services: Services | None = None, *, everybody: bool = False
+) -> Iterator[Bus]:
+    """Run dbus-daemon: with its stock session configuration, unless something else is asked for."""
     address = f"unix:path={folder}/bus"
     how = "--session"
-    if services is not None:
-        how = f"--config-file={_write_config(folder, address, services)}"
+    if services is not None or everybody:
+        config = _write_config(folder, address, services or {}, everybody=everybody)
+        how = f"--config-file={config}"
     argv = [DAEMON, how, "--nofork", "--nopidfile", "--print-address=1", f"--address={address}"]
     with running(argv, env=_bus_env(folder), log=folder / "bus.log") as process:
         yield Bus(kind=DAEMON, address=process.wait_line("unix:"), pid=process.pid)
@@ -104,12 +114,17 @@ def _bus_env(folder: Path) -> dict[str, str]:
     return {"XDG_RUNTIME_DIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(PROJECT)}
 
 
-def _write_config(folder: Path, address: str, services: Services) -> Path:
+def _write_config(folder: Path, address: str, services: Services, *, everybody: bool) -> Path:
     service_folder = folder / "services"
     service_folder.mkdir()
     for name, command in services.items():
         text = f"[D-BUS Service]\nName={name}\nExec={shlex.join(command)}\n"
         (service_folder / f"{name}.service").write_text(text)
     config = folder / "bus.conf"
-    config.write_text(_CONFIG.format(address=escape(address), services=escape(str(service_folder))))
+    text = _CONFIG.format(
+        address=escape(address),
+        services=escape(str(service_folder)),
+        connect='<allow user="*"/>' if everybody else "",
+    )
+    config.write_text(text)
     return config

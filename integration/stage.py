@@ -63,7 +63,9 @@ class Stage:
         self._sandboxes[client] = sandbox
         return client
 
-    def owner(self, name: str, *rules: str, app: str = "org.example.Peer", **named: Any) -> RawClient:
+    def owner(
+        self, name: str, *rules: str, app: str = "org.example.Peer", **named: Any
+    ) -> RawClient:
         """Return a connection in a sandbox that owns a name, and may be called by anybody."""
         client = self.app(f"own:{name}", "receive:", *rules, app=app, **named)
         assert client.request_name(name) == 1

@@ -296,7 +296,9 @@ def test_two_callers_at_once_do_not_mix(shared: Warden) -> None:
     values = (TYPE, "app", {}, {})
     serials = [
         [
-            creator.start_call(NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}", values)
+            creator.start_call(
+                NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}", values
+            )
             for _ in range(4)
         ]
         for creator in creators

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from integration.rawclient import CallError, RawClient
+from integration.rawclient import CallError
 from integration.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
@@ -34,6 +34,7 @@ from integration.values import Variant
 
 ERROR = "org.freedesktop.DBus.Error."
 ANY = SEND | PATH_SUBTREE
+ECHO = "org.example.Echo"
 
 
 @pytest.fixture(autouse=True)
@@ -159,20 +160,16 @@ def test_descriptor_of_the_wrong_kind_is_refused(
 @pytest.mark.parametrize(
     "entry",
     [
-        (0, ECHO := "org.example.Echo", "/", ""),
+        (0, ECHO, "/", ""),
         (NAME_SUBTREE | PATH_SUBTREE, ECHO, "/", ""),
         (1 << 11 | SEND, ECHO, "/", ""),
         (1 << 31 | SEND, ECHO, "/", ""),
         (ANY, "nodots", "/", ""),
-        (ANY, ":1.5", "/", ""),
         (ANY, "org.example.*", "/", ""),
         (ANY, "org.example." + "x" * 250, "/", ""),
         (ANY, ECHO, "/", "nodots"),
         (ANY, ECHO, "/", "org.example.I*"),
         (ANY | INTERFACE_IS_MEMBER, ECHO, "/", "Member"),
-        (ANY | INTERFACE_IS_MEMBER, ECHO, "/", ""),
-        (ANY | NAME_SUBTREE, "", "/", ""),
-        (OWN | PATH_SUBTREE, "", "/", ""),
         (OWN, ECHO, "/", ""),
         (ANY | PEER_HOST | PEER_SAME_APP, "", "/", ""),
         (ANY | PEER_HOST | PEER_APP, "T/x", "/", ""),
@@ -265,14 +262,8 @@ def test_caller_in_a_sandbox_without_rules_does_not_even_see_us(shared: Warden) 
 
 
 def _fill(value: Any, target: Sandbox) -> Any:
-    return {"PATH": target.path, "ID": target.id}.get(value, value) if value in ("PATH", "ID") else value
-
-
-def test_a_bus_that_only_its_name_shares_is_refused_nothing(shared: Warden) -> None:
-    # A sandbox that has gone leaves no mark on connections of the host.
-    sandbox = shared.add_server()
-    shared.connect(sandbox).close()
-    shared.stop_instance(sandbox)
-    with RawClient.connect(shared.bus.address) as host:
-        sandbox = shared.add_server(creator=host)
-    shared.containers("StopInstance", "o", sandbox.path)
+    return (
+        {"PATH": target.path, "ID": target.id}.get(value, value)
+        if value in ("PATH", "ID")
+        else value
+    )

@@ -324,6 +324,10 @@ class Dialogue:
         """Let a name change its owner; return what the app heard of it."""
         return self.deliver(self.model.change(name, new))
 
+    def is_held(self) -> bool:
+        """Say whether the app has to wait."""
+        return self.filter.held
+
     def step(self) -> None:
         """Let the paused bus answer one thing."""
         answer = self.model.handle(self._late.pop(0))

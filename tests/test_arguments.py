@@ -60,7 +60,7 @@ def test_every_named_argument_is_understood(pipe: tuple[int, int]) -> None:
         "Socket": 2,
     }
     assert values.keys() == NAMED.keys()
-    named = {name: Variant(NAMED[name], value) for name, value in values.items()}
+    named: dict[str, Any] = {name: Variant(NAMED[name], value) for name, value in values.items()}
     request = parse((read, write, 99), **named)
     allow = Rule(access=frozenset({Access.SEND}), name="org.example.X", path="/a", origin=ORIGIN)
     deny = Rule(access=frozenset({Access.OWN}), deny=True, name="org.example.Y", origin=ORIGIN)

@@ -92,9 +92,9 @@ def test_calls_behind_hello_are_held_until_owners_are_known() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS, hello=False)
     talk.paused = True
     talk.app(driver_call(1, "Hello"), call(2, "org.a"), call(3, ":1.2"), call(4, "org.b"))
-    assert talk.filter.held
+    assert talk.is_held()
     got = talk.resume()
-    assert not talk.filter.held
+    assert not talk.is_held()
     assert [m.header.destination for m in talk.arrived] == ["org.a", ":1.2"]
     assert names(got) == ["return", "signal NameAcquired", "error ServiceUnknown"]
 
@@ -122,7 +122,7 @@ def test_messages_of_one_sender_keep_their_order_while_owners_are_asked_for() ->
     (asked,) = talk.arrived
     talk.paused = True
     talk.app(call(3, "org.unknown"))
-    assert talk.filter.held
+    assert talk.is_held()
     assert not talk.deliver(signal(6, "New", sender=":1.2"))
     assert not talk.deliver(known)
     assert not talk.reply(asked, sender=":1.2")

@@ -2,6 +2,7 @@ import contextlib
 from typing import Any
 
 import pytest
+from dbus_next.signature import SignatureTree
 from hypothesis import given, strategies as st
 
 from broker.bus import values
@@ -77,4 +78,4 @@ def test_remembered_signatures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(values, "MAX_SIGNATURES", 10)
     for length in range(1, 60):
         pack("u" * length, [1] * length)
-    assert len(values.SignatureTree._cache) <= 12
+    assert len(SignatureTree._cache) <= 12

@@ -113,13 +113,14 @@ class GateEngine:
         if scope.cancelled_caught:
             LOGGER.warning("the gate (process %d) does not end", self.pid)
         self._mark.unlink(missing_ok=True)
-        await self._wait_for_child()
+        await self._wait_for_exit()
 
-    async def _wait_for_child(self) -> None:
-        """Wait for the gate if it is our child, so that whoever waits for us finds it gone."""
-        if self.pid not in self._children:
+    async def _wait_for_exit(self) -> None:
+        """Wait for the gate's end, so that whoever waits for us finds it gone."""
+        try:
+            end = os.pidfd_open(self.pid)
+        except ProcessLookupError:
             return
-        end = os.pidfd_open(self.pid)
         try:
             with trio.move_on_after(EXIT_TIMEOUT) as scope:
                 await trio.lowlevel.wait_readable(end)
@@ -127,8 +128,7 @@ class GateEngine:
                 signal.pidfd_send_signal(end, signal.SIGKILL)
         finally:
             os.close(end)
-        os.waitpid(self.pid, 0)
-        self._children.discard(self.pid)
+        self._reap()
 
     def _reap(self) -> None:
         """Take note of gates that ended."""
