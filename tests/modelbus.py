@@ -26,8 +26,8 @@ from policy.rules import AccessList, Identity
 from tests.messages import Message, access, driver_call, make_reply, signal, split
 
 ME: Final = ":1.7"
-APP: Final = Identity(type="test", app="me")
-OTHER_APP: Final = Identity(type="test", app="other")
+APP: Final = Identity(type="org.test", app="me")
+OTHER_APP: Final = Identity(type="org.test", app="other")
 
 
 @dataclass
