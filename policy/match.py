@@ -83,11 +83,14 @@ class Judge:
         self._own: Final = _Table(own, me, _Heed.NAME, NO_OWN)
         self._see: Final = _Table(_for_sight(rules), me, name_and_peer, NO_SEE)
         self._start: Final = _Table(_for_starting(send), me, name_and_peer, NO_START)
-        about_others = [rule for rule in rules if rule.access != {Access.OWN}]
-        self.uses: Final = _names_used(about_others)
+        self._hear: Final = _Table(_about_broadcasts(send), me, _Heed.MESSAGE | _Heed.PEER, NO_SEND)
+        self.hearers_matter: Final = any(
+            rule.peer is not None for rule in _about_broadcasts(send)
+        )
+        self.uses: Final = _names_used(rules)
         self.any_send: Final = any(not rule.deny for rule in send)
         self.owner_matters: Final = any(
-            rule.name is not None or rule.peer is not None for rule in about_others
+            rule.name is not None or rule.peer is not None for rule in rules
         )
 
     def send(
@@ -102,8 +105,17 @@ class Judge:
         return self._send.judge(names, _Question(path, interface, member, peer))
 
     def broadcast(self, path: str | None, interface: str | None, member: str | None) -> Verdict:
-        """Judge a broadcast out of the sandbox, whoever may hear it: `receive` judges that."""
+        """Judge a broadcast out of the sandbox, whoever may hear it: `hear` judges that."""
         return self._broadcast.judge((), _Question(path, interface, member, None))
+
+    def hear(
+        self, path: str | None, interface: str | None, member: str | None, peer: Identity
+    ) -> Verdict:
+        """Judge whether another app may hear a broadcast out of this sandbox.
+
+        To be asked where it comes in, if `hearers_matter`: what a broadcast needs beside `broadcast`.
+        """
+        return self._hear.judge((), _Question(path, interface, member, peer))
 
     def receive(
         self,
@@ -154,9 +166,13 @@ def _for_broadcasts(send: list[Rule]) -> list[Rule]:
     # Who hears a broadcast is judged at each receiver: a deny for some peers stops nothing here.
     return [
         rule
-        for rule in send
-        if rule.name in {None, BUS_NAME} and not (rule.deny and rule.peer is not None)
+        for rule in _about_broadcasts(send)
+        if not (rule.deny and rule.peer is not None)
     ]
+
+
+def _about_broadcasts(send: list[Rule]) -> list[Rule]:
+    return [rule for rule in send if rule.name in {None, BUS_NAME}]
 
 
 def _for_sight(rules: list[Rule]) -> list[Rule]:
@@ -181,7 +197,12 @@ def _names_used(rules: list[Rule]) -> NamesUsed:
     return NamesUsed(
         exact=frozenset(each.text for each in patterns if each.kind == "exact"),
         subtrees=frozenset(each.base for each in patterns if each.kind == "subtree"),
-        globs=any(each.kind == "glob" for each in patterns),
+        # Which names may be seen by their owner alone, only a look at all of them tells.
+        globs=any(each.kind == "glob" for each in patterns)
+        or any(
+            Access.SEE in rule.access and rule.name is None and rule.peer is not None
+            for rule in rules
+        ),
     )
 
 

@@ -8,6 +8,7 @@ import argparse
 import array
 import os
 import socket
+import stat
 import sys
 from collections.abc import Sequence
 
@@ -82,7 +83,8 @@ def serve(gate: FakeGate, connection: socket.socket) -> bool:
             fds.frombytes(raw)
         for envelope, its_fds in reader.feed(data, fds.tolist()):
             for fd in its_fds:
-                os.write(fd, b"x")  # shows that it is the right one
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    os.write(fd, b"x")  # shows that it is the right one
                 os.close(fd)
             request = envelope.body
             assert isinstance(request, Request)

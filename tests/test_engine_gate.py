@@ -106,6 +106,7 @@ async def test_a_gate_that_dies_is_replaced(tmp_path: Path) -> None:
         with pytest.raises(EngineLostError):
             await engine.add(make_state(make_record(app="die")).spec, [])
         with trio.fail_after(10):
+            await trio.lowlevel.checkpoint()
             while engine.pid == pid or engine._link is None:  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.01)
         assert len(told.order) == 2
@@ -127,6 +128,7 @@ async def test_a_gate_that_does_not_start_is_an_error(tmp_path: Path) -> None:
 
 
 async def test_gates_are_not_started_for_ever(tmp_path: Path) -> None:
+    await trio.lowlevel.checkpoint()  # a clock is all it needs of trio
     engine = make_engine(tmp_path)
     for _ in range(gate_module.MAX_STARTS):
         engine._count_start()

@@ -1,6 +1,6 @@
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -67,14 +67,18 @@ class World:
                     await self.theirs.send(bytes([byte]))
 
 
+def start_all(nursery: trio.Nursery, *tasks: Callable[[], Awaitable[None]]) -> None:
+    """Start tasks that need not have run when the next line does."""
+    for task in tasks:
+        nursery.start_soon(task)
+
+
 @asynccontextmanager
 async def open_world(*, serving: bool = True) -> AsyncIterator[World]:
     world = World()
     with world.link:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.link.run)
-            if serving:
-                nursery.start_soon(world.serve)
+            start_all(nursery, world.link.run, *([world.serve] if serving else []))
             yield world
             nursery.cancel_scope.cancel()
     world.theirs.close()

@@ -148,7 +148,7 @@ async def test_access_is_changed_and_answered(world: World) -> None:
     before = world.engine.access["c0"]
     bad = [(False, "send:a.b"), (False, "send:a..b")]
     assert await world.ask("ChangeAccess", "sa(bs)b", "c0", bad, True) == "InvalidArgs"
-    assert "character 8" in world.bus.errors[0][1]
+    assert "character 7" in world.bus.errors[0][1]
     assert world.engine.access["c0"] == before
 
 

@@ -195,20 +195,37 @@ def test_starting_is_part_of_sending(rules: list[str], allowed: bool) -> None:
     assert judge(*rules).start("org.x", None).allowed is allowed
 
 
-def test_names_used_are_those_of_this_bus_that_are_not_only_owned() -> None:
+def test_names_used_are_those_of_this_bus() -> None:
     one = judge(
         "own:org.mine", "own+send:org.both", "!receive:org.a.*", "see:org.b,bus=system", "send:"
     )
     assert one.uses == NamesUsed(
-        exact=frozenset({"org.both"}), subtrees=frozenset({"org.a"}), globs=False
+        exact=frozenset({"org.mine", "org.both"}), subtrees=frozenset({"org.a"}), globs=False
     )
     assert judge("see:org.a-*").uses.globs
+
+
+def test_seeing_by_peer_uses_all_names() -> None:
+    assert judge("see:,peer=host").uses.globs
+    assert not judge("see:", "send:,peer=host", "see:org.x,peer=host").uses.globs
+
+
+def test_who_hears_a_broadcast_is_judged_by_its_peer() -> None:
+    one = judge("send:,peer=app:org.t.T/a", "send:org.x:i.M", "!send::i.N,peer=app:org.t.T/a#c")
+    other = Identity(type="org.t.T", app="b")
+    friend, part = (Identity(type="org.t.T", app="a", component=c) for c in (None, "c"))
+    assert one.hearers_matter
+    assert one.broadcast("/p", "i", "M").allowed
+    assert one.hear("/p", "i", "M", friend).allowed
+    assert not one.hear("/p", "i", "M", other).allowed
+    assert not one.hear("/p", "i", "N", part).allowed
+    assert not judge("send:", "send:org.x,peer=host", "receive:,peer=host").hearers_matter
 
 
 @pytest.mark.parametrize(
     ("rule", "matters"),
     [
-        ("own:org.x", False),
+        ("own:org.x", True),
         ("send:@/p", False),
         ("see:", False),
         ("send:org.x", True),

@@ -156,7 +156,7 @@ def test_what_both_have_is_kept_with_the_gates_facts() -> None:
     registry = Registry(Limits(), [record], next_number=6)
     state = make_state(record, connections=(("session", ":1.9"),), denied=3)
     result = registry.reconcile(make_snapshot(state))
-    assert not (result.differences or result.strangers or result.lost or result.changed)
+    assert not any((result.differences, result.strangers, result.lost, result.changed))
     sandbox = registry.find("c4")
     assert list(sandbox.connections) == [("session", ":1.9")]
     assert (sandbox.denied, sandbox.phase, registry.next_number) == (3, Phase.RUNNING, 6)
@@ -183,7 +183,7 @@ def test_what_is_just_being_added_is_left_alone() -> None:
     registry.add(make_record(0))
     registry.add(make_record(1))
     result = registry.reconcile(make_snapshot(make_state(make_record(0))))
-    assert not (result.lost or result.strangers)
+    assert not any((result.lost, result.strangers))
     assert len(registry) == 2
 
 

@@ -145,7 +145,7 @@ async def test_what_the_gate_refuses_leaves_nothing(world: World) -> None:
     world.engine.refuse = CallRefusedError(LIMITS_EXCEEDED, "no")
     with pytest.raises(CallRefusedError, match="no"):
         await world.add()
-    assert not (world.stored() or world.files())
+    assert not any((world.stored(), world.files()))
     assert await world.add() == "c1"  # c0 was in use for a moment
 
 
@@ -347,7 +347,7 @@ async def test_a_gate_that_was_lost_ends_its_sandboxes_and_their_sockets(world: 
     (world.folder / "dbus-older").touch()
     world.supervisor.take_snapshot(make_snapshot())
     assert world.announcer.ended == [id_]
-    assert not (world.stored() or world.files())
+    assert not any((world.stored(), world.files()))
 
 
 async def test_strangers_are_stopped_and_other_rules_set_again(world: World) -> None:

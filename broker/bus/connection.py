@@ -161,13 +161,15 @@ class Bus:
             self._link.send(Message.new_signal(path, interface, member, signature, body))
 
     def answer(self, call: Call, signature: str = "", values: Sequence[object] = ()) -> None:
-        """Answer a call, if it wants to be answered."""
-        body = to_wire(list(values))
-        self._reply(call, Message.new_method_return(call.message, signature, body))
+        """Answer a call, if it wants to be answered. Raises ValueError if the values do not fit."""
+        if self._wants_reply(call):
+            body = to_wire(list(values))
+            self._open_link().send(Message.new_method_return(call.message, signature, body))
 
     def refuse(self, call: Call, name: str, text: str) -> None:
         """Answer a call with an error."""
-        self._reply(call, Message.new_error(call.message, name, text))
+        if self._wants_reply(call):
+            self._open_link().send(Message.new_error(call.message, name, text))
 
     async def request_name(self, name: str) -> bool:
         """Take a well-known name; say whether it is ours now. Never waits for it."""
@@ -189,10 +191,8 @@ class Bus:
             raise BusLostError(f"no connection to the bus at {self.address}")
         return self._link
 
-    def _reply(self, call: Call, reply: Message) -> None:
-        if call.message.flags & MessageFlag.NO_REPLY_EXPECTED or self.lost.is_set():
-            return
-        self._open_link().send(reply)
+    def _wants_reply(self, call: Call) -> bool:
+        return not self.lost.is_set() and not call.message.flags & MessageFlag.NO_REPLY_EXPECTED
 
     def _send_probe(self) -> None:
         path, interface, member = _PROBE

@@ -176,7 +176,8 @@ class _Writer:
     def schedule_write(self, msg: Message | None = None, future: Any = None) -> None:
         """Send it when the connection is ready; the name and form are dbus-next's."""
         if msg is not None:
-            self._queue.append((bytes(msg._marshall(negotiate_unix_fd=True)), list(msg.unix_fds or ())))  # noqa: SLF001
+            data = bytes(msg._marshall(negotiate_unix_fd=True))  # noqa: SLF001
+            self._queue.append((data, list(msg.unix_fds or ())))
         if future is not None:
             future.set_result(None)
         if self._link.unique_name and not self._waiting:

@@ -44,6 +44,7 @@ LOGGER: Final = logging.getLogger(__name__)
 START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
 SHUTDOWN_TIMEOUT: Final = 2.5  # seconds, from the request to the end of the connection
 EXIT_TIMEOUT: Final = 1.0  # seconds, from there to the end of the process
+COMMAND: Final = (sys.executable, "-P", "-m", "broker.gate")
 _READY_FD: Final = 3  # in the gate
 # A gate that dies at once again would have us start gates for ever.
 MAX_STARTS: Final = 5
@@ -66,7 +67,7 @@ class GateEngine:
     ) -> None:
         self._control: Final = control
         self._buses: Final = tuple(buses)
-        self._command: Final = tuple(command or (sys.executable, "-P", "-m", "broker.gate"))
+        self._command: Final = tuple(command or COMMAND)
         self._link: Link | None = None
         self._children: Final[set[int]] = set()
         self._closing = False

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(listening: socket.socket, ready_fd: int | None) -> None:
     loop = Loop()
-    Gate(loop).serve(listening)
+    gate = Gate(loop)
+    gate.serve(listening)
     wake, wake_end = socket.socketpair()
     wake.setblocking(False)
     wake_end.setblocking(False)
@@ -63,6 +64,7 @@ def _serve(listening: socket.socket, ready_fd: int | None) -> None:
     try:
         loop.run()
     finally:
+        gate.close()
         signal.set_wakeup_fd(-1)
         wake.close()
         wake_end.close()

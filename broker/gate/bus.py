@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from broker.gate.control import BusSpec
 from broker.wire import errors
+from policy.match import Judge
 from policy.rules import Identity
 
 DRIVER: Final = "org.freedesktop.DBus"
@@ -44,6 +45,8 @@ class Bus:
         self.identities: Final[dict[str, Identity]] = {}
         self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
         self.members: Final[set[Member]] = set()
+        # Senders whose rules say which apps hear their broadcasts: their unique names.
+        self.speakers: Final[dict[str, Judge]] = {}
         self._late: Final[OrderedDict[str, None]] = OrderedDict()
         # Connections that want header field 10 on what sandboxes send them.
         self.tagged: Final[set[str]] = set()
@@ -73,6 +76,14 @@ class Bus:
         while self._late and (len(self._late) > MAX_LATE or not self.members):
             oldest, _ = self._late.popitem(last=False)
             del self.identities[oldest]
+            self.speakers.pop(oldest, None)
+
+    def speaks(self, unique_name: str, judge: Judge) -> bool:
+        """Let a connection's broadcasts be heard by whom these rules say; return whether that may be a change."""
+        before = self.speakers.pop(unique_name, None)
+        if judge.hearers_matter:
+            self.speakers[unique_name] = judge
+        return before is not None or judge.hearers_matter
 
     # -- how this bus words "there is no such name" ------------------------------------------
 

@@ -225,6 +225,7 @@ class Driver:
                 raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
             core.unique_name = str(results(reply, data, "s")[0])
             core.sandbox.said_hello(core)
+            core.bus.speaks(core.unique_name, core.judge)
             self._owners.use(core.judge.uses)
             if not core.bus.wording_known:
                 self._owners.ask_wording()

@@ -93,6 +93,9 @@ class Filter:
         core.forget_verdicts()
         if not core.unique_name:
             return
+        if core.bus.speaks(core.unique_name, judge):
+            for member in core.bus.members:
+                member.forget_verdicts()
         now = self._sight.visible_owners()
         for name, owner in seen.items():
             if name not in now:
@@ -105,6 +108,9 @@ class Filter:
             core.call_driver("ReleaseName", "s", (name,), lambda _header, _data, _fds: None)
         self._told = frozenset(now)
         self._owners.use(judge.uses, self._tell_new)
+        for name in [name for name in now if name not in self._owners.names]:
+            # Seen because of its owner alone, who is nobody to ask for any more.
+            self._incoming.tell_owner_change(name, now[name], "")
         self._resume()
 
     def _tell_new(self) -> None:

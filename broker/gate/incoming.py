@@ -13,6 +13,7 @@ from broker.gate.owners import Owners
 from broker.gate.sight import Sight
 from broker.wire import errors, marshal
 from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
+from policy.match import Verdict
 
 
 class Incoming:
@@ -143,6 +144,8 @@ class Incoming:
             peer,
             broadcast=header.destination is None,
         )
+        if peer is not None and header.destination is None and verdict.allowed:
+            verdict = self._heard(header, verdict)
         problem = None
         if not verdict.allowed:
             core.sandbox.denied(core, denial("receive", header, sender, verdict))
@@ -167,6 +170,14 @@ class Incoming:
             core.asked.add((sender, header.serial))
         if not fds and header.little and not header.has_unknown:
             self._remember(header, data[12 : header.size], sender)
+
+    def _heard(self, header: Header, verdict: Verdict) -> Verdict:
+        """Judge a broadcast of a sandbox by its sender's rules as well, if they say who hears it."""
+        core = self._core
+        speaker = core.bus.speakers.get(header.sender or "")
+        if speaker is None:
+            return verdict
+        return speaker.hear(header.path, header.interface, header.member, core.sandbox.identity)
 
     def _count_callers(self) -> None:
         """Calls of callers that are gone may never be answered: find out which these are."""

@@ -151,6 +151,8 @@ class Outgoing:
         core = self._core
         if header.destination == DRIVER:  # e.g. a forged ActivationFailure
             core.sandbox.close_fds(fds)
+            verdict = Verdict(allowed=False, rule=None, reason="the bus takes no signals")
+            core.sandbox.denied(core, denial("send", header, DRIVER, verdict))
             return True
         target = self._target(header)
         if target is None:
@@ -183,7 +185,7 @@ class Outgoing:
             return None if self._owners.waiting else Target(name)
         target = self._owners.names.get(name)
         if target is None:
-            if not self._core.judge.any_send:
+            if not self._core.judge.any_send and self._sight.knows_enough(name):
                 return Target("", name)
             self._owners.ask(name)
             return None

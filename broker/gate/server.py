@@ -70,6 +70,11 @@ class Gate:
         listening.setblocking(False)
         self._loop.add(listening.fileno(), READABLE, lambda _events: self._accept(listening))
 
+    def close(self) -> None:
+        """End every sandbox, and the supervisor's connection."""
+        self._shut_down()
+        self._lose_supervisor("the gate ends")
+
     def _accept(self, listening: socket.socket) -> None:
         try:
             sock, _ = listening.accept()

@@ -1,0 +1,263 @@
+"""The gate's control socket, spoken to as the supervisor does."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from broker.gate.control import (
+    AddSandbox,
+    Answer,
+    BusSpec,
+    Done,
+    Ended,
+    Envelope,
+    Event,
+    FrameReader,
+    Listener,
+    Refused,
+    Request,
+    SandboxOf,
+    SandboxSpec,
+    SetAccess,
+    SetBuses,
+    Shutdown,
+    Snapshot,
+    StopListening,
+    StopSandbox,
+    TakeSnapshot,
+    WhoIs,
+    make_frame,
+)
+from broker.gate.loop import Loop
+from broker.gate.server import Gate
+from policy.rules import Access, AccessList, Identity, Rule
+
+APP = Identity(type="org.example.Type", app="org.example.App")
+BUS = BusSpec(name="session", address="unix:path=/nowhere")
+
+
+class Supervisor:
+    """A gate in this very process, and the other end of its control socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loop = Loop()
+        self.gate = Gate(self.loop)
+        self.listening = socket.socket(socket.AF_UNIX)
+        self.listening.bind(str(folder / "gate"))
+        self.listening.listen()
+        self.gate.serve(self.listening)
+        self.sock = self.connect()
+        self.reader = FrameReader()
+        self.events: list[Event] = []
+        self.serial = 0
+
+    def connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(self.folder / "gate"))
+        sock.setblocking(False)
+        self.turn()
+        return sock
+
+    def turn(self, times: int = 3) -> None:
+        for _ in range(times):
+            self.loop._running = True
+            self.loop.call_later(0, self.loop.stop)
+            self.loop.run()
+
+    def ask(self, request: Request, fds: tuple[int, ...] = ()) -> Answer:
+        self.serial += 1
+        frame = make_frame(Envelope(serial=self.serial, body=request, fds=len(fds)))
+        socket.send_fds(self.sock, [frame], fds)
+        self.turn()
+        answers = [e for e in self.take() if e.serial]
+        assert [e.serial for e in answers] == [self.serial]
+        body = answers[0].body
+        assert isinstance(body, Answer)
+        return body
+
+    def take(self) -> list[Envelope]:
+        try:
+            data = self.sock.recv(1 << 20)
+        except BlockingIOError:
+            return []
+        envelopes = [envelope for envelope, _ in self.reader.feed(data)]
+        self.events += [e.body for e in envelopes if isinstance(e.body, Event)]
+        return envelopes
+
+    def add(self, id_: str = "c0", *, close_notify: int | None = None) -> Answer:
+        path = self.folder / id_
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(path))
+            sock.listen()
+            status = path.stat()
+            listener = Listener(
+                bus="session", fd=0, path=str(path), device=status.st_dev, inode=status.st_ino
+            )
+            fds = [os.dup(sock.fileno())]
+        spec = SandboxSpec(
+            id=id_,
+            identity=APP,
+            uid=os.getuid(),
+            listeners=(listener,),
+            access=AccessList(),
+            close_notify=None if close_notify is None else 1,
+        )
+        if close_notify is not None:
+            fds.append(close_notify)
+        answer = self.ask(AddSandbox(spec), tuple(fds))
+        os.close(fds[0])
+        return answer
+
+    def close(self) -> None:
+        self.ask(Shutdown())
+        self.gate.close()
+        self.sock.close()
+        self.listening.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    supervisor = Supervisor(tmp_path)
+    assert supervisor.ask(SetBuses((BUS,))) == Done()
+    yield supervisor
+    supervisor.close()
+
+
+def count_fds() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def snapshot(supervisor: Supervisor) -> Snapshot:
+    answer = supervisor.ask(TakeSnapshot())
+    assert isinstance(answer, Snapshot)
+    return answer
+
+
+def test_an_added_sandbox_is_in_the_snapshot(supervisor: Supervisor) -> None:
+    assert supervisor.add() == Done()
+    found = snapshot(supervisor)
+    assert [one.spec.id for one in found.sandboxes] == ["c0"]
+    assert found.buses == (BUS,)
+    assert found.sandboxes[0].listening
+
+
+def test_the_same_id_twice_is_refused(supervisor: Supervisor) -> None:
+    supervisor.add()
+    (supervisor.folder / "c0").unlink()
+    answer = supervisor.add()
+    assert isinstance(answer, Refused)
+    assert "there already" in answer.text
+
+
+def test_rules_that_do_not_compile_are_refused_and_the_old_ones_stay(
+    supervisor: Supervisor,
+) -> None:
+    supervisor.add()
+    bad = AccessList(rules=(Rule(access=frozenset({Access.SEND}), path="/a/[z"),))
+    assert isinstance(supervisor.ask(SetAccess("c0", bad)), Refused)
+    assert snapshot(supervisor).sandboxes[0].spec.access == AccessList()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(SetAccess("c9", AccessList()), id="set-access"),
+        pytest.param(StopListening("c9"), id="stop-listening"),
+        pytest.param(StopSandbox("c9"), id="stop"),
+        pytest.param(WhoIs("nobus", ":1.1"), id="who"),
+    ],
+)
+def test_what_is_not_there_is_refused(supervisor: Supervisor, request_: Request) -> None:
+    assert isinstance(supervisor.ask(request_), Refused)
+
+
+def test_a_stranger_is_in_no_sandbox(supervisor: Supervisor) -> None:
+    assert supervisor.ask(WhoIs("session", ":1.7")) == SandboxOf(None)
+
+
+def test_stopping_ends_it_once_and_unlinks_its_socket(supervisor: Supervisor) -> None:
+    supervisor.add()
+    assert supervisor.ask(StopSandbox("c0")) == Done()
+    assert supervisor.events == [Ended("c0", "stopped")]
+    assert not (supervisor.folder / "c0").exists()
+    assert isinstance(supervisor.ask(StopSandbox("c0")), Refused)
+
+
+def test_stop_listening_without_connections_is_the_end(supervisor: Supervisor) -> None:
+    supervisor.add()
+    supervisor.ask(StopListening("c0"))
+    assert supervisor.events == [Ended("c0", "last-connection")]
+
+
+def test_a_socket_that_somebody_replaced_is_left_alone(supervisor: Supervisor) -> None:
+    supervisor.add()
+    path = supervisor.folder / "c0"
+    path.unlink()
+    path.touch()
+    supervisor.ask(StopSandbox("c0"))
+    assert path.exists()
+
+
+def test_end_of_the_pipe_is_the_end_of_the_sandbox(supervisor: Supervisor) -> None:
+    reading, writing = os.pipe()
+    supervisor.add(close_notify=reading)
+    os.close(reading)
+    os.write(writing, b"noise")
+    supervisor.turn()
+    assert snapshot(supervisor).sandboxes
+    os.close(writing)
+    supervisor.turn()
+    supervisor.take()
+    assert supervisor.events == [Ended("c0", "close-notify")]
+
+
+def test_an_end_without_a_supervisor_is_told_to_the_next_one(supervisor: Supervisor) -> None:
+    reading, writing = os.pipe()
+    supervisor.add(close_notify=reading)
+    os.close(reading)
+    supervisor.sock.close()
+    supervisor.turn()
+    os.close(writing)
+    supervisor.turn()
+    supervisor.sock = supervisor.connect()
+    supervisor.take()
+    assert supervisor.events == [Ended("c0", "close-notify")]
+
+
+def test_a_second_supervisor_is_turned_away(supervisor: Supervisor) -> None:
+    second = supervisor.connect()
+    assert second.recv(10) == b""
+    second.close()
+    assert snapshot(supervisor).protocol == 1
+
+
+def test_bytes_that_are_no_frame_end_the_connection_only(supervisor: Supervisor) -> None:
+    supervisor.add()
+    supervisor.sock.send(b"\x04\x00\x00\x00junk")
+    supervisor.turn()
+    assert supervisor.sock.recv(10) == b""
+    supervisor.sock.close()
+    supervisor.sock = supervisor.connect()
+    supervisor.reader = FrameReader()
+    assert [one.spec.id for one in snapshot(supervisor).sandboxes] == ["c0"]
+
+
+def test_descriptors_of_a_refused_request_are_closed(supervisor: Supervisor) -> None:
+    before = count_fds()
+    reading, writing = os.pipe()
+    spec = SandboxSpec(
+        id="c1",
+        identity=APP,
+        uid=0,
+        listeners=(Listener(bus="nobus", fd=0),),
+        access=AccessList(),
+    )
+    assert isinstance(supervisor.ask(AddSandbox(spec), (reading,)), Refused)
+    os.close(reading)
+    os.close(writing)
+    assert count_fds() == before
