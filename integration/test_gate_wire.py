@@ -1,7 +1,6 @@
 """The gate on the wire, for clients that keep to the protocol: descriptors, sizes, byte orders, handshakes, serials."""
 
 import os
-import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -13,8 +12,17 @@ import pytest
 from broker.wire.header import MessageType, serialise_header
 from integration.buses import Bus
 from integration.messages import make_header, make_message
-from integration.rawclient import BUS, BUS_PATH, RawClient, connect_socket
+from integration.rawclient import BUS, BUS_PATH, connect_socket
 from integration.relay import running_relay
+from integration.scripts import (
+    auth,
+    echo,
+    echo_message,
+    handshake,
+    hello_message,
+    open_fds,
+    read_until,
+)
 from integration.service import ECHO, PATH, running_service
 from integration.supervised import NAME, Sandbox, Warden, open_warden, wait_for
 
@@ -35,14 +43,6 @@ def sandbox(shared: Warden, service: None) -> Iterator[Sandbox]:
     yield shared.add_server(rules=[ALL])
     shared.tidy()
     wait_for(lambda: open_fds(shared) == before)
-
-
-def open_fds(warden: Warden) -> int:
-    return len(os.listdir(f"/proc/{warden.gate_pid}/fd"))
-
-
-def echo(client: RawClient, text: str = "hello") -> None:
-    assert client.ask(ECHO, PATH, ECHO, "Echo", "s", (text,)) == (text,)
 
 
 # -- descriptors -------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_too_many_descriptors_are_refused_and_the_connection_lives(
 
 def test_refused_call_keeps_no_descriptor(shared: Warden, sandbox: Sandbox) -> None:
     client = shared.connect(sandbox)
-    shared.change_access(sandbox, deny=[f"send:{ECHO}::{ECHO}.Sum"])
+    shared.change_access(sandbox, deny=[f"send:{ECHO}:{ECHO}.Sum"])
     read_end, write_end = os.pipe()
     for _ in range(20):
         reply = client.call(ECHO, PATH, ECHO, "Sum", "h", (0,), fds=[write_end])
@@ -135,46 +135,6 @@ def test_refused_call_keeps_no_descriptor(shared: Warden, sandbox: Sandbox) -> N
     assert os.read(read_end, 1) == b""  # the gate has closed every copy
     os.close(read_end)
     echo(client)
-
-
-def handshake(sandbox: Sandbox, data: bytes) -> socket.socket:
-    sock = connect_socket(sandbox.address)
-    sock.settimeout(10)
-    sock.sendall(data)
-    return sock
-
-
-def auth() -> bytes:
-    return b"\0AUTH EXTERNAL " + str(os.getuid()).encode().hex().encode() + b"\r\n"
-
-
-def hello_message(serial: int = 1) -> bytes:
-    header = make_header(
-        MessageType.METHOD_CALL, serial, path=BUS_PATH, interface=BUS, member="Hello", destination=BUS
-    )
-    return make_message(header)
-
-
-def echo_message(serial: int, text: str = "hello") -> bytes:
-    header = make_header(
-        MessageType.METHOD_CALL,
-        serial,
-        path=PATH,
-        interface=ECHO,
-        member="Echo",
-        destination=ECHO,
-        signature="s",
-    )
-    return make_message(header, (text,))
-
-
-def read_until(sock: socket.socket, what: bytes) -> bytes:
-    data = b""
-    while what not in data:
-        more = sock.recv(65536)
-        assert more, data
-        data += more
-    return data
 
 
 def test_client_that_did_not_negotiate_gets_no_descriptors(
@@ -222,7 +182,9 @@ def test_byte_by_byte_is_as_good(shared: Warden, sandbox: Sandbox) -> None:
 def test_only_whole_messages_reach_the_bus(bus: Bus, folder: Path) -> None:
     with (
         running_relay(folder / "relay", bus.address) as relay,
-        open_warden(bus, folder / "run", "--bus", f"session={relay.address}", add_bus=False) as warden,
+        open_warden(
+            bus, folder / "run", "--bus", f"session={relay.address}", add_bus=False
+        ) as warden,
         running_service(bus.address),
     ):
         client = warden.connect(warden.add_server(rules=[ALL]))
@@ -317,7 +279,18 @@ def test_external_without_initial_response(shared: Warden, sandbox: Sandbox) -> 
 
 def test_serials_may_come_in_any_order_and_be_topmost(shared: Warden, sandbox: Sandbox) -> None:
     client = shared.connect(sandbox)
-    serials = [5000, 4, 0xFFFFFFFF, 7, 0xFFFFFFFE, 0xFFF00000, 0xFFF00001, 0x80000000, 4, 0xFFFFFFFF]
+    serials = [
+        5000,
+        4,
+        0xFFFFFFFF,
+        7,
+        0xFFFFFFFE,
+        0xFFF00000,
+        0xFFF00001,
+        0x80000000,
+        4,
+        0xFFFFFFFF,
+    ]
     for serial in serials:
         client.send_raw(echo_message(serial, str(serial)))
         reply = client.wait_reply(serial)

@@ -4,8 +4,9 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,18 +89,16 @@ def test_close_notify_ends_it_with_its_connections(shared: Warden) -> None:
 
 
 def test_close_notify_waits_for_the_last_holder(shared: Warden) -> None:
+    stack = ExitStack()
     with pipe() as (read_end, write_end):
         sandbox = shared.add_server(fds={"CloseNotify": read_end})
         argv = [PYTHON, "-c", "print('held', flush=True); input()"]
-        process = running(argv, pass_fds=[write_end])
-        holder = process.__enter__()
-    try:
+        holder = stack.enter_context(running(argv, pass_fds=[write_end]))
         holder.wait_line("held")
-        assert shared.connect(sandbox).driver("GetId")
-        holder.send_signal(signal.SIGKILL)
-        wait_for(lambda: is_over(shared, sandbox))
-    finally:
-        process.__exit__(None, None, None)
+    assert shared.connect(sandbox).driver("GetId")
+    holder.send_signal(signal.SIGKILL)
+    wait_for(lambda: is_over(shared, sandbox))
+    stack.close()
 
 
 def test_close_notify_takes_a_socket_too(shared: Warden) -> None:
@@ -269,8 +268,10 @@ def test_creator_that_leaves_at_once_is_noticed(shared: Warden) -> None:
     # It does not even wait for the answer: whenever its end is seen, nothing is left listening.
     for _ in range(10):
         with RawClient.connect(shared.bus.address) as creator:
-            values = (TYPE, "gone", {}, {})
-            creator.start_call(NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}", values)
+            values: tuple[Any, ...] = (TYPE, "gone", {}, {})
+            creator.start_call(
+                NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}", values
+            )
     wait_for(lambda: not shared.list_sandboxes())
     assert list((shared.folder / "containers").iterdir()) == []
 

@@ -101,6 +101,7 @@ def test_names_are_requested_queued_for_and_released(stage: Stage) -> None:
     host, app = stage.host(name), stage.app(f"own:{name}")
     assert app.request_name(name, 0) == 2
     assert app.driver("ListQueuedOwners", "s", name) == ([host.unique_name, app.unique_name],)
+    app.queue.clear()
     assert host.release_name(name) == 1
     assert app.wait_signal("NameAcquired").values == (name,)
     assert host.name_owner(name) == app.unique_name

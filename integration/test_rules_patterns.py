@@ -92,7 +92,10 @@ def test_path_globs(stage: Stage, pattern: str, inside: list[str], outside: list
 
 def test_interface_globs(stage: Stage) -> None:
     name = stage.name()
-    host, app = stage.host(name), stage.app(f"send:{name}:org.one.*.*", f"send:{name}:org.t[wx]o.Do")
+    host, app = (
+        stage.host(name),
+        stage.app(f"send:{name}:org.one.*.*", f"send:{name}:org.t[wx]o.Do"),
+    )
     assert call(app, host, name, interface="org.one.Iface") == PASSED
     assert call(app, host, name, interface="org.two", member="Do") == PASSED
     assert call(app, host, name, interface="org.two", member="Undo") == DENIED

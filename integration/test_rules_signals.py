@@ -122,6 +122,7 @@ def test_peer_of_a_broadcast_is_judged_at_each_receiver(stage: Stage) -> None:
     stage.set_rules(sender, "send:", deny=[f"send:,peer=app:{TYPE}/{APP}#blue"])
     assert signal(sender, red)
     assert not signal(sender, blue)
+    arrivals(red)
     stage.set_rules(sender, "send:,peer=host")
     assert not signal(sender, red)
     assert signal(sender, listen(stage.host()))

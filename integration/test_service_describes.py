@@ -92,8 +92,8 @@ def test_libraries_can_introspect(shared: Warden) -> None:
     target = ("--dest", NAME, "--object-path", CONTAINERS_PATH)
     outcome = run("gdbus", "introspect", "--address", shared.bus.address, *target)
     assert "SetContainerAccess" in outcome.out
-    target = (NAME, CONTAINERS_PATH, CONTAINERS)
-    outcome = run("busctl", f"--address={shared.bus.address}", "introspect", *target)
+    place = (NAME, CONTAINERS_PATH, CONTAINERS)
+    outcome = run("busctl", f"--address={shared.bus.address}", "introspect", *place)
     assert "SupportedArguments" in outcome.out, outcome.err
 
 
@@ -108,41 +108,36 @@ def test_supported_arguments_are_those_that_add_server_takes(shared: Warden) -> 
     assert "KeepAfterCreator" in gdbus_call(*target, CONTAINERS, "SupportedArguments").out
 
 
-@pytest.mark.parametrize(
-    ("path", "interface", "member", "signature", "values", "error"),
-    [
-        (CONTAINERS_PATH, PROPERTIES, "Get", "ss", (CONTAINERS, "X"), "UnknownProperty"),
-        (CONTAINERS_PATH, PROPERTIES, "Get", "ss", ("a.b", "X"), "UnknownInterface"),
-        (CONTAINERS_PATH, PROPERTIES, "GetAll", "s", ("a.b",), "UnknownInterface"),
-        (
-            *(CONTAINERS_PATH, PROPERTIES, "Set", "ssv"),
-            (CONTAINERS, "SupportedArguments", Variant("as", [])),
-            "PropertyReadOnly",
-        ),
-        (CONTAINERS_PATH, CONTAINERS, "Nonsense", "", (), "UnknownMethod"),
-        (CONTAINERS_PATH, "org.example.X", "AddServer", "", (), "UnknownInterface"),
-        (CONTAINERS_PATH, CONTAINERS, "StopInstance", "s", ("/x",), "InvalidArgs"),
-        (CONTAINERS_PATH, CONTAINERS, "AddServer", "", (), "InvalidArgs"),
-        (CONTAINERS_PATH, CONTAINERS, "RequestHeader", "s", ("",), "InvalidArgs"),
-        (CONTAINERS_PATH, None, "GetInstanceInfo", "o", ("/x",), "NotContainer"),
-        ("/", CONTAINERS, "AddServer", "", (), "UnknownObject"),
-        ("/nowhere", INTROSPECTABLE, "Introspect", "", (), "UnknownObject"),
-        ("/nowhere", PEER, "Ping", "", (), None),
-        (CONTAINERS_PATH, PEER, "Ping", "", (), None),
-        ("/", INTROSPECTABLE, "Introspect", "", (), None),
-        ("/org", INTROSPECTABLE, "Introspect", "", (), None),
-    ],
-)
+ODD_CALLS: list[tuple[str, str | None, str, str, tuple[Any, ...], str | None]] = [
+    (CONTAINERS_PATH, PROPERTIES, "Get", "ss", (CONTAINERS, "X"), "UnknownProperty"),
+    (CONTAINERS_PATH, PROPERTIES, "Get", "ss", ("a.b", "X"), "UnknownInterface"),
+    (CONTAINERS_PATH, PROPERTIES, "GetAll", "s", ("a.b",), "UnknownInterface"),
+    (
+        *(CONTAINERS_PATH, PROPERTIES, "Set", "ssv"),
+        (CONTAINERS, "SupportedArguments", Variant("as", [])),
+        "PropertyReadOnly",
+    ),
+    (CONTAINERS_PATH, CONTAINERS, "Nonsense", "", (), "UnknownMethod"),
+    (CONTAINERS_PATH, "org.example.X", "AddServer", "", (), "UnknownInterface"),
+    (CONTAINERS_PATH, CONTAINERS, "StopInstance", "s", ("/x",), "InvalidArgs"),
+    (CONTAINERS_PATH, CONTAINERS, "AddServer", "", (), "InvalidArgs"),
+    (CONTAINERS_PATH, CONTAINERS, "RequestHeader", "s", ("",), "InvalidArgs"),
+    (CONTAINERS_PATH, None, "GetInstanceInfo", "o", ("/x",), "NotContainer"),
+    ("/", CONTAINERS, "AddServer", "", (), "UnknownObject"),
+    ("/nowhere", INTROSPECTABLE, "Introspect", "", (), "UnknownObject"),
+    ("/nowhere", PEER, "Ping", "", (), None),
+    (CONTAINERS_PATH, PEER, "Ping", "", (), None),
+    ("/", INTROSPECTABLE, "Introspect", "", (), None),
+    ("/org", INTROSPECTABLE, "Introspect", "", (), None),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_CALLS)
 def test_each_odd_call_has_its_error(
-    shared: Warden,
-    path: str,
-    interface: str | None,
-    member: str,
-    signature: str,
-    values: tuple[Any, ...],
-    error: str | None,
+    shared: Warden, odd: tuple[str, str | None, str, str, tuple[Any, ...], str | None]
 ) -> None:
-    reply = shared.host.call(NAME, path, interface, member, signature, values)
+    *call, error = odd
+    reply = shared.host.call(NAME, *call)
     assert reply.error == (ERROR + error if error else None)
 
 

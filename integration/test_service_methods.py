@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_ids_count_up_and_are_never_given_again(shared: Warden) -> None:
 
 
 def test_add_container_server_is_the_same(shared: Warden) -> None:
-    values = (TYPE, "org.example.Old", {}, {"Rules": Variant("a(bs)", [(False, f"see:{ECHO}")])})
+    values: tuple[Any, ...] = (TYPE, "org.example.Old", {}, {"Rules": Variant("a(bs)", [(False, f"see:{ECHO}")])})
     path, raw, address = shared.containers("AddContainerServer", "ssa{sv}a{sv}", *values)
     sandbox = Sandbox(path=path, socket=Path(raw[:-1].decode()), address=address)
     assert shared.connect(sandbox).unique_name
@@ -293,7 +294,7 @@ def test_other_libraries_add_and_stop(shared: Warden, library: str) -> None:
 
 def test_two_callers_at_once_do_not_mix(shared: Warden) -> None:
     creators = [shared.connect_host() for _ in range(4)]
-    values = (TYPE, "app", {}, {})
+    values: tuple[Any, ...] = (TYPE, "app", {}, {})
     serials = [
         [
             creator.start_call(

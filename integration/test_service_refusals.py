@@ -125,7 +125,7 @@ def test_metadata_takes_no_descriptors(shared: Warden) -> None:
     read_end, write_end = os.pipe()
     try:
         with pytest.raises(CallError) as caught:
-            values = (TYPE, "a", {"k": Variant("h", 0)}, {})
+            values: tuple[Any, ...] = (TYPE, "a", {"k": Variant("h", 0)}, {})
             call = (NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}", values)
             reply = shared.host.call(*call, fds=[read_end])
             raise CallError(reply.error or "", reply.values[0])
@@ -256,7 +256,8 @@ def test_caller_in_a_sandbox_changes_nothing(shared: Warden) -> None:
 def test_caller_in_a_sandbox_without_rules_does_not_even_see_us(shared: Warden) -> None:
     sandbox = shared.add_server()
     client = shared.connect(sandbox)
-    call = (NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}", (TYPE, "x", {}, {}))
+    values: tuple[Any, ...] = (TYPE, "x", {}, {})
+    call = (NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}", values)
     assert client.call(*call).error == f"{ERROR}ServiceUnknown"
     shared.stop_instance(sandbox)
 

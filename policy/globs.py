@@ -66,7 +66,9 @@ def parse_name_pattern(text: str) -> NamePattern:
     if text.endswith(".*") and not _WILDCARDS.search(text, 0, len(text) - 1):
         _check_dotted(text[:-2], "bus name", _ALNUM | {"-"}, least=1)
         return NamePattern(kind="subtree", text=text)
-    _check_dotted(text, "bus name", _ALNUM | set("-*?"), least=1)
+    _check_classes(text)
+    plain = _CLASS.sub(lambda found: "?" * len(found[0]), text)
+    _check_dotted(plain, "bus name", _ALNUM | set("-*?"), least=1)
     return NamePattern(kind="glob", text=text)
 
 
@@ -106,6 +108,22 @@ def compile_interface(pattern: str) -> Predicate:
 def compile_member_glob(pattern: str) -> Predicate:
     """Return the predicate of a member or a glob of them. Raises PatternError."""
     return _compile_dotted(pattern, "member", check_member)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the patterns without braces that a pattern (which was checked) is the union of."""
+    work, done = [pattern], []
+    while work:
+        text = work.pop()
+        opening = text.find("{")
+        if opening < 0:
+            done.append(text)
+            continue
+        alternatives, end = _alternatives(text, opening)
+        work.extend(text[:opening] + alternative + text[end:] for alternative in alternatives)
+        if len(work) + len(done) > MAX_ALTERNATIVES:
+            raise PatternError(f"more than {MAX_ALTERNATIVES} alternatives", pattern.index("{"))
+    return done
 
 
 def stem(pattern: str) -> str:
@@ -211,29 +229,14 @@ def _expand(pattern: str, what: str, letters: frozenset[str]) -> list[str]:
     _check_brackets(pattern)
     outside = _CLASS.sub(lambda found: "?" * len(found[0]), pattern)
     _check_letters(outside, what, letters | set("*?{,}"))
-    work, done = [pattern], []
-    while work:
-        text = work.pop()
-        opening = text.find("{")
-        if opening < 0:
-            done.append(text)
-            continue
-        alternatives, end = _alternatives(text, opening)
-        work.extend(text[:opening] + alternative + text[end:] for alternative in alternatives)
-        if len(work) + len(done) > MAX_ALTERNATIVES:
-            raise PatternError(f"more than {MAX_ALTERNATIVES} alternatives", pattern.index("{"))
-    return done
+    return expand_braces(pattern)
 
 
 def _check_brackets(pattern: str) -> None:
     opened: list[int] = []
+    _check_classes(pattern)
     for at, char in enumerate(pattern):
         match char:
-            case "[":
-                found = _CLASS.match(pattern, at)
-                if found is None:
-                    raise PatternError("'[' without a list of characters and ']'", at)
-                _check_class(found[0], at)
             case "{":
                 opened.append(at)
             case "}" if not opened:
@@ -248,11 +251,17 @@ def _check_brackets(pattern: str) -> None:
         raise PatternError("'{' without '}'", opened[-1])
 
 
-def _check_class(text: str, at: int) -> None:
-    try:
-        re.compile(_class_regex(text))
-    except re.error:
-        raise PatternError(f"bad range in {text!r}", at) from None
+def _check_classes(pattern: str) -> None:
+    at = pattern.find("[")
+    while at >= 0:
+        found = _CLASS.match(pattern, at)
+        if found is None:
+            raise PatternError("'[' without a list of characters and ']'", at)
+        try:
+            re.compile(_class_regex(found[0]))
+        except re.error:
+            raise PatternError(f"bad range in {found[0]!r}", at) from None
+        at = pattern.find("[", found.end())
 
 
 def _alternatives(text: str, opening: int) -> tuple[list[str], int]:

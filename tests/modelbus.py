@@ -27,6 +27,12 @@ from tests.messages import Message, access, driver_call, make_reply, signal, spl
 
 ME: Final = ":1.7"
 APP: Final = Identity(type="org.test", app="me")
+DRIVER_INTERFACES: Final = (
+    None,
+    DRIVER,
+    "org.freedesktop.DBus.Peer",
+    "org.freedesktop.DBus.Introspectable",
+)
 OTHER_APP: Final = Identity(type="org.test", app="other")
 
 
@@ -89,7 +95,7 @@ class ModelBus:
         method: Callable[[Header, Message], bytes] | None = getattr(
             self, f"_do_{(header.member or '').lower()}", None
         )
-        if method is None:
+        if method is None or header.interface not in DRIVER_INTERFACES:
             self.calls.append(message)
             return b""
         return method(header, message)

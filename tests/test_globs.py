@@ -118,7 +118,7 @@ def test_members() -> None:
         (check_member, "a.b", 1, "cannot stand"),
         (check_member, "", 0, "empty member"),
         (check_member, "9", 0, "digit"),
-        (parse_name_pattern, "org.*.[a]", 6, "cannot stand"),
+        (parse_name_pattern, "org.*.[a", 6, "without a list"),
         (parse_name_pattern, ":1.*", 0, "cannot stand"),
         (parse_name_pattern, ".*", 0, "empty"),
         (parse_name_pattern, "org..*x", 3, "empty"),

@@ -8,6 +8,7 @@ from broker.gate.bus import DRIVER, Bus
 from broker.gate.control import SandboxLimits
 from broker.gate.core import OWN_SERIALS
 from broker.wire import errors
+from broker.wire.errors import PeerProtocolError
 from broker.wire.marshal import make_error, make_return
 from tests.messages import (
     NO_REPLY,
@@ -164,6 +165,20 @@ def test_unknown_fields_of_a_reply_are_stripped() -> None:
     assert [m.header.reply_serial for m in talk.got] == [2, OWN_SERIALS + 9]
 
 
+def test_reply_of_the_bus_in_another_form_ends_the_connection() -> None:
+    talk = Dialogue()
+    talk.paused = True
+    talk.app(driver_call(2, "ListNames"))
+    with pytest.raises(PeerProtocolError, match="instead of"):
+        talk.deliver(make_return(9, reply_serial=2, sender=DRIVER, destination=ME))
+
+
+def test_owner_change_in_another_form_is_dropped() -> None:
+    talk = Dialogue(access("see:"))
+    talk.subscribe()
+    assert not talk.deliver(signal(8, "NameOwnerChanged", sender=DRIVER, interface=DRIVER))
+
+
 def test_reply_with_descriptors_is_passed_whole() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     talk.app(call(2, "org.a"), call(3, "org.a"))
@@ -313,6 +328,25 @@ def test_broadcast_of_a_sandboxed_app_is_judged_by_its_peer() -> None:
     talk.bus.connected(":1.2", "c2", OTHER_APP)
     assert not talk.deliver(signal(8, sender=":1.2"))
     assert len(talk.deliver(signal(8, sender=":1.3"))) == 1
+
+
+def test_broadcast_of_a_sandboxed_app_is_heard_by_whom_its_rules_say() -> None:
+    shared = Bus("session", "unix:path=/none")
+    rules = access("send:@/ok,peer=app:org.test/other", "send:@/all", receive_from_host=False)
+    speaker = Dialogue(rules, shared=shared, me=":1.8")
+    meant = Dialogue(access("receive:"), shared=shared, identity=OTHER_APP)
+    others = Dialogue(access("receive:"), shared=shared, me=":1.9")
+    for serial in (8, 9):
+        for path in ("/ok", "/all", "/no"):
+            message = signal(serial, sender=":1.8", path=path)
+            meant.deliver(message)
+            others.deliver(message)
+    assert [m.header.path for m in meant.got] == ["/ok", "/all"] * 2
+    assert [m.header.path for m in others.got] == ["/all"] * 2
+    speaker.use(access("send:@/all"))
+    assert len(meant.deliver(signal(10, sender=":1.8", path="/all"))) == 1
+    speaker.use(access("send:@/all,peer=same-app"))
+    assert not meant.deliver(signal(11, sender=":1.8", path="/all"))
 
 
 def test_signal_of_the_bus_needs_a_rule_if_it_is_a_broadcast() -> None:

