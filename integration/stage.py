@@ -55,7 +55,7 @@ class Stage:
         from_host: bool | None = None,
     ) -> RawClient:
         """Return a connection in a sandbox of its own, under these rules."""
-        named = {} if component is None else {"Component": Variant("s", component)}
+        named: dict[str, Any] = {} if component is None else {"Component": Variant("s", component)}
         if from_host is not None:
             named["ReceiveFromHost"] = Variant("b", from_host)
         sandbox = self.warden.add_server(app, rules=rules, deny=deny, allow=allow, **named)

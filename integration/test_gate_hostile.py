@@ -269,7 +269,7 @@ def test_budget_is_shared_by_the_connections_of_a_sandbox(small: Warden, victim:
     first.send_raw(data[: MIB - 10_000])
     other = small.connect(small.add_server(rules=[f"send:{ECHO}"]))
     deadline = time.monotonic() + 5
-    errors = set()
+    errors: set[str | None] = set()
     while not errors and time.monotonic() < deadline:
         second.send_raw(echo_message(91, "x" * 200_000))
         errors = {second.wait_reply(91).error} - {None}  # None: the first has not been read yet

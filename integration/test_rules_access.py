@@ -251,7 +251,7 @@ def test_each_bus_of_a_sandbox_has_its_rules(bus: Bus, folder: Path) -> None:
                     assert call(app, host, name, member=member) == expected
 
 
-# a(usos)
+# the form of SetContainerAccess
 
 
 def test_usos_flags_mean_what_they_say(stage: Stage) -> None:

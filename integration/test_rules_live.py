@@ -156,6 +156,24 @@ def test_sight_given_and_taken_is_told_as_an_owner_change(stage: Stage) -> None:
         assert told(app) == [(name, host.unique_name, "")]
 
 
+@pytest.mark.parametrize("rule", ["see:{}", "see:{}.*", "own:{}", "see:,peer=host", "see:{}*"])
+def test_sight_that_comes_and_goes_quickly_is_told_in_turn(stage: Stage, rule: str) -> None:
+    name = stage.name()
+    host, app = stage.host(name), stage.app()
+    app.add_match(f"{OWNER_CHANGED},arg0='{name}'")
+    for _ in range(20):
+        stage.set_rules(app, rule.format(name))
+        stage.set_rules(app)
+    stage.set_rules(app, rule.format(name))
+    # What was gone again before its owner was known need not be told.
+    changes = told(app)
+    came, went = (name, "", host.unique_name), (name, host.unique_name, "")
+    assert changes[-1] == came
+    assert changes == [came, went] * (len(changes) // 2) + [came]
+    assert host.release_name(name) == 1
+    assert told(app) == [went]
+
+
 def test_sight_is_told_only_to_who_subscribed(stage: Stage) -> None:
     name, other = stage.name(), stage.name()
     host, app = stage.host(name, other), stage.app()

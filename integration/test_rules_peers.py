@@ -141,7 +141,7 @@ def test_see_by_peer_shows_the_names_of_those_peers(stage: Stage) -> None:
             assert app.driver("NameHasOwner", "s", name) == (name in seen,), (rule, name)
 
 
-# a(usos)
+# the form of SetContainerAccess
 
 
 def test_usos_peers(stage: Stage) -> None:

@@ -136,8 +136,8 @@ ODD_CALLS: list[tuple[str, str | None, str, str, tuple[Any, ...], str | None]] =
 def test_each_odd_call_has_its_error(
     shared: Warden, odd: tuple[str, str | None, str, str, tuple[Any, ...], str | None]
 ) -> None:
-    *call, error = odd
-    reply = shared.host.call(NAME, *call)
+    path, interface, member, signature, values, error = odd
+    reply = shared.host.call(NAME, path, interface, member, signature, values)
     assert reply.error == (ERROR + error if error else None)
 
 

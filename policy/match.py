@@ -84,9 +84,7 @@ class Judge:
         self._see: Final = _Table(_for_sight(rules), me, name_and_peer, NO_SEE)
         self._start: Final = _Table(_for_starting(send), me, name_and_peer, NO_START)
         self._hear: Final = _Table(_about_broadcasts(send), me, _Heed.MESSAGE | _Heed.PEER, NO_SEND)
-        self.hearers_matter: Final = any(
-            rule.peer is not None for rule in _about_broadcasts(send)
-        )
+        self.hearers_matter: Final = any(rule.peer is not None for rule in _about_broadcasts(send))
         self.uses: Final = _names_used(rules)
         self.any_send: Final = any(not rule.deny for rule in send)
         self.owner_matters: Final = any(
@@ -164,11 +162,7 @@ class _Heed(enum.Flag):
 
 def _for_broadcasts(send: list[Rule]) -> list[Rule]:
     # Who hears a broadcast is judged at each receiver: a deny for some peers stops nothing here.
-    return [
-        rule
-        for rule in _about_broadcasts(send)
-        if not (rule.deny and rule.peer is not None)
-    ]
+    return [rule for rule in _about_broadcasts(send) if not (rule.deny and rule.peer is not None)]
 
 
 def _about_broadcasts(send: list[Rule]) -> list[Rule]:

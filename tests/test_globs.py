@@ -31,6 +31,8 @@ from policy.globs import (
         ("*.Helper", ["org.x.Helper", "a.Helper"], ["org.x.Helpers"]),
         ("org.*.*", ["org.a.b", "org.a.b.c"], ["org.a"]),
         ("*", ["org.x", ":1.5"], []),
+        ("org.x-[1-9][0-9]*", ["org.x-10", "org.x-42.b"], ["org.x-01", "org.x-1", "org.x-a1"]),
+        ("org.x.[^a]", ["org.x.b"], ["org.x.a", "org.x.bc"]),
     ],
 )
 def test_names(pattern: str, yes: list[str], no: list[str]) -> None:
@@ -45,6 +47,7 @@ def test_names(pattern: str, yes: list[str], no: list[str]) -> None:
         ("org.x.*", "subtree", "org.x"),
         ("org.x*", "glob", "org.x*"),
         ("org.?.*", "glob", "org.?.*"),
+        ("org.[ab].*", "glob", "org.[ab].*"),
         ("*", "glob", "*"),
     ],
 )
@@ -119,6 +122,8 @@ def test_members() -> None:
         (check_member, "", 0, "empty member"),
         (check_member, "9", 0, "digit"),
         (parse_name_pattern, "org.*.[a", 6, "without a list"),
+        (parse_name_pattern, "org.*.[z-a]", 6, "bad range"),
+        (parse_name_pattern, "org.{a,b}", 4, "cannot stand"),
         (parse_name_pattern, ":1.*", 0, "cannot stand"),
         (parse_name_pattern, ".*", 0, "empty"),
         (parse_name_pattern, "org..*x", 3, "empty"),

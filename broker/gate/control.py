@@ -201,7 +201,7 @@ class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     sandbox: str
     bus: str
     direction: str  # "send", "receive", "own", "see"
-    kind: str  # "call" or "signal"
+    kind: str  # "call", "signal" or "reply"; "" if all that it tells is how many went unreported
     peer: str  # the name in the message: destination, sender, or the name asked for
     path: str = ""
     interface: str = ""

@@ -103,15 +103,20 @@ class Filter:
         for name, owner in now.items():
             if name not in seen:
                 self._incoming.tell_owner_change(name, "", owner)
-        for name in [name for name in core.requested_names if not judge.own(name).allowed]:
-            del core.requested_names[name]
-            core.call_driver("ReleaseName", "s", (name,), lambda _header, _data, _fds: None)
+        self._release_names()
         self._told = frozenset(now)
         self._owners.use(judge.uses, self._tell_new)
         for name in [name for name in now if name not in self._owners.names]:
             # Seen because of its owner alone, who is nobody to ask for any more.
             self._incoming.tell_owner_change(name, now[name], "")
         self._resume()
+
+    def _release_names(self) -> None:
+        """Give back the names that the app may own no more."""
+        core = self.core
+        for name in [name for name in core.requested_names if not core.judge.own(name).allowed]:
+            del core.requested_names[name]
+            core.call_driver("ReleaseName", "s", (name,), lambda _header, _data, _fds: None)
 
     def _tell_new(self) -> None:
         """Names that came into sight with the rules, and whose owners had to be asked for."""
@@ -269,14 +274,12 @@ class Filter:
         data = arrived if plain else intake.take(arrived, fds)
         if data is None:
             return
-        end = len(data)
-        pos = run = 0
+        pos, run, end = 0, 0, len(data)
         core = self.core
         out = core.to_app
         pending = core.pending
         slowly = intake.has_fds or self._stash
-        tables = {} if slowly else self._bus_tables
-        reply_at = {} if slowly else core.bus_reply_at
+        tables, reply_at = ({}, {}) if slowly else (self._bus_tables, core.bus_reply_at)
         shapes = core.bus_replies
         unpack = _FIXED.unpack_from
         while pos + FIXED_SIZE <= end:

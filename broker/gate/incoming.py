@@ -131,21 +131,9 @@ class Incoming:
     def _from_peer(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core
         sender = header.sender or ""
-        peer = core.bus.identities.get(sender)
-        if peer is None:
-            core.judged_as_host(sender)
         is_call = header.type == MessageType.METHOD_CALL
         wants_reply = is_call and not header.flags & Flag.NO_REPLY_EXPECTED
-        verdict = core.judge.receive(
-            self._owners.names_of(sender),
-            header.path,
-            header.interface,
-            header.member,
-            peer,
-            broadcast=header.destination is None,
-        )
-        if peer is not None and header.destination is None and verdict.allowed:
-            verdict = self._heard(header, verdict)
+        verdict = self._judge(header, sender)
         problem = None
         if not verdict.allowed:
             core.sandbox.denied(core, denial("receive", header, sender, verdict))
@@ -171,11 +159,23 @@ class Incoming:
         if not fds and header.little and not header.has_unknown:
             self._remember(header, data[12 : header.size], sender)
 
-    def _heard(self, header: Header, verdict: Verdict) -> Verdict:
-        """Judge a broadcast of a sandbox by its sender's rules as well, if they say who hears it."""
+    def _judge(self, header: Header, sender: str) -> Verdict:
+        """Judge by our rules; a sandbox's broadcast also by its own, if they say who hears it."""
         core = self._core
-        speaker = core.bus.speakers.get(header.sender or "")
-        if speaker is None:
+        peer = core.bus.identities.get(sender)
+        if peer is None:
+            core.judged_as_host(sender)
+        broadcast = header.destination is None
+        verdict = core.judge.receive(
+            self._owners.names_of(sender),
+            header.path,
+            header.interface,
+            header.member,
+            peer,
+            broadcast=broadcast,
+        )
+        speaker = core.bus.speakers.get(sender)
+        if not broadcast or not verdict.allowed or speaker is None:
             return verdict
         return speaker.hear(header.path, header.interface, header.member, core.sandbox.identity)
 

@@ -232,7 +232,8 @@ class Registry:
         """Remember a refusal, cut short: the texts are the sandbox's choice."""
         sandbox = self.get(event.sandbox)
         if sandbox is not None:
-            sandbox.denied += 1 + event.more
+            # Without a kind it is about no refusal of its own: those before it were too many to report.
+            sandbox.denied += bool(event.kind) + event.more
             sandbox.denials.append(shorten(event))
         return sandbox
 

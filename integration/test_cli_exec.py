@@ -1,0 +1,158 @@
+"""`buswarden exec`: a command that reaches its own bus socket and nothing else of the bus, and ends with its sandbox."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.buses import Bus
+from integration.clients import Outcome
+from integration.processes import PYTHON, Process, is_running, running, wait_gone
+from integration.service import ECHO, PATH, running_service
+from integration.supervised import Warden, open_warden, wait_for
+
+INSIDE = f"/run/user/{os.getuid()}/bus"
+
+
+@pytest.fixture(autouse=True)
+def kernel_makes_sandboxes() -> None:
+    argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
+    if subprocess.run([*argv[:4], "--unshare-pid", *argv[4:]], check=False).returncode:
+        pytest.skip("the kernel does not let bubblewrap make a sandbox here")
+
+
+def shell(warden: Warden, script: str, *options: str) -> Outcome:
+    return warden.cli("exec", *options, "--", "sh", "-c", script)
+
+
+@pytest.fixture
+def sleeper(shared: Warden) -> Iterator[Process]:
+    """`exec` with a command that says its address and sleeps."""
+    argv = [PYTHON, "-m", "broker.cli", "exec", "--app", "Sleeper", "--"]
+    command = ["sh", "-c", "echo up $DBUS_SESSION_BUS_ADDRESS; exec sleep 600"]
+    with running([*argv, *command], env={"XDG_RUNTIME_DIR": str(shared.runtime)}) as process:
+        process.wait_line("up")
+        yield process
+
+
+def test_command_has_its_bus_its_exit_code_and_its_output(shared: Warden) -> None:
+    outcome = shell(shared, "cat; echo out; echo err >&2; exit 7")
+    assert (outcome.code, outcome.out) == (7, "out\n")
+    assert "err\n" in outcome.err
+    assert shared.list_sandboxes() == []
+
+
+def test_it_is_under_its_rules(shared: Warden) -> None:
+    call = f"busctl --user call {ECHO} {PATH} {ECHO} Echo s hello"
+    with running_service(shared.bus.address):
+        assert "hello" not in shell(shared, call).out
+        allowed = shell(shared, call, "--allow", f"send:{ECHO}")
+        assert allowed.out == 's "hello"\n', allowed.err
+        send = f"dbus-send --session --print-reply --dest={ECHO} {PATH} {ECHO}.Echo string:hello"
+        assert "hello" in shell(shared, send, "--allow", f"send:{ECHO}").out
+        denied = shell(shared, call, "--allow", f"send:{ECHO}", "--deny", f"send:{ECHO}@{PATH}")
+        assert "may not call" in denied.err
+
+
+def test_it_reaches_its_own_socket_and_nothing_else_of_the_bus(shared: Warden) -> None:
+    other = shared.add_server()
+    bus = shared.bus.address.removeprefix("unix:path=").partition(",")[0]
+    hidden = [bus, str(other.socket), str(shared.folder / "gate.sock"), str(shared.folder)]
+    tests = "; ".join(f"test -e {path} && echo seen {path}" for path in hidden)
+    script = f"{tests}; find / -xdev -type s 2>/dev/null; find /run /tmp -type s; env; ls /proc"
+    lines = shell(shared, script).out.splitlines()
+    assert not [line for line in lines if line.startswith("seen")]
+    assert {line for line in lines if line.startswith(("/run/", "/tmp/"))} == {INSIDE}
+    assert f"DBUS_SESSION_BUS_ADDRESS=unix:path={INSIDE}" in lines
+    assert not [line for line in lines if bus in line or "BUSWARDEN" in line]
+    assert str(shared.process.pid) not in lines  # no process of the host in /proc
+
+
+def test_it_is_in_a_sandbox_of_the_app_it_was_said_to_be(shared: Warden) -> None:
+    argv = [PYTHON, "-m", "broker.cli", "exec", "--type", "org.example.T", "--app", "Mine"]
+    command = ["--component", "part", "--", "sh", "-c", "echo up; read line"]
+    with running([*argv, *command], env={"XDG_RUNTIME_DIR": str(shared.runtime)}) as process:
+        process.wait_line("up")
+        (sandbox,) = shared.list_sandboxes()
+        found = (sandbox["type"], sandbox["app"], sandbox["component"])
+        assert found == ("org.example.T", "Mine", "part")
+    wait_for(lambda: not shared.list_sandboxes())
+
+
+def _command_pid(process: Process) -> int:
+    """Return the pid, outside, of `sleep`."""
+    found: list[int] = []
+
+    def look(pid: int) -> None:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text() == "sleep\n":
+                found.append(int(child))
+            look(int(child))
+
+    wait_for(lambda: look(process.pid) or found)
+    return found[0]
+
+
+def test_killed_from_outside_it_leaves_nothing(shared: Warden, sleeper: Process) -> None:
+    command = _command_pid(sleeper)
+    sleeper.send_signal(signal.SIGKILL)
+    assert wait_gone(command)
+    wait_for(lambda: not shared.list_sandboxes())
+
+
+def test_killed_inside_it_leaves_nothing(shared: Warden, sleeper: Process) -> None:
+    os.kill(_command_pid(sleeper), signal.SIGKILL)
+    assert sleeper.wait() == 128 + signal.SIGKILL
+    wait_for(lambda: not shared.list_sandboxes())
+
+
+def test_bubblewrap_killed_leaves_nothing(shared: Warden, sleeper: Process) -> None:
+    command = _command_pid(sleeper)
+    (bubblewrap,) = Path(f"/proc/{sleeper.pid}/task/{sleeper.pid}/children").read_text().split()
+    os.kill(int(bubblewrap), signal.SIGKILL)
+    assert sleeper.wait() == 128 + signal.SIGKILL
+    assert wait_gone(command)
+    wait_for(lambda: not shared.list_sandboxes())
+
+
+def test_signal_goes_to_the_command(shared: Warden, sleeper: Process) -> None:
+    sleeper.send_signal(signal.SIGTERM)
+    assert sleeper.wait() == 128 + signal.SIGTERM
+    wait_for(lambda: not shared.list_sandboxes())
+
+
+def test_stopped_sandbox_takes_the_bus_away_from_the_command(
+    shared: Warden, sleeper: Process
+) -> None:
+    (sandbox,) = shared.list_sandboxes()
+    assert shared.cli("stop", sandbox["id"]).ok
+    assert is_running(_command_pid(sleeper))  # it is not ours to kill; it has no bus
+
+
+def test_exec_without_a_broker_is_one_line(shared: Warden, folder: Path) -> None:
+    argv = ["--address", f"unix:path={folder}/nothing", "exec", "--", "true"]
+    outcome = shared.cli(*argv)
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+
+
+def test_supervisor_killed_meanwhile_costs_the_command_nothing(bus: Bus, folder: Path) -> None:
+    with open_warden(bus, folder / "run", orderly=False) as warden:
+        argv = [PYTHON, "-m", "broker.cli", "exec", "--allow", f"send:{ECHO}", "--", "sh", "-c"]
+        call = f"busctl --user call {ECHO} {PATH} {ECHO} Echo s hello"
+        script = f"echo up; read line; {call}"
+        env = {"XDG_RUNTIME_DIR": str(warden.runtime)}
+        with (
+            running_service(bus.address),
+            running([*argv, script], env=env, log=folder / "exec.log") as process,
+        ):
+            process.wait_line("up")
+            warden.kill()
+            process.send_line("go")
+            assert process.wait_line("s ") == 's "hello"'
+            assert process.wait() == 0
+        sockets = list((warden.folder / "containers").iterdir())
+        wait_for(lambda: not any(path.exists() for path in sockets))

@@ -1,0 +1,1 @@
+"""Other people's policy, read into rules: AppArmor profiles, Flatpak metadata, xdg-dbus-proxy arguments."""

@@ -1,0 +1,96 @@
+"""What a catalogue file says: one interface, and what its plugs and slots may do. Types only.
+
+docs/policy.md explains the format with an example. msgspec checks the shape; `policy.library` reads the
+files, and checks what stands in the strings.
+"""
+
+from typing import Final, Literal
+
+import msgspec
+
+System = Literal["classic", "core"]
+Confinement = Literal["strict", "classic"]
+
+# One alternative, or several.
+Texts = str | tuple[str, ...]
+
+# Who the other end is, as seen from the connection that a rule is about. Absent: anybody.
+OtherEnd = Literal[
+    "host",
+    "plug",  # the apps that have the plug
+    "slot",  # who provides the slot: its apps, or the host if it is the system's
+    "slot-app",  # the slot's apps; nobody if the slot is the system's
+    "same-snap",
+    "same-app",
+]
+
+# Texts that snapd or an app put into a pattern stand in `<...>`: `<` is in no D-Bus string.
+AttributeType = Literal[
+    "bus",  # session or system
+    "bus-name",  # a well-known name, no pattern
+    "name-element",  # what may follow a `.` in one
+    "text",
+]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """One rule. Where there are several alternatives, each combination is meant."""
+
+    access: tuple[Literal["send", "receive", "own", "see"], ...]
+    deny: bool = False
+    bus: str | None = None
+    name: Texts | None = None
+    path: Texts | None = None
+    interface: Texts | None = None
+    member: Texts | None = None
+    peer: OtherEnd | None = None
+    # Conditions: the rule is left out where one is not met.
+    on: System | None = None
+    slot_is: Literal["app", "system"] | None = None
+    confinement: Confinement | None = None
+    needs: tuple[str, ...] = ()  # attributes that must be there, e.g. `plug.action-prefix`
+    never: str | None = None  # why this is kept for the record but gives no rule
+
+
+class Attribute(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
+    """An attribute that a plug or slot has in the snap's own description."""
+
+    type: AttributeType
+    required: bool = False
+    default: str | None = None  # may have a placeholder
+
+
+class Attributes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The attributes that rules use. Others are allowed and not looked at."""
+
+    plug: dict[str, Attribute] = {}
+    slot: dict[str, Attribute] = {}
+
+
+class Side(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The rules of the apps that have the plug, or of those that have the slot."""
+
+    permanent: tuple[Entry, ...] = ()  # connected or not
+    connected: tuple[Entry, ...] = ()  # once for each connection
+
+
+class Interface(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
+    """A file. Its name without `.toml` is the interface's."""
+
+    summary: str
+    # Where the system itself has a slot of this interface.
+    system_slot: tuple[System, ...] = ()
+    # Attributes that must be equal in plug and slot for a connection to give rules.
+    same: tuple[str, ...] = ()
+    attributes: Attributes = Attributes()
+    plug: Side = Side()
+    slot: Side = Side()
+    # In the file of this name alone: the rules of every app of every snap.
+    every_snap: tuple[Entry, ...] = ()
+
+
+EVERY_SNAP: Final = "every-snap"
