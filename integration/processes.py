@@ -62,6 +62,12 @@ class Process:
             if line.startswith(prefix):
                 return line
 
+    def send_line(self, text: str) -> None:
+        """Write a line to its standard input."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(text.encode() + b"\n")
+        self._popen.stdin.flush()
+
     def send_signal(self, number: int) -> None:
         self._popen.send_signal(number)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from broker.cli.main import main
 from integration.clients import Outcome, run
 from integration.processes import PYTHON
 from integration.rawclient import RawClient
@@ -43,6 +44,13 @@ def problem(outcome: Outcome, code: int) -> str:
     assert outcome.out == ""
     assert re.fullmatch(r"buswarden: [^\n]+\n", outcome.err), outcome.err
     return outcome.err
+
+
+def here(shared: Warden, capsys: pytest.CaptureFixture[str], *args: str) -> Outcome:
+    """Run the command line in this process: for what is tried in many ways."""
+    code = main(["--address", shared.bus.address, *args])
+    out, err = capsys.readouterr()
+    return Outcome(code=code, out=out, err=err)
 
 
 def add(shared: Warden, *args: str) -> str:
@@ -165,8 +173,10 @@ def test_status(shared: Warden) -> None:
         (("add", "--type", "a.b", "--app", "x", "--meta", "k=" + "x" * 65_536), "max_container"),
     ],
 )
-def test_what_is_refused(shared: Warden, args: tuple[str, ...], words: str) -> None:
-    assert words in problem(shared.cli(*args), REFUSED)
+def test_what_is_refused(
+    shared: Warden, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], words: str
+) -> None:
+    assert words in problem(here(shared, capsys, *args), REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +199,15 @@ def test_what_is_refused(shared: Warden, args: tuple[str, ...], words: str) -> N
         (("run", "--config", "/no/such/file"), "/no/such/file"),
     ],
 )
-def test_what_is_asked_in_the_wrong_way(shared: Warden, args: tuple[str, ...], words: str) -> None:
-    assert words in problem(shared.cli(*args), USAGE)
+def test_what_is_asked_in_the_wrong_way(
+    shared: Warden, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], words: str
+) -> None:
+    assert words in problem(here(shared, capsys, *args), USAGE)
+
+
+def test_exit_codes_are_those_of_the_process(shared: Warden) -> None:
+    problem(shared.cli("stop", "c99999"), REFUSED)
+    problem(shared.cli("stop"), USAGE)
 
 
 def test_no_control_character_reaches_the_terminal(shared: Warden) -> None:

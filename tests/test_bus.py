@@ -109,3 +109,26 @@ def test_answer_that_says_something_else_is_not_learned() -> None:
     bus = make_bus()
     bus.learn_wording("call", errors.ACCESS_DENIED, "no")
     assert not bus.wording_known
+
+
+class _Link:
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+
+    def close(self, reason: str) -> None:
+        self.closed.append(reason)
+
+
+def test_nobody_of_a_bus_that_was_is_known_on_the_one_that_took_its_place() -> None:
+    bus = Bus("session", "unix:path=/x")
+    link = _Link()
+    bus.met("a" * 32)
+    bus.links.add(link)
+    bus.connected(":1.5", "c0", Identity(type="a.b", app="c"))
+    bus.met("a" * 32)
+    assert not link.closed
+    assert bus.identities
+    bus.met("b" * 32)
+    assert link.closed
+    assert not bus.identities
+    assert not bus.sandboxes

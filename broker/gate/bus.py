@@ -4,6 +4,7 @@ Identity is exact because it is learned from the Hello reply as it passes throug
 that connection can say anything else: a unique name that is not here is a host's.
 """
 
+import secrets
 from collections import OrderedDict
 from typing import Final, Protocol
 
@@ -17,7 +18,8 @@ DRIVER_PATH: Final = "/org/freedesktop/DBus"
 
 # A name that nobody owns and that no service file gives: what a bus says of it is what it says of
 # every name that is not there.
-ABSENT: Final = "org.buswarden.NotThere.x"
+# Nobody can guess it, own it, and leave us without an answer.
+ABSENT: Final = f"org.buswarden.NotThere.x{secrets.token_hex(16)}"
 ABSENT_UNIQUE: Final = ":0.4294967295"
 
 
@@ -36,6 +38,13 @@ class Member(Protocol):
         """Forget everything that was decided."""
 
 
+class Closable(Protocol):
+    """A connection to the bus."""
+
+    def close(self, reason: str) -> None:
+        """End it."""
+
+
 class Bus:
     """One real bus."""
 
@@ -51,10 +60,29 @@ class Bus:
         # Connections that want header field 10 on what sandboxes send them.
         self.tagged: Final[set[str]] = set()
         self._wording: dict[str, tuple[str, str]] = {}
+        self._guid = ""
+        self.links: Final[set[Closable]] = set()
 
     def spec(self) -> BusSpec:
         """Return it as the supervisor knows it."""
         return BusSpec(name=self.name, address=self.address)
+
+    def met(self, guid: str) -> None:
+        """Take note of who answers at the address.
+
+        Another bus than before has given unique names anew: what was known is about others, and whoever
+        is still connected to the old one has only not heard yet.
+        """
+        if self._guid and guid != self._guid:
+            for link in list(self.links):
+                link.close("the bus started anew")
+            self.identities.clear()
+            self.sandboxes.clear()
+            self.speakers.clear()
+            self._late.clear()
+            self.tagged.clear()
+            self._wording.clear()
+        self._guid = guid
 
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
         """Remember who is behind a unique name. Call it before the app can use the connection."""

@@ -111,6 +111,7 @@ class Link:
             if not isinstance(item, bytes):
                 close_fds(item.fds)
         self._bus.members.discard(core)
+        self._bus.links.discard(self)
 
     def _too_slow(self) -> None:
         LOGGER.warning("peer-violation sandbox=%s: no Hello in time", self.sandbox.id)
@@ -175,7 +176,9 @@ class Link:
             # What the bus does not take we cannot pass on.
             app_takes_fds=self._server.unix_fds and self._client.unix_fds,
         )
+        self._bus.met(self._client.guid)
         self._bus.members.add(self._filter.core)
+        self._bus.links.add(self)
         self._app.readable = self._judge_app
         self._upstream.readable = self._judge_bus
         if self._client.leftover:

@@ -25,7 +25,8 @@ from policy.globs import (
 )
 
 MAX_TEXT: Final = 8192  # characters of one pattern, its variables replaced
-MAX_EXPANDED: Final = 65536  # characters of all alternatives of one pattern
+MAX_EXPANDED: Final = 2**18  # characters of all alternatives of one pattern
+MAX_SETS: Final = 1024  # alternatives that `[...]` of one pattern become where ours have none
 MAX_DEPTH: Final = 50  # braces in braces; AppArmor's own limit
 
 _ALNUM: Final = frozenset(string.ascii_letters + string.digits + "_")
@@ -35,6 +36,7 @@ _TOKEN: Final = re.compile(
     r"|\[(?P<neg>\^?)(?P<cls>(?:[^\]\\]|\\.)*)\]|(?P<one>.)",
     re.DOTALL,
 )
+_BRACES: Final = frozenset("{,}")
 _CONTROL: Final = {"a": "\a", "e": "\x1b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -64,17 +66,21 @@ Piece = str | Wild | CharSet
 Alternative = tuple[Piece, ...]
 
 
+class BudgetError(ValueError):
+    """The patterns of one import are too long when they are written out."""
+
+
 class Budget:
-    """How many more alternatives an import may have. Raises UnsayableError when they are used up."""
+    """How many characters the alternatives of all patterns of an import may have."""
 
-    def __init__(self, alternatives: int) -> None:
-        self._left = alternatives
+    def __init__(self, characters: int) -> None:
+        self._left = characters
 
-    def spend(self, number: int) -> None:
-        """Count alternatives."""
-        self._left -= number
+    def spend(self, characters: int) -> None:
+        """Count them. Raises BudgetError."""
+        self._left -= characters
         if self._left < 0:
-            raise UnsayableError("the file has too many alternatives in all")
+            raise BudgetError("its alternatives in braces are too many to be written out")
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,13 +110,13 @@ NAME: Final = Kind(
 
 
 def alternatives(text: str, budget: Budget) -> list[Alternative]:
-    """Return what the pattern is the union of. Raises AareError and UnsayableError."""
+    """Return what the pattern is the union of. Raises AareError, UnsayableError and BudgetError."""
     if len(text) > MAX_TEXT:
         raise UnsayableError(f"it is longer than {MAX_TEXT} characters")
     tokens = list(_tokens(text))
-    found, at = _sequence(tokens, 0, 0)
+    found, at = _sequence(tokens, 0, MAX_EXPANDED // (len(text) + 1))
     assert at == len(tokens)
-    budget.spend(len(found))
+    budget.spend(len(found) * (len(text) + 1))
     return found
 
 
@@ -123,7 +129,7 @@ def check_aare(text: str) -> None:
 def say(text: str, kind: Kind, budget: Budget) -> list[str] | None:
     """Return our patterns for one of AppArmor's: none at all if nothing can match, None if everything does.
 
-    Raises AareError and UnsayableError.
+    Raises AareError, UnsayableError and BudgetError.
     """
     said: dict[str, None] = {}
     for each in alternatives(text, budget):
@@ -142,7 +148,7 @@ def join(patterns: list[str]) -> list[str]:
     """Return fewer patterns of the same meaning, by putting several in braces."""
     below = {each.removesuffix("/**") for each in patterns if each.endswith("/**")}
     known = set(patterns)
-    subtrees = below & known
+    subtrees = {each for each in below & known if len(each) <= MAX_PATTERN - len("{,/**}")}
     units = [
         (f"{each}{{,/**}}", 2) if each in subtrees else (each, 1)
         for each in patterns
@@ -170,8 +176,8 @@ def _braced(texts: list[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{{{','.join(texts)}}}"
 
 
-def _tokens(text: str) -> Iterator[Piece | None]:
-    """Give the pieces; `{`, `,` in braces and `}` as Wild. Raises AareError."""
+def _tokens(text: str) -> Iterator[Piece]:
+    """Give the pieces, and braces and the commas in them as Wild. Raises AareError."""
     opened: list[int] = []  # how many commas each open brace has
     for found in _TOKEN.finditer(text):
         kind = found.lastgroup or ""
@@ -249,35 +255,35 @@ def _char_set(text: str, *, negated: bool) -> CharSet:
     return CharSet(frozenset(chars), negated)
 
 
-def _sequence(tokens: list[Piece | None], at: int, depth: int) -> tuple[list[Alternative], int]:
-    """Return the alternatives up to the `,` or `}` that ends them."""
+def _sequence(tokens: list[Piece], at: int, most: int) -> tuple[list[Alternative], int]:
+    """Return at most so many alternatives, up to the `,` or `}` that ends them."""
     found: list[Alternative] = [()]
+    start = at  # of the pieces that are in no inner braces
     while at < len(tokens):
         token = tokens[at]
-        more: list[Alternative]
-        if isinstance(token, Wild) and token.text in {",", "}"}:
-            assert depth
-            return found, at
-        if isinstance(token, Wild) and token.text == "{":
-            more, at = _group(tokens, at + 1, depth + 1)
+        if isinstance(token, Wild) and token.text in _BRACES:
+            found = [left + tuple(tokens[start:at]) for left in found]
+            if token.text != "{":
+                return found, at
+            more, at = _group(tokens, at + 1, most)
+            if len(found) * len(more) > most:
+                raise UnsayableError("it has too many alternatives")
+            found = [left + right for left in found for right in more]
+            start = at
         else:
-            assert token is not None
-            more, at = [(token,)], at + 1
-        found = [left + right for left in found for right in more]
-        if len(more) > 1 and sum(map(len, found)) > MAX_EXPANDED // 16:
-            raise UnsayableError("it has too many alternatives")
-    return found, at
+            at += 1
+    return [left + tuple(tokens[start:at]) for left in found], at
 
 
-def _group(tokens: list[Piece | None], at: int, depth: int) -> tuple[list[Alternative], int]:
+def _group(tokens: list[Piece], at: int, most: int) -> tuple[list[Alternative], int]:
     found: list[Alternative] = []
     while True:
-        more, at = _sequence(tokens, at, depth)
+        more, at = _sequence(tokens, at, most)
         found += more
-        token = tokens[at]
-        assert isinstance(token, Wild)
+        end = tokens[at]
+        assert isinstance(end, Wild)
         at += 1
-        if token.text == "}":
+        if end.text == "}":
             return found, at
 
 
@@ -288,10 +294,10 @@ def _without_sets(pieces: Alternative, kind: Kind, budget: Budget) -> Iterable[A
     found: list[Alternative] = [()]
     for piece in pieces:
         choices: list[Piece] = _choices(piece, kind) if isinstance(piece, CharSet) else [piece]
-        if len(found) * len(choices) > MAX_EXPANDED // 16:
-            raise UnsayableError("its [...] stand for too many bus names")
+        if len(found) * len(choices) > MAX_SETS:
+            raise UnsayableError(f"its [...] stand for too many {kind.what}s")
+        budget.spend(len(found) * len(choices) * len(pieces))
         found = [(*left, choice) for left in found for choice in choices]
-    budget.spend(len(found))
     return found
 
 
@@ -351,7 +357,7 @@ def _checked(text: str, kind: Kind) -> str | None:
 
 def _class_text(chars: frozenset[str]) -> str:
     """Return `[...]`; runs of at least three become ranges."""
-    ordered = sorted(chars - {"-"})
+    ordered = sorted(chars)
     text, at = "", 0
     while at < len(ordered):
         end = at
