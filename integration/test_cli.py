@@ -102,7 +102,7 @@ def test_the_same_as_text(shared: Warden) -> None:
     client = RawClient.connect(f"unix:path={socket}")
     client.call("org.example.Hidden", "/x", "a.b", "Try")
     listed = ok(shared.cli("list"))
-    assert re.search(rf"^{name} +{TYPE}/App +{client.unique_name} +1 +1 +listening", listed, re.M)
+    assert re.search(rf"^{name} +{TYPE}/App +{client.unique_name} +1 +1 +listening", listed, re.MULTILINE)
     shown = ok(shared.cli("show", name))
     assert f"allow send:{ECHO}" in shown
     assert "deny send:org.freedesktop.portal.* (built in)" in shown
@@ -153,7 +153,7 @@ def test_status(shared: Warden) -> None:
     assert (status["sandboxes"], status["connections"]) == (1, 1)
     assert status["buses"] == {"session": shared.bus.address}
     text = ok(shared.cli("status"))
-    assert re.search(rf"^gate: +process {shared.gate_pid}$", text, re.M)
+    assert re.search(rf"^gate: +process {shared.gate_pid}$", text, re.MULTILINE)
     assert "max_containers_per_user" in text
 
 

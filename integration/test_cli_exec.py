@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,17 +56,44 @@ def test_it_is_under_its_rules(shared: Warden) -> None:
         send = f"dbus-send --session --print-reply --dest={ECHO} {PATH} {ECHO}.Echo string:hello"
         assert "hello" in shell(shared, send, "--allow", f"send:{ECHO}").out
         denied = shell(shared, call, "--allow", f"send:{ECHO}", "--deny", f"send:{ECHO}@{PATH}")
-        assert "may not call" in denied.err
+        assert "Access denied" in denied.err
+
+
+# Says which of the addresses that it is given can be connected to, and what else it sees.
+LOOK = """
+import os, socket, sys
+for name in sys.argv[1:]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(name.replace("@", "\\0"))
+            print("reached", name)
+        except OSError:
+            pass
+for top in ("/run", "/tmp"):
+    for folder, _, files in os.walk(top):
+        print(*(f"{folder}/{name}" for name in files), sep="\\n")
+print(*(f"{key}={value}" for key, value in os.environ.items()), *os.listdir("/proc"), sep="\\n")
+"""
 
 
 def test_it_reaches_its_own_socket_and_nothing_else_of_the_bus(shared: Warden) -> None:
     other = shared.add_server()
     bus = shared.bus.address.removeprefix("unix:path=").partition(",")[0]
-    hidden = [bus, str(other.socket), str(shared.folder / "gate.sock"), str(shared.folder)]
-    tests = "; ".join(f"test -e {path} && echo seen {path}" for path in hidden)
-    script = f"{tests}; find / -xdev -type s 2>/dev/null; find /run /tmp -type s; env; ls /proc"
-    lines = shell(shared, script).out.splitlines()
-    assert not [line for line in lines if line.startswith("seen")]
+    abstract = f"@/tmp/dbus-test-{os.getpid()}"  # as dbus-daemon names its own
+    with (
+        tempfile.TemporaryDirectory(dir="/var/tmp") as name,
+        socket.socket(socket.AF_UNIX) as elsewhere,
+        socket.socket(socket.AF_UNIX) as nowhere,
+    ):
+        elsewhere.bind(f"{name}/bus")
+        nowhere.bind(abstract.replace("@", "\0"))
+        for sock in (elsewhere, nowhere):
+            sock.listen()
+        control = str(shared.folder / "gate.sock")
+        hidden = [bus, str(other.socket), control, f"{name}/bus", abstract]
+        outcome = shared.cli("exec", "--", PYTHON, "-c", LOOK, *hidden, INSIDE)
+    lines = outcome.out.splitlines()
+    assert [line for line in lines if line.startswith("reached")] == [f"reached {INSIDE}"]
     assert {line for line in lines if line.startswith(("/run/", "/tmp/"))} == {INSIDE}
     assert f"DBUS_SESSION_BUS_ADDRESS=unix:path={INSIDE}" in lines
     assert not [line for line in lines if bus in line or "BUSWARDEN" in line]
@@ -82,17 +111,25 @@ def test_it_is_in_a_sandbox_of_the_app_it_was_said_to_be(shared: Warden) -> None
     wait_for(lambda: not shared.list_sandboxes())
 
 
+def _descendants(pid: int) -> Iterator[int]:
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from _descendants(int(child))
+
+
 def _command_pid(process: Process) -> int:
     """Return the pid, outside, of `sleep`."""
     found: list[int] = []
 
-    def look(pid: int) -> None:
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            if Path(f"/proc/{child}/comm").read_text() == "sleep\n":
-                found.append(int(child))
-            look(int(child))
+    def look() -> bool:
+        found.extend(
+            pid
+            for pid in _descendants(process.pid)
+            if Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
+        )
+        return bool(found)
 
-    wait_for(lambda: look(process.pid) or found)
+    wait_for(look)
     return found[0]
 
 

@@ -111,9 +111,10 @@ def test_private_bus_is_taken_over_after_a_kill(folder: Path) -> None:
 
 def test_runtime_bus_socket_is_found_without_an_option(bus: Bus, folder: Path) -> None:
     # $XDG_RUNTIME_DIR/bus, as in any login session.
-    with open_warden(bus, folder, add_bus=False) as warden:
+    with open_warden(bus, folder, add_bus=False, orderly=False) as warden:
         (status,) = warden.manage("Status")
         assert status["buses"] == {"session": f"unix:path={folder}/bus"}
+        assert warden.process.stop() == 0
 
 
 def test_two_buses_by_one_supervisor(bus: Bus, folder: Path) -> None:

@@ -67,7 +67,12 @@ def test_ids_count_up_and_are_never_given_again(shared: Warden) -> None:
 
 
 def test_add_container_server_is_the_same(shared: Warden) -> None:
-    values: tuple[Any, ...] = (TYPE, "org.example.Old", {}, {"Rules": Variant("a(bs)", [(False, f"see:{ECHO}")])})
+    values: tuple[Any, ...] = (
+        TYPE,
+        "org.example.Old",
+        {},
+        {"Rules": Variant("a(bs)", [(False, f"see:{ECHO}")])},
+    )
     path, raw, address = shared.containers("AddContainerServer", "ssa{sv}a{sv}", *values)
     sandbox = Sandbox(path=path, socket=Path(raw[:-1].decode()), address=address)
     assert shared.connect(sandbox).unique_name

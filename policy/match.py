@@ -83,8 +83,10 @@ class Judge:
         self._own: Final = _Table(own, me, _Heed.NAME, NO_OWN)
         self._see: Final = _Table(_for_sight(rules), me, name_and_peer, NO_SEE)
         self._start: Final = _Table(_for_starting(send), me, name_and_peer, NO_START)
-        self._hear: Final = _Table(_about_broadcasts(send), me, _Heed.MESSAGE | _Heed.PEER, NO_SEND)
-        self.hearers_matter: Final = any(rule.peer is not None for rule in _about_broadcasts(send))
+        broadcasts = _about_broadcasts(send)
+        self.hearers_matter: Final = any(rule.peer is not None for rule in broadcasts)
+        heard = broadcasts if self.hearers_matter else []
+        self._hear: Final = _Table(heard, me, _Heed.MESSAGE | _Heed.PEER, NO_SEND)
         self.uses: Final = _names_used(rules)
         self.any_send: Final = any(not rule.deny for rule in send)
         self.owner_matters: Final = any(

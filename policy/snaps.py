@@ -151,6 +151,8 @@ def samples(interface: Interface, sides: Iterable[str]) -> dict[str, str]:
     for side in sides:
         declared: Mapping[str, Attribute] = getattr(interface.attributes, side)
         for key, attribute in declared.items():
+            if attribute.type == "text":
+                continue  # it could bring a pattern in
             found[f"{side}.{key}"] = "x.x" if attribute.type == "bus-name" else "x"
             found[f"{side}.{key}:path"] = "/x"
     return found

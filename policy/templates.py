@@ -60,13 +60,13 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     placeholders: frozenset[str]
 
 
-def make_template(entry: Entry, known: Mapping[str, str]) -> Template:
+def make_template(entry: Entry, known: Mapping[str, str], attributes: Collection[str]) -> Template:
     """Return the template; `known` has a sample for each placeholder. Raises EntryError."""
     if not entry.access:
         raise EntryError("no access at all", "access")
     used = _check_texts(entry, known)
     for need in entry.needs:
-        if need not in known:
+        if need not in attributes:
             raise EntryError(f"needs an attribute that is not declared: {need!r}", "needs", need)
     shapes = tuple(_shapes(entry))
     for shape in shapes:

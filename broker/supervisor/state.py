@@ -34,12 +34,14 @@ class State:
     def load(self) -> tuple[list[Record], int]:
         """Return all records and the next number. Raises ConfigError."""
         decoder = msgspec.msgpack.Decoder(Record)
-        rows = self._db.execute("SELECT record FROM sandbox ORDER BY number").fetchall()
-        ((next_number,),) = self._db.execute("SELECT next FROM counter").fetchall()
         try:
+            rows = self._db.execute("SELECT record FROM sandbox ORDER BY number").fetchall()
+            ((next_number,),) = self._db.execute("SELECT next FROM counter").fetchall()
             return [decoder.decode(row[0]) for row in rows], next_number
         except msgspec.MsgspecError as exc:
             raise ConfigError(f"the state file holds a record that cannot be read: {exc}") from exc
+        except (sqlite3.Error, ValueError) as exc:  # a table that is not there, or not as it should be
+            raise ConfigError(f"the state file is damaged: {exc}") from exc
 
     def put(self, record: Record) -> None:
         """Store a record, new or changed; its number is never given again."""

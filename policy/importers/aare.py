@@ -133,7 +133,7 @@ def say(text: str, kind: Kind, budget: Budget) -> list[str] | None:
     """
     said: dict[str, None] = {}
     for each in alternatives(text, budget):
-        for pieces in _without_sets(each, kind, budget):
+        for pieces in expand_sets(each, kind, budget):
             if _matches_all(pieces, kind):
                 return None
             if not pieces and kind is not PATH and kind is not MEMBER:
@@ -216,9 +216,11 @@ def _brace(value: str, opened: list[int]) -> Iterator[Piece]:
                 raise AareError("braces without ','")
         case "[":
             raise AareError("'[' without ']'")
+        case "]":
+            raise AareError("']' without '['")
         case "\\":
             raise AareError("'\\' at the end")
-        case _:  # a comma or `]` that means itself
+        case _:  # a comma that means itself
             yield value
             return
     yield Wild(value)
@@ -287,7 +289,7 @@ def _group(tokens: list[Piece], at: int, most: int) -> tuple[list[Alternative], 
             return found, at
 
 
-def _without_sets(pieces: Alternative, kind: Kind, budget: Budget) -> Iterable[Alternative]:
+def expand_sets(pieces: Alternative, kind: Kind, budget: Budget) -> Iterable[Alternative]:
     """Give the alternatives that have no `[...]` which we could not write."""
     if not any(isinstance(piece, CharSet) for piece in pieces):
         return [pieces]

@@ -42,7 +42,7 @@ PLAIN_RULE: Final = re.compile(r'/[^ \t\r\n"!,\\#{}\[\]@()]*+[ \t]++[rwaklmixPpC
 OTHER: Final = re.compile(
     rf"(?P<blank>[ \t\r\n]++|#[^\n]*+)|(?P<quoted>{_QUOTED})|(?P<end>,)|(?P<brace>[{{}}])"
     rf"|(?P<open>\()|(?P<word>[/@&:^]{_WORD}*+|=[ \t]*+(?:[^( \t\r\n\"!,\\]{_WORD}*+)?"
-    r"|[^ \t\r\n\"!,\\(){}=]++)|(?P<wrong>.)",
+    r"|[^ \t\r\n\"!,\\(){}=](?:[^ \t\r\n\"!,\\()=]|,(?=[^ \t\r\n\"!,]))*+)|(?P<wrong>.)",
     re.DOTALL,
 )
 IN_PARENTHESES: Final = re.compile(

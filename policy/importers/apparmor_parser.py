@@ -1,0 +1,368 @@
+"""AppArmor's policy language, as far as D-Bus is concerned: text -> profiles with their `dbus` rules.
+
+Reads whole files with their includes. Rules about other things are skipped, but not unread: quotes,
+brackets and the commas at the end are looked at, the words they begin with are known ones, and their variables must exist. So
+what AppArmor's own parser would refuse for its form is refused here, though its finer checks of
+rules about other things are not made. What is read is bounded, also by includes of includes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from policy.importers.aare import AareError, check_aare
+from policy.importers.apparmor_dbus import DbusRule, parse_dbus_rule
+from policy.importers.apparmor_lexer import (
+    BOOLEAN,
+    CONDITION,
+    IN_PARENTHESES,
+    INCLUDE,
+    KEYWORD,
+    OTHER,
+    PLAIN_RULE,
+    QUOTED,
+    USED_VARIABLE,
+    VALUE_END,
+    VALUE_GAP,
+    VARIABLE,
+    WORD,
+    Cursor,
+    Source,
+    unquote,
+)
+
+# Gives the files that `include <abstractions/base>` (with the angle brackets) or `include "/a/file"` stand
+# for: several for a directory, None if there is no such file.
+Resolver = Callable[[str], Sequence[Source] | None]
+
+MAX_READ: Final = 64 * 2**20  # characters, with all includes
+MAX_INCLUDES: Final = 10_000
+MAX_DEPTH: Final = 40  # of includes in includes, and of blocks in blocks
+
+# A variable that each profile has.
+PROFILE_NAME: Final = "profile_name"
+# Set by AppArmor itself.
+_BUILT_IN: Final = frozenset({PROFILE_NAME, "attach_path", "exec_path"})
+_QUALIFIERS: Final = frozenset(
+    {"access", "allow", "audit", "deny", "other", "owner", "priority", "prompt", "quiet"}
+)
+_RULES: Final = frozenset(
+    "all capability change_hat change_profile file io_uring link mount mqueue network pivot_root ptrace"
+    " remount set signal subset umount unix unmount userns".split()
+)
+_BLOCKS: Final = frozenset({"hat", "profile"})
+_IN_PREAMBLE: Final = frozenset({"abi", "alias"})
+_MODES: Final = frozenset("rwaklmixRWAKLMIXpPcCuU")
+_EVERYTHING: Final = frozenset({"send", "receive", "bind", "eavesdrop"})
+
+
+class Profile(msgspec.Struct, kw_only=True):
+    """A profile at the top of a file, without its children."""
+
+    name: str
+    file: str
+    line: int
+    flags: tuple[str, ...] = ()
+    rules: list[DbusRule] = msgspec.field(default_factory=list)
+
+
+class Parsed(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file says about D-Bus, variables not yet replaced."""
+
+    profiles: tuple[Profile, ...]
+    variables: dict[str, list[str]]
+    unread: tuple[tuple[str, int, str], ...]  # file, line and name of includes that nobody looked up
+
+
+class _Scope(msgspec.Struct, frozen=True, kw_only=True):
+    """What a block is within."""
+
+    profile: Profile | None = None  # None: outside of profiles
+    skipped: bool = False  # in a hat or a child profile
+    qualifiers: frozenset[str] = frozenset()  # of the block
+    depth: int = 0
+
+
+def parse_profiles(source: Source, resolve: Resolver | None) -> Parsed:
+    """Read a file. Without a resolver includes are only listed. Raises ImportFileError."""
+    parser = _Parser(resolve)
+    parser.read(source, _Scope())
+    parser.check_variables()
+    return Parsed(
+        profiles=tuple(parser.profiles),
+        variables=parser.variables,
+        unread=tuple(parser.unread),
+    )
+
+
+class _Parser:
+    def __init__(self, resolve: Resolver | None) -> None:
+        self.profiles: Final[list[Profile]] = []
+        self.variables: Final[dict[str, list[str]]] = {}
+        self.unread: Final[list[tuple[str, int, str]]] = []
+        self._resolve: Final = resolve
+        self._open: Final[list[str]] = []  # the files that are being read
+        self._used: Final[dict[str, tuple[Cursor, int]]] = {}  # variables, and where first
+        self._left = MAX_READ
+        self._includes = 0
+
+    def read(self, source: Source, scope: _Scope) -> None:
+        self._left -= len(source.text)
+        cursor = Cursor(source)
+        if self._left < 0:
+            raise cursor.error(f"more than {MAX_READ} characters to read, with its includes", 0)
+        if (nul := source.text.find("\0")) >= 0:
+            raise cursor.error("a NUL character", nul)
+        self._open.append(source.name)
+        self._block(cursor, scope, opened=None)
+        self._open.pop()
+
+    def check_variables(self) -> None:
+        """Refuse a variable that nothing sets, unless what sets it may be in a file not looked up."""
+        if self._resolve is None:
+            return
+        for name, (cursor, at) in self._used.items():
+            if name not in self.variables and name not in _BUILT_IN:
+                raise cursor.error(f"variable @{{{name}}} is not set", at)
+
+    def _block(self, cursor: Cursor, scope: _Scope, *, opened: int | None) -> None:
+        """Read up to the closing brace, or to the end of the file."""
+        while True:
+            cursor.skip_blanks()
+            if scope.profile is not None and cursor.take(PLAIN_RULE):
+                continue
+            match cursor.peek():
+                case "":
+                    if opened is not None:
+                        raise cursor.error("'{' without '}'", opened)
+                    return
+                case "}":
+                    if opened is None:
+                        raise cursor.error("'}' without '{'")
+                    cursor.at += 1
+                    return
+                case "#" | "i" if (found := cursor.take(INCLUDE)) is not None:
+                    self._include(
+                        cursor,
+                        f"<{found['system']}>"
+                        if found["system"]
+                        else found["quoted"] or found["plain"],
+                        scope,
+                        at=found.start(),
+                        may_miss=found["exists"] is not None,
+                    )
+                case "@" | "$" if scope.profile is None:
+                    self._assign(cursor)
+                case _ if scope.profile is None:
+                    self._in_preamble(cursor, scope)
+                case _:
+                    self._rule(cursor, scope)
+
+    def _include(
+        self, cursor: Cursor, name: str, scope: _Scope, *, at: int, may_miss: bool
+    ) -> None:
+        if self._resolve is None:
+            self.unread.append((cursor.source.name, cursor.line(at), name))
+            return
+        self._includes += 1
+        if self._includes > MAX_INCLUDES or len(self._open) > MAX_DEPTH:
+            raise cursor.error(
+                f"more than {MAX_INCLUDES} includes, or {MAX_DEPTH} in each other", at
+            )
+        sources = self._resolve(name)
+        if sources is None:
+            if may_miss:
+                return
+            raise cursor.error(f"cannot include {name}: no such file", at)
+        for source in sources:
+            if source.name in self._open:
+                cycle = " -> ".join([*self._open[self._open.index(source.name) :], source.name])
+                raise cursor.error(f"a cycle of includes: {cycle}", at)
+            self.read(source, scope)
+
+    def _assign(self, cursor: Cursor) -> None:
+        at = cursor.at
+        if cursor.take(BOOLEAN):
+            return
+        found = cursor.take(VARIABLE)
+        if found is None:
+            # A profile may be attached by a path that begins with a variable.
+            self._header(cursor, _Scope(), at=at)
+            return
+        name, how = found["braced"] or found["bare"], found["how"]
+        values = self._values(cursor)
+        if not values:
+            raise cursor.error(f"no value for @{{{name}}}", at)
+        known = self.variables.get(name)
+        if name in _BUILT_IN or (how == "=" and known is not None):
+            raise cursor.error(f"variable @{{{name}}} is set already", at)
+        if how == "+=":
+            if known is None:
+                raise cursor.error(f"variable @{{{name}}} is not set: '+=' adds to one", at)
+            known += values
+        elif how != "?=" or known is None:
+            self.variables[name] = values
+
+    def _values(self, cursor: Cursor) -> list[str]:
+        values: list[str] = []
+        while not cursor.take(VALUE_END):
+            gap = cursor.take(VALUE_GAP)
+            if values and gap is None:
+                raise cursor.error(f"a blank is missing before {cursor.shown()}")
+            if cursor.take(VALUE_END):
+                break
+            at = cursor.at
+            found = cursor.take(QUOTED) or cursor.take(WORD)
+            if found is None:
+                raise cursor.error(f"unexpected {cursor.shown()} in the values of a variable")
+            values.append(unquote(found[0]))
+            self._look_at(cursor, values[-1], at)
+        return values
+
+    def _in_preamble(self, cursor: Cursor, scope: _Scope) -> None:
+        at = cursor.at
+        found = KEYWORD.match(cursor.text, at)
+        if found is not None and found[0] in _IN_PREAMBLE:
+            cursor.at = found.end()
+            self._other(cursor, at)
+        elif found is not None and found[0] in {"if", "else", "set"}:
+            raise cursor.error(f"{found[0]!r}: conditional policy is not understood")
+        elif found is not None and found[0] in _BLOCKS:
+            cursor.at = found.end()
+            self._header(cursor, scope, at=at)
+        elif cursor.peek() in {"/", '"', ":"}:
+            self._header(cursor, scope, at=at)
+        else:
+            raise cursor.error(f"{cursor.shown()} outside of a profile")
+
+    def _header(self, cursor: Cursor, scope: _Scope, *, at: int) -> None:
+        """Read a profile, from its name on."""
+        cursor.skip_blanks()
+        found = cursor.take(QUOTED) or cursor.take(WORD)
+        if found is None or found[0] == "{":
+            raise cursor.error("a profile without a name", at)
+        name = unquote(found[0])
+        flags: tuple[str, ...] = ()
+        while True:
+            cursor.skip_blanks()
+            if cursor.peek() == "{":
+                break
+            condition = cursor.take(CONDITION)
+            if cursor.peek() == "(":
+                inside = self._parentheses(cursor)
+                if condition is None or condition[1] == "flags":
+                    flags += tuple(inside.replace(",", " ").split())
+            elif condition is not None or not (cursor.take(QUOTED) or cursor.take(WORD)):
+                raise cursor.error(f"'{{' expected after the name of a profile: {cursor.shown()}")
+        profile = Profile(name=name, file=cursor.source.name, line=cursor.line(at), flags=flags)
+        top = scope.profile is None
+        if top:
+            self.profiles.append(profile)
+        self._braces(cursor, _Scope(profile=profile, skipped=not top, depth=scope.depth))
+
+    def _braces(self, cursor: Cursor, scope: _Scope) -> None:
+        opened = cursor.at
+        if scope.depth == MAX_DEPTH:
+            raise cursor.error(f"more than {MAX_DEPTH} blocks in each other")
+        cursor.at += 1
+        inner = msgspec.structs.replace(scope, depth=scope.depth + 1)
+        self._block(cursor, inner, opened=opened)
+
+    def _rule(self, cursor: Cursor, scope: _Scope) -> None:
+        at = cursor.at
+        qualifiers, keyword = self._qualifiers(cursor)
+        inner = msgspec.structs.replace(scope, qualifiers=scope.qualifiers | qualifiers)
+        if keyword is None and qualifiers and cursor.peek() == "{":
+            self._braces(cursor, inner)
+        elif keyword in _BLOCKS:
+            self._header(cursor, scope, at=at)
+        elif keyword is None and cursor.peek() == "^":
+            cursor.at += 1
+            self._header(cursor, scope, at=at)
+        elif keyword == "dbus":
+            self._keep(inner, parse_dbus_rule(cursor, inner.qualifiers, at=at))
+        elif keyword in {"if", "else"}:
+            raise cursor.error(f"{keyword!r}: conditional rules are not understood", at)
+        else:
+            if keyword is None and VARIABLE.match(cursor.text, cursor.at):
+                raise cursor.error("a variable is set in a profile")
+            if keyword is None and cursor.peek() not in {"/", "@", '"'}:
+                raise cursor.error(f"unexpected {cursor.shown()}: no rule begins like this")
+            if keyword is not None and keyword not in _RULES and not _MODES >= set(keyword):
+                raise cursor.error(f"unknown rule {keyword!r}", at)
+            self._other(cursor, at)
+            if keyword == "all":
+                self._keep(inner, DbusRule.make(cursor, inner.qualifiers, _EVERYTHING, at=at))
+
+    def _keep(self, scope: _Scope, rule: DbusRule) -> None:
+        for value in rule.conditions.values():
+            self._look_at(rule.cursor, value, rule.at)
+        if not scope.skipped and scope.profile is not None:
+            scope.profile.rules.append(rule)
+
+    def _qualifiers(self, cursor: Cursor) -> tuple[frozenset[str], str | None]:
+        """Return what stands before the rule, and the word that it begins with."""
+        found: set[str] = set()
+        while True:
+            cursor.skip_blanks()
+            word = KEYWORD.match(cursor.text, cursor.at)
+            if word is None:
+                return frozenset(found), None
+            cursor.at = word.end()
+            if word[0] not in _QUALIFIERS:
+                return frozenset(found), word[0]
+            found.add(word[0])
+            if word[0] == "priority":
+                cursor.skip_blanks()
+                if cursor.peek() != "=":
+                    raise cursor.error("'=' missing after priority")
+                cursor.at += 1
+                cursor.skip_blanks()
+                cursor.take(WORD)
+
+    def _other(self, cursor: Cursor, at: int) -> None:
+        """Skip the rest of a rule that is not ours, with its comma."""
+        while (found := cursor.take(OTHER)) is not None:
+            match found.lastgroup:
+                case "end":
+                    return
+                case "word" | "quoted":
+                    self._look_at(cursor, unquote(found[0]), found.start())
+                case "open":
+                    cursor.at = found.start()
+                    self._parentheses(cursor)
+                case "brace" | "wrong":
+                    break
+                case _:
+                    pass
+        if found is None:
+            raise cursor.error("',' missing at the end of a rule", at)
+        problem = "'\"' without another" if found[0] == '"' else f"unexpected {found[0]!r}"
+        raise cursor.error(f"{problem} in a rule: does the one before lack its ','?", found.start())
+
+    def _parentheses(self, cursor: Cursor) -> str:
+        """Skip from `(` to its `)`, and return what is between them."""
+        start, depth = cursor.at, 0
+        while (found := cursor.take(IN_PARENTHESES)) is not None:
+            match found.lastgroup:
+                case "open":
+                    depth += 1
+                case "close":
+                    depth -= 1
+                    if not depth:
+                        return cursor.text[start + 1 : cursor.at - 1]
+                case _:
+                    pass
+        raise cursor.error("'(' without ')'", start)
+
+    def _look_at(self, cursor: Cursor, word: str, at: int) -> None:
+        if "@" in word:
+            for name in USED_VARIABLE.findall(word):
+                self._used.setdefault(name, (cursor, at))
+            word = USED_VARIABLE.sub("", word)
+        if "{" in word or "[" in word or "}" in word:
+            try:
+                check_aare(word)
+            except AareError as exc:
+                raise cursor.error(str(exc), at) from None
