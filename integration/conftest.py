@@ -10,6 +10,7 @@ import pytest
 from integration.buses import KINDS, Bus, open_bus
 from integration.stage import Stage
 from integration.supervised import Warden, open_warden
+from integration.threats import Scene, open_scene, open_threatened
 
 # A skip whose text has one of these is of the kernel or the machine, which CI cannot install.
 _EXCUSES = ("the kernel", "the machine", "this kernel", "this machine")
@@ -82,3 +83,18 @@ def shared(module_warden: Warden) -> Iterator[Warden]:
 def stage(shared: Warden) -> Stage:
     """Apps in sandboxes, and hosts, for tests of the rules."""
     return Stage(shared)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def threatened(request: pytest.FixtureRequest) -> Iterator[Warden]:
+    """A supervisor with small limits on a real bus with the service, for all tests of a module: take `scene`."""
+    with tempfile.TemporaryDirectory(prefix="bw-") as name:
+        with open_threatened(request.param, Path(name)) as running_warden:
+            yield running_warden
+
+
+@pytest.fixture
+def scene(threatened: Warden) -> Iterator[Scene]:
+    """An attacker and those who must not notice; afterwards the gate has to be as it was before."""
+    with open_scene(threatened) as set_scene:
+        yield set_scene

@@ -85,7 +85,8 @@ class RawClient:
         """Send bytes as they are, the descriptors with the first of them."""
         self.sock.settimeout(TIMEOUT)
         sent = socket.send_fds(self.sock, [data], list(fds)) if fds else 0
-        self.sock.sendall(memoryview(data)[sent:])
+        if sent < len(data):  # even nothing cannot be sent to who has hung up meanwhile
+            self.sock.sendall(memoryview(data)[sent:])
 
     def start_call(
         self,

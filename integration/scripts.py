@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 from broker.wire.header import MessageType
 from integration.messages import make_header, make_message
@@ -12,7 +13,7 @@ from integration.supervised import Sandbox, Warden
 
 def open_fds(warden: Warden) -> int:
     """Return how many descriptors the gate has."""
-    return len(os.listdir(f"/proc/{warden.gate_pid}/fd"))  # noqa: PTH208 (only how many)
+    return len(list(Path(f"/proc/{warden.gate_pid}/fd").iterdir()))
 
 
 def echo(client: RawClient, text: str = "hello") -> None:

@@ -178,6 +178,14 @@ class Warden:
         for client in (*self._clients, self.host):
             client.close()
 
+    def close_apps(self, *, but: Sequence[RawClient] = ()) -> None:
+        """Close every connection that `connect` and `connect_host` gave, but for these."""
+        keep = set(but)
+        for client in self._clients:
+            if client not in keep:
+                client.close()
+        self._clients = [client for client in self._clients if client in keep]
+
     def tidy(self) -> None:
         """Make it as it was at the start, for another test; assert that nothing fell meanwhile."""
         while self._clients:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from broker.cli.main import main
-from integration.clients import Outcome, run
-from integration.processes import PYTHON
+from integration.clients import Outcome
 from integration.rawclient import RawClient
 from integration.service import ECHO, PATH, running_service
 from integration.supervised import Warden, wait_for
@@ -102,7 +101,9 @@ def test_the_same_as_text(shared: Warden) -> None:
     client = RawClient.connect(f"unix:path={socket}")
     client.call("org.example.Hidden", "/x", "a.b", "Try")
     listed = ok(shared.cli("list"))
-    assert re.search(rf"^{name} +{TYPE}/App +{client.unique_name} +1 +1 +listening", listed, re.MULTILINE)
+    assert re.search(
+        rf"^{name} +{TYPE}/App +{client.unique_name} +1 +1 +listening", listed, re.MULTILINE
+    )
     shown = ok(shared.cli("show", name))
     assert f"allow send:{ECHO}" in shown
     assert "deny send:org.freedesktop.portal.* (built in)" in shown
@@ -219,19 +220,32 @@ def test_no_control_character_reaches_the_terminal(shared: Warden) -> None:
     assert "\nc9 forged" not in listed
 
 
-def test_where_the_broker_is_looked_for(shared: Warden, folder: Path) -> None:
-    command = (PYTHON, "-m", "broker.cli")
+def test_where_the_broker_is_looked_for(
+    shared: Warden,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(*args: str) -> Outcome:
+        code = main([*args, "list", "--json"])
+        out, err = capsys.readouterr()
+        return Outcome(code=code, out=out, err=err)
+
     address = shared.bus.address
-    elsewhere = {"XDG_RUNTIME_DIR": str(folder)}
-    for env, args in (
-        ({"BUSWARDEN_BUS_ADDRESS": address}, ()),
-        ({"DBUS_SESSION_BUS_ADDRESS": address}, ()),
-        ({}, ("--address", address)),
+    for name in ("BUSWARDEN_BUS_ADDRESS", "DBUS_SESSION_BUS_ADDRESS", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (
+        ("BUSWARDEN_BUS_ADDRESS", address),
+        ("DBUS_SESSION_BUS_ADDRESS", address),
+        ("XDG_RUNTIME_DIR", str(shared.runtime)),
     ):
-        ok(run(*command, *args, "list", "--json", env=elsewhere | env))
-    assert "is `buswarden run` running?" in problem(run(*command, "list", env=elsewhere), REFUSED)
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            ok(said())
+    ok(said("--address", address))
+    assert "is `buswarden run` running?" in problem(said(), REFUSED)
     nowhere = ("--address", f"unix:path={folder}/nothing")
-    assert "nothing" in problem(run(*command, *nowhere, "list", env=elsewhere), REFUSED)
+    assert "nothing" in problem(said(*nowhere), REFUSED)
 
 
 def test_portals_are_denied_with_the_reason_unless_insisted(shared: Warden) -> None:

@@ -19,7 +19,7 @@ from integration.supervised import Warden, open_warden, wait_for
 INSIDE = f"/run/user/{os.getuid()}/bus"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def kernel_makes_sandboxes() -> None:
     argv = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
     if subprocess.run([*argv[:4], "--unshare-pid", *argv[4:]], check=False).returncode:

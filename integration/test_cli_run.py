@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.cli.main import main
 from integration.buses import Bus
 from integration.clients import run
 from integration.processes import PYTHON, is_running, running, wait_gone
@@ -156,10 +157,17 @@ def test_two_buses_by_one_supervisor(bus: Bus, folder: Path) -> None:
         ("runtime_dir = 'relative'\n", "relative"),
     ],
 )
-def test_bad_configuration_is_one_line(folder: Path, text: str, words: str) -> None:
+def test_bad_configuration_is_one_line(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    words: str,
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     config = folder / "config.toml"
     config.write_text(text)
-    outcome = run(*RUN, "--config", str(config), env=env(folder / "run"))
-    assert outcome.code == 2
-    assert outcome.err.count("\n") == 1
-    assert words in outcome.err
+    assert main(["run", "--config", str(config)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert words in err

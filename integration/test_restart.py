@@ -107,8 +107,7 @@ def test_killed_gate_is_told_and_replaced(bus: Bus, folder: Path) -> None:
 def _gate_pid(warden: Warden) -> int:
     try:
         (status,) = warden.manage("Status")
-    except CallError as exc:
-        assert exc.text == "there is no gate at the moment"
+    except CallError:  # there is none at the moment
         return 0
     return int(status["gate_pid"])
 
@@ -140,7 +139,7 @@ def test_rules_are_stored_before_the_answer(bus: Bus, folder: Path) -> None:
 
 def test_descriptors_of_the_supervisor_come_back(shared: Warden) -> None:
     def count() -> int:
-        return len(os.listdir(f"/proc/{shared.process.pid}/fd"))
+        return len(list(Path(f"/proc/{shared.process.pid}/fd").iterdir()))
 
     shared.stop_instance(shared.add_server())
     before = count()

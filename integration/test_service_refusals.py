@@ -121,6 +121,39 @@ def test_metadata_over_the_limit_is_refused(shared: Warden) -> None:
     shared.stop_instance(shared.add_server(metadata={"k": Variant("s", "x" * 65_000)}))
 
 
+def nested(depth: int, value: Variant) -> dict[str, Variant]:
+    """Return metadata, a dict and so two deep itself, with that many variants around the value."""
+    for _ in range(depth - 3):
+        value = Variant("v", value)
+    return {"k": value}
+
+
+def test_metadata_nested_too_deeply_is_refused(shared: Warden) -> None:
+    # A bus would hang up on us if we sent it on, wrapped in the dicts of List and Show.
+    for depth in (33, 50, 62):
+        error = refused(shared, metadata=nested(depth, Variant("s", "x")))
+        assert error.name == f"{ERROR}LimitsExceeded"
+        assert "max_metadata_nesting=32" in error.text
+    # An empty array is one deep, whatever the types of the items that it has not.
+    structs = "(" * 31 + "s" + ")" * 31
+    for value in (Variant("s", "x"), Variant("a" * 32 + "s", []), Variant("a" + structs, [])):
+        sandbox = shared.add_server(metadata=nested(31, value))
+        assert shared.show(sandbox)["metadata"] == {"k": value.value}
+        assert len(shared.list_sandboxes()) == 2
+        shared.stop_instance(sandbox)
+
+
+def test_answer_that_no_bus_would_take_is_an_error(shared: Warden) -> None:
+    metadata = {"k": Variant("ay", bytes(65_000))}
+    sandboxes = [shared.add_server(metadata=metadata) for _ in range(130)]
+    with pytest.raises(CallError) as caught:
+        shared.list_sandboxes()
+    assert caught.value.name == f"{ERROR}LimitsExceeded"
+    assert shared.show(sandboxes[0])["metadata"] == {"k": bytes(65_000)}
+    for sandbox in sandboxes:
+        shared.stop_instance(sandbox)
+
+
 def test_metadata_takes_no_descriptors(shared: Warden) -> None:
     read_end, write_end = os.pipe()
     try:

@@ -65,8 +65,7 @@ class End:
         if len(self.apps) > 1 and set(self.apps) == set(self.snap.apps):
             return (Peer(kind="app", type=SNAP_TYPE, app=self.snap.name),)
         return tuple(
-            Peer(kind="app", type=SNAP_TYPE, app=self.snap.name, component=app)
-            for app in self.apps
+            Peer(kind="app", type=SNAP_TYPE, app=self.snap.name, component=app) for app in self.apps
         )
 
 
@@ -133,18 +132,18 @@ class BlockMaker:
                 and template.entry.slot_is in {None, kind}
                 and template.entry.confinement in {None, snap.confinement}
             ]
-            chosen = self._chosen[key] = _Chosen(templates)
+            chosen = self._chosen[key] = _Chosen(templates, self._system)
         return chosen
 
 
 class _Chosen:
     """Templates, and whether they come out alike for all apps of a snap."""
 
-    def __init__(self, templates: list[Template]) -> None:
-        self.templates: Final = templates
+    def __init__(self, templates: list[Template], system: System) -> None:
+        self.templates: Final = [(each, each.entry.other_ends(system)) for each in templates]
         self.alike: Final = not any(
-            template.entry.peer == "same-app" or "tag:path" in template.placeholders
-            for template in templates
+            "same-app" in ends or "tag:path" in template.placeholders
+            for template, ends in self.templates
         )
 
 
@@ -178,18 +177,18 @@ def _blocks(
 
 
 def _block(
-    templates: list[Template],
+    templates: list[tuple[Template, tuple[OtherEnd | None, ...]]],
     origin: str,
     values: Mapping[str, str],
     peers: Mapping[OtherEnd | None, Peers],
 ) -> Block:
     rules: list[Rule] = []
     left_out: list[str] = []
-    for template in templates:
-        entry = template.entry
-        if entry.needs and not values.keys() >= set(entry.needs):
+    for template, ends in templates:
+        if template.entry.needs and not values.keys() >= set(template.entry.needs):
             continue
-        made, unmade = fill(template, peers[entry.peer], origin, values)
+        others = [peer for end in ends for peer in peers[end]]
+        made, unmade = fill(template, others, origin, values)
         rules += made
         left_out += unmade
     return Block(rules=tuple(rules), left_out=tuple(left_out))

@@ -39,6 +39,7 @@ class Compiler:
         """Compile everything. Raises SnapError."""
         world = World() if world is None else world
         self.library: Final = library
+        self.system: Final = world.system
         self._maker: Final = BlockMaker(library, world.system)
         self._snaps: Final[dict[str, Snap]] = {}
         self._ends: Final[dict[tuple[str, str, str], End]] = {}

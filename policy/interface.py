@@ -9,6 +9,7 @@ from typing import Final, Literal
 import msgspec
 
 System = Literal["classic", "core"]
+SYSTEMS: Final[tuple[System, ...]] = ("classic", "core")
 Confinement = Literal["strict", "classic"]
 
 # One alternative, or several.
@@ -24,13 +25,19 @@ OtherEnd = Literal[
     "same-app",
 ]
 
-# Texts that snapd or an app put into a pattern stand in `<...>`: `<` is in no D-Bus string.
 AttributeType = Literal[
     "bus",  # session or system
     "bus-name",  # a well-known name, no pattern
     "name-element",  # what may follow a `.` in one
     "text",
 ]
+
+
+class PeerBySystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Other ends that are not the same on every system; any of those that are listed."""
+
+    classic: tuple[OtherEnd, ...]
+    core: tuple[OtherEnd, ...]
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -43,13 +50,19 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     path: Texts | None = None
     interface: Texts | None = None
     member: Texts | None = None
-    peer: OtherEnd | None = None
+    peer: OtherEnd | PeerBySystem | None = None
     # Conditions: the rule is left out where one is not met.
     on: System | None = None
     slot_is: Literal["app", "system"] | None = None
     confinement: Confinement | None = None
     needs: tuple[str, ...] = ()  # attributes that must be there, e.g. `plug.action-prefix`
     never: str | None = None  # why this is kept for the record but gives no rule
+
+    def other_ends(self, system: System) -> tuple[OtherEnd | None, ...]:
+        """Return who the other end may be; None is anybody."""
+        if isinstance(self.peer, PeerBySystem):
+            return self.peer.classic if system == "classic" else self.peer.core
+        return (self.peer,)
 
 
 class Attribute(

@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from policy.interface import EVERY_SNAP, Entry, Interface, System
+from policy.interface import EVERY_SNAP, SYSTEMS, Entry, Interface, System
 from policy.snaps import Port, Snap, samples
 from policy.templates import EntryError, Template, find_placeholders, make_template
 
@@ -36,6 +36,7 @@ _NAME: Final = re.compile(r"[a-z](?:-?[a-z0-9])*")
 _AT_LINE: Final = re.compile(r"\(at line ([0-9]+), column [0-9]+\)|\(at end of document\)")
 _AT_PLACE: Final = re.compile(r" - at `\$([^`]*)`")
 _STEP: Final = re.compile(r"\.([A-Za-z0-9_-]+)|\[([0-9]+|\.\.\.)\]")
+_QUOTED: Final = re.compile(r"['`]([^'`]*)['`]")
 _UNKNOWN: Final = re.compile(r"unknown field `([^`]*)`")
 
 
@@ -110,9 +111,12 @@ def parse_interface(text: str, *, name: str, file: str) -> Known:
 
 
 def _files(directory: Traversable) -> list[Traversable]:
-    if not directory.is_dir():
-        return []
-    files = [each for each in directory.iterdir() if each.name.endswith(SUFFIX)]
+    try:
+        if not directory.is_dir():
+            return []
+        files = [each for each in directory.iterdir() if each.name.endswith(SUFFIX)]
+    except OSError as exc:
+        raise CatalogueError(str(directory), 1, f"cannot be read: {exc}") from exc
     return sorted(files, key=lambda each: each.name)
 
 
@@ -145,9 +149,7 @@ def _check_whole(interface: Interface, name: str, file: str, text: str) -> None:
                 raise CatalogueError(file, line, problem)
 
 
-def _make_section(
-    interface: Interface, where: Where, file: str, text: str
-) -> tuple[Template, ...]:
+def _make_section(interface: Interface, where: Where, file: str, text: str) -> tuple[Template, ...]:
     side, _, when = where.partition(".")
     sides = () if not when else ("plug", "slot") if when == "connected" else (side,)
     known = samples(interface, sides)
@@ -180,8 +182,10 @@ def _entries(interface: Interface, where: Where) -> Sequence[Entry]:
 
 def _check_permanent(entry: Entry) -> None:
     """Refuse what only a connection has."""
-    if entry.peer in {"plug", "slot", "slot-app"}:
-        raise EntryError(f"without a connection there is no {entry.peer}", "peer", entry.peer)
+    ends = {end for system in SYSTEMS for end in entry.other_ends(system)}
+    for end in ("plug", "slot", "slot-app"):
+        if end in ends:
+            raise EntryError(f"without a connection there is no {end}", "peer", end)
     if entry.slot_is is not None:
         raise EntryError("without a connection slot-is has no meaning", "slot-is")
 
@@ -204,7 +208,24 @@ def _shape_error(file: str, text: str, problem: str) -> CatalogueError:
         steps.append(int(index) if index.isdigit() else name or "...")
     if (unknown := _UNKNOWN.search(problem)) is not None:
         steps.append(unknown[1])
-    return CatalogueError(file, _line_of(text, steps), _AT_PLACE.sub("", problem))
+    return CatalogueError(file, _nearest_line(text, steps, problem), _AT_PLACE.sub("", problem))
+
+
+def _nearest_line(text: str, steps: list[str | int], problem: str) -> int:
+    """Return the line, also if a step is `...`: msgspec does not say which attribute it is."""
+    if "..." not in steps:
+        return _line_of(text, steps)
+    at = steps.index("...")
+    prefix = ".".join(str(step) for step in steps[:at])
+    value = _QUOTED.search(problem)
+    lines = text.splitlines()
+    found = [1]
+    for name in re.findall(rf"(?m)^\[{re.escape(prefix)}\.([A-Za-z0-9_-]+)\]", text):
+        line = _line_of(text, [*steps[:at], name, *steps[at + 1 :]])
+        if value is not None and value[1] in lines[line - 1]:
+            return line
+        found.append(line)
+    return found[-1]
 
 
 def _line_of(text: str, steps: Sequence[str | int], value: str = "") -> int:
@@ -240,5 +261,3 @@ def _heading(lines: Sequence[str], name: str, number: int) -> int | None:
     pattern = re.compile(rf"\s*\[\[?\s*{re.escape(name)}\s*\]\]?\s*(#.*)?")
     found = [n for n, line in enumerate(lines) if pattern.fullmatch(line)]
     return found[number] if number < len(found) else None
-
-

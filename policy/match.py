@@ -189,7 +189,9 @@ def _for_starting(send: list[Rule]) -> list[Rule]:
 
 
 def _names_used(rules: list[Rule]) -> NamesUsed:
-    patterns = {parse_name_pattern(rule.name) for rule in rules if rule.name is not None}
+    # `*` asks for no name in particular: it matches whoever the other end is.
+    names = {rule.name for rule in rules} - {None, "*"}
+    patterns = {parse_name_pattern(name) for name in names if name is not None}
     return NamesUsed(
         exact=frozenset(each.text for each in patterns if each.kind == "exact"),
         subtrees=frozenset(each.base for each in patterns if each.kind == "subtree"),
@@ -208,8 +210,8 @@ class _Table:
     __slots__ = ("_allow", "_deny", "_no_match")
 
     def __init__(self, rules: list[Rule], me: Identity, heed: _Heed, no_match: Verdict) -> None:
-        self._allow = _Index()
-        self._deny = _Index()
+        self._allow = _Index(_find_in)
+        self._deny = _Index(_find_denied)
         self._no_match = no_match
         for rule in rules:
             index = self._deny if rule.deny else self._allow
@@ -292,14 +294,17 @@ def _compile_peer(peer: Peer | None, me: Identity) -> Callable[[Identity | None]
 
 # Rules by their interface if it is literal, the others under None.
 _Bucket = dict[str | None, list[_Compiled]]
+_Find = Callable[[_Bucket, _Question], _Compiled | None]
 
 
 class _Index:
     """Rules by what they name. See the module's docstring."""
 
-    __slots__ = ("_any", "_exact", "_globs", "_known", "_subtrees")
+    __slots__ = ("_any", "_exact", "_find_unnamed", "_globs", "_known", "_subtrees")
 
-    def __init__(self) -> None:
+    def __init__(self, find_unnamed: _Find) -> None:
+        # How a call that names no interface is looked for.
+        self._find_unnamed = find_unnamed
         self._any: _Bucket = {}
         self._exact: dict[str, _Bucket] = {}
         self._subtrees: dict[str, _Bucket] = {}  # by their base
@@ -321,14 +326,15 @@ class _Index:
 
     def find(self, names: Collection[str], question: _Question) -> _Compiled | None:
         """Return a rule that matches, or None."""
-        if self._any and (found := _find_in(self._any, question)) is not None:
+        find_in = _find_in if question.interface is not None else self._find_unnamed
+        if self._any and (found := find_in(self._any, question)) is not None:
             return found
         for name in names:
             buckets = self._known.get(name)
             if buckets is None:
                 buckets = self._learn(name)
             for bucket in buckets:
-                if (found := _find_in(bucket, question)) is not None:
+                if (found := find_in(bucket, question)) is not None:
                     return found
         return None
 
@@ -357,6 +363,20 @@ def _find_in(bucket: _Bucket, question: _Question) -> _Compiled | None:
                 and interface_text.startswith(rule.interface_stem)
                 and (rule.peer is None or rule.peer(peer))
                 and (rule.interface is None or (interface and rule.interface(interface)))
+                and (rule.member is None or (member and rule.member(member)))
+                and (rule.path is None or (path and rule.path(path)))
+            ):
+                return rule
+    return None
+
+
+def _find_denied(bucket: _Bucket, question: _Question) -> _Compiled | None:
+    """Find a denial of a call that names no interface: the service takes the member from any of its."""
+    path, _, member, peer = question
+    for rules in bucket.values():
+        for rule in rules:
+            if (
+                (rule.peer is None or rule.peer(peer))
                 and (rule.member is None or (member and rule.member(member)))
                 and (rule.path is None or (path and rule.path(path)))
             ):

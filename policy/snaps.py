@@ -102,6 +102,8 @@ def check_snap(snap: Snap) -> None:
     if len(snap.name) > MAX_SNAP or not _SNAP.fullmatch(snap.name):
         raise SnapError(f"not a snap's name: {snap.name[:60]!r}")
     _check_all(snap.apps, _APP, f"snap {snap.name}: not an app's name")
+    if snap.system and snap.apps:
+        raise SnapError(f"snap {snap.name}: the system's snap has no apps of its own")
     for what, ports in (("plug", snap.plugs), ("slot", snap.slots)):
         _check_all(ports, _PORT, f"snap {snap.name}: not a {what}'s name")
         for name, port in ports.items():

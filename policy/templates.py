@@ -27,6 +27,9 @@ from policy.interface import Entry, Texts
 from policy.rules import Access, Peer, Rule
 from policy.text import misfit
 
+# A rule with no name at all would let broadcasts out, and the host would hear them: every snap may send
+# to itself, so every snap could say anything to everybody.
+ANY_CONNECTION: Final = "*"
 PLACEHOLDER: Final = re.compile(r"<([^<>]*)>")
 _ANY_BRACKET: Final = re.compile(r"[<>]")
 
@@ -108,11 +111,19 @@ def find_placeholders(text: str) -> list[str]:
 
 
 def _rule(shape: Shape, peer: Peer | None, origin: str) -> Rule:
+    name = shape.name
+    if (
+        name is None
+        and peer is not None
+        and peer.kind == "same-app"
+        and Access.SEND in shape.access
+    ):
+        name = ANY_CONNECTION
     return Rule(
         access=shape.access,
         deny=shape.deny,
         bus=shape.bus,
-        name=shape.name,
+        name=name,
         path=shape.path,
         interface=shape.interface,
         member=shape.member,
@@ -151,9 +162,7 @@ def _check_text(key: str, text: str, known: Mapping[str, str]) -> set[str]:
         raise EntryError(f"{text!r}: {exc}", key, text) from None
     if unknown := sorted(found - known.keys()):
         choice = ", ".join(f"<{name}>" for name in sorted(known))
-        raise EntryError(
-            f"unknown placeholder <{unknown[0]}>: here there are {choice}", key, text
-        )
+        raise EntryError(f"unknown placeholder <{unknown[0]}>: here there are {choice}", key, text)
     if not text:
         raise EntryError(f"an empty {key}", key, text)
     check = _CHECKS.get(key)

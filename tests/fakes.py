@@ -9,7 +9,7 @@ import trio
 from broker.bus.connection import Call, Target
 from broker.bus.values import Variant, pack
 from broker.engines.base import EngineLostError, Listener
-from broker.gate.control import Connected, Denied, Ended, SandboxSpec
+from broker.gate.control import Connected, Denied, Ended, SandboxSpec, Use
 from broker.supervisor.registry import Record
 from broker.wire.errors import NAME_HAS_NO_OWNER, NOT_CONTAINER, CallRefusedError
 from policy.rules import AccessList
@@ -27,6 +27,7 @@ class FakeEngine:
     connections: dict[tuple[str, str], str] = field(default_factory=dict)
     done: list[tuple[str, ...]] = field(default_factory=list)
     refuse: Exception | None = None  # what the next request answers
+    cannot_tell: bool = False  # what is used
     before_answer: trio.Event | None = None  # requests wait for it
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
@@ -50,6 +51,12 @@ class FakeEngine:
     async def who(self, bus: str, unique_name: str) -> str | None:
         await self._do("who", unique_name)
         return self.connections.get((bus, unique_name))
+
+    async def use(self, sandbox: str | None = None) -> Use:
+        await self._do("use")
+        if self.cannot_tell:
+            raise EngineLostError("gone")
+        return Use(connections=len(self.connections), pending_calls=3)
 
     async def tag_headers(self, bus: str, unique_name: str) -> None:
         await self._do("tag_headers", bus, unique_name)

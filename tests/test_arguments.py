@@ -128,3 +128,13 @@ def test_what_is_too_much_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(CallRefusedError) as caught:
         parse(**arguments)
     assert caught.value.dbus_name == LIMITS_EXCEEDED
+
+
+def test_metadata_nested_too_deeply_is_refused() -> None:
+    value = Variant("s", "x")
+    for _ in range(29):
+        value = Variant("v", value)
+    assert parse(metadata={"k": value}).metadata
+    with pytest.raises(CallRefusedError, match="max_metadata_nesting=32") as caught:
+        parse(metadata={"k": Variant("v", value)})
+    assert caught.value.dbus_name == LIMITS_EXCEEDED

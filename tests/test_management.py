@@ -183,7 +183,14 @@ async def test_status_says_what_runs(world: World, tmp_path: Path) -> None:
     status = await world.ask("Status")
     assert status["version"]
     assert status["limits"]["max_containers"] == 10_000
-    del status["version"], status["limits"]
+    assert status["use"]["max_containers"] == 1
+    assert status["use"]["max_connections_per_container"] == 1
+    assert status["use"]["pending_calls"] == 3
+    assert set(status["limits"]) - set(status["use"]) == {
+        "max_containers_per_user",
+        "max_container_metadata_bytes",
+    }
+    del status["version"], status["limits"], status["use"]
     assert status == {
         "scope": "user",
         "pid": os.getpid(),
@@ -194,3 +201,11 @@ async def test_status_says_what_runs(world: World, tmp_path: Path) -> None:
         "connections": 1,
         "runtime_dir": str(tmp_path),
     }
+
+
+async def test_use_is_shown_if_the_gate_can_tell(world: World) -> None:
+    await world.add()
+    assert (await world.ask("Show", "s", "c0"))["use"]["pending_calls"] == 3
+    world.engine.cannot_tell = True
+    assert (await world.ask("Show", "s", "c0"))["use"] == {}
+    assert (await world.ask("Status"))["use"] == {"max_containers": 1}

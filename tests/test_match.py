@@ -96,6 +96,25 @@ def test_each_peer(rule: str, peers: list[Identity | None]) -> None:
     assert [peer for peer in everybody if send(judge(rule), peer=peer)] == peers
 
 
+@pytest.mark.parametrize(
+    ("rules", "message", "allowed"),
+    [
+        (["send:org.x:org.i.M"], "/p - M", False),
+        (["send:org.x:M"], "/p - M", True),
+        (["send:org.x", "!send:org.x:org.i.M"], "/p - M", False),
+        (["send:org.x", "!send:org.x:org.i.M"], "/p - N", True),
+        (["send:org.x", "!send::org.*.*"], "/p - M", False),
+        (["send:org.x", "!send:org.*@/q:org.i.M"], "/p - M", True),
+        (["send:org.x", "!send:org.*@/p:org.i.*"], "/p - M", False),
+        (["send:org.x", "!send:org.y:org.i.M"], "/p - M", True),
+        (["send:org.x", "!send::org.i.M,peer=same-app"], "/p - M", True),
+    ],
+)
+def test_call_without_an_interface(rules: list[str], message: str, allowed: bool) -> None:
+    # The service takes the member from any of its interfaces: a denial of one of them counts.
+    assert send(judge(*rules), message=message) is allowed
+
+
 def test_deny_beats_allow_and_says_so() -> None:
     both = judge("send:org.x", "!send:org.x:Bad")
     assert send(both)

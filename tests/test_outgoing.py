@@ -238,6 +238,18 @@ def test_other_serials_of_the_gates_range_are_translated(make: Callable[[int], b
     assert translated.header.member == first.header.member
 
 
+def test_serial_of_the_gates_range_waits_once() -> None:
+    talk = Dialogue(SENT_TO_A, owners=OWNERS)
+    serial = OWN_SERIALS + 100
+    assert names(talk.app(call(serial, "org.a"), call(serial, "org.a"))) == ["error AccessDenied"]
+    (asked,) = talk.arrived
+    (reply,) = talk.reply(asked, sender=":1.2")
+    assert reply.header.reply_serial == serial
+    assert not talk.core.lent
+    talk.app(driver_call(serial, "GetId", flags=NO_REPLY))
+    assert not talk.core.lent
+
+
 def test_serial_of_a_waiting_call_of_the_gate_is_not_taken_for_the_apps() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     talk.paused = True

@@ -129,9 +129,35 @@ def test_end_of_file_is_told_as_closed(ends: Ends) -> None:
     assert ends.read == [b""]
 
 
-def test_writing_to_nobody_is_told_as_closed(ends: Ends) -> None:
+def test_writing_to_nobody_is_lost_and_what_it_sent_is_read(ends: Ends) -> None:
+    ends.theirs.send(b"last words")
     ends.theirs.close()
+    ends.pipe.write([b"x"])
+    reading, writing = os.pipe()
+    ends.pipe.write([b"x", Chunk(b"y", (reading,))])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(reading)
+    os.close(writing)
+    assert (ends.pipe.queued, ends.pipe.queued_fds) == (0, 0)
+    ends.turn()
+    ends.turn()
+    assert ends.read == [b"last words", b""]
+
+
+def test_who_hangs_up_while_it_is_paused_is_read_later(ends: Ends) -> None:
+    ends.pipe.pause(reading=False)
+    ends.theirs.send(b"last words")
+    ends.theirs.close()
+    for _ in range(3):
+        ends.turn()
+    assert not ends.read
+    ends.pipe.write([b"x"])
+    ends.pipe.pause(reading=True)
+    ends.turn()
+    ends.turn()
+    assert ends.read == [b"last words", b""]
+
+
+def test_other_failures_to_write_are_told_as_closed(ends: Ends) -> None:
     with pytest.raises(Closed):
-        ends.pipe.write([b"x"])
-    with pytest.raises(Closed):
-        ends.pipe.write([b"x", b"y"])
+        ends.pipe.write([b"x", Chunk(b"y", (1 << 20,))])  # no such descriptor

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from broker.gate.control import (
+    PROTOCOL,
     AddSandbox,
     Answer,
     BusSpec,
@@ -233,7 +234,7 @@ def test_a_second_supervisor_is_turned_away(supervisor: Supervisor) -> None:
     second = supervisor.connect()
     assert second.recv(10) == b""
     second.close()
-    assert snapshot(supervisor).protocol == 1
+    assert snapshot(supervisor).protocol == PROTOCOL
 
 
 def test_bytes_that_are_no_frame_end_the_connection_only(supervisor: Supervisor) -> None:

@@ -88,6 +88,26 @@ def test_owner_changes_are_heard_of_what_is_seen() -> None:
     assert not told(talk.deliver(talk.model.owner_changed(":1.9", "", ":1.9")))
 
 
+def test_owner_that_may_not_be_seen_is_not_told() -> None:
+    talk = Dialogue(access("see:org.*", deny=["see:org.b"]), owners=OWNERS)
+    talk.subscribe("arg0='org.a'")
+    assert told(talk.change("org.a", ":1.3")) == [("org.a", ":1.2", "")]
+    assert not sees(talk, "org.a")
+    assert not told(talk.change("org.a", ""))
+    assert not told(talk.change("org.a", ":1.3"))
+    assert told(talk.change("org.a", ":1.2")) == [("org.a", "", ":1.2")]
+
+
+def test_caller_that_is_gone_is_as_one_that_never_was() -> None:
+    talk = Dialogue(access("send:org.c"), owners=OWNERS)
+    talk.deliver(changed(call(8, ME), sender=":1.2"))
+    question = call(5, ":1.2")
+    assert names(talk.app(question)) == ["error AccessDenied"]
+    talk.model.leave(":1.2")
+    assert names(talk.app(question)) == ["error ServiceUnknown"]
+    assert not talk.core.callers
+
+
 def test_owner_changes_are_heard_only_by_who_asked() -> None:
     talk = Dialogue(SEES_A, owners=OWNERS)
     assert not talk.change("org.a", ":1.3")  # the gate's own match brought it

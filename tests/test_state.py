@@ -7,6 +7,7 @@ import pytest
 from broker.supervisor.state import SCHEMA, open_state
 from broker.wire.errors import ConfigError
 from policy.rules import Access, AccessList, Peer, Rule
+from policy.snaps import Snap, World, parse_world
 from tests.records import make_record
 
 ACCESS = AccessList(
@@ -82,3 +83,76 @@ def test_a_record_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
     with open_state(path) as state:
         with pytest.raises(ConfigError, match="record"):
             state.load()
+
+
+def test_a_table_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    change(path, "DROP TABLE counter")
+    with open_state(path) as state:
+        with pytest.raises(ConfigError, match="damaged"):
+            state.load()
+
+
+WORLD = parse_world(
+    {
+        "system": "core",
+        "snaps": [
+            {
+                "name": "a",
+                "apps": ["x"],
+                "plugs": {"p": {"interface": "dbus", "attributes": {"n": [1, {"k": True}]}}},
+            },
+            {"name": "b", "system": True},
+        ],
+        "connections": [("a:p", "b:s")],
+    }
+)
+
+
+def test_snaps_and_connections_are_there_for_whoever_opens_it_next(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with open_state(path) as state:
+        assert state.load_world() == World()
+        state.put_world(World(snaps=(Snap(name="gone"),), connections=(("gone:p", "b:s"),)))
+        state.put_world(WORLD)
+        state.put_connection("a:q", "b:s")
+        state.put_connection("a:q", "b:s")
+        state.put_connection("a:r", "b:s")
+        state.delete_connection("a:r", "b:s")
+    with open_state(path) as state:
+        pairs = (("a:p", "b:s"), ("a:q", "b:s"))
+        assert state.load_world() == msgspec.structs.replace(WORLD, connections=pairs)
+
+
+def test_a_file_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with open_state(path) as state:
+        state.put(make_record(3))
+    for table in ("system", "snap", "connection"):
+        change(path, f"DROP TABLE {table}")
+    change(path, "PRAGMA user_version = 1")
+    with open_state(path) as state:
+        assert state.load() == ([make_record(3)], 4)
+        assert state.load_world() == World()
+        state.put_world(WORLD)
+    with open_state(path) as state:
+        assert state.load_world() == WORLD
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("INSERT INTO snap VALUES ('a', x'c0')", "snap that cannot be read"),
+        ("INSERT INTO snap VALUES ('a', x'ff')", "snap that cannot be read"),
+        ("INSERT INTO system VALUES ('attic')", "snap that cannot be read"),
+        ("DROP TABLE snap", "damaged"),
+    ],
+)
+def test_snaps_that_cannot_be_read_are_a_clear_error(
+    tmp_path: Path, statement: str, says: str
+) -> None:
+    path = tmp_path / "state.db"
+    change(path, statement)
+    with open_state(path) as state:
+        with pytest.raises(ConfigError, match=says):
+            state.load_world()

@@ -11,8 +11,9 @@ import trio.testing
 
 from broker.gate.control import Denied, Listener
 from broker.supervisor.config import Limits
+from broker.supervisor.spec import MAX_RULES
 from broker.supervisor.state import State, open_state
-from broker.supervisor.supervisor import MAX_RULES, AddRequest, Caller, Outside, Supervisor
+from broker.supervisor.supervisor import AddRequest, Caller, Outside, Supervisor
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import NO_ACCESS, Access, AccessList, Rule
 from tests.fakes import FakeAnnouncer, FakeEngine, FakeWatch, lost

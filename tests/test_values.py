@@ -6,7 +6,7 @@ from dbus_next.signature import SignatureTree
 from hypothesis import given, strategies as st
 
 from broker.bus import values
-from broker.bus.values import Variant, holds_descriptor, pack, plain, unpack
+from broker.bus.values import Variant, holds_descriptor, nesting, pack, plain, unpack
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 SIMPLE = st.one_of(
@@ -79,3 +79,18 @@ def test_remembered_signatures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     for length in range(1, 60):
         pack("u" * length, [1] * length)
     assert len(SignatureTree._cache) <= 12
+
+
+@pytest.mark.parametrize(
+    ("value", "depth"),
+    [
+        ("x", 0),
+        ({}, 2),
+        ([], 1),
+        (("a", ["b"]), 2),
+        ({"k": Variant("s", "x")}, 3),
+        ({"a": Variant("u", 1), "b": Variant("v", Variant("as", ["x"]))}, 5),
+    ],
+)
+def test_nesting_counts_every_container(value: object, depth: int) -> None:
+    assert nesting(value) == depth

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from broker.bus.values import Variant, holds_descriptor, pack
+from broker.bus.values import Variant, holds_descriptor, nesting, pack
 from broker.supervisor.sockets import check_readable, check_writable
 from broker.supervisor.supervisor import AddRequest
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
@@ -16,6 +16,8 @@ from policy.text import parse_rule
 # An app's identifier may be any text; it is shown, stored, and in each message about the sandbox.
 MAX_TEXT: Final = 4096  # bytes
 MAX_PLUGS: Final = 1024
+# A bus takes 64 and ends the connection of who sends more: us, as our answers wrap the metadata in others.
+MAX_METADATA_NESTING: Final = 32
 
 NAMED: Final[Mapping[str, str]] = {
     "Allow": "a(usos)",
@@ -50,6 +52,9 @@ def parse_request(values: Sequence[Any], context: Context) -> AddRequest:
     check_text(app, "name")
     if holds_descriptor(metadata):
         raise CallRefusedError(INVALID_ARGS, "metadata cannot hold descriptors")
+    if nesting(metadata) > MAX_METADATA_NESTING:
+        text = f"max_metadata_nesting={MAX_METADATA_NESTING} would be exceeded"
+        raise CallRefusedError(LIMITS_EXCEEDED, text)
     named = _check_named(variants)
     component = named.get("Component") or None
     if component is not None:

@@ -11,7 +11,7 @@ from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Reply, Signal, args
 from broker.bus.connection import Call
 from broker.bus.values import Variant, unpack
-from broker.engines.base import Engine
+from broker.engines.base import Engine, EngineLostError
 from broker.gate.control import Denied
 from broker.supervisor.config import Config
 from broker.supervisor.registry import PORTAL_RULES, Sandbox
@@ -63,6 +63,7 @@ class Management:
 
     async def _show(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
+        used = await self._used(self._registry.find(call.values[0]).record.id)
         sandbox = self._registry.find(call.values[0])
         if not _may_see(caller, sandbox):
             raise CallRefusedError(ACCESS_DENIED, f"{sandbox.record.id} is of another user")
@@ -71,6 +72,7 @@ class Management:
         more = {
             "denials": Variant("aa{sv}", denials),
             "built_in": Variant("a(bs)", format_rules(built_in)),
+            "use": Variant("a{st}", used),
         }
         return Reply((self._describe(sandbox) | more,))
 
@@ -83,6 +85,7 @@ class Management:
 
     async def _status(self, call: Call) -> Reply:
         await self._door.host_caller(call)
+        used = await self._used(None)
         config = self._config
         limits: Mapping[str, int] = msgspec.structs.asdict(config.limits)
         status: Dict = {
@@ -95,9 +98,18 @@ class Management:
             "sandboxes": Variant("u", len(self._registry)),
             "connections": Variant("u", self._registry.connection_count()),
             "limits": Variant("a{st}", dict(limits)),
+            "use": Variant("a{st}", used | {"max_containers": len(self._registry)}),
             "runtime_dir": Variant("s", str(config.runtime_dir)),
         }
         return Reply((status,))
+
+    async def _used(self, sandbox: str | None) -> dict[str, int]:
+        """Return what is taken of the limits, by their names; nothing if the gate cannot tell now."""
+        try:
+            used = msgspec.structs.asdict(await self._engine.use(sandbox))
+        except (CallRefusedError, EngineLostError):
+            return {}
+        return {"max_connections_per_container": used.pop("connections"), **used}
 
     def _describe(self, sandbox: Sandbox) -> Dict:
         record = sandbox.record

@@ -23,7 +23,7 @@ from dbus_next.message import Message
 from dbus_next.message_bus import BaseMessageBus
 
 from broker.bus.values import unpack
-from broker.wire.errors import INVALID_ARGS, BrokerError, PeerProtocolError
+from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, BrokerError, PeerProtocolError
 from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -176,8 +176,7 @@ class _Writer:
     def schedule_write(self, msg: Message | None = None, future: Any = None) -> None:
         """Send it when the connection is ready; the name and form are dbus-next's."""
         if msg is not None:
-            data = bytes(msg._marshall(negotiate_unix_fd=True))  # noqa: SLF001
-            self._queue.append((data, list(msg.unix_fds or ())))
+            self._queue.append((_marshal(msg), list(msg.unix_fds or ())))
         if future is not None:
             future.set_result(None)
         if self._link.unique_name and not self._waiting:
@@ -216,6 +215,26 @@ class _Writer:
             link._loop.add_writer(link._fd, self._flush)  # noqa: SLF001
         else:
             link._loop.remove_writer(link._fd)  # noqa: SLF001
+
+
+def _marshal(message: Message) -> bytes:
+    """Return its bytes, or those of an error if it is an answer that a bus might not take.
+
+    What it does not take ends the connection: 128 MiB, or what it is configured to.
+    """
+    data = bytes(message._marshall(negotiate_unix_fd=True))  # noqa: SLF001
+    if len(data) <= MAX_BODY or message.message_type is not MessageType.METHOD_RETURN:
+        return data
+    error = Message(
+        message_type=MessageType.ERROR,
+        destination=message.destination,
+        error_name=LIMITS_EXCEEDED,
+        reply_serial=message.reply_serial,
+        serial=message.serial,
+        signature="s",
+        body=[f"the answer would have more than {MAX_BODY} bytes"],
+    )
+    return bytes(error._marshall(negotiate_unix_fd=True))  # noqa: SLF001
 
 
 def _make_message(header: Header, body: bytes, fds: list[int]) -> Message | None:

@@ -83,6 +83,17 @@ def holds_descriptor(value: object) -> bool:
     return False
 
 
+def nesting(value: object) -> int:
+    """Count the containers (arrays, structs, variants) around the innermost value."""
+    if isinstance(value, Variant):
+        return 1 + nesting(value.value)
+    if isinstance(value, dict):
+        return 2 + max(map(nesting, value.values()), default=0)
+    if isinstance(value, list | tuple):
+        return 1 + max(map(nesting, value), default=0)
+    return 0
+
+
 class _BodyReader(Unmarshaller):
     """dbus-next's reader on bytes that are all there, giving out our Variant, and tuples for structs."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
+import msgspec
 import trio
 
 from broker.bus.connection import Target, open_bus
@@ -21,6 +22,9 @@ from broker.wire.errors import SERVICE_UNKNOWN, BrokerError, CallRefusedError, C
 NAME: Final = "org.buswarden.Broker1"
 MANAGER: Final = Target(
     destination=NAME, path="/org/buswarden/Broker1", interface="org.buswarden.Broker1"
+)
+POLICY: Final = Target(
+    destination=NAME, path="/org/buswarden/Broker1", interface="org.buswarden.Broker1.Policy"
 )
 CONTAINERS: Final = Target(
     destination=NAME, path="/org/freedesktop/DBus", interface="org.freedesktop.DBus.Containers1"
@@ -66,6 +70,7 @@ class NewSandbox:
     rules: tuple[tuple[bool, str], ...] = ()
     portals_as_host: bool = False
     keep_after_creator: bool = False
+    receive_from_host: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +174,34 @@ class Client:
             path=path, type=type_, app=app, component=component, metadata=metadata, creator=creator
         )
 
+    async def connect(self, plug: str, slot: str) -> list[str]:
+        """Return in words whose rules that changed."""
+        (changed,) = await self._call(POLICY, "Connect", "ss", [plug, slot])
+        return [str(text) for text in changed]
+
+    async def disconnect(self, plug: str, slot: str) -> list[str]:
+        """Return in words whose rules that changed."""
+        (changed,) = await self._call(POLICY, "Disconnect", "ss", [plug, slot])
+        return [str(text) for text in changed]
+
+    async def connections(self) -> list[tuple[str, str, str]]:
+        """Return plug, slot and interface of each."""
+        (rows,) = await self._call(POLICY, "Connections")
+        return [(plug, slot, interface) for plug, slot, interface in rows]
+
+    async def snaps(self) -> dict[str, Any]:
+        (text,) = await self._call(POLICY, "Snaps")
+        return _as_dict(msgspec.json.decode(text))
+
+    async def load_snaps(self, snaps: str) -> None:
+        await self._call(POLICY, "LoadSnaps", "s", [snaps])
+
+    async def explain(self, what: str, message: Mapping[str, str]) -> dict[str, Any]:
+        """Return why a sandbox, or an app of a snap, may or may not do this."""
+        said = {key: Variant("s", text) for key, text in message.items()}
+        (why,) = await self._call(POLICY, "Explain", "sa{sv}", [what, said])
+        return _as_dict(why)
+
     async def _call(
         self,
         target: Target,
@@ -246,6 +279,8 @@ def _named_arguments(new: NewSandbox) -> dict[str, Variant]:
         named["PortalsAsHost"] = Variant("b", True)
     if new.keep_after_creator:
         named["KeepAfterCreator"] = Variant("b", True)
+    if not new.receive_from_host:
+        named["ReceiveFromHost"] = Variant("b", False)
     return named
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from broker.cli.options import (
 from broker.cli.output import print_error
 from broker.sandbox.launch import find_bubblewrap, find_host, run_sandbox
 from broker.sandbox.plan import Wish, addresses_in, make_plan
+from policy.snaps import SNAP_TYPE
 
 DEFAULT_TYPE: Final = "org.buswarden.Exec"
 RuleTexts = tuple[tuple[bool, str], ...]
@@ -37,6 +38,11 @@ class Made:
 
 @click.command("exec", context_settings={"ignore_unknown_options": False})
 @identity_options(required=False)
+@click.option(
+    "--snap",
+    metavar="NAME",
+    help="The command is an app of this snap, --app says which: the snap's connections give the rules.",
+)
 @ALLOW
 @DENY
 @PORTALS_AS_HOST
@@ -55,6 +61,7 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
     type_: str | None,
     app: str | None,
     component: str,
+    snap: str | None,
     allow: RuleTexts,
     deny: RuleTexts,
     portals_as_host: bool,
@@ -74,6 +81,11 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
         rules=tuple(all_rules(allow, deny)),
         portals_as_host=portals_as_host,
     )
+    if snap is not None:
+        if type_ or component:
+            raise click.UsageError("--snap says what --type and --component are")
+        # As for a snap's commands: the app of the snap's own name is the one without a second name.
+        new = replace(new, type=SNAP_TYPE, app=snap, component=app or snap, receive_from_host=False)
     read_end, write_end = os.pipe()
     try:
         made = ask(settings, partial(_make, new=new, close_notify=read_end))

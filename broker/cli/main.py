@@ -30,6 +30,12 @@ COMMANDS: Final = {
     "access": ("broker.cli.sandboxes", "Show or change what a sandbox may do."),
     "stop": ("broker.cli.sandboxes", "End a sandbox."),
     "who": ("broker.cli.sandboxes", "Say which sandbox is behind a connection."),
+    "snaps": ("broker.cli.connections", "List the snaps, or load others."),
+    "connect": ("broker.cli.connections", "Connect a plug to a slot."),
+    "disconnect": ("broker.cli.connections", "Undo a connection."),
+    "connections": ("broker.cli.connections", "List the connections."),
+    "explain": ("broker.cli.explain", "Say why something is allowed or denied."),
+    "policy": ("broker.cli.policy", "Check, show, compare, import and compile policy."),
     "status": ("broker.cli.status", "Show how the broker is."),
 }
 

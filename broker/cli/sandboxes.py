@@ -118,6 +118,8 @@ def show_command(settings: Settings, *, sandbox: str, as_json: bool) -> None:
     print_pairs(_describe(facts))
     built_in = [f"{line} (built in)" for line in format_access(facts.get("built_in", []))]
     print_table(("RULE",), [(line,) for line in (*format_access(facts["access"]), *built_in)])
+    used = sorted((name, str(value)) for name, value in facts.get("use", {}).items() if value)
+    print_table(("BUDGET", "USES"), used)
     denials = facts.get("denials", [])
     if denials:
         print_table(("REFUSED", "WHAT", "WHY"), [_describe_denial(denial) for denial in denials])

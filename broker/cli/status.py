@@ -29,5 +29,7 @@ def status_command(settings: Settings, *, as_json: bool) -> None:
         }
     )
     print_table(("BUS", "ADDRESS"), sorted(status.get("buses", {}).items()))
+    used = status.get("use", {})
     limits = sorted(status.get("limits", {}).items())
-    print_table(("LIMIT", "VALUE"), [(name, str(value)) for name, value in limits])
+    rows = [(name, str(value), str(used.get(name, ""))) for name, value in limits]
+    print_table(("LIMIT", "VALUE", "ALL USE"), rows)

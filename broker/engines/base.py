@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from broker.gate.control import Event, SandboxSpec, Snapshot
+from broker.gate.control import Event, SandboxSpec, Snapshot, Use
 from broker.wire.errors import BrokerError
 from policy.rules import AccessList
 
@@ -48,6 +48,9 @@ class Engine(Protocol):
 
     async def who(self, bus: str, unique_name: str) -> str | None:
         """Return which sandbox is behind a connection to that bus."""
+
+    async def use(self, sandbox: str | None = None) -> Use:
+        """Return what a sandbox, or all of them together, take of their limits."""
 
     async def tag_headers(self, bus: str, unique_name: str) -> None:
         """Put header field 10 into what sandboxes send to this connection."""

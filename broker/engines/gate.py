@@ -35,6 +35,8 @@ from broker.gate.control import (
     StopSandbox,
     TagHeaders,
     TakeSnapshot,
+    TakeUse,
+    Use,
     WhoIs,
 )
 from broker.wire.errors import BrokerError, CallRefusedError
@@ -154,6 +156,12 @@ class GateEngine:
         if not isinstance(answer, SandboxOf):
             raise EngineLostError(f"the gate answered WhoIs with {type(answer).__name__}")
         return answer.sandbox
+
+    async def use(self, sandbox: str | None = None) -> Use:
+        answer = await self._current().request(TakeUse(sandbox))
+        if not isinstance(answer, Use):
+            raise EngineLostError(f"the gate answered TakeUse with {type(answer).__name__}")
+        return answer
 
     async def tag_headers(self, bus: str, unique_name: str) -> None:
         await self._ask(TagHeaders(bus, unique_name))

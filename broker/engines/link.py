@@ -15,14 +15,12 @@ from broker.gate.control import (
     Answer,
     Connected,
     Denied,
-    Done,
     Ended,
     Envelope,
     FrameReader,
     Gone,
     Refused,
     Request,
-    SandboxOf,
     Snapshot,
     make_frame,
 )
@@ -100,7 +98,7 @@ class Link:
         if isinstance(body, Snapshot):
             # Here and not in the task that asked: the events that follow are about this one.
             self._listener.take_snapshot(body)
-        if waiter is not None and isinstance(body, Done | Refused | SandboxOf | Snapshot):
+        if waiter is not None and isinstance(body, Answer):
             waiter.answer = body
             waiter.done.set()
 

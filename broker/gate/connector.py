@@ -55,7 +55,7 @@ class _Attempt:
                 busy = True
             except OSError as exc:
                 sock.close()
-                LOGGER.info("bus-connect path=%r: %s", place.path, exc.strerror)
+                LOGGER.debug("bus-connect path=%r: %s", place.path, exc.strerror)
             else:
                 self._done(sock)
                 return

@@ -18,7 +18,7 @@ from broker.wire.errors import PeerProtocolError
 from policy.rules import AccessList, Identity
 
 # Raised with every change that an older peer would misread.
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 # An access list of 10 000 rules takes about 2 MiB.
 MAX_FRAME: Final = 32 * 1024 * 1024
 # What the kernel takes in one SCM_RIGHTS message (SCM_MAX_FD).
@@ -34,7 +34,7 @@ class BusSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one sandbox may take. Defaults are for a session."""
+    """What one sandbox may take. Defaults are for a session; docs/budgets.md has the reason of each."""
 
     connections: int = 16  # max_connections_per_container, counted at accept
     bytes_held: int = 64 * 1024 * 1024  # of unfinished messages from the sandbox
@@ -43,6 +43,11 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     match_rules: int = 4096  # a connection
     names: int = 256  # owned or queued for, a connection
     tracked_names: int = 1024  # names that no rule names but that the app wrote to, a connection
+    fds: int = 256  # descriptors that are in the gate, of all connections and both ways
+    messages_per_second: int = 100_000  # from the sandbox; over it, it is read more slowly
+    log_lines_per_second: int = 10  # warnings of the gate
+    handshake_seconds: int = 30  # from accept to the bus's answer to Hello
+    message_seconds: int = 60  # from the first byte of a message to its last
 
 
 class Listener(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -119,6 +124,12 @@ class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
     """Ask for everything there is. Answered by Snapshot."""
 
 
+class TakeUse(msgspec.Struct, frozen=True, tag=True):
+    """Ask what a sandbox, or all of them together, take of their limits. Answered by Use."""
+
+    sandbox: str | None = None
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End every sandbox and the gate. Answered by Done before it exits."""
 
@@ -132,6 +143,7 @@ Request = (
     | WhoIs
     | TagHeaders
     | TakeSnapshot
+    | TakeUse
     | Shutdown
 )
 
@@ -153,6 +165,31 @@ class SandboxOf(msgspec.Struct, frozen=True, tag=True):
     sandbox: str | None
 
 
+class Use(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    """What is taken now of each of SandboxLimits; those of single connections are added up."""
+
+    connections: int = 0
+    bytes_held: int = 0
+    bytes_queued: int = 0
+    pending_calls: int = 0
+    match_rules: int = 0
+    names: int = 0
+    tracked_names: int = 0
+    fds: int = 0
+    messages_per_second: int = 0  # of what may come at once
+    log_lines_per_second: int = 0  # in this second
+    handshake_seconds: int = 0  # connections in their handshake
+    message_seconds: int = 0  # connections with half a message
+    throttled: int = 0  # times that the sandbox was read more slowly, so far
+    suppressed: int = 0  # lines that were left out of the log, so far
+
+    def __add__(self, other: "Use") -> "Use":
+        """Return both together."""
+        mine, theirs = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
+        names = self.__struct_fields__
+        return Use(**{name: a + b for name, a, b in zip(names, mine, theirs, strict=True)})
+
+
 class SandboxState(msgspec.Struct, frozen=True, kw_only=True):
     """A sandbox as the gate has it."""
 
@@ -161,6 +198,7 @@ class SandboxState(msgspec.Struct, frozen=True, kw_only=True):
     connections: tuple[tuple[str, str], ...]  # (bus, unique name) of those that said Hello
     opening: int  # connections that did not say Hello yet
     denied: int  # messages refused so far
+    use: Use = Use()
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -211,7 +249,7 @@ class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     more: int = 0  # how many refusals of this sandbox went unreported since the one before
 
 
-Answer = Done | Refused | SandboxOf | Snapshot
+Answer = Done | Refused | SandboxOf | Snapshot | Use
 Event = Connected | Gone | Ended | Denied
 
 

@@ -140,6 +140,8 @@ class Core:
         self.to_app: Output = []
         # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
         self.pending: Final[dict[int, Target | Special]] = {}
+        # Serials of the gate's range that calls of the app have: they wait under another.
+        self.lent: Final[set[int]] = set()
         # Calls to the app that wait for its reply: (caller, serial).
         self.asked: Final[set[tuple[str, int]]] = set()
         self.matches: Final[dict[MatchRule, int]] = {}
@@ -195,7 +197,7 @@ class Core:
 
     def waits(self, serial: int) -> bool:
         """Say whether a call of the app with this serial waits for its reply."""
-        return serial < OWN_SERIALS and serial in self.pending
+        return serial in (self.pending if serial < OWN_SERIALS else self.lent)
 
     def own_serial(self) -> int:
         """Return a serial that no waiting call has."""
@@ -262,8 +264,10 @@ class Core:
 
     def translated(self, serial: int, finish: Finish | None = None) -> Finish:
         """Return a `finish` that gives the reply the app's own serial back."""
+        self.lent.add(serial)
 
         def translate(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+            self.lent.discard(serial)
             at = reply.reply_serial_at
             order: Literal["little", "big"] = "little" if reply.little else "big"
             data = data[:at] + serial.to_bytes(4, order) + data[at + 4 :]

@@ -201,12 +201,14 @@ class Driver:
     def _send(self, header: Header, body: bytes, finish: Finish | None) -> bool:
         core = self._core
         serial = header.serial
+        wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
         if serial >= OWN_SERIALS:
             serial = core.own_serial()
-            finish = core.translated(header.serial, finish)
+            if wants_reply:
+                finish = core.translated(header.serial, finish)
         made = replace(header, serial=serial, unix_fds=0)
         core.to_bus.append(serialise_header(made) + body)
-        if not header.flags & Flag.NO_REPLY_EXPECTED:
+        if wants_reply:
             core.pending[serial] = DRIVER_TARGET if finish is None else Special(finish)
         return True
 

@@ -5,15 +5,18 @@ and runs of such messages are passed on as one slice. Everything else is cut out
 `Outgoing` or `Incoming`. Read core.py's theory of operation first.
 
 Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not read from
-the app: what it sends next depends on an answer of the bus that is on its way.
+the app: what it sends next depends on an answer of the bus that is on its way, or (`yielded`) others have to
+have their turn before `go_on`. `spent` counts what the app's messages cost: the caller takes it away.
 """
 
 import struct
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from broker.gate.budgets import JUDGED_COST
 from broker.gate.bus import Bus
 from broker.gate.core import OWN_SERIALS, Core, Host, Special
 from broker.gate.incoming import Incoming
@@ -21,28 +24,14 @@ from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
+from broker.gate.words import CALLS, MUTE_CALLS, REPLIES, SIGNALS
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
-from broker.wire.header import FIXED_SIZE, Flag, Header, MessageType, measure, parse_header
+from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
 from policy.match import Judge
 
 # The fixed header of a little-endian message: first word, body length, serial, length of the field array.
 _FIXED: Final = struct.Struct("<IIII")
 _U32: Final = struct.Struct("<I")
-
-
-def _first_words(message_type: int, *, mute: bool | None = None) -> list[int]:
-    """Return the first words of little-endian messages of a type: all known flags, or some."""
-    flags = [f for f in range(8) if mute is None or bool(f & Flag.NO_REPLY_EXPECTED) is mute]
-    return [ord("l") | message_type << 8 | f << 16 | 1 << 24 for f in flags]
-
-
-_CALLS: Final = _first_words(MessageType.METHOD_CALL, mute=False)
-_MUTE_CALLS: Final = _first_words(MessageType.METHOD_CALL, mute=True)
-_SIGNALS: Final = _first_words(MessageType.SIGNAL)
-# A reply carries NO_REPLY_EXPECTED or not, as its sender likes.
-_REPLIES: Final = frozenset(
-    _first_words(MessageType.METHOD_RETURN) + _first_words(MessageType.ERROR)
-)
 
 
 @dataclass(slots=True)
@@ -55,14 +44,25 @@ class _Stashed:
 class Filter:
     """A connection of a sandbox to a bus."""
 
-    def __init__(self, bus: Bus, sandbox: Host, judge: Judge, *, app_takes_fds: bool) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        sandbox: Host,
+        judge: Judge,
+        *,
+        app_takes_fds: bool,
+        judged_a_turn: int = sys.maxsize,
+    ) -> None:
         self.core: Final = Core(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.held = False
+        self.yielded = False
+        self.spent = 0
+        self._turn: Final = judged_a_turn * JUDGED_COST
         self._owners: Final = Owners(self.core, self._synced)
         self._sight: Final = Sight(self.core, self._owners)
         self._outgoing: Final = Outgoing(self.core, self._owners, self._sight)
         self._incoming: Final = Incoming(self.core, self._owners, self._sight)
-        self._from_app: Final = Intake(sandbox)
+        self.from_app: Final = Intake(sandbox)
         self._from_bus: Final = Intake(None)
         # What came from the bus and waits; everything behind it waits with it, to come in order.
         self._stash: Final[deque[_Stashed]] = deque()
@@ -71,14 +71,14 @@ class Filter:
         self._told: frozenset[str] | None = None  # names that the app saw when the rules changed
         core = self.core
         self._app_tables: Final[dict[int, Mapping[bytes, object]]] = {
-            **dict.fromkeys(_CALLS, core.app_calls),
-            **dict.fromkeys(_MUTE_CALLS, core.app_mute),
-            **dict.fromkeys(_SIGNALS, core.app_signals),
+            **dict.fromkeys(CALLS, core.app_calls),
+            **dict.fromkeys(MUTE_CALLS, core.app_mute),
+            **dict.fromkeys(SIGNALS, core.app_signals),
         }
         self._bus_tables: Final[dict[int, Mapping[bytes, object]]] = {
-            **dict.fromkeys(_CALLS, core.bus_calls),
-            **dict.fromkeys(_MUTE_CALLS, core.bus_mute),
-            **dict.fromkeys(_SIGNALS, core.bus_signals),
+            **dict.fromkeys(CALLS, core.bus_calls),
+            **dict.fromkeys(MUTE_CALLS, core.bus_mute),
+            **dict.fromkeys(SIGNALS, core.bus_signals),
         }
 
     # -- rules ---------------------------------------------------------------------------------------
@@ -125,9 +125,26 @@ class Filter:
             if name not in told:
                 self._incoming.tell_owner_change(name, "", owner)
 
+    def go_on(self) -> None:
+        """Others had their turn: see to what waits. Raises as `feed_app` does."""
+        if self.yielded:
+            self.yielded = self.held = False
+            self.feed_app(b"")
+
+    @property
+    def fds(self) -> int:
+        """How many descriptors are here."""
+        waiting = sum(len(stashed.fds) for stashed in self._stash)
+        return self.from_app.fd_count + self._from_bus.fd_count + waiting
+
+    @property
+    def tracked_names(self) -> int:
+        """How many names are followed only because the app wrote to them."""
+        return self._owners.extra_count
+
     def close(self) -> list[int]:
         """Return every descriptor that is still here: the caller closes them."""
-        fds = self._from_app.take_fds() + self._from_bus.take_fds()
+        fds = self.from_app.take_fds() + self._from_bus.take_fds()
         for stashed in self._stash:
             fds += stashed.fds
         self._stash.clear()
@@ -142,7 +159,7 @@ class Filter:
     ) -> None:
         """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         core = self.core
-        intake = self._from_app
+        intake = self.from_app
         plain = not fds and intake.is_idle
         if not plain or self.held or not data:
             ready = self._take_from_app(data, fds)
@@ -150,7 +167,7 @@ class Filter:
                 return
             data = ready
         end = len(data)
-        pos = run = 0
+        pos = run = known = 0
         out = core.to_bus
         pending = core.pending
         room = core.sandbox.limits.pending_calls
@@ -167,15 +184,18 @@ class Filter:
                 if target is not None and stop <= end and 0 < serial < OWN_SERIALS:
                     if table is not calls:
                         pos = stop
+                        known += 1
                         continue
                     if serial not in pending and len(pending) < room:
                         pending[serial] = target  # type: ignore[assignment]
                         pos = stop
+                        known += 1
                         continue
-            elif tables and first in _REPLIES:
+            elif tables and first in REPLIES:
                 stop = self._known_app_reply(data, pos, end, body, fields)
                 if stop:
                     pos = stop
+                    known += 1
                     continue
             if run < pos:
                 out.append(data[run:pos])
@@ -186,13 +206,14 @@ class Filter:
             run = pos = stop
         if run < pos:
             out.append(data[run:pos])
+        self.spent += known
         if pos < end or not plain:
             intake.consumed(data, pos)
 
     def _take_from_app(self, data: bytes, fds: Sequence[int]) -> bytes | None:
         """Put what arrived behind what is held; return it all if it can be looked at now."""
         core = self.core
-        intake = self._from_app
+        intake = self.from_app
         ready = intake.take(data, fds)
         if self.held:
             if ready is not None:
@@ -224,7 +245,10 @@ class Filter:
 
     def _app_message(self, data: bytes, pos: int) -> int:
         """Deal with one message from the app; return where it ends, 0 if it has to wait."""
-        intake = self._from_app
+        intake = self.from_app
+        if self.spent >= self._turn:
+            self.held = self.yielded = True
+            return 0
         size = measure(data, pos)
         if pos + size > len(data):
             limit = self.core.sandbox.limits.bytes_held
@@ -232,6 +256,7 @@ class Filter:
                 intake.need(size)
                 return 0
             return self._refuse_too_large(data, pos, size)
+        self.spent += JUDGED_COST
         header = parse_header(data, pos)
         # Whoever drops the message closes them, so they are taken only when it will not wait.
         fds = intake.peek_fds(header.unix_fds)
@@ -245,7 +270,7 @@ class Filter:
 
     def _refuse_too_large(self, data: bytes, pos: int, size: int) -> int:
         """Refuse a message that is over the sandbox's budget; the rest of it is not stored."""
-        intake = self._from_app
+        intake = self.from_app
         fields = int.from_bytes(
             data[pos + 12 : pos + 16], "little" if data[pos] == ord("l") else "big"
         )
@@ -287,7 +312,7 @@ class Filter:
             start = pos + 16 + (fields + 7 & -8)
             stop = start + body
             if stop <= end:
-                if first in _REPLIES:
+                if first in REPLIES:
                     at = reply_at.get(start - pos)
                     if at is not None:
                         at += pos
@@ -366,6 +391,6 @@ class Filter:
                 stashed = self._stash.popleft()
                 waits = not self._incoming.message(stashed.header, stashed.data, stashed.fds)
                 assert not waits
-            if self.held:
+            if self.held and not self.yielded:
                 self.held = False
                 self.feed_app(b"")

@@ -4,6 +4,7 @@ Descriptors arrive with some read; they belong to a message that has bytes in th
 no message by the time all bytes of its read are used is an attack (or a bug): it would be given to a later message.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -41,6 +42,9 @@ class Intake:
         self._held = 0
         self._need = 0
         self._skip = 0
+        # A number for the message that is half here, 0 for none.
+        self.unfinished = 0
+        self._numbers: Final = itertools.count(1)
         self._fds: Final[deque[int]] = deque()
         self._batches: Final[deque[_Batch]] = deque()
 
@@ -48,6 +52,11 @@ class Intake:
     def has_fds(self) -> bool:
         """True when descriptors wait for their message."""
         return bool(self._fds)
+
+    @property
+    def fd_count(self) -> int:
+        """How many descriptors wait for their message."""
+        return len(self._fds)
 
     @property
     def is_idle(self) -> bool:
@@ -103,6 +112,10 @@ class Intake:
         if used < len(data):
             self._parts.append(data[used:] if used else data)
             self._count(len(data) - used)
+        if not self._held:
+            self.unfinished = 0
+        elif used or not self.unfinished:
+            self.unfinished = next(self._numbers)
         for batch in self._batches:
             batch.end -= used
         if self._batches and self._batches[0].end <= 0:

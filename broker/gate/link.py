@@ -9,10 +9,12 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from broker.gate.budgets import JUDGED_A_TURN
 from broker.gate.bus import Bus
 from broker.gate.connector import connect
+from broker.gate.control import Use
 from broker.gate.filter import Filter
-from broker.gate.loop import Loop
+from broker.gate.loop import Loop, Timer
 from broker.gate.pipe import Closed, Pipe, close_fds
 from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
 from broker.wire.sasl import SaslClient, SaslServer
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
     from broker.gate.sandbox import Sandbox
 
 LOGGER: Final = logging.getLogger(__name__)
-
-# From accept to the bus's answer to Hello. libdbus gives a client 30 seconds as well.
-HANDSHAKE_TIMEOUT: Final = 30.0
 
 
 def _contained(method: Callable[["Link"], None]) -> Callable[["Link"], None]:
@@ -38,13 +37,13 @@ def _contained(method: Callable[["Link"], None]) -> Callable[["Link"], None]:
             if isinstance(exc, Closed):
                 self.close("closed")
         except (PeerProtocolError, PeerQuotaError) as exc:
-            LOGGER.warning("peer-violation sandbox=%s: %s", self.sandbox.id, exc)
+            self.sandbox.complaints.add("peer-violation", str(exc))
             self.close(str(exc))
         except (OSError, BrokerError) as exc:
-            LOGGER.warning("peer-lost sandbox=%s: %s", self.sandbox.id, exc)
+            self.sandbox.complaints.add("peer-lost", str(exc))
             self.close(str(exc))
-        except Exception:  # one sandbox's bytes must not end the gate, whatever we did wrong
-            LOGGER.exception("peer-defect sandbox=%s", self.sandbox.id)
+        except Exception:  # noqa: BLE001 - one sandbox's bytes must not end the gate, whatever we did wrong
+            self.sandbox.complaints.add("peer-defect", traceback=True)
             self.close("defect")
 
     return contained
@@ -67,7 +66,11 @@ class Link:
         self._early = b""
         self._closed = False
         self._new_judge: Judge | None = None
-        self._deadline: Final = loop.call_later(HANDSHAKE_TIMEOUT, self._too_slow)
+        self._goes_on = False  # in the next turn
+        # First the handshake's; then, now and then, that of a message which is half here.
+        self._deadline: Timer | None = loop.call_later(
+            sandbox.limits.handshake_seconds, self._too_slow
+        )
 
     @property
     def filter(self) -> Filter | None:
@@ -95,8 +98,9 @@ class Link:
         if self._closed:
             return
         self._closed = True
-        LOGGER.debug("link-closed sandbox=%s: %s", self.sandbox.id, reason)
-        self._deadline.cancel()
+        LOGGER.debug("link-closed sandbox=%s: %r", self.sandbox.id, reason)
+        if self._deadline is not None:
+            self._deadline.cancel()
         if self._filter is not None:
             self._filter_closed(self._filter)
         self._app.close()
@@ -114,12 +118,15 @@ class Link:
         self._bus.links.discard(self)
 
     def _too_slow(self) -> None:
-        LOGGER.warning("peer-violation sandbox=%s: no Hello in time", self.sandbox.id)
+        seconds = self.sandbox.limits.handshake_seconds
+        self.sandbox.complaints.add("peer-violation", f"no Hello in handshake_seconds={seconds}")
         self.close("no Hello in time")
 
     def said_hello(self) -> None:
         """The handshake deadline is kept."""
-        self._deadline.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     # -- handshakes -----------------------------------------------------------------------------------
 
@@ -147,7 +154,7 @@ class Link:
                 sock.close()
             return
         if sock is None:
-            LOGGER.warning("bus-unreachable bus=%s sandbox=%s", self._bus.name, self.sandbox.id)
+            self.sandbox.complaints.add("bus-unreachable", self._bus.name)
             self.close("the bus cannot be reached")
             return
         self._upstream = Pipe(self._loop, sock, self._greet_bus, self._bus_drained)
@@ -175,6 +182,7 @@ class Link:
             self.sandbox.judge(self._bus.name),
             # What the bus does not take we cannot pass on.
             app_takes_fds=self._server.unix_fds and self._client.unix_fds,
+            judged_a_turn=JUDGED_A_TURN,
         )
         self._bus.met(self._client.guid)
         self._bus.members.add(self._filter.core)
@@ -197,6 +205,8 @@ class Link:
         assert judging is not None
         judging.feed_app(data, fds)
         self._send()
+        if fds:
+            self._check_fds()
 
     @_contained
     def _judge_bus(self) -> None:
@@ -206,6 +216,8 @@ class Link:
         assert judging is not None
         judging.feed_bus(data, fds)
         self._send()
+        if fds:
+            self._check_fds()
 
     def _send(self) -> None:
         judging = self._filter
@@ -221,12 +233,91 @@ class Link:
                 raise PeerQuotaError("does not read what it is sent")
         if core.to_bus:
             upstream.write(core.to_bus)
-        self._app.pause(reading=not (judging.held or upstream.queued))
+        if judging.spent:
+            self.sandbox.charge(judging.spent)
+            judging.spent = 0
+        if judging.yielded:
+            self._go_on_soon()
+        if judging.from_app.unfinished and self._deadline is None:
+            self._watch_message(judging.from_app.unfinished)
+        self._app.pause(reading=not (judging.held or upstream.queued or self.sandbox.is_throttled))
+
+    def _check_fds(self) -> None:
+        limit = self.sandbox.limits.fds
+        if self.sandbox.fds > limit:
+            raise PeerQuotaError(f"more than fds={limit} file descriptors on their way")
 
     @_contained
     def _bus_drained(self) -> None:
         if self._filter is not None:
             self._send()
+
+    # -- budgets --------------------------------------------------------------------------------------
+
+    def taken(self) -> Use:
+        """Return what this connection takes of the sandbox's budgets."""
+        judging = self._filter
+        if judging is None:
+            return Use(connections=1, handshake_seconds=1)
+        core = judging.core
+        return Use(
+            connections=1,
+            bytes_queued=self._app.queued,
+            pending_calls=len(core.pending) + len(core.asked),
+            match_rules=core.match_count,
+            names=len(core.requested_names),
+            tracked_names=judging.tracked_names,
+            fds=self.fds,
+            handshake_seconds=not core.unique_name,
+            message_seconds=bool(judging.from_app.unfinished),
+        )
+
+    @property
+    def fds(self) -> int:
+        """How many descriptors of messages are here."""
+        count = self._app.queued_fds + (self._filter.fds if self._filter is not None else 0)
+        return count + (self._upstream.queued_fds if self._upstream is not None else 0)
+
+    @_contained
+    def throttle(self) -> None:
+        """Read on from the app, or not, as the sandbox's budget of messages wants it."""
+        if self._filter is not None:
+            self._send()
+
+    def _go_on_soon(self) -> None:
+        upstream = self._upstream
+        assert upstream is not None
+        if not (self._goes_on or upstream.queued or self.sandbox.is_throttled):
+            self._goes_on = True
+            self._loop.next_turn(self._go_on)
+
+    @_contained
+    def _go_on(self) -> None:
+        self._goes_on = False
+        judging = self._filter
+        if judging is not None and not self._closed:
+            judging.go_on()
+            self._send()
+
+    def _watch_message(self, number: int) -> None:
+        self._deadline = self._loop.call_later(
+            self.sandbox.limits.message_seconds, functools.partial(self._check_message, number)
+        )
+
+    def _check_message(self, number: int) -> None:
+        """End the connection if the message of that number is still half here, and not by our doing."""
+        self._deadline = None
+        judging, upstream = self._filter, self._upstream
+        assert judging is not None
+        assert upstream is not None
+        paused = judging.held or upstream.queued or self.sandbox.is_throttled
+        if judging.from_app.unfinished == number and not paused:
+            seconds = self.sandbox.limits.message_seconds
+            text = f"a message half sent for message_seconds={seconds}"
+            self.sandbox.complaints.add("peer-violation", text)
+            self.close(text)
+        elif judging.from_app.unfinished:
+            self._watch_message(judging.from_app.unfinished)
 
     def _app_drained(self) -> None:
         """Nothing waits for the app to read."""

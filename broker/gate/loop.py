@@ -41,6 +41,7 @@ class Loop:
         self._epoll: Final = select.epoll()
         self._handlers: Final[dict[int, Handler]] = {}
         self._timers: Final[list[tuple[float, int, Timer]]] = []
+        self._next_turn: list[Callable[[], None]] = []
         self._order: Final = itertools.count()
         self._clock: Final = clock
         self._running = True
@@ -65,6 +66,10 @@ class Loop:
         heapq.heappush(self._timers, (self._clock() + seconds, next(self._order), timer))
         return timer
 
+    def next_turn(self, callback: Callable[[], None]) -> None:
+        """Call once, when everybody else had their turn."""
+        self._next_turn.append(callback)
+
     def stop(self) -> None:
         """Return from `run` when the present callbacks are done."""
         self._running = False
@@ -75,11 +80,17 @@ class Loop:
         poll = self._epoll.poll
         while self._running:
             timeout = self._run_timers() if self._timers else -1
+            if self._next_turn:
+                timeout = 0
             for fd, events in poll(timeout, MAX_EVENTS):
                 # An earlier callback of this turn may have closed it.
                 handler = handlers.get(fd)
                 if handler is not None:
                     handler(events)
+            if self._next_turn:
+                callbacks, self._next_turn = self._next_turn, []
+                for callback in callbacks:
+                    callback()
 
     def close(self) -> None:
         """Give the epoll descriptor back."""

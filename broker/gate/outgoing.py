@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
+from broker.gate.arguments import results
 from broker.gate.bus import DRIVER
 from broker.gate.core import (
     OWN_SERIALS,
@@ -210,7 +211,23 @@ class Outgoing:
         core.sandbox.denied(core, denial("send", header, name, verdict))
         if header.flags & Flag.NO_REPLY_EXPECTED:
             return
-        if self._sight.sees(name) or core.judge.see(names, peer).allowed:
+        seen = core.judge.see(names, peer).allowed
+        if name in core.callers and not seen:
+
+            def finish(reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+                if reply.signature == "b" and not results(reply, data, "b")[0]:
+                    core.callers.pop(name, None)
+                self._say_why(header, verdict, seen=name in core.callers)
+
+            # It may be seen as long as it lives, and nothing has told us of its end.
+            core.call_driver("NameHasOwner", "s", (name,), finish)
+            return
+        self._say_why(header, verdict, seen=seen or self._sight.sees(name))
+
+    def _say_why(self, header: Header, verdict: Verdict, *, seen: bool) -> None:
+        core = self._core
+        name = header.destination or ""
+        if seen:
             core.answer_error(header.serial, errors.ACCESS_DENIED, refusal(header, name, verdict))
             return
         question = "unique" if name[:1] == ":" else "call"

@@ -48,6 +48,11 @@ class Owners:
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
         self._matches: Final[set[str]] = set()
 
+    @property
+    def extra_count(self) -> int:
+        """How many names are followed that no rule names."""
+        return len(self._extra)
+
     def names_of(self, unique_name: str) -> set[str]:
         """Return the unique name and the names that we know it to own."""
         return {unique_name, *self._by_owner.get(unique_name, ())}

@@ -43,7 +43,9 @@ class Pipe:
         self._drained: Final = drained
         self._queue: Final[deque[Chunk]] = deque()
         self.queued = 0  # bytes that the other end has not taken
+        self.queued_fds = 0
         self._reading = True
+        self._is_away = False  # hung up while not read: not in the loop
         self._events: int = READABLE
         self._recvmsg = sock.recvmsg
         self._send = sock.send
@@ -65,7 +67,10 @@ class Pipe:
         return data, fds
 
     def write(self, output: Output) -> None:
-        """Send, or queue what the other end does not take; `output` is emptied. Raises Closed."""
+        """Send, or queue what the other end does not take; `output` is emptied. Raises Closed.
+
+        Not if the other end has gone: what it sent before is still to be read, and `read` raises it then.
+        """
         if not self._queue and len(output) == 1 and output[0].__class__ is bytes:
             data = output[0]
             output.clear()
@@ -73,6 +78,8 @@ class Pipe:
                 sent = self._send(data)
             except BlockingIOError:
                 sent = 0
+            except ConnectionError:
+                return
             except OSError as exc:
                 raise Closed from exc
             if sent < len(data):
@@ -94,10 +101,13 @@ class Pipe:
         """Close the socket and what is queued."""
         self._loop.remove(self._fd)
         self.sock.close()
+        self._drop_queue()
+
+    def _drop_queue(self) -> None:
         for chunk in self._queue:
             close_fds(chunk.fds)
         self._queue.clear()
-        self.queued = 0
+        self.queued = self.queued_fds = 0
 
     def _event(self, events: int) -> None:
         if events == READABLE:
@@ -112,14 +122,26 @@ class Pipe:
             else:
                 if not self._queue:
                     self._drained()
-        if events & (READABLE | BROKEN) and (self._reading or events & BROKEN):
-            self.readable()
+        if self._reading:
+            if events & (READABLE | BROKEN):
+                self.readable()
+        elif events & BROKEN and not self._is_away:
+            # It would be told again and again until somebody reads.
+            self._is_away = True
+            self._loop.remove(self._fd)
 
     def _enqueue(self, chunk: Chunk) -> None:
         self._queue.append(chunk)
         self.queued += len(chunk.data)
+        self.queued_fds += len(chunk.fds)
 
     def _listen(self) -> None:
+        if self._is_away:
+            if self._reading:
+                self._is_away = False
+                self._events = READABLE
+                self._loop.add(self._fd, READABLE, self._event)
+            return
         wanted = (READABLE if self._reading else 0) | (WRITABLE if self._queue else 0)
         if wanted != self._events:
             self._events = wanted
@@ -131,6 +153,9 @@ class Pipe:
             try:
                 sent = self._send_some()
             except BlockingIOError:
+                break
+            except ConnectionError:
+                self._drop_queue()
                 break
             except OSError as exc:
                 raise Closed from exc
@@ -144,6 +169,7 @@ class Pipe:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", first.fds))
             sent = self.sock.sendmsg([first.data], [rights])
             close_fds(first.fds)
+            self.queued_fds -= len(first.fds)
             self._queue[0] = Chunk(first.data, ())
             return sent
         parts: list[bytes | memoryview] = []

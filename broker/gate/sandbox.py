@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import os
 import socket
 import struct
@@ -13,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from broker.gate.budgets import CONNECTION_COST, Complaints, MessageBudget
 from broker.gate.bus import Bus
 from broker.gate.control import (
     Connected,
@@ -23,6 +23,7 @@ from broker.gate.control import (
     Listener,
     SandboxSpec,
     SandboxState,
+    Use,
 )
 from broker.gate.core import Core, Denial
 from broker.gate.link import Link
@@ -30,8 +31,6 @@ from broker.gate.loop import READABLE, Loop
 from broker.gate.pipe import close_fds
 from policy.match import Judge
 from policy.rules import AccessList
-
-LOGGER: Final = logging.getLogger(__name__)
 
 # Refusals that are reported one by one, a sandbox; the others are counted.
 REPORTS_PER_SECOND: Final = 50
@@ -61,6 +60,10 @@ class Sandbox:
         self.identity: Final = spec.identity
         self.limits: Final = spec.limits
         self.bytes_held = 0
+        self.messages: Final = MessageBudget(spec.limits.messages_per_second)
+        self.complaints: Final = Complaints(spec.id, spec.limits.log_lines_per_second)
+        self.is_throttled = False
+        self._throttled_count = 0
         self.denied_count = 0
         self.links: Final[set[Link]] = set()
         self._buses: Final = buses
@@ -109,6 +112,7 @@ class Sandbox:
             os.close(self._close_pipe)
             self._close_pipe = -1
         self._report_rest()
+        self.complaints.tell()
         self._emit(Ended(self.id, reason))
         self._ended(self)
 
@@ -160,14 +164,17 @@ class Sandbox:
                 return
             except OSError as exc:
                 if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    LOGGER.warning("accept sandbox=%s: %s", self.id, exc.strerror)
+                    self.complaints.add("accept", exc.strerror or "")
                     self._loop.change(fd, 0)
                     self._loop.call_later(ACCEPT_PAUSE, partial(self._accept_again, fd))
                 return
             self._take(connection, listener)
+            self.charge(CONNECTION_COST)
+            if self.is_throttled:
+                return
 
     def _accept_again(self, fd: int) -> None:
-        if fd in self._listening:
+        if fd in self._listening and not self.is_throttled:
             self._loop.change(fd, READABLE)
 
     def _take(self, connection: socket.socket, listener: Listener) -> None:
@@ -175,15 +182,12 @@ class Sandbox:
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         )
         if uid != self.spec.uid:
-            LOGGER.warning("wrong-uid sandbox=%s uid=%d", self.id, uid)
+            self.complaints.add("wrong-uid", f"uid={uid}")
             connection.close()
             return
         if len(self.links) >= self.limits.connections:
-            LOGGER.warning(
-                "too-many-connections sandbox=%s max_connections_per_container=%d",
-                self.id,
-                self.limits.connections,
-            )
+            most = self.limits.connections
+            self.complaints.add("too-many-connections", f"max_connections_per_container={most}")
             connection.close()
             return
         connection.setblocking(False)
@@ -206,6 +210,47 @@ class Sandbox:
             core.bus.gone(core.unique_name)
             self._emit(Gone(self.id, core.bus.name, core.unique_name))
         self._end_if_done("last-connection")
+
+    # -- budgets -----------------------------------------------------------------------------------
+
+    def charge(self, cost: int) -> None:
+        """Take note of messages. Who sends more than the budget is read more slowly, until it has filled up again."""
+        self.messages.left -= cost
+        if self.messages.left < 0 and not self.is_throttled and (wait := self.messages.pause()):
+            self._throttled_count += 1
+            self._throttle(throttled=True)
+            self._loop.call_later(wait, self._waited)
+
+    def _waited(self) -> None:
+        if self._is_over:
+            return
+        if wait := self.messages.pause():
+            self._loop.call_later(wait, self._waited)
+        else:
+            self._throttle(throttled=False)
+
+    def _throttle(self, *, throttled: bool) -> None:
+        self.is_throttled = throttled
+        for fd in self._listening:
+            self._loop.change(fd, 0 if throttled else READABLE)
+        for link in list(self.links):
+            link.throttle()
+
+    @property
+    def fds(self) -> int:
+        """How many descriptors of messages are here."""
+        return sum(link.fds for link in self.links)
+
+    def taken(self) -> Use:
+        """Return what is taken of the limits."""
+        mine = Use(
+            bytes_held=self.bytes_held,
+            messages_per_second=self.messages.used,
+            log_lines_per_second=self.complaints.used,
+            throttled=self._throttled_count,
+            suppressed=self.complaints.suppressed_ever,
+        )
+        return sum((link.taken() for link in self.links), mine)
 
     def close_fds(self, fds: Sequence[int]) -> None:
         """Close what a refused message brought."""
@@ -259,6 +304,7 @@ class Sandbox:
             connections=tuple(sorted(named)),
             opening=len(self.links) - len(named),
             denied=self.denied_count,
+            use=self.taken(),
         )
 
 

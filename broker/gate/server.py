@@ -33,6 +33,8 @@ from broker.gate.control import (
     StopSandbox,
     TagHeaders,
     TakeSnapshot,
+    TakeUse,
+    Use,
     WhoIs,
     make_frame,
 )
@@ -172,6 +174,8 @@ class Gate:
                     ).address = spec.address
             case TakeSnapshot():
                 return self._snapshot()
+            case TakeUse():
+                return self._use(request.sandbox)
             case Shutdown():
                 self._shut_down()
             case _:
@@ -230,6 +234,11 @@ class Gate:
             buses=tuple(bus.spec() for bus in self._buses.values()),
             sandboxes=tuple(sandbox.state() for sandbox in self._sandboxes.values()),
         )
+
+    def _use(self, sandbox: str | None) -> Use:
+        if sandbox is not None:
+            return self._find(sandbox).taken()
+        return sum((one.taken() for one in self._sandboxes.values()), Use())
 
     def _shut_down(self) -> None:
         for sandbox in list(self._sandboxes.values()):

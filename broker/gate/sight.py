@@ -53,19 +53,24 @@ class Sight:
             if target.owner and self.sees(name)
         }
 
-    def owner_changed(self, name: str, old: str, new: str) -> bool:
-        """Take note of a NameOwnerChanged; return whether the app may hear of it."""
+    def owner_changed(self, name: str, old: str, new: str) -> tuple[str, str] | None:
+        """Take note of a NameOwnerChanged; return the owners as the app may hear of it, None if it may not.
+
+        A name may move from an owner that is seen to one that is not: then it goes, for the app, and no
+        unique name is told that it cannot ask about.
+        """
         if name[:1] == ":":
             told = self.sees(name) or name in self._lately
             if not new:
                 self._core.callers.pop(name, None)
                 self._lately.pop(name, None)
-            return told
-        told = self.sees(name)
+            return (old, new) if told else None
+        told_old = old if self.sees(name) else ""
         old_seen = bool(old) and self.sees(old)
         self._owners.changed(name, new)
         if old_seen:
             self._lately[old] = None
             if len(self._lately) > MAX_LATELY_SEEN:
                 self._lately.popitem(last=False)
-        return told or self.sees(name)
+        told_new = new if self.sees(name) else ""
+        return (told_old, told_new) if told_old or told_new else None

@@ -45,6 +45,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     match_rules: int = SandboxLimits().match_rules
     names: int = SandboxLimits().names
     tracked_names: int = SandboxLimits().tracked_names
+    fds: int = SandboxLimits().fds
+    messages_per_second: int = SandboxLimits().messages_per_second
+    log_lines_per_second: int = SandboxLimits().log_lines_per_second
+    handshake_seconds: int = SandboxLimits().handshake_seconds
+    message_seconds: int = SandboxLimits().message_seconds
 
     def for_sandbox(self) -> SandboxLimits:
         """Return those that the gate enforces."""
@@ -56,6 +61,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 SYSTEM_LIMITS: Final = Limits(
     max_containers=512, max_containers_per_user=16, max_container_metadata_bytes=4096
 )
+
+# By the last word of their names: what least and most makes sense.
+_RANGES: Final = {"second": (1, 10**9), "seconds": (1, 24 * 60 * 60)}
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +160,7 @@ def _make_limits(scope: Scope, given: Mapping[str, int], path: Path | None) -> L
     for name, value in given.items():
         if name not in Limits.__struct_fields__:
             raise ConfigError(f"{path}: there is no limit named {name[:40]!r}")
-        if not 0 <= value < 2**63:
+        least, most = _RANGES.get(name.rpartition("_")[2], (0, 2**63 - 1))
+        if not least <= value <= most:
             raise ConfigError(f"{path}: limit {name} cannot be {value}")
     return msgspec.structs.replace(defaults, **given)

@@ -9,7 +9,7 @@ records stores `next_number` with them.
 
 import enum
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NewType
 
@@ -80,9 +80,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def access_in_force(self) -> AccessList:
         """Return the list with what is built in."""
-        if self.portals_as_host:
-            return self.access
-        return msgspec.structs.replace(self.access, rules=(*self.access.rules, *PORTAL_RULES))
+        return self.in_force(None)
+
+    def in_force(self, compiled: AccessList | None) -> AccessList:
+        """Return the list with what is built in and what the snaps' connections give.
+
+        Only where both lists let in what no rule is about, it comes in.
+        """
+        built_in = () if self.portals_as_host else PORTAL_RULES
+        more, from_host = (compiled.rules, compiled.receive_from_host) if compiled else ((), True)
+        return AccessList(
+            rules=(*self.access.rules, *more, *built_in),
+            receive_from_host=self.access.receive_from_host and from_host,
+        )
 
 
 class Phase(enum.Enum):
@@ -239,7 +249,11 @@ class Registry:
 
     # -- after a restart, ours or the gate's ------------------------------------------------------------
 
-    def reconcile(self, snapshot: Snapshot) -> Reconciled:
+    def reconcile(
+        self,
+        snapshot: Snapshot,
+        in_force: Callable[[Record], AccessList] = lambda record: record.access_in_force,
+    ) -> Reconciled:
         """Take the gate's word for what there is. Sandboxes that are STARTING are left to who adds them."""
         theirs = {state.spec.id: state for state in snapshot.sandboxes}
         strangers, others = [], []
@@ -253,7 +267,7 @@ class Registry:
                 differences.append(f"{id_}: the gate has it and we do not: stopped")
             elif sandbox.phase is Phase.RUNNING:
                 changed += self._adopt(sandbox, state, differences)
-                if state.spec.access != sandbox.record.access_in_force:
+                if state.spec.access != in_force(sandbox.record):
                     others.append(sandbox.record.id)
                     differences.append(f"{id_}: the gate had other rules: set again")
         lost = []

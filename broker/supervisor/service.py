@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from broker.api import containers1, management
+from broker.api import containers1, management, policy
 from broker.api.caller import Door
 from broker.api.dispatch import Objects
 from broker.bus.connection import Bus, Call, open_bus
@@ -125,7 +125,10 @@ def _make_objects(parts: _Parts, name: str) -> Objects:
     return Objects(
         {
             containers1.PATH: [containers1.Containers1(door, watch).interface()],
-            management.PATH: [management.Management(door, parts.engine, parts.config).interface()],
+            management.PATH: [
+                management.Management(door, parts.engine, parts.config).interface(),
+                policy.PolicyInterface(door).interface(),
+            ],
         }
     )
 

@@ -1,4 +1,4 @@
-"""What survives us: the records of the sandboxes and the number of the next, in SQLite.
+"""What survives us, in SQLite: the sandboxes, the number of the next, the snaps and their connections.
 
 Each change is committed before its function returns, and so before the answer to whoever asked for it. The
 file lives as long as the runtime folder, a tmpfs: it is made to stand a kill, not a power cut.
@@ -15,13 +15,22 @@ import msgspec
 
 from broker.supervisor.registry import Record
 from broker.wire.errors import ConfigError
+from policy.snaps import SnapError, World, parse_world
 
-SCHEMA: Final = 1  # raised when an older program could not read the file
-_TABLES: Final = """
+# What makes each version of the file out of the one before; the first one out of nothing.
+_STEPS: Final = (
+    """
     CREATE TABLE sandbox (number INTEGER PRIMARY KEY, record BLOB NOT NULL);
     CREATE TABLE counter (next INTEGER NOT NULL);
     INSERT INTO counter VALUES (0);
-"""
+    """,
+    """
+    CREATE TABLE system (kind TEXT NOT NULL);
+    CREATE TABLE snap (name TEXT PRIMARY KEY, snap BLOB NOT NULL);
+    CREATE TABLE connection (plug TEXT, slot TEXT, PRIMARY KEY (plug, slot));
+    """,
+)
+SCHEMA: Final = len(_STEPS)  # an older program could not read the file
 
 
 class State:
@@ -40,7 +49,8 @@ class State:
             return [decoder.decode(row[0]) for row in rows], next_number
         except msgspec.MsgspecError as exc:
             raise ConfigError(f"the state file holds a record that cannot be read: {exc}") from exc
-        except (sqlite3.Error, ValueError) as exc:  # a table that is not there, or not as it should be
+        # A table that is not there, or not as it should be.
+        except (sqlite3.Error, ValueError) as exc:
             raise ConfigError(f"the state file is damaged: {exc}") from exc
 
     def put(self, record: Record) -> None:
@@ -56,6 +66,42 @@ class State:
         """Forget a record, but not its number."""
         with self._db:
             self._db.execute("DELETE FROM sandbox WHERE number = ?", (record.number,))
+
+    def load_world(self) -> World:
+        """Return the snaps and their connections. Raises ConfigError."""
+        try:
+            kinds = self._db.execute("SELECT kind FROM system").fetchall()
+            snaps = self._db.execute("SELECT snap FROM snap ORDER BY name").fetchall()
+            pairs = self._db.execute("SELECT plug, slot FROM connection ORDER BY plug, slot")
+            data: dict[str, object] = {"connections": pairs.fetchall()}
+            data["snaps"] = [msgspec.msgpack.decode(row[0]) for row in snaps]
+            if kinds:
+                data["system"] = kinds[0][0]
+            return parse_world(data)
+        except (msgspec.MsgspecError, SnapError) as exc:
+            raise ConfigError(f"the state file holds a snap that cannot be read: {exc}") from exc
+        except sqlite3.Error as exc:
+            raise ConfigError(f"the state file is damaged: {exc}") from exc
+
+    def put_world(self, world: World) -> None:
+        """Store these snaps and connections in place of all others."""
+        rows = [(snap.name, self._encoder.encode(snap)) for snap in world.snaps]
+        with self._db:
+            for table in ("system", "snap", "connection"):
+                self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - none of it is from outside
+            self._db.execute("INSERT INTO system VALUES (?)", (world.system,))
+            self._db.executemany("INSERT INTO snap VALUES (?, ?)", rows)
+            self._db.executemany("INSERT INTO connection VALUES (?, ?)", world.connections)
+
+    def put_connection(self, plug: str, slot: str) -> None:
+        """Store a connection."""
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO connection VALUES (?, ?)", (plug, slot))
+
+    def delete_connection(self, plug: str, slot: str) -> None:
+        """Forget a connection."""
+        with self._db:
+            self._db.execute("DELETE FROM connection WHERE plug = ? AND slot = ?", (plug, slot))
 
 
 @contextmanager
@@ -78,7 +124,8 @@ def _prepare(db: sqlite3.Connection) -> None:
     for pragma in ("journal_mode = WAL", "synchronous = OFF", "cache_size = -256"):
         db.execute(f"PRAGMA {pragma}").fetchall()
     ((version,),) = db.execute("PRAGMA user_version").fetchall()
-    if version == 0:
-        db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
+    if 0 <= version < SCHEMA:
+        steps = "".join(_STEPS[version:])
+        db.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA}; COMMIT;")
     elif version != SCHEMA:
         raise ConfigError(f"the state file is of version {version}, and we know {SCHEMA}")

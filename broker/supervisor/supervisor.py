@@ -27,25 +27,24 @@ from broker.gate.control import (
     Ended,
     Event,
     Gone,
-    Listener,
-    SandboxSpec,
     Snapshot,
 )
 from broker.supervisor.config import Limits
 from broker.supervisor.lifetime import Creators, follows_creator
+from broker.supervisor.policy import Policy
 from broker.supervisor.registry import Record, Registry, Removed, Sandbox, SandboxId
+from broker.supervisor.snaps import Snaps, is_snap, load_own_library
 from broker.supervisor.sockets import Bound, bound_socket, given_socket, notify, sweep
+from broker.supervisor.spec import check_rules, make_spec
 from broker.supervisor.state import State
 from broker.wire.errors import (
     ACCESS_DENIED,
-    LIMITS_EXCEEDED,
     CallRefusedError,
 )
+from policy.library import Library
 from policy.rules import AccessList, Rule
 
 LOGGER: Final = logging.getLogger(__name__)
-# An access list of this many takes about 2 MiB, in each of the places that have it.
-MAX_RULES: Final = 10_000
 _Job = Callable[[], Awaitable[None]]
 
 
@@ -110,6 +109,7 @@ class Outside:
     watches: Mapping[str, Watch]  # by bus
     folder: Path  # of the sandboxes' sockets
     now: Callable[[], float] = time.time
+    load_library: Callable[[], Library] = load_own_library
 
 
 class Supervisor:
@@ -123,6 +123,10 @@ class Supervisor:
         self._creators: Final = Creators()
         # One change of rules at a time: each one reads the list that it changes.
         self._changing: Final = trio.Lock()
+        self.snaps: Final = Snaps(outside.state.load_world(), outside.load_library)
+        self.policy: Final = Policy(
+            outside.state, outside.engine, self.registry, self.snaps, self._changing
+        )
         # Cannot grow without bound: at most one job of each kind a sandbox, and a snapshot's.
         self._jobs_in, self._jobs = trio.open_memory_channel[tuple[str, _Job]](math.inf)
         self._tagged: Final[dict[tuple[str, str], None]] = {}
@@ -136,7 +140,14 @@ class Supervisor:
 
         The caller's name must be watched since before its credentials were asked for, until `announce`.
         """
-        _check_rules(request.access)
+        check_rules(request.access)
+        if not is_snap(request.type, request.component):
+            return await self._add(request, caller)
+        # Its rules follow the connections: between looking and having it none may change.
+        async with self._changing:
+            return await self._add(request, caller)
+
+    async def _add(self, request: AddRequest, caller: Caller) -> Record:
         number = self.registry.new_number(caller.uid, len(request.metadata))
         with ExitStack() as stack:
             bound = {
@@ -145,7 +156,8 @@ class Supervisor:
             }
             record = self._make_record(number, request, caller, bound)
             with self._taken_in(record):
-                spec, fds = _make_spec(record, request, bound, self._limits)
+                access = check_rules(self.in_force(record))
+                spec, fds = make_spec(record, access, bound, request.close_notify, self._limits)
                 await self._outside.engine.add(spec, fds)
         if request.ready_notify is not None:
             notify(request.ready_notify)
@@ -182,9 +194,8 @@ class Supervisor:
             # The same rule twice says nothing more; its origin is no part of what it says.
             meanings = {_meaning(rule): rule for rule in (*before, *rules)}
             access = msgspec.structs.replace(record.access, rules=tuple(meanings.values()))
-            _check_rules(access)
-            record = msgspec.structs.replace(record, access=access)
-            await self._outside.engine.set_access(record.id, record.access_in_force)
+            in_force = self.in_force(msgspec.structs.replace(record, access=access))
+            await self._outside.engine.set_access(record.id, check_rules(in_force))
             sandbox = self.registry.find(record.id)
             self._store(msgspec.structs.replace(sandbox.record, access=access))
             return access
@@ -206,6 +217,10 @@ class Supervisor:
             self._tagged[key] = None
             self._outside.watches[caller.bus].add(caller.unique_name)
 
+    def in_force(self, record: Record) -> AccessList:
+        """Return the list that the sandbox is under: given, of its connections, and built in."""
+        return record.in_force(self.snaps.compiled(record.identity))
+
     # -- what happens -----------------------------------------------------------------------------------
 
     def take_event(self, event: Event) -> None:
@@ -225,7 +240,7 @@ class Supervisor:
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
         """Take the engine's word for what there is; set right what should be otherwise."""
-        result = self.registry.reconcile(snapshot)
+        result = self.registry.reconcile(snapshot, self.in_force)
         for text in result.differences:
             LOGGER.warning("%s", text)
         for record in result.changed:
@@ -343,43 +358,7 @@ class Supervisor:
     async def _set_access_again(self, id_: SandboxId) -> None:
         async with self._changing:
             record = self.registry.find(id_).record
-            await self._outside.engine.set_access(id_, record.access_in_force)
-
-
-def _make_spec(
-    record: Record, request: AddRequest, bound: Mapping[str, Bound], limits: Limits
-) -> tuple[SandboxSpec, list[int]]:
-    fds = [one.fd for one in bound.values()]
-    close_notify = None
-    if request.close_notify is not None:
-        close_notify = len(fds)
-        fds.append(request.close_notify)
-    listeners = tuple(
-        Listener(
-            bus=bus,
-            fd=index,
-            path=one.path if one.is_ours else "",
-            device=one.device,
-            inode=one.inode,
-            guid=one.guid,
-        )
-        for index, (bus, one) in enumerate(bound.items())
-    )
-    spec = SandboxSpec(
-        id=record.id,
-        identity=record.identity,
-        uid=record.uid,
-        listeners=listeners,
-        access=record.access_in_force,
-        close_notify=close_notify,
-        limits=limits.for_sandbox(),
-    )
-    return spec, fds
-
-
-def _check_rules(access: AccessList) -> None:
-    if len(access.rules) > MAX_RULES:
-        raise CallRefusedError(LIMITS_EXCEEDED, f"max_rules={MAX_RULES} would be exceeded")
+            await self._outside.engine.set_access(id_, self.in_force(record))
 
 
 def _meaning(rule: Rule) -> Rule:

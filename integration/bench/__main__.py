@@ -16,6 +16,7 @@ from integration.bench import report
 from integration.bench.client import BenchError
 from integration.bench.measure import QUICK, Effort, Result
 from integration.bench.parties import Scene, open_scene
+from integration.bench.policies import measure_compiling, measure_connecting, measure_judging
 from integration.bench.sandboxes import measure_adding, measure_memory
 from integration.bench.traffic import (
     PIPELINED,
@@ -44,6 +45,9 @@ MEASUREMENTS: Final = (
     Measurement(("add-sandbox",), measure_adding),
     Measurement(("pss-1",), partial(measure_memory, 1)),
     Measurement(("pss-100",), partial(measure_memory, 100)),
+    Measurement(("compile-1000",), measure_compiling),
+    Measurement(("connect-one",), measure_connecting),
+    Measurement(("judge-300-globs",), measure_judging),
 )
 NAMES: Final = tuple(name for measurement in MEASUREMENTS for name in measurement.names)
 

@@ -1,35 +1,20 @@
-r"""AppArmor's globs, and how ours say them.
+r"""AppArmor's globs (AARE): text -> the pieces of its alternatives.
 
-Theirs: `*` and `?` stop at `/`, `**` does not, `[a-z]` and `[^a-z]`, `{a,b}` which nest, and `\` before a
-character that shall mean itself, or before the number of one. A pattern is read into the list of its
-alternatives, without braces; each is then said in our way (policy.globs) if that has exactly the
-same meaning. How many alternatives there may be is bounded for a whole import (Budget).
+`*` and `?` stop at `/`, `**` does not, `[a-z]` and `[^a-z]`, `{a,b}` which nest, and `\` before a
+character that shall mean itself, or before the number of one. What the alternatives of an import
+come to is bounded (Budget). policy.importers.aare_patterns says them in our language.
 """
 
 import re
-import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
-from policy.globs import (
-    MAX_ALTERNATIVES,
-    MAX_PATTERN,
-    PatternError,
-    compile_interface,
-    compile_member_glob,
-    compile_path,
-    is_literal,
-    parse_name_pattern,
-)
-
-MAX_TEXT: Final = 8192  # characters of one pattern, its variables replaced
+MAX_TEXT: Final = 4096  # characters of one pattern, its variables replaced
 MAX_EXPANDED: Final = 2**18  # characters of all alternatives of one pattern
-MAX_SETS: Final = 1024  # alternatives that `[...]` of one pattern become where ours have none
 MAX_DEPTH: Final = 50  # braces in braces; AppArmor's own limit
 
-_ALNUM: Final = frozenset(string.ascii_letters + string.digits + "_")
 _TOKEN: Final = re.compile(
     r"(?P<lit>[^\\*?\[\]{},]+)|(?P<dstar>\*\*+)|(?P<star>\*)|(?P<any>\?)"
     r"|\\(?:(?P<octal>[0-7]{1,3})|x(?P<hex>[0-9A-Fa-f]{1,2})|d(?P<dec>[0-9]{3})|(?P<esc>.))"
@@ -83,36 +68,11 @@ class Budget:
             raise BudgetError("its alternatives in braces are too many to be written out")
 
 
-class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pattern is of: which characters there are, and what checks the pattern that we make."""
-
-    what: str
-    plain: frozenset[str]  # characters that our `[...]` may have
-    special: frozenset[str] = frozenset()  # other characters
-    classes: bool = True  # our patterns of this kind have `[...]`
-    compile: Callable[[str], object]
-
-
-PATH: Final = Kind(
-    what="object path", plain=_ALNUM, special=frozenset("/"), compile=compile_path
-)
-INTERFACE: Final = Kind(
-    what="interface", plain=_ALNUM, special=frozenset("."), compile=compile_interface
-)
-MEMBER: Final = Kind(what="member", plain=_ALNUM, compile=compile_member_glob)
-NAME: Final = Kind(
-    what="bus name",
-    plain=_ALNUM | {"-"},
-    special=frozenset(".:"),
-    classes=False,
-    compile=parse_name_pattern,
-)
-
-
 def alternatives(text: str, budget: Budget) -> list[Alternative]:
     """Return what the pattern is the union of. Raises AareError, UnsayableError and BudgetError."""
     if len(text) > MAX_TEXT:
         raise UnsayableError(f"it is longer than {MAX_TEXT} characters")
+    budget.spend(len(text))
     tokens = list(_tokens(text))
     found, at = _sequence(tokens, 0, MAX_EXPANDED // (len(text) + 1))
     assert at == len(tokens)
@@ -124,56 +84,6 @@ def check_aare(text: str) -> None:
     """Accept a pattern whose brackets pair. Raises AareError."""
     for _ in _tokens(text):
         pass
-
-
-def say(text: str, kind: Kind, budget: Budget) -> list[str] | None:
-    """Return our patterns for one of AppArmor's: none at all if nothing can match, None if everything does.
-
-    Raises AareError, UnsayableError and BudgetError.
-    """
-    said: dict[str, None] = {}
-    for each in alternatives(text, budget):
-        for pieces in expand_sets(each, kind, budget):
-            if _matches_all(pieces, kind):
-                return None
-            if not pieces and kind is not PATH and kind is not MEMBER:
-                raise UnsayableError(f"it is about having no {kind.what}")
-            pattern = _pattern(pieces, kind)
-            if pattern is not None:
-                said[pattern] = None
-    return list(_subtrees(said)) if kind is NAME else list(said)
-
-
-def join(patterns: list[str]) -> list[str]:
-    """Return fewer patterns of the same meaning, by putting several in braces."""
-    below = {each.removesuffix("/**") for each in patterns if each.endswith("/**")}
-    known = set(patterns)
-    subtrees = {each for each in below & known if len(each) <= MAX_PATTERN - len("{,/**}")}
-    units = [
-        (f"{each}{{,/**}}", 2) if each in subtrees else (each, 1)
-        for each in patterns
-        if not (each.endswith("/**") and each.removesuffix("/**") in subtrees)
-    ]
-    return list(_in_braces(units))
-
-
-def _in_braces(units: list[tuple[str, int]]) -> Iterator[str]:
-    chunk: list[str] = []
-    count = length = 0
-    for text, number in units:
-        full = count + number > MAX_ALTERNATIVES or length + len(text) + 2 > MAX_PATTERN
-        if chunk and full:
-            yield _braced(chunk)
-            chunk, count, length = [], 0, 0
-        chunk.append(text)
-        count += number
-        length += len(text) + 1
-    if chunk:
-        yield _braced(chunk)
-
-
-def _braced(texts: list[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{{{','.join(texts)}}}"
 
 
 def _tokens(text: str) -> Iterator[Piece]:
@@ -287,95 +197,3 @@ def _group(tokens: list[Piece], at: int, most: int) -> tuple[list[Alternative], 
         at += 1
         if end.text == "}":
             return found, at
-
-
-def expand_sets(pieces: Alternative, kind: Kind, budget: Budget) -> Iterable[Alternative]:
-    """Give the alternatives that have no `[...]` which we could not write."""
-    if not any(isinstance(piece, CharSet) for piece in pieces):
-        return [pieces]
-    found: list[Alternative] = [()]
-    for piece in pieces:
-        choices: list[Piece] = _choices(piece, kind) if isinstance(piece, CharSet) else [piece]
-        if len(found) * len(choices) > MAX_SETS:
-            raise UnsayableError(f"its [...] stand for too many {kind.what}s")
-        budget.spend(len(found) * len(choices) * len(pieces))
-        found = [(*left, choice) for left in found for choice in choices]
-    return found
-
-
-def _choices(piece: CharSet, kind: Kind) -> list[Piece]:
-    everything = kind.plain | kind.special
-    chars = everything - piece.chars if piece.negated else everything & piece.chars
-    plain = chars & kind.plain
-    special: list[Piece] = list(sorted(chars & kind.special))
-    if not kind.classes or len(plain) <= 1:
-        return [*sorted(plain), *special]
-    return [CharSet(frozenset(plain), negated=False), *special]
-
-
-def _matches_all(pieces: Alternative, kind: Kind) -> bool:
-    stars = bool(pieces) and all(isinstance(piece, Wild) and piece.text != "?" for piece in pieces)
-    return stars and (kind is not PATH or Wild("**") in pieces)
-
-
-def _pattern(pieces: Alternative, kind: Kind) -> str | None:
-    """Return our pattern, or None if nothing that D-Bus has can match. Raises UnsayableError."""
-    # The root has no elements; everywhere else a path element is never empty for us either.
-    if len(pieces) == 2 and pieces[0] == "/" and isinstance(pieces[1], Wild) and pieces[1].filled:
-        return f"/?{pieces[1].text}"
-    parts: list[str] = []
-    for piece in pieces:
-        match piece:
-            case str():
-                if not kind.plain | kind.special >= set(piece):
-                    return None
-                parts.append(piece)
-            case CharSet():
-                parts.append(_class_text(piece.chars))
-            case Wild():
-                text = "*" if kind is NAME and piece.text == "**" else piece.text
-                if text == "?" or not (parts and parts[-1] in {"*", "**"}):
-                    parts.append(text)
-                elif kind is not NAME:  # two stars side by side are not `**`
-                    parts[-1] = max(parts[-1], text)
-    return _checked("".join(parts), kind)
-
-
-def _checked(text: str, kind: Kind) -> str | None:
-    literal = is_literal(text)
-    if kind is NAME and not literal:
-        if ":" in text:
-            raise UnsayableError("it is a pattern of unique names")
-        if text.endswith(".*"):
-            text = f"{text[:-1]}?*"  # `.*` alone is a subtree for us, with its top
-    if not literal and len(text) > MAX_PATTERN:
-        raise UnsayableError(f"it is longer than {MAX_PATTERN} characters")
-    try:
-        kind.compile(text)
-    except PatternError:
-        return None
-    return text
-
-
-def _class_text(chars: frozenset[str]) -> str:
-    """Return `[...]`; runs of at least three become ranges."""
-    ordered = sorted(chars)
-    text, at = "", 0
-    while at < len(ordered):
-        end = at
-        while end + 1 < len(ordered) and ord(ordered[end + 1]) == ord(ordered[end]) + 1:
-            end += 1
-        run = "".join(ordered[at : end + 1])
-        text += run if len(run) < 3 else f"{run[0]}-{run[-1]}"
-        at = end + 1
-    return f"[{text}]"
-
-
-def _subtrees(names: dict[str, None]) -> Iterator[str]:
-    """Say `org.example` and `org.example.?*` as the subtree that they are."""
-    for name in names:
-        base = name.removesuffix(".?*")
-        if base == name and f"{name}.?*" in names and is_literal(name):
-            yield f"{name}.*"
-        elif base == name or base not in names:
-            yield name

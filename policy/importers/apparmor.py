@@ -6,44 +6,35 @@ What AppArmor denies to a profile that says nothing is denied here, too: calls a
 (`receive_from_host` is false). docs/importers.md says where the two languages differ.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
-from policy.importers.aare import (
-    INTERFACE,
-    MEMBER,
-    NAME,
-    PATH,
-    AareError,
-    Budget,
-    BudgetError,
-    Kind,
-    UnsayableError,
-    alternatives,
-    join,
-    say,
-)
+from policy.globs import parse_name_pattern
+from policy.importers.aare import AareError, Budget, BudgetError, UnsayableError, Wild, alternatives
+from policy.importers.aare_patterns import INTERFACE, MEMBER, NAME, PATH, Kind, join, say
 from policy.importers.apparmor_dbus import DbusRule
 from policy.importers.apparmor_labels import Labels
-from policy.importers.apparmor_lexer import PLACEHOLDER, USED_VARIABLE, Source
+from policy.importers.apparmor_lexer import PLACEHOLDER, USED_VARIABLE
 from policy.importers.apparmor_parser import PROFILE_NAME, Profile, Resolver, parse_profiles
-from policy.importers.report import Imported, ImportFileError, Unsaid, cut
+from policy.importers.report import Imported, ImportFileError, Source, Unsaid, cut
 from policy.match import BUS_NAME
 from policy.rules import Access, AccessList, Peer, Rule
 
 MAX_RULES: Final = 50_000
 MAX_WRITTEN: Final = 2**24  # characters of all patterns, their alternatives written out
-MAX_VALUE: Final = 2**16  # characters of a pattern, its variables replaced
+MAX_VALUE: Final = 2**12  # characters that variables may put into a pattern
+
+MAX_NESTED: Final = 50  # variables in variables
+MAX_UNSAID: Final = 1000  # entries of a report
 
 _ACCESS: Final = {"send": Access.SEND, "receive": Access.RECEIVE, "bind": Access.OWN}
 _NOT_ENFORCED: Final = frozenset({"complain", "default_allow", "prompt", "unconfined"})
-_EVERYTHING: Final = ("",)  # no condition
 
 
 class _NothingError(Exception):
-    """A pattern that nothing in D-Bus can match."""
+    """A rule of which nothing is left. It has been reported."""
 
 
 def import_apparmor(
@@ -111,7 +102,8 @@ class _Variables:
         """Return the text without variables. Raises LookupError and UnsayableError."""
         if "@{" not in text:
             return text
-        parts, at, length = [], 0, 0
+        parts: list[str] = []
+        at = length = 0
         for found in USED_VARIABLE.finditer(text):
             value = self._value(found[1])
             parts += text[at : found.start()], value
@@ -124,8 +116,10 @@ class _Variables:
         known = self._known.get(name)
         if known is not None:
             return known
-        if name in self._open or len(self._open) > 50:
+        if name in self._open:
             raise LookupError(f"variable @{{{name}}} contains itself")
+        if len(self._open) > MAX_NESTED:
+            raise LookupError(f"more than {MAX_NESTED} variables in each other")
         if name not in self._values:
             raise LookupError(f"variable @{{{name}}} is not set")
         self._open.append(name)
@@ -164,12 +158,22 @@ class _Importer:
         self._labels: Final = labels
         self._placeholders: Final = placeholders
         self._budget: Final = Budget(MAX_WRITTEN)
+        self._seen: Final[set[tuple[object, ...]]] = set()
 
     def note(self, file: str, line: int, text: str, reason: str) -> None:
+        if len(self.unsaid) >= MAX_UNSAID:
+            reason = "there is more that could not be said: the report ends here"
+            self.unsaid[MAX_UNSAID:] = [Unsaid(file=file, line=line, text=text, reason=reason)]
+            return
         self.unsaid.append(Unsaid(file=file, line=line, text=text, reason=reason))
 
     def add(self, rule: DbusRule) -> None:
         """Add what the rule says. Raises ImportFileError."""
+        # Abstractions are included again and again.
+        key = (rule.access, rule.qualifiers, *rule.conditions.items())
+        if key in self._seen:
+            return
+        self._seen.add(key)
         if "prompt" in rule.qualifiers:
             self._note(rule, "nobody can be asked: left out")
             return
@@ -182,8 +186,8 @@ class _Importer:
             return
         try:
             said = self._say(rule)
-        except _NothingError as exc:
-            self._note(rule, f"it can match nothing: {exc}")
+        except _NothingError:
+            return
         except (AareError, BudgetError, LookupError) as exc:
             raise ImportFileError(rule.file, rule.line, str(exc.args[0])) from None
         else:
@@ -196,12 +200,10 @@ class _Importer:
         subject = rule.conditions.get("name")
         name = rule.conditions.get("peer name") if subject is None else subject
         names = self._patterns(rule, "name", name, NAME)
-        if names is not None and Access.SEND in rule.access:
-            names = _with_bus(names, name or "")
+        if names is not None and "send" in rule.access:
+            names = _with_bus(names)
         paths = self._patterns(rule, "path", rule.conditions.get("path"), PATH)
-        interfaces = self._patterns(
-            rule, "interface", rule.conditions.get("interface"), INTERFACE
-        )
+        interfaces = self._patterns(rule, "interface", rule.conditions.get("interface"), INTERFACE)
         members = self._patterns(rule, "member", rule.conditions.get("member"), MEMBER)
         return _Said(
             buses=self._buses(rule),
@@ -235,18 +237,22 @@ class _Importer:
         return text
 
     def _said(
-        self, rule: DbusRule, what: str, patterns: Callable[[], list[str] | None]
+        self, rule: DbusRule, what: str, patterns: Callable[[], tuple[list[str] | None, list[str]]]
     ) -> list[str] | None:
         """Return patterns, or for a deny whose patterns we cannot say: no condition, which is more."""
         try:
-            found = patterns()
+            found, left_out = patterns()
         except UnsayableError as exc:
-            if not rule.deny:
-                raise _NothingError(f"{what}: {exc}") from None
-            self._note(rule, f"{what}: {exc}; it is denied whatever the {what}")
+            found, left_out = [], [str(exc)]
+        if left_out and rule.deny:
+            self._note(rule, f"{what}: {left_out[0]}; it is denied whatever the {what}")
             return None
+        if left_out:
+            self._note(rule, f"left out: {what}: {left_out[0]}")
+        elif found == []:
+            self._note(rule, f"it can match nothing: no {what} is like that")
         if found == []:
-            raise _NothingError(f"no {what} is like that")
+            raise _NothingError
         return found
 
     def _buses(self, rule: DbusRule) -> list[str] | None:
@@ -260,7 +266,9 @@ class _Importer:
         if label is None:
             return (None,)
         try:
-            peers, left_out = self._labels.peers(self._text(label), self._budget)
+            # What labels there will be nobody knows: a deny is about all that its pattern may match.
+            labels = msgspec.structs.replace(self._labels, known=()) if rule.deny else self._labels
+            peers, left_out = labels.peers(self._text(label), self._budget)
         except UnsayableError as exc:
             peers, left_out = (), str(exc)
         if not left_out:
@@ -278,29 +286,37 @@ class _Importer:
             msgspec.structs.replace(
                 base, bus=bus, peer=peer, name=name, path=path, interface=interface, member=member
             )
-            for bus in said.buses or [None]
+            for bus in _or_any(said.buses)
             for peer in said.peers
-            for name in said.names or [None]
-            for path in said.paths or [None]
-            for interface in said.interfaces or [None]
-            for member in said.members or [None]
+            for name in _or_any(said.names)
+            for path in _or_any(said.paths)
+            for interface in _or_any(said.interfaces)
+            for member in _or_any(said.members)
         ):
             self.rules.setdefault(key, msgspec.structs.replace(key, origin=origin))
             if len(self.rules) > MAX_RULES:
                 raise ImportFileError(rule.file, rule.line, f"more than {MAX_RULES} rules")
 
 
-def _bus_names(text: str, budget: Budget) -> list[str] | None:
+def _or_any(patterns: list[str] | None) -> Sequence[str | None]:
+    return (None,) if patterns is None else patterns
+
+
+def _bus_names(text: str, budget: Budget) -> tuple[list[str] | None, list[str]]:
     found: list[str] = []
     for pieces in alternatives(text, budget):
         name = "".join(piece for piece in pieces if isinstance(piece, str))
-        if len(pieces) == 1 and not name:
-            return None
+        if len(pieces) == 1 and pieces[0] in {Wild("*"), Wild("**")}:
+            return None, []
         if not all(isinstance(piece, str) for piece in pieces):
             raise UnsayableError(f"{text[:40]!r} is a pattern")
         found.append(name)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), []
 
 
-def _with_bus(names: list[str], text: str) -> list[str]:
-    return names if text else names
+def _with_bus(names: list[str]) -> list[str]:
+    """Name the bus itself where a pattern covers it: only so is a rule about broadcasts, too."""
+    patterns = [parse_name_pattern(name) for name in names]
+    if BUS_NAME not in names and any(pattern.matches(BUS_NAME) for pattern in patterns):
+        return [*names, BUS_NAME]
+    return names

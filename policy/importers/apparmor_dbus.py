@@ -134,9 +134,7 @@ def _read_conditions(cursor: Cursor, at: int) -> dict[str, str]:
         if found is None:
             if not cursor.peek():
                 raise cursor.error("',' missing at the end of a dbus rule", at)
-            raise cursor.error(
-                f"expected a condition or ',' in a dbus rule, not {cursor.shown()}"
-            )
+            raise cursor.error(f"expected a condition or ',' in a dbus rule, not {cursor.shown()}")
         if found[1] != "peer":
             _put(cursor, conditions, found, known=_SUBJECT, value=_read_value(cursor))
             continue

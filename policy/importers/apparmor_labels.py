@@ -16,17 +16,8 @@ from typing import Final
 
 import msgspec
 
-from policy.importers.aare import (
-    NAME,
-    Alternative,
-    Budget,
-    CharSet,
-    Kind,
-    UnsayableError,
-    Wild,
-    alternatives,
-    expand_sets,
-)
+from policy.importers.aare import Alternative, Budget, CharSet, UnsayableError, Wild, alternatives
+from policy.importers.aare_patterns import NAME, Kind, expand_sets
 from policy.rules import Peer
 
 SNAP: Final = "io.snapcraft.snapd"
@@ -34,6 +25,7 @@ UNCONFINED: Final = "unconfined"
 
 _TAG: Final = re.compile(r"snap\.([a-z0-9-]+(?:_[a-z0-9]+)?)\.(.+)")
 _STARS: Final = frozenset({"*", "**"})
+_NO_SNAP: Final = "a label that is neither unconfined nor of a snap"
 _HOST: Final = Peer(kind="host")
 _LABEL: Final = Kind(
     what="label",
@@ -83,7 +75,8 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
         if ends and (tag := _TAG.fullmatch(f"{text}x")) is not None and tag[2] == "x":
             return [self._app(tag[1])]
         shown = "".join(piece if isinstance(piece, str) else _shown(piece) for piece in pieces)
-        matching = [self._peer(each) for each in self.known if _matches(pieces, each)]
+        known = [each for each in self.known if _TAG.fullmatch(each) or each == UNCONFINED]
+        matching = [self._peer(each) for each in known if _matches(pieces, each)]
         if not matching:
             raise UnsayableError(f"a pattern of labels that are not known: {shown[:60]!r}")
         return list(matching)
@@ -104,9 +97,6 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
         raise UnsayableError(f"{_NO_SNAP}: {label[:60]!r}")
 
 
-_NO_SNAP: Final = "a label that is neither unconfined nor of a snap"
-
-
 def _alternatives(text: str, budget: Budget) -> list[Alternative]:
     return [
         each
@@ -123,23 +113,22 @@ def _matches(pieces: Alternative, label: str) -> bool:
     """Match by the set of places that the pattern may have come to in the label."""
     places = {0}
     for piece in pieces:
+        assert not isinstance(piece, CharSet)  # expand_sets has written them out
         if isinstance(piece, str):
             places = {at + len(piece) for at in places if label.startswith(piece, at)}
-        elif isinstance(piece, Wild) and piece.text == "?":
+        elif piece.text == "?":
             places = {at + 1 for at in places if at < len(label) and label[at] != "/"}
+        elif piece.text == "*":
+            places = _before_slash(places, label)
         elif places:
-            first = min(places)
-            stop = label.find("/", first) if piece == Wild("*") else -1
-            reached = set(range(first, (len(label) if stop < 0 else stop) + 1))
-            # A `*` stops at a `/`: whoever is past it goes on by itself.
-            places = reached | _further(places - reached, label)
+            places = set(range(min(places), len(label) + 1))
     return len(label) in places
 
 
-def _further(places: set[int], label: str) -> set[int]:
+def _before_slash(places: set[int], label: str) -> set[int]:
     reached: set[int] = set()
     for at in sorted(places):
         if at not in reached:
             stop = label.find("/", at)
-            reached |= set(range(at, (len(label) if stop < 0 else stop) + 1))
+            reached.update(range(at, (len(label) if stop < 0 else stop) + 1))
     return reached

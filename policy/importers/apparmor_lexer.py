@@ -9,9 +9,7 @@ import re
 from bisect import bisect_left
 from typing import Final
 
-import msgspec
-
-from policy.importers.report import ImportFileError
+from policy.importers.report import ImportFileError, Source
 
 # Words: a comma belongs to one if it is followed by more of it.
 _WORD: Final = r'(?:[^ \t\r\n"!,\\]|\\.|,(?=[^ \t\r\n"!,]))'
@@ -49,13 +47,6 @@ IN_PARENTHESES: Final = re.compile(
     rf'(?P<skip>[^()"]++|{_QUOTED})|(?P<open>\()|(?P<close>\))', re.DOTALL
 )
 USED_VARIABLE: Final = re.compile(r"@\{([A-Za-z]\w*)\}", re.ASCII)
-
-
-class Source(msgspec.Struct, frozen=True):
-    """A file: its name, and its text."""
-
-    name: str
-    text: str
 
 
 class Cursor:

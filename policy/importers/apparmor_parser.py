@@ -28,15 +28,16 @@ from policy.importers.apparmor_lexer import (
     VARIABLE,
     WORD,
     Cursor,
-    Source,
     unquote,
 )
+from policy.importers.report import Source
 
 # Gives the files that `include <abstractions/base>` (with the angle brackets) or `include "/a/file"` stand
 # for: several for a directory, None if there is no such file.
 Resolver = Callable[[str], Sequence[Source] | None]
 
 MAX_READ: Final = 64 * 2**20  # characters, with all includes
+MAX_DBUS_RULES: Final = 200_000  # of a profile
 MAX_INCLUDES: Final = 10_000
 MAX_DEPTH: Final = 40  # of includes in includes, and of blocks in blocks
 
@@ -48,8 +49,28 @@ _QUALIFIERS: Final = frozenset(
     {"access", "allow", "audit", "deny", "other", "owner", "priority", "prompt", "quiet"}
 )
 _RULES: Final = frozenset(
-    "all capability change_hat change_profile file io_uring link mount mqueue network pivot_root ptrace"
-    " remount set signal subset umount unix unmount userns".split()
+    [
+        "all",
+        "capability",
+        "change_hat",
+        "change_profile",
+        "file",
+        "io_uring",
+        "link",
+        "mount",
+        "mqueue",
+        "network",
+        "pivot_root",
+        "ptrace",
+        "remount",
+        "set",
+        "signal",
+        "subset",
+        "umount",
+        "unix",
+        "unmount",
+        "userns",
+    ]
 )
 _BLOCKS: Final = frozenset({"hat", "profile"})
 _IN_PREAMBLE: Final = frozenset({"abi", "alias"})
@@ -72,7 +93,9 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
 
     profiles: tuple[Profile, ...]
     variables: dict[str, list[str]]
-    unread: tuple[tuple[str, int, str], ...]  # file, line and name of includes that nobody looked up
+    unread: tuple[
+        tuple[str, int, str], ...
+    ]  # file, line and name of includes that nobody looked up
 
 
 class _Scope(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,7 +312,7 @@ class _Parser:
                 raise cursor.error("a variable is set in a profile")
             if keyword is None and cursor.peek() not in {"/", "@", '"'}:
                 raise cursor.error(f"unexpected {cursor.shown()}: no rule begins like this")
-            if keyword is not None and keyword not in _RULES and not _MODES >= set(keyword):
+            if keyword is not None and keyword not in _RULES and not set(keyword) <= _MODES:
                 raise cursor.error(f"unknown rule {keyword!r}", at)
             self._other(cursor, at)
             if keyword == "all":
@@ -300,6 +323,8 @@ class _Parser:
             self._look_at(rule.cursor, value, rule.at)
         if not scope.skipped and scope.profile is not None:
             scope.profile.rules.append(rule)
+            if len(scope.profile.rules) > MAX_DBUS_RULES:
+                raise rule.cursor.error(f"more than {MAX_DBUS_RULES} dbus rules", rule.at)
 
     def _qualifiers(self, cursor: Cursor) -> tuple[frozenset[str], str | None]:
         """Return what stands before the rule, and the word that it begins with."""

@@ -14,6 +14,13 @@ from policy.rules import AccessList
 _SHOWN: Final = 120  # characters of a quoted text
 
 
+class Source(msgspec.Struct, frozen=True):
+    """A file: its name, and its text."""
+
+    name: str
+    text: str
+
+
 class Unsaid(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that the rules do not say, or not exactly."""
 

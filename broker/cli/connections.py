@@ -1,0 +1,111 @@
+"""The commands about snaps and their connections: connect, disconnect, connections, snaps."""
+
+import tomllib
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+
+from broker.cli.client import Client, ask
+from broker.cli.options import JSON, Settings
+from broker.cli.output import print_json, print_line, print_table
+from broker.wire.errors import ConfigError
+
+FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+MAX_FILE: Final = 32 * 1024 * 1024  # bytes
+
+
+@click.command("connect")
+@click.argument("plug", metavar="SNAP:PLUG")
+@click.argument("slot", metavar="SNAP:SLOT")
+@click.pass_obj
+def connect_command(settings: Settings, *, plug: str, slot: str) -> None:
+    """Connect a plug to a slot, and print whose rules that changed. They are in force when this returns."""
+    for line in ask(settings, partial(Client.connect, plug=plug, slot=slot)):
+        print_line(line)
+
+
+@click.command("disconnect")
+@click.argument("plug", metavar="SNAP:PLUG")
+@click.argument("slot", metavar="SNAP:SLOT")
+@click.pass_obj
+def disconnect_command(settings: Settings, *, plug: str, slot: str) -> None:
+    """Undo a connection, and print whose rules that changed. They are out of force when this returns."""
+    for line in ask(settings, partial(Client.disconnect, plug=plug, slot=slot)):
+        print_line(line)
+
+
+@click.command("connections")
+@JSON
+@click.pass_obj
+def connections_command(settings: Settings, *, as_json: bool) -> None:
+    """List the connections."""
+    rows = ask(settings, Client.connections)
+    if as_json:
+        keys = ("plug", "slot", "interface")
+        print_json([dict(zip(keys, row, strict=True)) for row in rows])
+    else:
+        print_table(("PLUG", "SLOT", "INTERFACE"), rows)
+
+
+@click.group("snaps", invoke_without_command=True)
+@JSON
+@click.pass_context
+def snaps_command(ctx: click.Context, *, as_json: bool) -> None:
+    """List the snaps, or `load` others from a file."""
+    if ctx.invoked_subcommand is not None:
+        return
+    world = ask(ctx.obj, Client.snaps)
+    if as_json:
+        print_json(world)
+        return
+    print_table(
+        ("SNAP", "APPS", "PLUGS", "SLOTS"),
+        [
+            (
+                snap["name"],
+                " ".join(snap.get("apps", ())),
+                " ".join(sorted(snap.get("plugs", {}))),
+                " ".join(sorted(snap.get("slots", {})))
+                if not snap.get("system")
+                else "the system's",
+            )
+            for snap in world["snaps"]
+        ],
+    )
+
+
+@snaps_command.command("load")
+@click.argument("file", type=FILE)
+@click.pass_obj
+def load_command(settings: Settings, *, file: Path) -> None:
+    """Have the snaps of FILE (TOML or JSON) and no others. Connections that still make sense are kept."""
+    text = msgspec.json.encode(read_data(file)).decode()
+    ask(settings, partial(Client.load_snaps, snaps=text))
+
+
+def read_data(file: Path) -> Any:
+    """Return what a TOML or JSON file holds. Raises ConfigError."""
+    text = read_text(file)
+    try:
+        if file.suffix == ".toml":
+            return tomllib.loads(text)
+        return msgspec.json.decode(text)
+    except (tomllib.TOMLDecodeError, msgspec.MsgspecError) as exc:
+        raise ConfigError(f"{file}: {exc}") from exc
+    except RecursionError as exc:
+        raise ConfigError(f"{file}: nested too deeply") from exc
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file. Raises ConfigError."""
+    try:
+        if file.stat().st_size > MAX_FILE:
+            raise ConfigError(f"{file}: more than {MAX_FILE} bytes")
+        return file.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"{file}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{file}: not UTF-8 at byte {exc.start}") from exc

@@ -1,0 +1,203 @@
+"""`buswarden policy`: check, show, compare, import and compile policy. Nothing of it asks a broker."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+
+from broker.cli.connections import FILE, read_data, read_text
+from broker.cli.options import JSON
+from broker.cli.output import print_error, print_json, print_line
+from broker.cli.policy_files import import_proxy, make_resolver
+from broker.cli.policy_text import (
+    access_facts,
+    describe_interface,
+    diff_lists,
+    rule_lines,
+    usos_facts,
+)
+from broker.supervisor.snaps import Snaps, load_own_library
+from broker.wire.errors import CallRefusedError, ConfigError
+from policy.compiler import Compiler
+from policy.importers.apparmor import import_apparmor
+from policy.importers.flatpak import import_flatpak
+from policy.importers.report import ImportFileError, Source
+from policy.library import CatalogueError, parse_interface
+from policy.rules import AccessList
+from policy.snaps import SnapError, World, parse_world
+
+FORMAT: Final = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["rules", "usos", "json"]),
+    default="rules",
+    help="rules: as on the command line; usos: as Containers1's a(usos), for each bus; json.",
+)
+
+
+@click.group("policy")
+def policy_command() -> None:
+    """Check, show, compare, import and compile policy. No broker needs to run."""
+
+
+@policy_command.command("lint")
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE)
+def lint_command(*, files: tuple[Path, ...]) -> int:
+    """Check interface files; without FILE the whole catalogue, with /etc's and one's own files."""
+    problems = 0
+    try:
+        if not files:
+            load_own_library()
+    except CatalogueError as exc:
+        problems += 1
+        print_line(str(exc))
+    for file in files:
+        try:
+            parse_interface(read_text(file), name=file.stem, file=str(file))
+        except CatalogueError as exc:
+            problems += 1
+            print_line(str(exc))
+    return 1 if problems else 0
+
+
+@policy_command.command("show")
+@click.argument("interface", metavar="INTERFACE")
+@JSON
+def show_command(*, interface: str, as_json: bool) -> None:
+    """Show what an interface lets plugs and slots do."""
+    library = _library()
+    known = library.interfaces.get(interface)
+    if interface == library.every_snap.name:
+        known = library.every_snap
+    if known is None:
+        raise ConfigError(f"no interface {interface[:100]!r} with D-Bus rules")
+    if as_json:
+        print_json({"name": known.name, "file": known.file, **msgspec.to_builtins(known.interface)})
+        return
+    for line in describe_interface(known):
+        print_line(line)
+
+
+@policy_command.command("diff")
+@click.argument("before", metavar="A", type=FILE)
+@click.argument("after", metavar="B", type=FILE)
+def diff_command(*, before: Path, after: Path) -> None:
+    """Compare what two files give to each app: snaps, or lists made by `compile --format json`."""
+    for line in diff_lists(_read_lists(before), _read_lists(after)):
+        print_line(line)
+
+
+@policy_command.command("import")
+@click.argument(
+    "kind", metavar="KIND", type=click.Choice(["apparmor", "flatpak", "xdg-dbus-proxy"])
+)
+@click.argument("files", metavar="FILE...", nargs=-1, type=FILE, required=True)
+@click.option("--profile", metavar="NAME", help="apparmor: which of the file's profiles.")
+@click.option(
+    "--include",
+    metavar="DIRECTORY",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="apparmor: where includes are, as /etc/apparmor.d. May be repeated.",
+)
+@click.option("--app-id", metavar="ID", help="flatpak: the app, where the metadata does not say.")
+@click.option(
+    "--bus",
+    "buses",
+    metavar="NAME",
+    multiple=True,
+    help="xdg-dbus-proxy: the bus of each address. Default: session. May be repeated.",
+)
+@FORMAT
+def import_command(  # noqa: PLR0913 - one parameter an option
+    *,
+    kind: str,
+    files: tuple[Path, ...],
+    profile: str | None,
+    include: tuple[Path, ...],
+    app_id: str | None,
+    buses: tuple[str, ...],
+    form: str,
+) -> None:
+    """Print the rules that other people's policy means: KIND is apparmor, flatpak or xdg-dbus-proxy.
+
+    Several FILEs are for flatpak: the metadata, then overrides. What no rule says is listed on standard error.
+    """
+    sources = [Source(str(file), read_text(file)) for file in files]
+    if len(sources) > 1 and kind != "flatpak":
+        raise click.UsageError(f"{kind} takes one file")
+    try:
+        if kind == "apparmor":
+            imported = import_apparmor(sources[0], resolve=make_resolver(include), profile=profile)
+        elif kind == "flatpak":
+            imported = import_flatpak(sources, app_id=app_id)
+        else:
+            imported = import_proxy(sources[0], buses or ("session",))
+    except ImportFileError as exc:
+        raise ConfigError(str(exc)) from exc
+    for unsaid in imported.unsaid:
+        print_error(str(unsaid))
+    _print_access({"": imported.access}, form)
+
+
+@policy_command.command("compile")
+@click.argument("file", metavar="FILE", type=FILE)
+@click.option("--app", "apps", metavar="SNAP.APP", multiple=True, help="Only this one's list.")
+@FORMAT
+def compile_command(*, file: Path, apps: tuple[str, ...], form: str) -> None:
+    """Print the access list of each app of the snaps in FILE (TOML or JSON)."""
+    compiler = _compile(file, read_data(file))
+    wanted = {f"snap.{app.removeprefix('snap.')}" for app in apps}
+    if unknown := wanted - set(compiler.tags):
+        raise ConfigError(f"{file}: no app {min(unknown)[:100]}")
+    tags = [tag for tag in compiler.tags if not wanted or tag in wanted]
+    for tag in tags:
+        for text in compiler.left_out(tag):
+            print_error(f"{tag}: left out: {text}")
+    _print_access({tag: compiler.access(tag) for tag in tags}, form)
+
+
+def _print_access(lists: Mapping[str, AccessList], form: str) -> None:
+    """Print lists; the only one may be nobody's."""
+    alone = "" in lists
+    if form == "rules":
+        for tag, access in lists.items():
+            for line in rule_lines(tag, access):
+                print_line(line)
+        return
+    make = usos_facts if form == "usos" else access_facts
+    facts = {tag: make(access) for tag, access in lists.items()}
+    print_json(facts[""] if alone else facts)
+
+
+def _compile(file: Path, data: object) -> Compiler:
+    try:
+        world = parse_world(data)
+        return Snaps(World(), load_own_library).build(world, ())
+    except (SnapError, CallRefusedError) as exc:
+        raise ConfigError(f"{file}: {exc}") from exc
+
+
+def _library() -> Any:
+    try:
+        return load_own_library()
+    except CatalogueError as exc:
+        raise ConfigError(str(exc)) from exc
+
+
+def _read_lists(file: Path) -> dict[str, set[str]]:
+    """Return each app's rules as texts. Raises ConfigError."""
+    data = read_data(file)
+    if isinstance(data, dict) and "snaps" in data:
+        compiler = _compile(file, data)
+        data = {tag: access_facts(compiler.access(tag)) for tag in compiler.tags}
+    try:
+        return {tag: _rule_texts(facts["rules"]) for tag, facts in data.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{file}: neither snaps nor lists of `compile --format json`") from None
+
+
+def _rule_texts(rules: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {f"{'deny' if rule['deny'] else 'allow'} {rule['rule']}" for rule in rules}

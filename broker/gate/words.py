@@ -1,0 +1,20 @@
+"""The first word of a little-endian message's header: byte order, type, flags, version. No I/O."""
+
+from typing import Final
+
+from broker.wire.header import Flag, MessageType
+
+
+def _first_words(message_type: int, *, mute: bool | None = None) -> list[int]:
+    """Return the first words of messages of a type: all known flags, or some."""
+    flags = [f for f in range(8) if mute is None or bool(f & Flag.NO_REPLY_EXPECTED) is mute]
+    return [ord("l") | message_type << 8 | f << 16 | 1 << 24 for f in flags]
+
+
+CALLS: Final = _first_words(MessageType.METHOD_CALL, mute=False)
+MUTE_CALLS: Final = _first_words(MessageType.METHOD_CALL, mute=True)
+SIGNALS: Final = _first_words(MessageType.SIGNAL)
+# A reply carries NO_REPLY_EXPECTED or not, as its sender likes.
+REPLIES: Final = frozenset(
+    _first_words(MessageType.METHOD_RETURN) + _first_words(MessageType.ERROR)
+)

@@ -1,0 +1,228 @@
+"""Why something is allowed or denied, and what would allow it. Pure.
+
+For a denial that no rule caused, three things may help: one rule that allows just this; connections of
+plugs and slots that are there; plugs that the snap does not have. Each says how much it would open, and the least
+comes first. A denial by a deny rule is only explained: no allow helps against it.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final
+
+import msgspec
+
+from policy.blocks import BlockMaker, End
+from policy.compiler import Compiler
+from policy.globs import is_literal
+from policy.match import Judge, Verdict
+from policy.rules import Access, AccessList, Identity, Peer, Rule
+from policy.snaps import Connection, Port, Snap, SnapError, identity_of, tag_of
+
+# Connections that are tried. Those with the other end's snap, and with the system's, come first.
+MAX_TRIED: Final = 500
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """What an app does or would do. `names` and `peer` are about the other end; for `own`, the name."""
+
+    access: Access
+    bus: str
+    names: tuple[str, ...] = ()
+    path: str | None = None
+    interface: str | None = None
+    member: str | None = None
+    peer: Identity | None = None  # None: the host
+    broadcast: bool = False
+
+
+class Remedy(msgspec.Struct, frozen=True, kw_only=True):
+    """What would allow it. One of rule, connection and plug says what is to be added."""
+
+    because: Rule  # that then allows it
+    opens: int  # how much else it allows, for comparing
+    rule: Rule | None = None
+    connection: Connection | None = None
+    plug: str = ""  # the interface of a plug that the snap does not have
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """A verdict, where its rule came from, and what would turn a denial."""
+
+    verdict: Verdict
+    origin: str = ""
+    remedies: tuple[Remedy, ...] = ()
+
+
+def judge(access: AccessList, me: Identity, question: Question) -> Verdict:
+    """Return the verdict of a list."""
+    return ask(Judge(access, bus=question.bus, me=me), question)
+
+
+def ask(judge: Judge, question: Question) -> Verdict:
+    """Return the verdict of a judge, which is for the question's bus."""
+    names, peer = question.names, question.peer
+    message = (question.path, question.interface, question.member)
+    match question.access:
+        case Access.SEND if question.broadcast:
+            return judge.broadcast(*message)
+        case Access.SEND:
+            return judge.send(names, *message, peer)
+        case Access.RECEIVE:
+            return judge.receive(names, *message, peer, broadcast=question.broadcast)
+        case Access.OWN:
+            return judge.own(names[0] if names else "")
+        case Access.SEE:
+            return judge.see(names, peer)
+
+
+def explain_list(access: AccessList, me: Identity, question: Question) -> Explanation:
+    """Explain by a list alone, whoever made it."""
+    verdict = judge(access, me, question)
+    remedies = () if verdict.allowed else tuple(_one_rule(access, me, question))
+    return _explanation(verdict, remedies)
+
+
+def explain(compiler: Compiler, tag: str, question: Question) -> Explanation:
+    """Explain for an app of a snap. Raises SnapError for a tag that no app has."""
+    access = compiler.access(tag)
+    snap, app = _find_app(compiler, tag)
+    me = identity_of(snap.name, app)
+    verdict = judge(access, me, question)
+    if verdict.allowed or verdict.rule is not None:
+        return _explanation(verdict, ())
+    remedies = [*_one_rule(access, me, question)]
+    remedies += _connections(compiler, snap, app, question)
+    remedies += _new_plugs(compiler, snap, app, question)
+    return _explanation(verdict, tuple(sorted(remedies, key=_order)))
+
+
+def narrowest_rule(question: Question) -> Rule:
+    """Return the rule that allows this and as little else as a rule can."""
+    name = next((name for name in question.names if not name.startswith(":")), None)
+    rule = Rule(access=frozenset({question.access}), bus=question.bus, name=name)
+    if question.access is Access.OWN:
+        return rule
+    peer = _peer(question.peer)
+    if question.access is Access.SEE:
+        return msgspec.structs.replace(rule, peer=peer)
+    # Who hears a broadcast is judged at each receiver.
+    everybody = question.access is Access.SEND and question.broadcast
+    return msgspec.structs.replace(
+        rule,
+        name=None if everybody else name,
+        path=question.path,
+        interface=question.interface,
+        member=question.member,
+        peer=None if everybody else peer,
+    )
+
+
+def breadth(rules: Iterable[Rule]) -> int:
+    """Estimate how much rules allow: 1 for a rule that is literal throughout."""
+    return sum(_breadth(rule) for rule in rules if not rule.deny)
+
+
+def _breadth(rule: Rule) -> int:
+    # Twice as much for a pattern, four times for "any".
+    texts = [rule.bus, rule.name]
+    if rule.access != {Access.OWN}:
+        texts += [rule.path, rule.interface, rule.member]
+    doubled = sum(2 if text is None else not is_literal(text) for text in texts)
+    if rule.peer is None and Access.OWN not in rule.access:
+        doubled += 2
+    return len(rule.access - {Access.SEE} or {Access.SEE}) << doubled
+
+
+def _explanation(verdict: Verdict, remedies: tuple[Remedy, ...]) -> Explanation:
+    origin = verdict.rule.origin if verdict.rule is not None else ""
+    return Explanation(verdict=verdict, origin=origin, remedies=remedies)
+
+
+def _order(remedy: Remedy) -> tuple[int, int, str]:
+    # What the administrator can do at once comes before what needs another snap.
+    what = f"{remedy.connection or ''}{remedy.plug}"
+    return bool(remedy.plug), remedy.opens, what
+
+
+def _one_rule(access: AccessList, me: Identity, question: Question) -> Iterator[Remedy]:
+    rule = narrowest_rule(question)
+    more = msgspec.structs.replace(access, rules=(*access.rules, rule))
+    if judge(more, me, question).allowed:
+        yield Remedy(because=rule, opens=breadth([rule]), rule=rule)
+
+
+def _connections(compiler: Compiler, snap: Snap, app: str, question: Question) -> Iterator[Remedy]:
+    tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
+    near = {question.peer.app} if question.peer is not None else set()
+    near |= {other.name for other in compiler.snaps.values() if other.system}
+    others = sorted(compiler.snaps.values(), key=lambda each: (each.name not in near, each.name))
+    for connection in islice(_candidates(compiler, snap, app, others), MAX_TRIED):
+        changes = compiler.preview(connection)
+        added = [rule for change in changes if change.tag == tag for rule in change.added]
+        because = _allowing(added, me, question)
+        if because is not None:
+            all_added = [rule for change in changes for rule in change.added]
+            yield Remedy(because=because, opens=breadth(all_added), connection=connection)
+
+
+def _candidates(
+    compiler: Compiler, snap: Snap, app: str, others: list[Snap]
+) -> Iterator[Connection]:
+    """Find what the app's plugs and slots could be connected to, and are not."""
+    for other in others:
+        for name, port in _ports_of(snap.plugs, snap, app):
+            for slot, there in other.slots.items():
+                if there.interface == port.interface:
+                    yield from _unconnected(compiler, (snap.name, name), (other.name, slot))
+        for name, port in _ports_of(snap.slots, snap, app):
+            for plug, there in other.plugs.items():
+                if there.interface == port.interface:
+                    yield from _unconnected(compiler, (other.name, plug), (snap.name, name))
+
+
+def _ports_of(ports: dict[str, Port], snap: Snap, app: str) -> list[tuple[str, Port]]:
+    return [(name, port) for name, port in ports.items() if app in snap.apps_of(port)]
+
+
+def _unconnected(
+    compiler: Compiler, plug: tuple[str, str], slot: tuple[str, str]
+) -> Iterator[Connection]:
+    connection = Connection(plug_snap=plug[0], plug=plug[1], slot_snap=slot[0], slot=slot[1])
+    if not compiler.is_connected(connection):
+        yield connection
+
+
+def _new_plugs(compiler: Compiler, snap: Snap, app: str, question: Question) -> Iterator[Remedy]:
+    """Find interfaces of the host of which the snap has no plug."""
+    tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
+    library, maker = compiler.library, BlockMaker(compiler.library, compiler.system)
+    host = library.system_snap(compiler.system)
+    has = {port.interface for _, port in _ports_of(snap.plugs, snap, app)}
+    for name in sorted(host.slots.keys() - has):
+        with_plug = msgspec.structs.replace(snap, plugs={name: Port(interface=name)})
+        try:
+            plug = End(library, "plug", with_plug, name)
+            made = maker.connected(plug, End(library, "slot", host, name))
+        except SnapError:
+            continue  # it needs attributes
+        added = [rule for _, blocks in made if tag in blocks for rule in blocks[tag].rules]
+        because = _allowing(added, me, question)
+        if because is not None:
+            yield Remedy(because=because, opens=breadth(added), plug=name)
+
+
+def _allowing(added: list[Rule], me: Identity, question: Question) -> Rule | None:
+    verdict = judge(AccessList(rules=tuple(added), receive_from_host=False), me, question)
+    return verdict.rule if verdict.allowed else None
+
+
+def _find_app(compiler: Compiler, tag: str) -> tuple[Snap, str]:
+    # A snap's name has no dot.
+    _, name, app = tag.split(".", 2)
+    return compiler.snaps[name], app
+
+
+def _peer(identity: Identity | None) -> Peer:
+    if identity is None:
+        return Peer(kind="host")
+    return Peer(kind="app", type=identity.type, app=identity.app, component=identity.component)

@@ -1,0 +1,143 @@
+"""Every rule that is known of snapd, against what the catalogue makes of it."""
+
+from collections import Counter
+from functools import cache
+
+import msgspec
+import pytest
+
+from policy.compiler import Compiler
+from policy.explain import Question, ask
+from policy.interface import SYSTEMS
+from policy.library import load_library
+from policy.match import Judge
+from policy.rules import Access, AccessList, Identity
+from policy.snaps import Snap, World, identity_of
+from tests import facts
+from tests.facts import PLUG_APP, SLOT_APP, Message, Scene
+
+LIBRARY = load_library()
+IDLE = [facts.replace_component(each, "idle") for each in (PLUG_APP, SLOT_APP)]
+
+
+def tag(me: Identity) -> str:
+    return f"snap.{me.app}.{me.component}"
+
+
+class Asker:
+    """Answers for one app, on whatever bus."""
+
+    def __init__(self, access: AccessList, me: Identity) -> None:
+        self._judge = cache(lambda bus: Judge(access, bus=bus, me=me))
+
+    def allows(self, message: Message) -> bool:
+        question = Question(
+            access=Access(message.access),
+            bus=message.bus,
+            names=message.names,
+            path=message.path,
+            interface=message.interface,
+            member=message.member,
+            peer=message.peer,
+        )
+        return ask(self._judge(message.bus), question).allowed
+
+
+def test_there_are_all_the_rules() -> None:
+    made = Counter(
+        {name: sum(map(len, known.sections.values())) for name, known in LIBRARY.interfaces.items()}
+    )
+    assert made == {name: len(facts.BY_NAME[name]["rules"]) for name in facts.INTERFACES}
+    everybody = len(LIBRARY.every_snap.sections["every-snap"])
+    assert everybody == 8
+    assert made.total() + everybody == 866
+
+
+@pytest.mark.parametrize("interface", facts.INTERFACES)
+def test_verdicts_are_those_of_snapd(interface: str) -> None:
+    seen: set[int] = set()
+    for scene in facts.scenes(interface):
+        compiler = Compiler(LIBRARY, scene.world())
+        for me in (PLUG_APP, SLOT_APP, *IDLE):
+            seen |= check_app(scene, me, compiler.access(tag(me)))
+    missed = [
+        rule
+        for rule in facts.BY_NAME[interface]["rules"]
+        if id(rule) not in seen and not facts.gives_nothing(rule)
+    ]
+    assert not missed
+
+
+def check_app(scene: Scene, me: Identity, access: AccessList) -> set[int]:
+    """Check one app of a scene; return which rules were seen to work."""
+    mine = facts.rules_of(scene, me)
+    known, asker = facts.Known(mine, scene, me), Asker(access, me)
+    judged: set[Message] = set()
+    seen: set[int] = set()
+    # The other apps of the two snaps try what those with the plug and the slot may do.
+    is_mine = me.component != "idle"
+    for rule in mine if is_mine else facts.BY_NAME[scene.interface]["rules"]:
+        for number, message in enumerate(facts.examples(rule, scene, me)):
+            if is_mine:
+                assert known.allows(message) or rule.get("effect") == "deny"
+                seen.add(id(rule))
+            near = facts.near_misses(message) if number == 0 else ()
+            for each in {message, *near} - judged:
+                assert asker.allows(each) == known.allows(each), (scene, me, each)
+                judged.add(each)
+    return seen
+
+
+@pytest.mark.parametrize("interface", facts.INTERFACES)
+def test_nothing_is_left_out_for_snaps_with_good_names(interface: str) -> None:
+    for scene in facts.scenes(interface):
+        compiler = Compiler(LIBRARY, scene.world())
+        assert not [text for each in compiler.tags for text in compiler.left_out(each)]
+
+
+@pytest.mark.parametrize("interface", ["network-manager", "mpris", "avahi-observe", "bluez"])
+def test_unconnected_is_what_is_permanent(interface: str) -> None:
+    scene = facts.scenes(interface)[-1]
+    world = msgspec.structs.replace(scene.world(), connections=())
+    compiler = Compiler(LIBRARY, world)
+    for me in (PLUG_APP, SLOT_APP):
+        rules = [rule for rule in facts.rules_of(scene, me) if rule.get("when") != "connected"]
+        known = facts.Known(rules, scene, me)
+        asker = Asker(compiler.access(tag(me)), me)
+        for rule in facts.rules_of(scene, me):
+            for message in facts.examples(rule, scene, me):
+                assert asker.allows(message) == known.allows(message)
+
+
+def test_broadcasts_go_out_by_rules_without_a_name_or_with_that_of_the_bus() -> None:
+    scene = Scene(interface="mpris", system="core", system_slot=False)
+    judge = Judge(
+        Compiler(LIBRARY, scene.world()).access(tag(SLOT_APP)), bus="session", me=SLOT_APP
+    )
+    path, properties = "/org/mpris/MediaPlayer2", "org.freedesktop.DBus.Properties"
+    assert judge.broadcast(path, properties, "PropertiesChanged").allowed
+    assert judge.broadcast(path, "org.mpris.MediaPlayer2.Player", "Seeked").allowed
+    assert not judge.broadcast(path, "org.mpris.MediaPlayer2.TrackList", "TrackAdded").allowed
+    assert not judge.broadcast("/other", properties, "PropertiesChanged").allowed
+
+
+def test_who_may_be_talked_to_may_be_seen() -> None:
+    # account-control names no bus name: only that the other end is the host.
+    scene = Scene(interface="account-control", system="classic", system_slot=True)
+    access = Compiler(LIBRARY, scene.world()).access(tag(PLUG_APP))
+    judge = Judge(access, bus="system", me=PLUG_APP)
+    assert judge.see(("org.freedesktop.Accounts",), None).allowed
+    assert not judge.see(("org.example.App",), facts.STRANGER).allowed
+    assert not Judge(access, bus="session", me=PLUG_APP).see(("org.x.Y",), None).allowed
+
+
+def test_snaps_in_classic_confinement_may_do_everything() -> None:
+    snap = Snap(name="free", apps=("app",), confinement="classic")
+    for system in SYSTEMS:
+        world, free = World(system=system, snaps=(snap,)), system == "classic"
+        me = identity_of("free", "app")
+        judge = Judge(Compiler(LIBRARY, world).access("snap.free.app"), bus="session", me=me)
+        message = ("/a", "org.x.Y", "Z")
+        assert judge.send(("org.x.Y",), *message, facts.STRANGER).allowed is free
+        assert judge.receive((":1.5",), *message, None, broadcast=True).allowed is free
+        assert judge.own("org.x.Y").allowed is free
