@@ -51,7 +51,7 @@ def forge(
             array += value
             continue
         array += padding * (-len(array) % (1 if signature == "g" else 4))
-        array += encode(signature, (value,))
+        array += encode(signature.replace("o", "s"), (value,))  # where "o" would be checked
     announced = len(array) if fields_length is None else fields_length
     size = len(body) if body_length is None else body_length
     head = struct.pack("<BBBBIII", endian[0], kind, flags, version, size, serial, announced)

@@ -221,7 +221,7 @@ def test_f6_sandbox_that_is_stopped(scene: Scene, stage: Stage) -> None:
 
 
 def test_f8_no_sandbox_changes_anything(stage: Stage) -> None:
-    # PortalsAsHost and all rights there are: the supervisor asks the gate who it is.
+    # Whatever its rules let it say: the supervisor asks the gate who it is.
     app = stage.app("send+receive+see:", f"send:{NAME}")
     own = stage.sandbox(app)
     before = stage.warden.list_sandboxes()

@@ -220,6 +220,23 @@ def test_d18_hidden_owners_of_visible_names_are_not_told(stage: Stage) -> None:
     assert told(app) == [(name, "", host.unique_name)]
 
 
+def test_d18_owner_that_takes_a_hidden_name_leaves_sight(stage: Stage) -> None:
+    name, secret = stage.name(), stage.name()
+    host = stage.host(name)
+    app = stage.app("see:org.example.*", deny=[f"see:{secret}"])
+    app.add_match(f"{OWNER_CHANGED},arg0='{name}'")
+    for _ in range(2):
+        assert app.name_owner(name) == host.unique_name
+        assert host.request_name(secret) == 1
+        assert told(app) == [(name, host.unique_name, "")]
+        assert app.driver("NameHasOwner", "s", name) == (False,)
+        assert host.release_name(secret) == 1
+        assert told(app) == [(name, "", host.unique_name)]
+    assert host.request_name(secret) == 1
+    assert host.release_name(name) == 1
+    assert told(app) == [(name, host.unique_name, "")]
+
+
 @pytest.mark.parametrize("member", ["NameAcquired", "NameLost"])
 def test_d19_names_of_others_are_not_told(stage: Stage, member: str) -> None:
     name, own = stage.name(), stage.name()

@@ -60,7 +60,7 @@ def forge(
     settle(sender)
 
 
-def with_fd(kind: MessageType, serial: int, destination: str, reply_to: int = 0) -> bytes:
+def with_fd(kind: MessageType, serial: int, destination: str | None, reply_to: int = 0) -> bytes:
     is_reply = kind == MessageType.METHOD_RETURN
     header = make_header(
         kind,
@@ -175,6 +175,7 @@ def test_c22_descriptors_for_who_takes_none(stage: Stage) -> None:
         assert host.wait_reply(900).error == f"{ERROR}NotSupported"
         signal = with_fd(MessageType.SIGNAL, 901, app.unique_name)
         host.send_raw(signal, [write_end])
+        host.send_raw(with_fd(MessageType.SIGNAL, 903, None), [write_end])
         serial = app.start_call(name, PATH, INTERFACE, "Do")
         got = host.wait_call("Do").header.serial
         answer = with_fd(MessageType.METHOD_RETURN, 902, app.unique_name, got)

@@ -96,6 +96,11 @@ class Scene:
         while self._sockets:
             self._sockets.pop().close()
 
+    def assert_alive(self, client: RawClient) -> None:
+        """Assert that the gate still serves this connection."""
+        client.queue.clear()
+        echo(client)
+
     def assert_closed(self, client: RawClient, timeout: float = 3.0) -> None:
         """Assert that the gate ended this connection, and contained it."""
         assert client.is_closed(timeout), "the connection was not ended"
@@ -135,7 +140,11 @@ def open_scene(warden: Warden, rules: Sequence[str] = RULES) -> Iterator[Scene]:
     finally:
         scene.leave()
     warden.close_apps(but=(scene.sibling, scene.other, scene.host))
-    wait_for(lambda: _is_quiet(scene))
+    try:
+        wait_for(lambda: _is_quiet(scene))
+    except AssertionError:
+        print(scene.connections(), scene.use())
+        raise
     warden.tidy()
     wait_for(lambda: open_fds(warden) == before_fds)
     assert memory(warden.gate_pid) - before_memory < MEMORY_SLACK, "memory was not given back"

@@ -101,14 +101,15 @@ def scenes(interface: str) -> list[Scene]:
     ]
 
 
-def rules_of(scene: Scene, me: Identity) -> list[dict[str, Any]]:
-    """Return the rules that an app has in this scene."""
+def rules_of(scene: Scene, me: Identity, *, as_written: bool = False) -> list[dict[str, Any]]:
+    """Return the rules that an app has in this scene; as snapd wrote them, or as they are meant."""
     side = {PLUG_APP: "plug", SLOT_APP: "slot"}.get(me)
     own = [rule for rule in BY_NAME[scene.interface]["rules"] if rule["side"] == side]
     if scene.system_slot:  # then the provider is not connected
         own = [rule for rule in own if side == "plug" or rule["when"] == "permanent"]
-    all_have = [_for_driver(rule) for rule in BY_NAME["_template_"]["rules"]]
-    all_have += BY_NAME["_abstractions_"]["rules"]
+    all_have = BY_NAME["_template_"]["rules"]
+    all_have = all_have if as_written else [_for_driver(rule) for rule in all_have]
+    all_have = all_have + BY_NAME["_abstractions_"]["rules"]
     return [rule for rule in own + all_have if _applies(rule, scene)]
 
 
@@ -159,6 +160,18 @@ def examples(rule: dict[str, Any], scene: Scene, me: Identity) -> Iterator[Messa
                 yield Message(access=access, **{**first, key: value})
 
 
+def tries(scene: Scene, me: Identity) -> set[Message]:
+    """Make messages that match the rules of an app, and near misses of one for each rule."""
+    # The other apps of the two snaps try what those with the plug and the slot may do.
+    is_end = me in {PLUG_APP, SLOT_APP}
+    found: set[Message] = set()
+    for rule in rules_of(scene, me) if is_end else BY_NAME[scene.interface]["rules"]:
+        matching = list(examples(rule, scene, me))
+        found.update(matching)
+        found.update(near for message in matching[:1] for near in near_misses(message))
+    return found
+
+
 def near_misses(message: Message) -> Iterator[Message]:
     """Make messages that differ in one thing."""
     parent = message.path.rpartition("/")[0] or "/"
@@ -173,6 +186,8 @@ def near_misses(message: Message) -> Iterator[Message]:
     yield replace(message, bus="other")
     yield replace(message, names=("org.example.Other",))
     yield replace(message, names=(f"{message.names[0]}.off",))
+    if "." in message.names[0]:
+        yield replace(message, names=(message.names[0].rpartition(".")[0],))
     yield replace(message, names=(":1.9", DRIVER))
     for peer in (None, PLUG_APP, SLOT_APP, STRANGER):
         yield replace(message, peer=peer)

@@ -98,9 +98,6 @@ def test_rule_becomes(text: str, rules: list[str]) -> None:
         ('"{unconfined,/usr/sbin/x}"', ["host"]),
         ("snap.bar.*", [f"app:{SNAP}/bar"]),
         ("snap.bar.**", [f"app:{SNAP}/bar"]),
-        ("snap.foo.*", ["same-app"]),
-        ("snap.@{SNAP}.*", ["same-app"]),
-        ("@{profile_name}", [f"app:{SNAP}/foo#app"]),
         ("*", [""]),
         ("snap.b[a]r.x", [f"app:{SNAP}/bar#x"]),
         ("snap.bar.x*", [f"app:{SNAP}/bar#x1", f"app:{SNAP}/bar#x2"]),
@@ -112,6 +109,28 @@ def test_label_becomes(label: str, peers: list[str]) -> None:
     known = ["snap.bar.x1", "snap.bar.x2", "snap.baz.y", "/usr/bin/x1", "snap.a/b.x"]
     rules = said(f"dbus send peer=(label={label}),", known=known, preamble="@{SNAP}=foo")
     assert rules == [f"send:,peer={peer}" if peer else "send:" for peer in peers]
+
+
+@pytest.mark.parametrize(
+    ("label", "peer"),
+    [
+        ("snap.foo.*", "same-app"),
+        ("snap.@{SNAP}.*", "same-app"),
+        ("@{profile_name}", f"app:{SNAP}/foo#app"),
+        ("snap.foo.other", f"app:{SNAP}/foo#other"),
+    ],
+)
+def test_what_goes_to_the_own_snap_is_no_broadcast(label: str, peer: str) -> None:
+    def rules(rule: str) -> list[str]:
+        return said(f"{rule} peer=({label}),", preamble="@{SNAP}=foo")
+
+    label = f"label={label}"
+    assert rules("dbus send path=/a") == [f"send:*@/a,peer={peer}"]
+    assert rules("dbus (send, receive)") == [f"send+receive:*,peer={peer}"]
+    assert rules("dbus receive") == [f"receive:,peer={peer}"]
+    assert rules("deny dbus send") == [f"deny send:,peer={peer}"]
+    label += " name=org.a"
+    assert rules("dbus send") == [f"send:org.a,peer={peer}"]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +236,7 @@ def test_one_profile_is_chosen() -> None:
 def test_label_of_a_profile_that_is_no_snap_is_the_same_app() -> None:
     text = "@{N}=/usr/bin/x\nprofile @{N} {\n dbus send peer=(label=@{profile_name}), }"
     got = import_apparmor(Source("f", text))
-    assert [format_rule(rule) for rule in got.access.rules] == ["send:,peer=same-app"]
+    assert [format_rule(rule) for rule in got.access.rules] == ["send:*,peer=same-app"]
 
 
 def test_a_profile_that_is_named_by_itself_is_refused() -> None:
@@ -234,7 +253,7 @@ def test_what_an_import_makes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(got) == 4
     assert "the report ends here" in got[-1].reason
     with pytest.raises(ImportFileError, match="more than 10 rules"):
-        imported('dbus bind name="org.a-[0-9][0-9]",')
+        imported('dbus bind name="org.a{0,1,2,3,4,5}{6,7}",')
     monkeypatch.setattr(apparmor, "MAX_WRITTEN", 10)
     with pytest.raises(ImportFileError, match="f:3: its alternatives"):
         imported("dbus send path=/{a,b}{a,b},")

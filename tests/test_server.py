@@ -29,6 +29,8 @@ from broker.gate.control import (
     StopListening,
     StopSandbox,
     TakeSnapshot,
+    TakeUse,
+    Use,
     WhoIs,
     make_frame,
 )
@@ -262,3 +264,22 @@ def test_descriptors_of_a_refused_request_are_closed(supervisor: Supervisor) -> 
     os.close(reading)
     os.close(writing)
     assert count_fds() == before
+
+
+def test_use_is_told_of_one_sandbox_and_of_all(supervisor: Supervisor) -> None:
+    assert supervisor.ask(TakeUse()) == Use()
+    supervisor.add("c0")
+    supervisor.add("c1")
+    apps = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for app, name in zip(apps, ("c0", "c1", "c1"), strict=True):
+        app.connect(str(supervisor.folder / name))
+    supervisor.turn()
+    one, both = supervisor.ask(TakeUse("c1")), supervisor.ask(TakeUse())
+    assert isinstance(one, Use)
+    assert isinstance(both, Use)
+    assert (one.connections, one.handshake_seconds) == (2, 2)
+    assert (both.connections, both.handshake_seconds) == (3, 3)
+    assert 0 < one.messages_per_second < both.messages_per_second
+    assert isinstance(supervisor.ask(TakeUse("c9")), Refused)
+    for app in apps:
+        app.close()

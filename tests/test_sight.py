@@ -98,6 +98,16 @@ def test_owner_that_may_not_be_seen_is_not_told() -> None:
     assert told(talk.change("org.a", ":1.2")) == [("org.a", "", ":1.2")]
 
 
+def test_owner_that_takes_a_hidden_name_leaves_sight_with_its_names() -> None:
+    talk = Dialogue(access("see:org.a", deny=["see:org.b"]), owners={"org.a": ":1.2"})
+    talk.subscribe("member='NameOwnerChanged'")
+    assert told(talk.change("org.b", ":1.2")) == [("org.a", ":1.2", "")]
+    assert not sees(talk, "org.a")
+    assert told(talk.change("org.b", "")) == [("org.a", "", ":1.2")]
+    talk.change("org.b", ":1.2")
+    assert not told(talk.change("org.a", ""))
+
+
 def test_caller_that_is_gone_is_as_one_that_never_was() -> None:
     talk = Dialogue(access("send:org.c"), owners=OWNERS)
     talk.deliver(changed(call(8, ME), sender=":1.2"))

@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from broker.engines.base import EngineLostError
 from broker.supervisor import snaps as snaps_module
 from broker.supervisor.registry import PORTAL_RULES
 from broker.supervisor.spec import MAX_RULES
@@ -134,6 +135,24 @@ async def test_what_the_gate_does_not_take_is_undone(stage: Stage, error: Except
         await stage.load()
     assert stage.has(remote)
     assert len(stage.state.load_world().snaps) == 3
+
+
+async def test_an_undoing_that_the_gate_does_not_take_is_left_to_its_next_snapshot(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = await stage.add("remote")
+
+    async def refuse(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise lost()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.engine, "set_access", refuse)
+        with pytest.raises(EngineLostError):
+            await stage.policy.connect(ME, *PAIR)
+    record = stage.supervisor.registry.find(remote).record
+    assert stage.supervisor.in_force(record) == stage.engine.access[remote]
+    assert stage.state.load_world().connections == ()
 
 
 async def test_what_cannot_be_stored_is_undone(

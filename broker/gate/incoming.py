@@ -94,14 +94,12 @@ class Incoming:
             return
         arguments = marshal.read_body("sss", data[header.size :], little=header.little)
         name, old, new = (str(argument) for argument in arguments)
-        told = self._sight.owner_changed(name, old, new)
-        if told is None:
-            return
-        if told != (old, new):
-            self.tell_owner_change(name, *told)
-        # Our own match rules bring changes that the app has not asked for.
-        elif self._wants_owner_change(name, old, new):
-            self._core.deliver(self._clean(header, data))
+        for change in self._sight.owner_changed(name, old, new):
+            if change != (name, old, new):
+                self.tell_owner_change(*change)
+            # Our own match rules bring changes that the app has not asked for.
+            elif self._wants_owner_change(*change):
+                self._core.deliver(self._clean(header, data))
 
     def _wants_owner_change(self, name: str, old: str, new: str) -> bool:
         return any(

@@ -42,6 +42,9 @@ def _contained(method: Callable[["Link"], None]) -> Callable[["Link"], None]:
         except (OSError, BrokerError) as exc:
             self.sandbox.complaints.add("peer-lost", str(exc))
             self.close(str(exc))
+        except MemoryError:
+            self.sandbox.complaints.add("peer-lost", "no memory for what it sent")
+            self.close("no memory")
         except Exception:  # noqa: BLE001 - one sandbox's bytes must not end the gate, whatever we did wrong
             self.sandbox.complaints.add("peer-defect", traceback=True)
             self.close("defect")
@@ -60,6 +63,7 @@ class Link:
         self._bus: Final = bus
         self._app: Final = Pipe(loop, sock, self._greet_app, self._app_drained)
         self._server: Final = SaslServer(sandbox.spec.uid, guid)
+        self._bus_sock: socket.socket | None = None
         self._upstream: Pipe | None = None
         self._client: SaslClient | None = None
         self._filter: Filter | None = None
@@ -67,6 +71,7 @@ class Link:
         self._closed = False
         self._new_judge: Judge | None = None
         self._goes_on = False  # in the next turn
+        self._is_throttled = False
         # First the handshake's; then, now and then, that of a message which is half here.
         self._deadline: Timer | None = loop.call_later(
             sandbox.limits.handshake_seconds, self._too_slow
@@ -106,6 +111,8 @@ class Link:
         self._app.close()
         if self._upstream is not None:
             self._upstream.close()
+        elif self._bus_sock is not None:
+            self._bus_sock.close()
         self.sandbox.link_closed(self)
 
     def _filter_closed(self, closing: Filter) -> None:
@@ -157,14 +164,14 @@ class Link:
             self.sandbox.complaints.add("bus-unreachable", self._bus.name)
             self.close("the bus cannot be reached")
             return
-        self._upstream = Pipe(self._loop, sock, self._greet_bus, self._bus_drained)
-        self._client = SaslClient(self.sandbox.spec.uid)
-        self._write_hello()
+        self._bus_sock = sock
+        self._greet()
 
     @_contained
-    def _write_hello(self) -> None:
-        assert self._upstream is not None
-        assert self._client is not None
+    def _greet(self) -> None:
+        assert self._bus_sock is not None
+        self._upstream = Pipe(self._loop, self._bus_sock, self._greet_bus, self._bus_drained)
+        self._client = SaslClient(self.sandbox.spec.uid)
         self._upstream.write([self._client.start()])
 
     @_contained
@@ -234,13 +241,13 @@ class Link:
         if core.to_bus:
             upstream.write(core.to_bus)
         if judging.spent:
-            self.sandbox.charge(judging.spent)
+            self._is_throttled = self.sandbox.charge(judging.spent)
             judging.spent = 0
         if judging.yielded:
             self._go_on_soon()
         if judging.from_app.unfinished and self._deadline is None:
             self._watch_message(judging.from_app.unfinished)
-        self._app.pause(reading=not (judging.held or upstream.queued or self.sandbox.is_throttled))
+        self._app.pause(reading=not (judging.held or upstream.queued or self._is_throttled))
 
     def _check_fds(self) -> None:
         limit = self.sandbox.limits.fds
@@ -279,15 +286,16 @@ class Link:
         return count + (self._upstream.queued_fds if self._upstream is not None else 0)
 
     @_contained
-    def throttle(self) -> None:
-        """Read on from the app, or not, as the sandbox's budget of messages wants it."""
+    def read_on(self) -> None:
+        """The sandbox's budget of messages has filled up."""
+        self._is_throttled = False
         if self._filter is not None:
             self._send()
 
     def _go_on_soon(self) -> None:
         upstream = self._upstream
         assert upstream is not None
-        if not (self._goes_on or upstream.queued or self.sandbox.is_throttled):
+        if not (self._goes_on or upstream.queued or self._is_throttled):
             self._goes_on = True
             self._loop.next_turn(self._go_on)
 
@@ -310,7 +318,7 @@ class Link:
         judging, upstream = self._filter, self._upstream
         assert judging is not None
         assert upstream is not None
-        paused = judging.held or upstream.queued or self.sandbox.is_throttled
+        paused = judging.held or upstream.queued or self._is_throttled
         if judging.from_app.unfinished == number and not paused:
             seconds = self.sandbox.limits.message_seconds
             text = f"a message half sent for message_seconds={seconds}"

@@ -48,8 +48,8 @@ class Loop:
 
     def add(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler(events)` when one of `events` is there."""
-        self._handlers[fd] = handler
         self._epoll.register(fd, events)
+        self._handlers[fd] = handler
 
     def change(self, fd: int, events: int) -> None:
         """Wait for other events."""

@@ -168,9 +168,12 @@ class Sandbox:
                     self._loop.change(fd, 0)
                     self._loop.call_later(ACCEPT_PAUSE, partial(self._accept_again, fd))
                 return
-            self._take(connection, listener)
-            self.charge(CONNECTION_COST)
-            if self.is_throttled:
+            try:
+                self._take(connection, listener)
+            except (OSError, MemoryError) as exc:  # e.g. no room in the loop
+                connection.close()
+                self.complaints.add("accept", str(exc))
+            if self.charge(CONNECTION_COST):
                 return
 
     def _accept_again(self, fd: int) -> None:
@@ -213,13 +216,17 @@ class Sandbox:
 
     # -- budgets -----------------------------------------------------------------------------------
 
-    def charge(self, cost: int) -> None:
-        """Take note of messages. Who sends more than the budget is read more slowly, until it has filled up again."""
+    def charge(self, cost: int) -> bool:
+        """Take note of messages. True: whoever sent them is not to be read until `read_on`.
+
+        The sandbox's other connections get one read each meanwhile: one cannot starve them.
+        """
         self.messages.left -= cost
         if self.messages.left < 0 and not self.is_throttled and (wait := self.messages.pause()):
             self._throttled_count += 1
             self._throttle(throttled=True)
             self._loop.call_later(wait, self._waited)
+        return self.is_throttled
 
     def _waited(self) -> None:
         if self._is_over:
@@ -228,13 +235,13 @@ class Sandbox:
             self._loop.call_later(wait, self._waited)
         else:
             self._throttle(throttled=False)
+            for link in list(self.links):
+                link.read_on()
 
     def _throttle(self, *, throttled: bool) -> None:
         self.is_throttled = throttled
         for fd in self._listening:
             self._loop.change(fd, 0 if throttled else READABLE)
-        for link in list(self.links):
-            link.throttle()
 
     @property
     def fds(self) -> int:

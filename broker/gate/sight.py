@@ -53,24 +53,30 @@ class Sight:
             if target.owner and self.sees(name)
         }
 
-    def owner_changed(self, name: str, old: str, new: str) -> tuple[str, str] | None:
-        """Take note of a NameOwnerChanged; return the owners as the app may hear of it, None if it may not.
+    def owner_changed(self, name: str, old: str, new: str) -> list[tuple[str, str, str]]:
+        """Take note of a NameOwnerChanged; return the changes that the app may hear of.
 
         A name may move from an owner that is seen to one that is not: then it goes, for the app, and no
-        unique name is told that it cannot ask about.
+        unique name is told that it cannot ask about. And with a name its owner may come into sight or
+        leave it, with all that it is called.
         """
         if name[:1] == ":":
             told = self.sees(name) or name in self._lately
             if not new:
                 self._core.callers.pop(name, None)
                 self._lately.pop(name, None)
-            return (old, new) if told else None
+            return [(name, old, new)] if told else []
         told_old = old if self.sees(name) else ""
-        old_seen = bool(old) and self.sees(old)
+        old_seen, new_seen = bool(old) and self.sees(old), bool(new) and self.sees(new)
         self._owners.changed(name, new)
         if old_seen:
             self._lately[old] = None
             if len(self._lately) > MAX_LATELY_SEEN:
                 self._lately.popitem(last=False)
         told_new = new if self.sees(name) else ""
-        return (told_old, told_new) if told_old or told_new else None
+        changes = [(name, told_old, told_new)] if told_old or told_new else []
+        for owner, before in ((old, old_seen), (new, new_seen)):
+            if owner and self.sees(owner) is not before:
+                others = sorted(self._owners.names_of(owner) - {name, owner})
+                changes += [(each, *((owner, "") if before else ("", owner))) for each in others]
+        return changes

@@ -180,7 +180,8 @@ def _sequence(tokens: list[Piece], at: int, most: int) -> tuple[list[Alternative
             more, at = _group(tokens, at + 1, most)
             if len(found) * len(more) > most:
                 raise UnsayableError("it has too many alternatives")
-            found = [left + right for left in found for right in more]
+            # `{,x}{,x}` has `x` twice: snapd's text for "up to eight digits" is of that kind.
+            found = list(dict.fromkeys(left + right for left in found for right in more))
             start = at
         else:
             at += 1

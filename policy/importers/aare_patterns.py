@@ -8,6 +8,7 @@ import msgspec
 
 from policy.globs import (
     MAX_ALTERNATIVES,
+    MAX_NAME,
     MAX_PATTERN,
     PatternError,
     compile_interface,
@@ -50,7 +51,6 @@ NAME: Final = Kind(
     what="bus name",
     plain=_ALNUM | {"-"},
     special=frozenset(".:"),
-    classes=False,
     compile=parse_name_pattern,
 )
 
@@ -189,8 +189,9 @@ def _checked(text: str, kind: Kind) -> str | None:
             raise UnsayableError("it is a pattern of unique names")
         if text.endswith(".*"):
             text = f"{text[:-1]}?*"  # `.*` alone is a subtree for us, with its top
-    if not literal and len(text) > MAX_PATTERN:
-        raise UnsayableError(f"it is longer than {MAX_PATTERN} characters")
+    most = MAX_NAME if kind is NAME else MAX_PATTERN
+    if not literal and len(text) > most:
+        raise UnsayableError(f"it is longer than {most} characters")
     try:
         kind.compile(text)
     except PatternError:

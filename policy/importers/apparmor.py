@@ -21,6 +21,7 @@ from policy.importers.apparmor_parser import PROFILE_NAME, Profile, Resolver, pa
 from policy.importers.report import Imported, ImportFileError, Source, Unsaid, cut
 from policy.match import BUS_NAME
 from policy.rules import Access, AccessList, Peer, Rule
+from policy.templates import ANY_CONNECTION
 
 MAX_RULES: Final = 50_000
 MAX_WRITTEN: Final = 2**24  # characters of all patterns, their alternatives written out
@@ -288,7 +289,7 @@ class _Importer:
             )
             for bus in _or_any(said.buses)
             for peer in said.peers
-            for name in _or_any(said.names)
+            for name in self._names(rule, said.names, peer)
             for path in _or_any(said.paths)
             for interface in _or_any(said.interfaces)
             for member in _or_any(said.members)
@@ -296,6 +297,14 @@ class _Importer:
             self.rules.setdefault(key, msgspec.structs.replace(key, origin=origin))
             if len(self.rules) > MAX_RULES:
                 raise ImportFileError(rule.file, rule.line, f"more than {MAX_RULES} rules")
+
+    def _names(
+        self, rule: DbusRule, names: list[str] | None, peer: Peer | None
+    ) -> Sequence[str | None]:
+        # Without a name, a rule lets broadcasts out, and the host hears them.
+        if names is None and "send" in rule.access and not rule.deny and self._labels.is_own(peer):
+            return (ANY_CONNECTION,)
+        return _or_any(names)
 
 
 def _or_any(patterns: list[str] | None) -> Sequence[str | None]:

@@ -63,6 +63,13 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
             left_out = [each for each in left_out if not each.startswith(_NO_SNAP)]
         return tuple(found), "; ".join(left_out[:3])
 
+    def is_own(self, peer: Peer | None) -> bool:
+        """Say whether it is of the snap, or the program, that the profile is for."""
+        if peer is None or peer.kind == "same-app":
+            return peer is not None
+        own = _TAG.fullmatch(self.own)
+        return own is not None and peer.type == SNAP and peer.app == own[1]
+
     def _peers(self, pieces: Alternative) -> list[Peer | None]:
         text = "".join(piece if isinstance(piece, str) else "" for piece in pieces)
         stars = [piece for piece in pieces if not isinstance(piece, str)]
