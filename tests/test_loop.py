@@ -159,3 +159,24 @@ def test_real_descriptors_are_waited_for() -> None:
         loop.run()
     loop.close()
     assert got == [b"x"]
+
+
+def test_what_is_for_the_next_turn_lets_others_have_theirs() -> None:
+    loop = Loop()
+    ours, theirs = socket.socketpair()
+    order: list[str] = []
+
+    def again() -> None:
+        order.append("again")
+        if len(order) < 4:
+            loop.next_turn(again)
+        else:
+            loop.stop()
+
+    loop.add(ours.fileno(), READABLE, lambda _events: order.append(ours.recv(10).decode()))
+    loop.next_turn(again)
+    theirs.send(b"other")
+    loop.run()
+    assert order == ["other", "again", "again", "again"]
+    for each in (ours, theirs, loop):
+        each.close()

@@ -162,10 +162,9 @@ class Filter:
         intake = self.from_app
         plain = not fds and intake.is_idle
         if not plain or self.held or not data:
-            ready = self._take_from_app(data, fds)
-            if ready is None:
+            data = self._take_from_app(data, fds) or b""
+            if not data:
                 return
-            data = ready
         end = len(data)
         pos = run = known = 0
         out = core.to_bus

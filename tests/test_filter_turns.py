@@ -1,0 +1,87 @@
+"""A filter that lets others have their turn, counts what messages cost, and knows of half ones."""
+
+import pytest
+
+from broker.gate.budgets import JUDGED_COST
+from broker.wire.errors import PeerProtocolError
+from tests.messages import NO_REPLY, access, call, names, signal
+from tests.modelbus import Dialogue
+
+A_TURN = 3
+
+
+@pytest.fixture
+def talk() -> Dialogue:
+    talk = Dialogue(access("send:org.a"), owners={"org.a": ":1.2"})
+    talk.app(call(5, "org.a"))
+    talk.clear()
+    talk.filter.spent = 0
+    talk.filter._turn = A_TURN * JUDGED_COST
+    return talk
+
+
+def go_on(talk: Dialogue) -> None:
+    talk.filter.spent = 0
+    talk.filter.go_on()
+    talk.app()
+
+
+def new_calls(count: int) -> bytes:
+    return b"".join(call(10 + n, "org.a", f"New{n}", flags=NO_REPLY) for n in range(count))
+
+
+def test_messages_that_are_new_come_in_turns_and_in_order(talk: Dialogue) -> None:
+    talk.app(new_calls(8))
+    expected = [f"call New{n}" for n in range(8)]
+    assert names(talk.model.seen) == expected[:A_TURN]
+    assert talk.filter.held
+    assert talk.filter.yielded
+    assert talk.host.bytes_held
+    talk.filter.spent = 0
+    talk.filter.go_on()
+    talk.app()
+    assert names(talk.model.seen) == expected[: 2 * A_TURN]
+    talk.app(call(99, "org.a", "Behind", flags=NO_REPLY))
+    go_on(talk)
+    assert names(talk.model.seen) == [*expected, "call Behind"]
+    assert not talk.filter.held
+    assert not talk.host.bytes_held
+    go_on(talk)
+    assert len(talk.model.seen) == 9
+
+
+def test_messages_that_are_known_are_all_done_at_once(talk: Dialogue) -> None:
+    talk.app(b"".join(call(10 + n, "org.a") for n in range(20)))
+    assert len(talk.model.seen) == 20
+    assert talk.filter.spent == 20
+    assert not talk.filter.held
+
+
+def test_new_and_refused_messages_cost_more(talk: Dialogue) -> None:
+    talk.app(call(10, "org.a", "New"))
+    assert talk.filter.spent == JUDGED_COST
+    talk.app(call(11, "org.hidden"))
+    assert talk.filter.spent == 2 * JUDGED_COST
+
+
+def test_what_breaks_the_protocol_is_found_in_its_turn(talk: Dialogue) -> None:
+    talk.app(new_calls(3) + signal(20) + b"X" * 32)
+    go_on_raises = pytest.raises(PeerProtocolError)
+    with go_on_raises:
+        go_on(talk)
+
+
+def test_half_a_message_has_a_number_of_its_own(talk: Dialogue) -> None:
+    data = call(10, "org.a")
+    intake = talk.filter.from_app
+    assert not intake.unfinished
+    talk.app(data[:10])
+    first = intake.unfinished
+    assert first
+    talk.app(data[10:50])
+    assert intake.unfinished == first
+    talk.app(data[50:] + data[:20])
+    assert intake.unfinished not in (0, first)
+    talk.filter.spent = 0
+    talk.app(data[20:])
+    assert not intake.unfinished
