@@ -26,12 +26,13 @@ def as_user(uid: int, function: Callable[[], Any]) -> Any:
 
 
 def _be_the_child(uid: int, function: Callable[[], Any], writing: int) -> None:
+    answer = None
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
         answer = {"value": function()}
-    except BaseException:  # noqa: BLE001 - the child must not go on with the parent's test run
-        answer = {"error": traceback.format_exc()}
-    os.write(writing, json.dumps(answer).encode())
-    os._exit(0)
+    finally:  # whatever happened, the child does not go on with the parent's test run
+        answer = answer or {"error": traceback.format_exc()}
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)

@@ -67,3 +67,38 @@ def read_until(sock: socket.socket, what: bytes) -> bytes:
         assert more, data
         data += more
     return data
+
+
+def patched(at: int, value: int) -> bytes:
+    data = bytearray(echo_message(7))
+    data[at] = value
+    return bytes(data)
+
+
+def twice_destination() -> bytes:
+    data = bytearray(echo_message(7))
+    length = int.from_bytes(data[12:16], "little")
+    padded = length + 7 & ~7
+    field = b"\x06\x01s\0\x05\0\0\0a.b.c\0"
+    new = data[: 16 + padded] + field
+    new[12:16] = (padded + len(field)).to_bytes(4, "little")
+    return bytes(new + bytes(-len(new) % 8) + data[16 + padded :])
+
+
+def with_path(path: str) -> bytes:
+    header = make_header(
+        MessageType.METHOD_CALL, 7, path=path, interface=ECHO, member="Echo", destination=ECHO
+    )
+    return make_message(header)
+
+
+def with_text(interface: str = ECHO, member: str = "Echo", destination: str = ECHO) -> bytes:
+    header = make_header(
+        MessageType.METHOD_CALL,
+        7,
+        path=PATH,
+        interface=interface,
+        member=member,
+        destination=destination,
+    )
+    return make_message(header)

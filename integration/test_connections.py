@@ -51,10 +51,13 @@ def load(warden: Warden, snaps: object = SNAPS) -> None:
     policy(warden, "LoadSnaps", "s", json.dumps(snaps))
 
 
-def add_app(warden: Warden, snap: str, app: str | None = None) -> Sandbox:
+def add_app(
+    warden: Warden, snap: str, app: str | None = None, *, plugs: list[str] | None = None
+) -> Sandbox:
     return warden.add_server(
         snap,
         type=SNAP_TYPE,
+        Plugs=Variant("as", plugs or []),
         Component=Variant("s", app or snap),
         ReceiveFromHost=Variant("b", False),
         KeepAfterCreator=Variant("b", True),
@@ -76,6 +79,17 @@ def snaps(shared: Warden) -> Iterator[Warden]:
     assert policy(shared, "Connections") == []
     yield shared
     load(shared, {})
+
+
+@pytest.mark.parametrize(("plugs", "result"), [(["control"], PASSED), (["other"], UNKNOWN)])
+def test_an_app_has_the_plugs_only_that_its_sandbox_was_made_with(
+    snaps: Warden, plugs: list[str], result: str
+) -> None:
+    player = snaps.connect(add_app(snaps, "player"))
+    remote = snaps.connect(add_app(snaps, "remote", plugs=plugs))
+    assert player.request_name(PLAYER) == 1
+    policy(snaps, "Connect", "ss", PLUG, SLOT)
+    assert try_call(remote, player, PLAYER) == result
 
 
 def test_a_connection_gives_and_takes_on_held_connections(snaps: Warden) -> None:

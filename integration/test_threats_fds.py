@@ -172,7 +172,7 @@ def test_b29_sockets_that_carry_themselves(scene: Scene) -> None:
     client = scene.attack()
     for serial in range(100, 130):
         one, other = socket.socketpair()
-        socket.send_fds(one, [b"x"], [one.fileno(), other.fileno(), client.sock.fileno()])
+        socket.send_fds(one, [b"x"], [one.fileno(), other.fileno()])
         client.send_raw(with_fds(2, serial=serial), [one.fileno(), other.fileno()])
         one.close()
         other.close()

@@ -8,7 +8,7 @@ snaps and connections always give the same lists.
 Whatever is refused (SnapError) changes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 import msgspec
@@ -77,6 +77,14 @@ class Compiler:
             )
             self._lists[tag] = access
         return access
+
+    def narrowed(self, tag: str, plugs: Collection[str]) -> AccessList:
+        """Return the app's list with no other plugs than these. Raises SnapError for an unknown tag."""
+        self._in_order(tag)
+        blocks = self._blocks[tag]
+        kept = [key for key in sorted(blocks) if key[0] != "plug" or key[1] in plugs]
+        rules = tuple(rule for key in kept for rule in blocks[key].rules)
+        return msgspec.structs.replace(self.access(tag), rules=rules)
 
     def left_out(self, tag: str) -> list[str]:
         """Say in words which rules were left out. Raises SnapError for a tag that no app has."""

@@ -303,3 +303,16 @@ def test_a_thousand_snaps() -> None:
             one.access(change.tag)
         tries.append(time.process_time() - start)
     assert min(tries) < 0.003
+
+
+def test_an_app_that_may_use_some_plugs_gets_the_rules_of_these_and_of_its_slots() -> None:
+    one = compiler()
+    one.connect(NM)
+    whole = one.access("snap.client.app")
+    every_plug = list(one.snaps["client"].plugs)
+    assert one.narrowed("snap.client.app", every_plug) == whole
+    none = one.narrowed("snap.client.app", ["no-such-plug"])
+    assert set(none.rules) < set(whole.rules)
+    assert not none.receive_from_host
+    # A provider's rules are its slots': naming plugs takes none of them away.
+    assert one.narrowed("snap.provider.svc", ["x"]) == one.access("snap.provider.svc")

@@ -26,6 +26,14 @@ def go_on(talk: Dialogue) -> None:
     talk.app()
 
 
+def is_held(talk: Dialogue) -> bool:
+    return talk.filter.held
+
+
+def half(talk: Dialogue) -> int:
+    return talk.filter.from_app.unfinished
+
+
 def new_calls(count: int) -> bytes:
     return b"".join(call(10 + n, "org.a", f"New{n}", flags=NO_REPLY) for n in range(count))
 
@@ -34,7 +42,7 @@ def test_messages_that_are_new_come_in_turns_and_in_order(talk: Dialogue) -> Non
     talk.app(new_calls(8))
     expected = [f"call New{n}" for n in range(8)]
     assert names(talk.model.seen) == expected[:A_TURN]
-    assert talk.filter.held
+    assert is_held(talk)
     assert talk.filter.yielded
     assert talk.host.bytes_held
     talk.filter.spent = 0
@@ -44,7 +52,7 @@ def test_messages_that_are_new_come_in_turns_and_in_order(talk: Dialogue) -> Non
     talk.app(call(99, "org.a", "Behind", flags=NO_REPLY))
     go_on(talk)
     assert names(talk.model.seen) == [*expected, "call Behind"]
-    assert not talk.filter.held
+    assert not is_held(talk)
     assert not talk.host.bytes_held
     go_on(talk)
     assert len(talk.model.seen) == 9
@@ -54,7 +62,7 @@ def test_messages_that_are_known_are_all_done_at_once(talk: Dialogue) -> None:
     talk.app(b"".join(call(10 + n, "org.a") for n in range(20)))
     assert len(talk.model.seen) == 20
     assert talk.filter.spent == 20
-    assert not talk.filter.held
+    assert not is_held(talk)
 
 
 def test_new_and_refused_messages_cost_more(talk: Dialogue) -> None:
@@ -66,22 +74,20 @@ def test_new_and_refused_messages_cost_more(talk: Dialogue) -> None:
 
 def test_what_breaks_the_protocol_is_found_in_its_turn(talk: Dialogue) -> None:
     talk.app(new_calls(3) + signal(20) + b"X" * 32)
-    go_on_raises = pytest.raises(PeerProtocolError)
-    with go_on_raises:
+    with pytest.raises(PeerProtocolError):
         go_on(talk)
 
 
 def test_half_a_message_has_a_number_of_its_own(talk: Dialogue) -> None:
     data = call(10, "org.a")
-    intake = talk.filter.from_app
-    assert not intake.unfinished
+    assert not half(talk)
     talk.app(data[:10])
-    first = intake.unfinished
+    first = half(talk)
     assert first
     talk.app(data[10:50])
-    assert intake.unfinished == first
+    assert half(talk) == first
     talk.app(data[50:] + data[:20])
-    assert intake.unfinished not in (0, first)
+    assert half(talk) not in (0, first)
     talk.filter.spent = 0
     talk.app(data[20:])
-    assert not intake.unfinished
+    assert not half(talk)

@@ -57,7 +57,7 @@ class Filter:
         self.held = False
         self.yielded = False
         self.spent = 0
-        self._turn: Final = judged_a_turn * JUDGED_COST
+        self._turn = judged_a_turn * JUDGED_COST
         self._owners: Final = Owners(self.core, self._synced)
         self._sight: Final = Sight(self.core, self._owners)
         self._outgoing: Final = Outgoing(self.core, self._owners, self._sight)
@@ -255,7 +255,6 @@ class Filter:
                 intake.need(size)
                 return 0
             return self._refuse_too_large(data, pos, size)
-        self.spent += JUDGED_COST
         header = parse_header(data, pos)
         # Whoever drops the message closes them, so they are taken only when it will not wait.
         fds = intake.peek_fds(header.unix_fds)
@@ -264,6 +263,7 @@ class Filter:
         if not self._outgoing.message(header, data[pos : pos + size], fds):
             self.held = True
             return 0
+        self.spent += JUDGED_COST
         intake.drop_fds(len(fds))
         return pos + size
 

@@ -141,7 +141,7 @@ class Policy:
                 LOGGER.warning("%s: %s", record.id, exc)
 
     def _in_force(self, record: Record) -> AccessList:
-        return record.in_force(self._snaps.compiled(record.identity))
+        return record.in_force(self._snaps.compiled(record.identity, record.plugs))
 
     def _records(self, tags: Collection[str]) -> list[Record]:
         """Return the sandboxes of these apps."""

@@ -4,7 +4,7 @@ The catalogue is read when it is first needed: who has no snaps pays nothing for
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
@@ -82,10 +82,15 @@ class Snaps:
                 LOGGER.warning("%s and %s are not connected any more: %s", plug, slot, exc)
         return compiler
 
-    def compiled(self, identity: Identity) -> AccessList | None:
-        """Return what the snaps give to an app; None if it is no app of theirs."""
+    def compiled(self, identity: Identity, plugs: Collection[str] = ()) -> AccessList | None:
+        """Return what the snaps give to an app; None if it is no app of theirs.
+
+        `plugs`: whoever made the sandbox said that it may use no others. None named: all.
+        """
         tag = self.tag_for(identity)
-        return self.compiler.access(tag) if self.compiler is not None and tag is not None else None
+        if self.compiler is None or tag is None:
+            return None
+        return self.compiler.narrowed(tag, plugs) if plugs else self.compiler.access(tag)
 
     def tag_for(self, identity: Identity) -> str | None:
         """Return the security tag of an app, if it is one of the snaps'."""

@@ -219,7 +219,7 @@ class Supervisor:
 
     def in_force(self, record: Record) -> AccessList:
         """Return the list that the sandbox is under: given, of its connections, and built in."""
-        return record.in_force(self.snaps.compiled(record.identity))
+        return record.in_force(self.snaps.compiled(record.identity, record.plugs))
 
     # -- what happens -----------------------------------------------------------------------------------
 
