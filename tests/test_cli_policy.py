@@ -127,6 +127,16 @@ def test_snaps_are_compiled_to_json_and_usos(run: Run, write: Write) -> None:
     assert buses["session"]["unsaid"][0]["reason"]
 
 
+def test_what_a_proxy_cannot_say_of_snaps_is_listed(run: Run, write: Write) -> None:
+    file = write("w.toml", CONNECTED)
+    code, out, _ = run("compile", file, "--format", "xdg-dbus-proxy")
+    facts = json.loads(out)["snap.remote.remote"]["session"]
+    assert code == 0
+    assert isinstance(facts["options"], list)
+    # A snap takes nothing from the host without a rule, and a proxy lets all of that in.
+    assert any("from the host" in one["reason"] for one in facts["unsaid"])
+
+
 def test_two_worlds_are_compared(run: Run, write: Write) -> None:
     before, after = write("a.toml", SNAPS), write("b.toml", CONNECTED)
     code, out, _ = run("diff", before, after)

@@ -15,6 +15,7 @@ from broker.cli.policy_text import (
     access_facts,
     describe_interface,
     diff_lists,
+    proxy_facts,
     rule_lines,
     usos_facts,
 )
@@ -31,9 +32,10 @@ from policy.snaps import SnapError, World, parse_world
 FORMAT: Final = click.option(
     "--format",
     "form",
-    type=click.Choice(["rules", "usos", "json"]),
+    type=click.Choice(["rules", "usos", "json", "xdg-dbus-proxy"]),
     default="rules",
-    help="rules: as on the command line; usos: as Containers1's a(usos), for each bus; json.",
+    help="rules: as on the command line; usos: as Containers1's a(usos), for each bus; json;"
+    " xdg-dbus-proxy: its options, for each bus.",
 )
 
 
@@ -167,7 +169,7 @@ def _print_access(lists: Mapping[str, AccessList], form: str) -> None:
             for line in rule_lines(tag, access):
                 print_line(line)
         return
-    make = usos_facts if form == "usos" else access_facts
+    make = {"usos": usos_facts, "xdg-dbus-proxy": proxy_facts}.get(form, access_facts)
     facts = {tag: make(access) for tag, access in lists.items()}
     print_json(facts[""] if alone else facts)
 

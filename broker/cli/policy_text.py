@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
+from policy.exporters.xdg_dbus_proxy import export_options
 from policy.interface import Entry, PeerBySystem
 from policy.library import SECTIONS, Known
 from policy.rules import AccessList
@@ -37,9 +38,8 @@ def access_facts(access: AccessList) -> dict[str, Any]:
 
 def usos_facts(access: AccessList) -> dict[str, Any]:
     """Return a list as a(usos) for each bus, with what that form cannot say."""
-    buses = {rule.bus for rule in access.rules if rule.bus is not None} | _USUAL_BUSES
     facts = {}
-    for bus in sorted(buses):
+    for bus in _buses(access):
         made = usos_list(access, bus)
         unsaid = [
             {"deny": rule.deny, "rule": format_rule(rule), "reason": reason}
@@ -47,6 +47,23 @@ def usos_facts(access: AccessList) -> dict[str, Any]:
         ]
         facts[bus] = {"usos": made.entries, "unsaid": unsaid}
     return facts
+
+
+def proxy_facts(access: AccessList) -> dict[str, Any]:
+    """Return a list as options of xdg-dbus-proxy for each bus, with what they cannot say."""
+    facts = {}
+    for bus in _buses(access):
+        made = export_options(access, bus=bus)
+        unsaid = [
+            {"rule": format_rule(one.rule) if one.rule else "", "reason": one.reason}
+            for one in made.refused
+        ]
+        facts[bus] = {"options": made.options, "unsaid": unsaid}
+    return facts
+
+
+def _buses(access: AccessList) -> list[str]:
+    return sorted({rule.bus for rule in access.rules if rule.bus is not None} | _USUAL_BUSES)
 
 
 def diff_lists(before: Mapping[str, set[str]], after: Mapping[str, set[str]]) -> Iterator[str]:

@@ -40,7 +40,7 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     bytes_held: int = 64 * 1024 * 1024  # of unfinished messages from the sandbox
     bytes_queued: int = 64 * 1024 * 1024  # to one connection that does not read
     pending_calls: int = 4096  # each way and connection
-    match_rules: int = 4096  # a connection
+    match_rules: int = 1024  # a connection
     names: int = 256  # owned or queued for, a connection
     tracked_names: int = 1024  # names that no rule names but that the app wrote to, a connection
     fds: int = 256  # descriptors that are in the gate, of all connections and both ways
