@@ -1,4 +1,3 @@
-import time
 from collections import Counter
 from random import Random
 
@@ -287,22 +286,17 @@ def test_a_thousand_snaps() -> None:
     pairs = tuple(
         (f"{snap.name}:{name}", f"snapd:{name}") for snap in clients for name in snap.plugs
     )
-    # Processor time, and the best of some tries: the machine may be busy with other things.
-    start = time.process_time()
+    # How long this takes is measured by the rows compile-1000 and connect-one of `make bench`.
     one = Compiler(library(), World(snaps=(host, *clients), connections=pairs))
-    total = sum(len(one.access(tag).rules) for tag in one.tags)
-    took = time.process_time() - start
     assert len(one.connections) == 10_000
-    assert total > 50_000
-    assert took < 2
-    tries = []
+    lists = {tag: one.access(tag) for tag in one.tags}
+    assert sum(len(access.rules) for access in lists.values()) > 50_000
     for connection in one.connections[5000:5010]:
         one.disconnect(connection)
-        start = time.process_time()
-        for change in one.connect(connection):
-            one.access(change.tag)
-        tries.append(time.process_time() - start)
-    assert min(tries) < 0.003
+        one.connect(connection)
+        touched = {tag for tag in one.tags if one.access(tag) is not lists[tag]}
+        assert touched <= {f"snap.{connection.plug_snap}.app"}
+        lists = {tag: one.access(tag) for tag in one.tags}
 
 
 def test_an_app_that_may_use_some_plugs_gets_the_rules_of_these_and_of_its_slots() -> None:
