@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,8 +92,11 @@ def test_it_reaches_its_own_socket_and_nothing_else_of_the_bus(shared: Warden) -
             sock.listen()
         control = str(shared.folder / "gate.sock")
         hidden = [bus, str(other.socket), control, f"{name}/bus", abstract]
-        outcome = shared.cli("exec", "--", PYTHON, "-c", LOOK, *hidden, INSIDE)
+        # The interpreter itself: a virtual environment below /tmp is not there in the sandbox.
+        python = str(Path(sys.executable).resolve())
+        outcome = shared.cli("exec", "--", python, "-c", LOOK, *hidden, INSIDE)
     lines = outcome.out.splitlines()
+    assert outcome.code == 0, outcome.err
     assert [line for line in lines if line.startswith("reached")] == [f"reached {INSIDE}"]
     assert {line for line in lines if line.startswith(("/run/", "/tmp/"))} == {INSIDE}
     assert f"DBUS_SESSION_BUS_ADDRESS=unix:path={INSIDE}" in lines
