@@ -1,6 +1,8 @@
 """A supervisor with fakes around it, and snaps whose plugs and slots belong together."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import msgspec
 
 from broker.supervisor.config import Limits
 from broker.supervisor.policy import Policy
-from broker.supervisor.state import State
+from broker.supervisor.state import State, open_state
 from broker.supervisor.supervisor import AddRequest, Caller, Outside, Supervisor
 from policy.explain import Question
 from policy.library import Library
@@ -88,3 +90,12 @@ class Stage:
         done = [what[1] for what in self.engine.done if what[0] == "set_access"]
         self.engine.done.clear()
         return done
+
+
+@contextmanager
+def open_stage(folder: Path) -> Iterator[Stage]:
+    """Have a supervisor with no snaps, its state and sockets in this folder."""
+    containers = folder / "containers"
+    containers.mkdir()
+    with open_state(folder / "state.db") as state:
+        yield Stage(containers, state)

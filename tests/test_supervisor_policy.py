@@ -13,21 +13,19 @@ from broker.engines.base import EngineLostError
 from broker.supervisor import snaps as snaps_module
 from broker.supervisor.registry import PORTAL_RULES
 from broker.supervisor.spec import MAX_RULES
-from broker.supervisor.state import State, open_state
+from broker.supervisor.state import State
 from broker.wire.errors import ACCESS_DENIED, NOT_CONTAINER, CallRefusedError
 from policy.rules import AccessList
 from policy.text import parse_rule
 from tests.fakes import lost
 from tests.records import make_snapshot, make_state
-from tests.snapstage import CALLER, ME, OTHER, PAIR, PLAYER, REMOTE, Stage
+from tests.snapstage import CALLER, ME, OTHER, PAIR, PLAYER, REMOTE, Stage, open_stage
 
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Iterator[Stage]:
-    folder = tmp_path / "containers"
-    folder.mkdir()
-    with open_state(tmp_path / "state.db") as state:
-        yield Stage(folder, state)
+    with open_stage(tmp_path) as stage:
+        yield stage
 
 
 @pytest.fixture

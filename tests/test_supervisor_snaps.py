@@ -6,21 +6,18 @@ from pathlib import Path
 import pytest
 
 from broker.supervisor.snaps import Snaps, load_own_library
-from broker.supervisor.state import open_state
 from broker.wire.errors import CallRefusedError, ConfigError
 from policy.library import CatalogueError, Library
 from policy.rules import AccessList
 from policy.snaps import World
 from policy.text import parse_rule
-from tests.snapstage import ME, OTHER, PAIR, PLAYER, QUESTION, REMOTE, Stage
+from tests.snapstage import ME, OTHER, PAIR, PLAYER, QUESTION, REMOTE, Stage, open_stage
 
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Iterator[Stage]:
-    folder = tmp_path / "containers"
-    folder.mkdir()
-    with open_state(tmp_path / "state.db") as state:
-        yield Stage(folder, state)
+    with open_stage(tmp_path) as stage:
+        yield stage
 
 
 @pytest.fixture

@@ -33,9 +33,10 @@ def _contained(method: Callable[["Link"], None]) -> Callable[["Link"], None]:
     def contained(self: "Link") -> None:
         try:
             method(self)
-        except (Closed, BlockingIOError) as exc:
-            if isinstance(exc, Closed):
-                self.close("closed")
+        except BlockingIOError:
+            pass  # woken for nothing
+        except Closed:
+            self.close("closed")
         except (PeerProtocolError, PeerQuotaError) as exc:
             self.sandbox.complaints.add("peer-violation", str(exc))
             self.close(str(exc))
