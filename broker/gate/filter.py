@@ -9,7 +9,6 @@ the app: what it sends next depends on an answer of the bus that is on its way, 
 have their turn before `go_on`. `spent` counts what the app's messages cost: the caller takes it away.
 """
 
-import struct
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -24,14 +23,10 @@ from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
-from broker.gate.words import CALLS, MUTE_CALLS, REPLIES, SIGNALS
+from broker.gate.words import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
 from policy.match import Judge
-
-# The fixed header of a little-endian message: first word, body length, serial, length of the field array.
-_FIXED: Final = struct.Struct("<IIII")
-_U32: Final = struct.Struct("<I")
 
 
 @dataclass(slots=True)
@@ -70,12 +65,12 @@ class Filter:
         self._wake = False
         self._told: frozenset[str] | None = None  # names that the app saw when the rules changed
         core = self.core
-        self._app_tables: Final[dict[int, Mapping[bytes, object]]] = {
+        self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
             **dict.fromkeys(CALLS, core.app_calls),
             **dict.fromkeys(MUTE_CALLS, core.app_mute),
             **dict.fromkeys(SIGNALS, core.app_signals),
         }
-        self._bus_tables: Final[dict[int, Mapping[bytes, object]]] = {
+        self.bus_tables: Final[dict[int, Mapping[bytes, object]]] = {
             **dict.fromkeys(CALLS, core.bus_calls),
             **dict.fromkeys(MUTE_CALLS, core.bus_mute),
             **dict.fromkeys(SIGNALS, core.bus_signals),
@@ -132,6 +127,11 @@ class Filter:
             self.feed_app(b"")
 
     @property
+    def bus_is_clear(self) -> bool:
+        """True when nothing from the bus waits."""
+        return self._from_bus.is_idle and not self._stash
+
+    @property
     def fds(self) -> int:
         """How many descriptors are here."""
         waiting = sum(len(stashed.fds) for stashed in self._stash)
@@ -171,8 +171,8 @@ class Filter:
         pending = core.pending
         room = core.sandbox.limits.pending_calls
         calls = core.app_calls
-        tables = self._app_tables if plain or not intake.has_fds else {}
-        unpack = _FIXED.unpack_from
+        tables = self.app_tables if plain or not intake.has_fds else {}
+        unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
             table = tables.get(first)
@@ -191,7 +191,7 @@ class Filter:
                         known += 1
                         continue
             elif tables and first in REPLIES:
-                stop = self._known_app_reply(data, pos, end, body, fields)
+                stop = self.known_app_reply(data, pos, end, body, fields)
                 if stop:
                     pos = stop
                     known += 1
@@ -225,18 +225,18 @@ class Filter:
             ready = intake.take_all()
         return ready
 
-    def _known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
-        """Return where a reply of a known shape ends, 0 if it has to be looked at."""
+    def known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
+        """Return where a reply of a known shape ends, 0 if it has to be looked at; it is given then."""
         start = pos + 16 + (fields + 7 & -8)
         at = self.core.app_reply_at.get(start - pos)
         if at is None or start + body > end:
             return 0
         at += pos
         caller = self.core.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
-        serial = _U32.unpack_from(data, pos + 8)[0]
+        serial = U32.unpack_from(data, pos + 8)[0]
         if caller is None or not 0 < serial < OWN_SERIALS:
             return 0
-        key = (caller, _U32.unpack_from(data, at)[0])
+        key = (caller, U32.unpack_from(data, at)[0])
         if key not in self.core.asked:
             return 0
         self.core.asked.discard(key)
@@ -303,9 +303,9 @@ class Filter:
         out = core.to_app
         pending = core.pending
         slowly = intake.has_fds or self._stash
-        tables, reply_at = ({}, {}) if slowly else (self._bus_tables, core.bus_reply_at)
+        tables, reply_at = ({}, {}) if slowly else (self.bus_tables, core.bus_reply_at)
         shapes = core.bus_replies
-        unpack = _FIXED.unpack_from
+        unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
             start = pos + 16 + (fields + 7 & -8)
@@ -316,7 +316,7 @@ class Filter:
                     if at is not None:
                         at += pos
                         sender = shapes.get(data[pos + 12 : at] + data[at + 4 : start])
-                        entry = pending.get(asked := _U32.unpack_from(data, at)[0])
+                        entry = pending.get(asked := U32.unpack_from(data, at)[0])
                         if entry is not None and entry.owner == sender:  # no owner is None
                             del pending[asked]
                             pos = stop
@@ -325,7 +325,7 @@ class Filter:
                     table = tables.get(first)
                     if table is not None:
                         caller = table.get(data[pos + 12 : start])
-                        if caller is not None and self._known_bus_call(table, caller, serial):
+                        if caller is not None and self.known_bus_call(table, caller, serial):
                             pos = stop
                             continue
             if run < pos:
@@ -344,7 +344,8 @@ class Filter:
         if self._wake:
             self._resume()
 
-    def _known_bus_call(self, table: object, caller: object, serial: int) -> bool:
+    def known_bus_call(self, table: object, caller: object, serial: int) -> bool:
+        """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
         core = self.core
         if table is core.bus_calls:
             if len(core.asked) >= core.sandbox.limits.pending_calls:

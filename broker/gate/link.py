@@ -6,8 +6,8 @@ Whatever one app's bytes do ends this link at the worst: `_contained` is the one
 import functools
 import logging
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
 
 from broker.gate.budgets import JUDGED_A_TURN
 from broker.gate.bus import Bus
@@ -15,7 +15,8 @@ from broker.gate.connector import connect
 from broker.gate.control import Use
 from broker.gate.filter import Filter
 from broker.gate.loop import Loop, Timer
-from broker.gate.pipe import Closed, Pipe, close_fds
+from broker.gate.pipe import Ancillary, Closed, Pipe, close_fds
+from broker.gate.shortcut import take_short_way
 from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
 from broker.wire.sasl import SaslClient, SaslServer
 from policy.match import Judge
@@ -26,13 +27,18 @@ if TYPE_CHECKING:
 LOGGER: Final = logging.getLogger(__name__)
 
 
-def _contained(method: Callable[["Link"], None]) -> Callable[["Link"], None]:
+Arguments = ParamSpec("Arguments")
+
+
+def _contained(
+    method: Callable[Concatenate["Link", Arguments], None],
+) -> Callable[Concatenate["Link", Arguments], None]:
     """Whatever goes wrong with one peer ends its link, and nothing else."""
 
     @functools.wraps(method)
-    def contained(self: "Link") -> None:
+    def contained(self: "Link", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
-            method(self)
+            method(self, *args, **kwargs)
         except BlockingIOError:
             pass  # woken for nothing
         except Closed:
@@ -197,6 +203,7 @@ class Link:
         self._bus.links.add(self)
         self._app.readable = self._judge_app
         self._upstream.readable = self._judge_bus
+        take_short_way(self, self._filter, self._app, self._upstream)
         if self._client.leftover:
             self._filter.feed_bus(self._client.leftover)
         if self._early:
@@ -208,7 +215,25 @@ class Link:
 
     @_contained
     def _judge_app(self) -> None:
-        data, fds = self._app.read()
+        self._app_sent(*self._app.read())
+
+    @_contained
+    def _judge_bus(self) -> None:
+        assert self._upstream is not None
+        self._bus_sent(*self._upstream.read())
+
+    @_contained
+    def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
+        """Judge what was read from the app, as recvmsg gave it."""
+        self._app_sent(*self._app.received(data, ancillary, flags))
+
+    @_contained
+    def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
+        """Judge what was read from the bus, as recvmsg gave it."""
+        assert self._upstream is not None
+        self._bus_sent(*self._upstream.received(data, ancillary, flags))
+
+    def _app_sent(self, data: bytes, fds: Sequence[int]) -> None:
         judging = self._filter
         assert judging is not None
         judging.feed_app(data, fds)
@@ -216,16 +241,24 @@ class Link:
         if fds:
             self._check_fds()
 
-    @_contained
-    def _judge_bus(self) -> None:
-        assert self._upstream is not None
-        data, fds = self._upstream.read()
+    def _bus_sent(self, data: bytes, fds: Sequence[int]) -> None:
         judging = self._filter
         assert judging is not None
         judging.feed_bus(data, fds)
         self._send()
         if fds:
             self._check_fds()
+
+    @_contained
+    def cut_short(self, pipe: Pipe, rest: bytes) -> None:
+        """Go on after a message that the other end did not take whole."""
+        pipe.queue(rest)
+        self._send()
+
+    @_contained
+    def failed(self, exc: Exception) -> None:
+        """End as the exception says."""
+        raise exc
 
     def _send(self) -> None:
         judging = self._filter
@@ -248,7 +281,10 @@ class Link:
             self._go_on_soon()
         if judging.from_app.unfinished and self._deadline is None:
             self._watch_message(judging.from_app.unfinished)
-        self._app.pause(reading=not (judging.held or upstream.queued or self._is_throttled))
+        reads = not (judging.held or upstream.queued or self._is_throttled)
+        self._app.pause(reading=reads)
+        self._app.is_clear = reads and judging.from_app.is_idle
+        upstream.is_clear = not self._app.queued and judging.bus_is_clear
 
     def _check_fds(self) -> None:
         limit = self.sandbox.limits.fds

@@ -51,6 +51,10 @@ class Loop:
         self._epoll.register(fd, events)
         self._handlers[fd] = handler
 
+    def replace(self, fd: int, handler: Handler) -> None:
+        """Call somebody else for a descriptor that is there."""
+        self._handlers[fd] = handler
+
     def change(self, fd: int, events: int) -> None:
         """Wait for other events."""
         self._epoll.modify(fd, events)

@@ -14,12 +14,15 @@ from broker.wire.errors import PeerProtocolError
 
 READ_SIZE: Final = 65536
 # Plain integers: an operation on the socket module's enum members runs Python code, once a message.
-_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
-_TRUNCATED: Final = int(socket.MSG_CTRUNC)
+CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+TRUNCATED: Final = int(socket.MSG_CTRUNC)
 # What the kernel passes with one message (SCM_MAX_FD).
-_ANCILLARY: Final = socket.CMSG_SPACE(253 * 4)
+ANCILLARY: Final = socket.CMSG_SPACE(253 * 4)
 # Parts of one sendmsg; the kernel takes 1024 (UIO_MAXIOV).
 MAX_PARTS: Final = 64
+
+
+Ancillary = tuple[int, int, bytes]
 
 
 class Closed(Exception):  # noqa: N818 - an event, not a fault
@@ -38,27 +41,36 @@ class Pipe:
     ) -> None:
         self._loop: Final = loop
         self.sock: Final = sock
-        self._fd: Final = sock.fileno()
+        self.fd: Final = sock.fileno()
         self.readable = readable  # may be replaced: another state, another reader
         self._drained: Final = drained
         self._queue: Final[deque[Chunk]] = deque()
         self.queued = 0  # bytes that the other end has not taken
         self.queued_fds = 0
+        self.handler: Callable[[int], None] = self.event
+        # Read, and nothing waits on either way that has to go before what comes: see shortcut.py.
+        self.is_clear = False
         self._reading = True
         self._is_away = False  # hung up while not read: not in the loop
         self._events: int = READABLE
         self._recvmsg = sock.recvmsg
         self._send = sock.send
-        loop.add(self._fd, READABLE, self._event)
+        loop.add(self.fd, READABLE, self.handler)
 
     def read(self) -> tuple[bytes, Sequence[int]]:
         """Return what is there, with its descriptors. Raises Closed, BlockingIOError, PeerProtocolError."""
         try:
-            data, ancillary, flags, _ = self._recvmsg(READ_SIZE, _ANCILLARY, _CLOEXEC)
+            data, ancillary, flags, _ = self._recvmsg(READ_SIZE, ANCILLARY, CLOEXEC)
         except ConnectionError as exc:
             raise Closed from exc
+        return self.received(data, ancillary, flags)
+
+    def received(
+        self, data: bytes, ancillary: Sequence[Ancillary], flags: int
+    ) -> tuple[bytes, Sequence[int]]:
+        """Return what recvmsg gave, with its descriptors. Raises Closed, PeerProtocolError."""
         fds = _descriptors(ancillary) if ancillary else ()
-        if flags & _TRUNCATED:
+        if flags & TRUNCATED:
             close_fds(fds)
             raise PeerProtocolError("more file descriptors than fit")
         if not data:
@@ -83,13 +95,23 @@ class Pipe:
             except OSError as exc:
                 raise Closed from exc
             if sent < len(data):
-                self._enqueue(Chunk(data[sent:], ()))
-                self._listen()
+                self.queue(data[sent:])
             return
         for item in output:
             self._enqueue(item if isinstance(item, Chunk) else Chunk(item, ()))
         output.clear()
         self._flush()
+
+    def hand_over(self, handler: Callable[[int], None]) -> None:
+        """Have the loop call somebody else, who leaves to `event` what it does not do itself."""
+        self.handler = handler
+        if not self._is_away:
+            self._loop.replace(self.fd, handler)
+
+    def queue(self, data: bytes) -> None:
+        """Have the end of something that was not all taken sent as soon as the other end takes it."""
+        self._enqueue(Chunk(data, ()))
+        self._listen()
 
     def pause(self, *, reading: bool) -> None:
         """Read on, or not."""
@@ -99,7 +121,7 @@ class Pipe:
 
     def close(self) -> None:
         """Close the socket and what is queued."""
-        self._loop.remove(self._fd)
+        self._loop.remove(self.fd)
         self.sock.close()
         self._drop_queue()
 
@@ -109,7 +131,8 @@ class Pipe:
         self._queue.clear()
         self.queued = self.queued_fds = 0
 
-    def _event(self, events: int) -> None:
+    def event(self, events: int) -> None:
+        """Do what the loop says: read, or write what is queued."""
         if events == READABLE:
             if self._reading:
                 self.readable()
@@ -128,7 +151,7 @@ class Pipe:
         elif events & BROKEN and not self._is_away:
             # It would be told again and again until somebody reads.
             self._is_away = True
-            self._loop.remove(self._fd)
+            self._loop.remove(self.fd)
 
     def _enqueue(self, chunk: Chunk) -> None:
         self._queue.append(chunk)
@@ -140,12 +163,12 @@ class Pipe:
             if self._reading:
                 self._is_away = False
                 self._events = READABLE
-                self._loop.add(self._fd, READABLE, self._event)
+                self._loop.add(self.fd, READABLE, self.handler)
             return
         wanted = (READABLE if self._reading else 0) | (WRITABLE if self._queue else 0)
         if wanted != self._events:
             self._events = wanted
-            self._loop.change(self._fd, wanted)
+            self._loop.change(self.fd, wanted)
 
     def _flush(self) -> None:
         """Send as much as the other end takes. Raises Closed."""
@@ -191,7 +214,7 @@ class Pipe:
             self._queue.popleft()
 
 
-def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+def _descriptors(ancillary: Sequence[Ancillary]) -> list[int]:
     fds = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -1,8 +1,13 @@
-"""The first word of a little-endian message's header: byte order, type, flags, version. No I/O."""
+"""The fixed header of a little-endian message, and what its first word may be. No I/O."""
 
+import struct
 from typing import Final
 
 from broker.wire.header import Flag, MessageType
+
+# First word (byte order, type, flags, version), body length, serial, length of the field array.
+FIXED: Final = struct.Struct("<IIII")
+U32: Final = struct.Struct("<I")
 
 
 def _first_words(message_type: int, *, mute: bool | None = None) -> list[int]:

@@ -1,0 +1,127 @@
+"""The short way of a single message whose header bytes were judged before: one read, a look-up, one write.
+
+Most of what apps send comes one message at a time, and then what is around the judgement costs more than
+the judgement: calls, lists of one, a queue. So an established connection has these handlers in the loop. They
+take nothing but one whole known message, where nothing waits that has to go first (`Pipe.is_clear`);
+everything else goes to the link as it was read. What is looked up, and why that is enough, is the same as in
+filter.py.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from broker.gate.core import OWN_SERIALS
+from broker.gate.filter import Filter
+from broker.gate.loop import READABLE
+from broker.gate.pipe import ANCILLARY, CLOEXEC, READ_SIZE, TRUNCATED, Ancillary, Closed, Pipe
+from broker.gate.words import FIXED, REPLIES, U32
+from broker.wire.header import FIXED_SIZE
+
+if TYPE_CHECKING:
+    from broker.gate.link import Link
+
+Handler = Callable[[int], None]
+# Take note of one message and say whether to pass it on; False: nothing is done, it has to be looked at.
+Note = Callable[[bytes, int], bool]
+# Who judges what is not passed on: bytes, ancillary data and flags, as recvmsg gave them.
+Sent = Callable[[bytes, Sequence[Ancillary], int], None]
+
+
+def take_short_way(link: "Link", judging: Filter, app: Pipe, bus: Pipe) -> None:
+    """Have known messages of an established connection passed on without the link."""
+    app.hand_over(_make_handler(link, app, bus, _make_app_note(link, judging), link.app_sent))
+    bus.hand_over(_make_handler(link, bus, app, _make_bus_note(judging), link.bus_sent))
+
+
+def _make_handler(link: "Link", source: Pipe, target: Pipe, note: Note, sent: Sent) -> Handler:
+    receive, write, target_fd = source.sock.recvmsg, os.write, target.fd
+
+    def handle(events: int) -> None:
+        if events != READABLE or not source.is_clear:
+            source.event(events)
+            return
+        try:
+            data, ancillary, flags, _ = receive(READ_SIZE, ANCILLARY, CLOEXEC)
+            size = len(data)
+            if size < FIXED_SIZE or ancillary or flags & TRUNCATED or not note(data, size):
+                sent(data, ancillary, flags)
+                return
+            try:
+                taken = write(target_fd, data)
+            except OSError as exc:
+                taken = _count_as_sent(exc, size)
+            if taken != size:
+                link.cut_short(target, data[taken:])
+        except Exception as exc:  # noqa: BLE001 - the link knows what each means for it
+            link.failed(exc)
+
+    return handle
+
+
+def _count_as_sent(exc: OSError, size: int) -> int:
+    """Return how much of a message nobody has to send any more. Raises Closed."""
+    if isinstance(exc, BlockingIOError):
+        return 0
+    if isinstance(exc, ConnectionError):
+        return size  # what the other end sent before it went is still to be read, and then it ends
+    raise Closed from exc
+
+
+def _make_app_note(link: "Link", judging: Filter) -> Note:
+    core = judging.core
+    pending, calls, tables = core.pending, core.app_calls, judging.app_tables
+    room = core.sandbox.limits.pending_calls
+    budget = link.sandbox.messages
+    unpack = FIXED.unpack_from
+
+    def note(data: bytes, size: int) -> bool:
+        first, body, serial, fields = unpack(data)
+        start = 16 + (fields + 7 & -8)
+        if start + body != size or not 0 < serial < OWN_SERIALS or budget.left <= 0:
+            return False
+        table = tables.get(first)
+        if table is None:
+            if first not in REPLIES or not judging.known_app_reply(data, 0, size, body, fields):
+                return False
+        else:
+            answerer = table.get(data[12:start])
+            if answerer is None:
+                return False
+            if table is calls:
+                if serial in pending or len(pending) >= room:
+                    return False
+                pending[serial] = answerer  # type: ignore[assignment]
+        budget.left -= 1
+        return True
+
+    return note
+
+
+def _make_bus_note(judging: Filter) -> Note:
+    core = judging.core
+    pending, tables = core.pending, judging.bus_tables
+    reply_at, shapes = core.bus_reply_at, core.bus_replies
+    unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
+
+    def note(data: bytes, size: int) -> bool:
+        first, body, serial, fields = unpack(data)
+        start = 16 + (fields + 7 & -8)
+        if start + body != size:
+            return False
+        if first not in REPLIES:
+            table = tables.get(first)
+            caller = table.get(data[12:start]) if table is not None else None
+            return caller is not None and judging.known_bus_call(table, caller, serial)
+        at = reply_at.get(start)
+        if at is None:
+            return False
+        asked = unpack_serial(data, at)[0]
+        entry = pending.get(asked)
+        # No owner is None.
+        if entry is None or entry.owner != shapes.get(data[12:at] + data[at + 4 : start]):
+            return False
+        del pending[asked]
+        return True
+
+    return note
