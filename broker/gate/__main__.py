@@ -1,6 +1,7 @@
 """The gate process: `python -m broker.gate --control PATH [--ready-fd N]`."""
 
 import argparse
+import ctypes
 import gc
 import logging
 import os
@@ -17,6 +18,11 @@ from broker.gate.server import Gate
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
+# Bytes. Blocks up to this size are used again; the largest message that is usual is 1 MiB.
+LARGEST_KEPT: Final = 4 * 1024 * 1024
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
 LOGGER: Final = logging.getLogger(__name__)
 
 
@@ -33,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(levelname)s gate %(message)s",
     )
     _raise_descriptor_limit()
+    _keep_freed_memory()
     try:
         listening = _listen(args.control)
     except OSError as exc:
@@ -103,6 +110,14 @@ def _raise_descriptor_limit() -> None:
     """Two descriptors a connection and one a socket: the usual soft limit of 1024 is soon reached."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc use freed blocks of messages again: glibc maps and clears new pages for large ones."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * LARGEST_KEPT)
 
 
 if __name__ == "__main__":

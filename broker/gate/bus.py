@@ -62,6 +62,8 @@ class Bus:
         self._wording: dict[str, tuple[str, str]] = {}
         self._guid = ""
         self.links: Final[set[Closable]] = set()
+        # True: all unique names may be heard to come and go, as on the accessibility bus.
+        self.tells_unique_names = False
 
     def spec(self) -> BusSpec:
         """Return it as the supervisor knows it."""

@@ -307,7 +307,7 @@ class FrameReader:
             return None
         try:
             envelope = _decoder.decode(bytes(self._buffer[_LENGTH.size : end]))
-        except msgspec.MsgspecError as exc:
+        except (msgspec.MsgspecError, RecursionError) as exc:
             raise PeerProtocolError(f"control frame: {exc}") from exc
         del self._buffer[:end]
         if not 0 <= envelope.fds <= len(self._fds):

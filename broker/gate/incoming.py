@@ -57,7 +57,7 @@ class Incoming:
         if fds and not core.app_takes_fds:
             core.sandbox.close_fds(fds)
             fds = ()
-            header, data = _without_fds(header)
+            header, data = without_fds(header)
         untouched = not header.has_unknown
         if not untouched:
             data = self._clean(header, data)
@@ -212,7 +212,7 @@ class Incoming:
         return serialise_header(header, sender=True) + data[header.size :]
 
 
-def _without_fds(header: Header) -> tuple[Header, bytes]:
+def without_fds(header: Header) -> tuple[Header, bytes]:
     """Return an error in place of a reply that the app cannot take."""
     body = marshal.make_body("s", ("The reply has file descriptors, which were not negotiated",))
     error = replace(

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
 
-from broker.gate.budgets import JUDGED_A_TURN
 from broker.gate.bus import Bus
 from broker.gate.connector import connect
 from broker.gate.control import Use
@@ -190,14 +189,9 @@ class Link:
         self._client.feed(data)
         if not self._client.done:
             return
-        self._filter = Filter(
-            self._bus,
-            self.sandbox,
-            self.sandbox.judge(self._bus.name),
-            # What the bus does not take we cannot pass on.
-            app_takes_fds=self._server.unix_fds and self._client.unix_fds,
-            judged_a_turn=JUDGED_A_TURN,
-        )
+        # What the bus does not take we cannot pass on.
+        takes_fds = self._server.unix_fds and self._client.unix_fds
+        self._filter = self.sandbox.make_filter(self._bus, app_takes_fds=takes_fds)
         self._bus.met(self._client.guid)
         self._bus.members.add(self._filter.core)
         self._bus.links.add(self)

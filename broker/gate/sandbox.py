@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from broker.gate.budgets import CONNECTION_COST, Complaints, MessageBudget
+from broker.gate.budgets import CONNECTION_COST, JUDGED_A_TURN, Complaints, MessageBudget
 from broker.gate.bus import Bus
 from broker.gate.control import (
     Connected,
@@ -26,6 +26,7 @@ from broker.gate.control import (
     Use,
 )
 from broker.gate.core import Core, Denial
+from broker.gate.filter import Filter
 from broker.gate.link import Link
 from broker.gate.loop import READABLE, Loop
 from broker.gate.pipe import close_fds
@@ -196,6 +197,16 @@ class Sandbox:
         connection.setblocking(False)
         bus = self._buses[listener.bus]
         self.links.add(Link(self._loop, self, bus, connection, listener.guid or GUID))
+
+    def make_filter(self, bus: Bus, *, app_takes_fds: bool) -> Filter:
+        """Return what judges a new connection."""
+        return Filter(
+            bus,
+            self,
+            self.judge(bus.name),
+            app_takes_fds=app_takes_fds,
+            judged_a_turn=JUDGED_A_TURN,
+        )
 
     def said_hello(self, core: Core) -> None:
         """Register a connection, before its app can use it."""

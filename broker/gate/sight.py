@@ -61,7 +61,7 @@ class Sight:
         leave it, with all that it is called.
         """
         if name[:1] == ":":
-            told = self.sees(name) or name in self._lately
+            told = self._core.bus.tells_unique_names or self.sees(name) or name in self._lately
             if not new:
                 self._core.callers.pop(name, None)
                 self._lately.pop(name, None)
