@@ -62,8 +62,10 @@ class Bus:
         self._wording: dict[str, tuple[str, str]] = {}
         self._guid = ""
         self.links: Final[set[Closable]] = set()
-        # True: all unique names may be heard to come and go, as on the accessibility bus.
+        # Both are ways of xdg-dbus-proxy, for who is to pass for it. All unique names may be heard to come
+        # and go; a well-known name is judged as itself alone, whatever else its owner owns.
         self.tells_unique_names = False
+        self.judges_names_alone = False
 
     def spec(self) -> BusSpec:
         """Return it as the supervisor knows it."""

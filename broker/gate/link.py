@@ -197,7 +197,7 @@ class Link:
         self._bus.links.add(self)
         self._app.readable = self._judge_app
         self._upstream.readable = self._judge_bus
-        take_short_way(self, self._filter, self._app, self._upstream)
+        take_short_way(self, self._filter, self.sandbox.messages, self._app, self._upstream)
         if self._client.leftover:
             self._filter.feed_bus(self._client.leftover)
         if self._early:

@@ -195,8 +195,9 @@ class Outgoing:
 
     def _other_end(self, header: Header, target: Target) -> tuple[set[str], Identity | None]:
         core = self._core
-        names = {header.destination or ""}
-        if target.owner:
+        name = header.destination or ""
+        names = {name}
+        if target.owner and (target.owner == name or not core.bus.judges_names_alone):
             names |= self._owners.names_of(target.owner)
         peer = core.bus.identities.get(target.owner)
         if peer is None and target.owner:

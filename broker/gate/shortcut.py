@@ -9,17 +9,15 @@ filter.py.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from broker.gate.budgets import MessageBudget
 from broker.gate.core import OWN_SERIALS
 from broker.gate.filter import Filter
 from broker.gate.loop import READABLE
 from broker.gate.pipe import ANCILLARY, CLOEXEC, READ_SIZE, TRUNCATED, Ancillary, Closed, Pipe
 from broker.gate.words import FIXED, REPLIES, U32
 from broker.wire.header import FIXED_SIZE
-
-if TYPE_CHECKING:
-    from broker.gate.link import Link
 
 Handler = Callable[[int], None]
 # Take note of one message and say whether to pass it on; False: nothing is done, it has to be looked at.
@@ -28,13 +26,31 @@ Note = Callable[[bytes, int], bool]
 Sent = Callable[[bytes, Sequence[Ancillary], int], None]
 
 
-def take_short_way(link: "Link", judging: Filter, app: Pipe, bus: Pipe) -> None:
+class LongWay(Protocol):
+    """The link, which does whatever is not done here."""
+
+    def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
+        """Judge what was read from the app."""
+
+    def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
+        """Judge what was read from the bus."""
+
+    def cut_short(self, pipe: Pipe, rest: bytes) -> None:
+        """See to the end of a message that was not taken whole."""
+
+    def failed(self, exc: Exception) -> None:
+        """End the connection as the exception says, or not."""
+
+
+def take_short_way(
+    link: LongWay, judging: Filter, budget: MessageBudget, app: Pipe, bus: Pipe
+) -> None:
     """Have known messages of an established connection passed on without the link."""
-    app.hand_over(_make_handler(link, app, bus, _make_app_note(link, judging), link.app_sent))
+    app.hand_over(_make_handler(link, app, bus, _make_app_note(judging, budget), link.app_sent))
     bus.hand_over(_make_handler(link, bus, app, _make_bus_note(judging), link.bus_sent))
 
 
-def _make_handler(link: "Link", source: Pipe, target: Pipe, note: Note, sent: Sent) -> Handler:
+def _make_handler(link: LongWay, source: Pipe, target: Pipe, note: Note, sent: Sent) -> Handler:
     receive, write, target_fd = source.sock.recvmsg, os.write, target.fd
 
     def handle(events: int) -> None:
@@ -68,11 +84,10 @@ def _count_as_sent(exc: OSError, size: int) -> int:
     raise Closed from exc
 
 
-def _make_app_note(link: "Link", judging: Filter) -> Note:
+def _make_app_note(judging: Filter, budget: MessageBudget) -> Note:
     core = judging.core
     pending, calls, tables = core.pending, core.app_calls, judging.app_tables
     room = core.sandbox.limits.pending_calls
-    budget = link.sandbox.messages
     unpack = FIXED.unpack_from
 
     def note(data: bytes, size: int) -> bool:
