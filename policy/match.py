@@ -34,6 +34,8 @@ MAX_PATH: Final = 2048
 MAX_KNOWN_NAMES: Final = 512
 # To whom the design sends broadcasts: to nobody, or to the bus itself.
 BUS_NAME: Final = "org.freedesktop.DBus"
+# `*` asks for no name in particular: it matches whoever the other end is.
+_ANY_NAME: Final = frozenset({None, "*"})
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -71,6 +73,8 @@ class Judge:
     """
 
     def __init__(self, access: AccessList, *, bus: str, me: Identity) -> None:
+        self.access: Final = access
+        self.me: Final = me
         rules = [rule for rule in access.rules if rule.bus is None or rule.bus == bus]
         self._receive_from_host: Final = access.receive_from_host
         send = [rule for rule in rules if Access.SEND in rule.access]
@@ -189,19 +193,28 @@ def _for_starting(send: list[Rule]) -> list[Rule]:
 
 
 def _names_used(rules: list[Rule]) -> NamesUsed:
-    # `*` asks for no name in particular: it matches whoever the other end is.
-    names = {rule.name for rule in rules} - {None, "*"}
+    names = {rule.name for rule in rules} - _ANY_NAME
     patterns = {parse_name_pattern(name) for name in names if name is not None}
     return NamesUsed(
         exact=frozenset(each.text for each in patterns if each.kind == "exact"),
         subtrees=frozenset(each.base for each in patterns if each.kind == "subtree"),
         # Which names may be seen by their owner alone, only a look at all of them tells.
-        globs=any(each.kind == "glob" for each in patterns)
-        or any(
-            Access.SEE in rule.access and rule.name is None and rule.peer is not None
-            for rule in rules
-        ),
+        globs=any(each.kind == "glob" for each in patterns) or _owner_decides_sight(rules),
     )
+
+
+def _owner_decides_sight(rules: list[Rule]) -> bool:
+    """Say whether names that no rule says may be seen or not by who owns them."""
+    if any(Access.SEE in rule.access and rule.name is None and rule.peer for rule in rules):
+        return True
+    sight = _for_sight(rules)
+    # An owner that is not known passes for the host, so it must be known where the host is let through.
+    unnamed = [rule for rule in sight if not rule.deny and rule.name in _ANY_NAME]
+    if any(rule.peer is not None and rule.peer.kind == "host" for rule in unnamed):
+        return True
+    # What is denied for one of an owner's names is for all of them.
+    denied = any(rule.deny and (rule.peer or rule.name not in _ANY_NAME) for rule in sight)
+    return denied and any(rule.peer is None for rule in unnamed)
 
 
 class _Table:

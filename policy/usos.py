@@ -40,7 +40,7 @@ def make_list(rules: Iterable[Rule]) -> UsosList:
             said, cannot = make_usos([part])
             for left, reason in cannot:
                 if left.deny:
-                    more, _ = make_usos([_wider(left)])
+                    more, _ = make_usos([wider(left)])
                     said += more
                     unsaid.append((left, f"{reason}, so more is denied"))
                 else:
@@ -75,7 +75,7 @@ def _paths(pattern: str | None) -> Sequence[str | None]:
     return sorted([*plain, *(path + _WITH_BELOW for path in subtrees)])
 
 
-def _wider(rule: Rule) -> Rule:
+def wider(rule: Rule) -> Rule:
     """Return a rule that the form can say and that is about at least as much."""
 
     def literal(text: str | None) -> str | None:

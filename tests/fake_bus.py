@@ -38,6 +38,7 @@ class FakeBus:
 
     address: str
     keep_fields: bool = False
+    id: str = GUID
     taken: set[str] = field(default_factory=set)  # names that somebody else has
     clients: dict[str, trio.socket.SocketType] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
@@ -132,6 +133,8 @@ class FakeBus:
                     return "u", [3]
                 self.owners[values[0]] = name
                 return "u", [1]
+            case "GetId":
+                return "s", [self.id]
             case "NameHasOwner":
                 return "b", [values[0] in self.clients or values[0] in self.owners]
             case "GetConnectionCredentials" if values[0] in self.clients:

@@ -1,7 +1,7 @@
 """A gate that serves nobody: it speaks the control protocol and keeps a list of what it was given.
 
 Run as a program it takes the options of the real one, and serves one supervisor after the other until it is told to
-shut down. An app called "die" makes it exit without an answer.
+shut down. An app called "die" makes it exit without an answer, and "die once" one that is the first there.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from broker.gate.control import (
     Envelope,
     Event,
     FrameReader,
+    Listeners,
     Refused,
     Request,
     SandboxOf,
@@ -30,11 +31,13 @@ from broker.gate.control import (
     Shutdown,
     Snapshot,
     StopSandbox,
+    TakeListeners,
     TakeSnapshot,
     WhoIs,
     make_frame,
 )
-from broker.wire.errors import NOT_CONTAINER
+from broker.gate.upstream import CallBus
+from broker.wire.errors import NOT_CONTAINER, UNKNOWN_METHOD
 
 
 class FakeGate:
@@ -44,10 +47,18 @@ class FakeGate:
         self.protocol = protocol
         self.sandboxes: dict[str, SandboxSpec] = {}
         self.asked: list[Request] = []
+        self.folder = "."  # of the control socket
 
-    def answer(self, request: Request) -> tuple[list[Event], Answer]:
+    def dies_of(self, app: str) -> bool:
+        """Say whether this app is the end. Of a gate that died before us there is a record."""
+        died = any("crash" in name for name in os.listdir(self.folder))  # noqa: PTH208
+        return app == "die" or (app == "die once" and not died)
+
+    def answer(self, request: Request) -> tuple[list[Event], Answer]:  # noqa: PLR0911 - a table
         self.asked.append(request)
         match request:
+            case AddSandbox(spec) if spec.identity.app == "refused":
+                return [], Refused(UNKNOWN_METHOD, "not that one")
             case AddSandbox(spec):
                 self.sandboxes[spec.id] = spec
                 return [Connected(spec.id, "session", ":1.5")], Done()
@@ -59,6 +70,10 @@ class FakeGate:
                 return [], SandboxOf(name if name in self.sandboxes else None)
             case TakeSnapshot():
                 return [], self.snapshot()
+            case CallBus():
+                return [], Refused(UNKNOWN_METHOD, "this bus is no bus")
+            case TakeListeners():
+                return [], Listeners(())
             case _:
                 return [], Done()
 
@@ -88,7 +103,7 @@ def serve(gate: FakeGate, connection: socket.socket) -> bool:
                 os.close(fd)
             request = envelope.body
             assert isinstance(request, Request)
-            if isinstance(request, AddSandbox) and request.spec.identity.app == "die":
+            if isinstance(request, AddSandbox) and gate.dies_of(request.spec.identity.app):
                 os._exit(3)
             events, answer = gate.answer(request)
             for event in events:
@@ -102,12 +117,16 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--control")
     parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--trace")
     parser.add_argument("--mode", default="good")
     options = parser.parse_args(argv)
     if options.mode == "refuse":
         sys.exit(3)
     gate = FakeGate(PROTOCOL + 1 if options.mode == "old" else PROTOCOL)
+    gate.folder = os.path.dirname(options.control)  # noqa: PTH120
     with socket.socket(socket.AF_UNIX) as listening:
+        if os.path.exists(options.control):  # noqa: PTH110 - of one that was killed
+            os.unlink(options.control)  # noqa: PTH108
         listening.bind(options.control)
         listening.listen(8)
         os.write(options.ready_fd, b"x")

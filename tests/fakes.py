@@ -1,6 +1,6 @@
 """Stand-ins for what surrounds the supervisor. They satisfy its Protocols and keep what they were told."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import trio
 from broker.bus.connection import Call, Target
 from broker.bus.values import Variant, pack
 from broker.engines.base import EngineLostError, Listener
+from broker.engines.held import Held
 from broker.gate.control import Connected, Denied, Ended, SandboxSpec, Use
 from broker.supervisor.registry import Record
 from broker.wire.errors import NAME_HAS_NO_OWNER, NOT_CONTAINER, CallRefusedError
@@ -22,6 +23,9 @@ class FakeEngine:
     name: str = "fake"
     pid: int = 4711
     listener: Listener | None = None
+    held: Held = field(default_factory=Held)
+    last_crash: str = ""
+    labelled: tuple[str, ...] = ()  # buses that have Containers1
     specs: dict[str, SandboxSpec] = field(default_factory=dict)
     access: dict[str, AccessList] = field(default_factory=dict)
     connections: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -29,6 +33,12 @@ class FakeEngine:
     refuse: Exception | None = None  # what the next request answers
     cannot_tell: bool = False  # what is used
     before_answer: trio.Event | None = None  # requests wait for it
+
+    def serving(self, bus: str) -> str:
+        return "containers1" if bus in self.labelled else self.name
+
+    def instances(self, sandbox: str) -> Mapping[str, str]:
+        return dict.fromkeys(self.labelled, f"/bus/{sandbox}")
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
         await self._do("add", spec.id, str(len(fds)))
@@ -58,8 +68,13 @@ class FakeEngine:
             raise EngineLostError("gone")
         return Use(connections=len(self.connections), pending_calls=3)
 
-    async def tag_headers(self, bus: str, unique_name: str) -> None:
-        await self._do("tag_headers", bus, unique_name)
+    async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
+        await self._do("tag_headers" if wanted else "untag_headers", bus, unique_name)
+
+    async def upgrade(self) -> tuple[int, int]:
+        await self._do("upgrade")
+        old, self.pid = self.pid, self.pid + 1
+        return old, self.pid
 
     def connect(self, sandbox: str, unique_name: str, bus: str = "session") -> None:
         """An app of the sandbox says Hello."""
@@ -111,10 +126,12 @@ class FakeAnnouncer:
     """Keeps what would be signals."""
 
     ended: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)  # of the ends
     refused: list[Denied] = field(default_factory=list)
 
-    def removed(self, record: Record) -> None:
+    def removed(self, record: Record, reason: str) -> None:
         self.ended.append(record.id)
+        self.reasons[record.id] = reason
 
     def denied(self, _record: Record, event: Denied) -> None:
         self.refused.append(event)

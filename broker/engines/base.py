@@ -1,15 +1,27 @@
 """What the supervisor asks of an engine, whatever mediates the bus behind it."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from broker.engines.held import Held
 from broker.gate.control import Event, SandboxSpec, Snapshot, Use
-from broker.wire.errors import BrokerError
+from broker.wire.errors import NOT_CONTAINER, BrokerError, CallRefusedError
 from policy.rules import AccessList
 
 
 class EngineLostError(BrokerError):
     """The engine went away before it answered: what was asked may or may not have been done."""
+
+
+@contextlib.contextmanager
+def gone_is_fine() -> Iterator[None]:
+    """Have something ended that may have ended by itself meanwhile, or with its gate."""
+    try:
+        yield
+    except CallRefusedError as exc:
+        if exc.dbus_name != NOT_CONTAINER:
+            raise
 
 
 class Listener(Protocol):
@@ -22,6 +34,12 @@ class Listener(Protocol):
     def take_snapshot(self, snapshot: Snapshot) -> None:
         """The engine was started, or connected to: this is what it has."""
 
+    def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
+        """Return what it was to have by that snapshot, and did not: to be served with these descriptors."""
+
+    def lost(self, sandbox: str) -> None:
+        """It does not take that sandbox again."""
+
 
 class Engine(Protocol):
     """Serves the sandboxes' sockets. All of it raises CallRefusedError and EngineLostError."""
@@ -33,6 +51,20 @@ class Engine(Protocol):
     @property
     def pid(self) -> int:
         """The process that serves them now."""
+
+    def serving(self, bus: str) -> str:
+        """Return which engine serves new sandboxes on that bus: one may use another."""
+
+    def instances(self, sandbox: str) -> Mapping[str, str]:
+        """Return the paths that the buses themselves know a sandbox by, by bus."""
+
+    @property
+    def held(self) -> Held:
+        """What it listens on, a second time: closed by the engine."""
+
+    @property
+    def last_crash(self) -> str:
+        """A line about the last time that it died; empty if it did not."""
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
         """Begin to serve. The descriptors remain the caller's, who may close them afterwards."""
@@ -52,5 +84,11 @@ class Engine(Protocol):
     async def use(self, sandbox: str | None = None) -> Use:
         """Return what a sandbox, or all of them together, take of their limits."""
 
-    async def tag_headers(self, bus: str, unique_name: str) -> None:
-        """Put header field 10 into what sandboxes send to this connection."""
+    async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
+        """Put header field 10 into what sandboxes send to this connection, or no more."""
+
+    async def upgrade(self) -> tuple[int, int]:
+        """Replace the process that serves by a new one, with no connection closed; return both pids.
+
+        Raises CallRefusedError if the old one serves on.
+        """

@@ -4,29 +4,38 @@ Theory of operation. `keep_connected` has one Link after the other; a Link is on
 reader task that hands events to the listener and answers to whoever waits, in the order in which the gate sent
 them. A gate outlives us unless it is shut down; if the connection breaks, the next round finds the same gate
 again, or starts another, and its snapshot tells the listener which of the two it was.
+
+What the gate listens on is held here, too. A gate that is new gets it back, sandbox by sandbox, before
+anybody else's request: these wait meanwhile, so that a gate which dies is a pause and no error.
 """
 
 import logging
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import trio
 
-import broker
 from broker.engines.base import EngineLostError, Listener
+from broker.engines.crash import last_crash
+from broker.engines.held import PIPE, Held
 from broker.engines.link import Link, connect
+from broker.engines.process import GateError, GateProcess
+from broker.engines.upgrade import upgrade
 from broker.gate.control import (
     PROTOCOL,
     AddSandbox,
+    Answer,
     BusSpec,
     Done,
+    Ended,
+    Event,
+    Listeners,
     Request,
     SandboxOf,
     SandboxSpec,
+    SandboxState,
     SetAccess,
     SetBuses,
     Shutdown,
@@ -34,6 +43,7 @@ from broker.gate.control import (
     StopListening,
     StopSandbox,
     TagHeaders,
+    TakeListeners,
     TakeSnapshot,
     TakeUse,
     Use,
@@ -43,42 +53,67 @@ from broker.wire.errors import BrokerError, CallRefusedError
 from policy.rules import AccessList
 
 LOGGER: Final = logging.getLogger(__name__)
-START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
-SHUTDOWN_TIMEOUT: Final = 2.5  # seconds, from the request to the end of the connection
-EXIT_TIMEOUT: Final = 1.0  # seconds, from there to the end of the process
+SHUTDOWN_TIMEOUT: Final = 2.0  # seconds, from the request to the end of the connection
+# Seconds that a request waits for a gate that is being replaced: less than callers on a bus wait for an answer.
+GAP_TIMEOUT: Final = 8.0
 COMMAND: Final = (sys.executable, "-P", "-m", "broker.gate")
-_READY_FD: Final = 3  # in the gate
-# A gate that dies at once again would have us start gates for ever.
+# A gate that dies before it serves would have us start gates for ever.
 MAX_STARTS: Final = 5
 FORGET_STARTS_AFTER: Final = 60.0  # seconds
 MAX_REFUSALS: Final = 20
 REFUSAL_PAUSE: Final = 0.1  # seconds
-
-
-class GateError(BrokerError):
-    """There is no gate, and it cannot be started."""
+# One that has served is started again always: the first time at once, then after a pause that doubles.
+FIRST_PAUSE: Final = 0.05  # seconds
+LONGEST_PAUSE: Final = 0.5
+STEADY_AFTER: Final = 5.0  # seconds that it has served
+# The first protocol whose gates know HandOver.
+HANDS_OVER_SINCE: Final = 3
+# Well below what one frame may carry.
+_FDS_A_REQUEST: Final = 200
 
 
 class GateEngine:
     """One gate at a time, reached at the socket `control`."""
-
-    name: Final = "gate"
 
     def __init__(
         self, *, control: Path, buses: Sequence[BusSpec], command: Sequence[str] | None = None
     ) -> None:
         self._control: Final = control
         self._buses: Final = tuple(buses)
-        self._command: Final = tuple(command or COMMAND)
+        self._process: Final = GateProcess(control, command or COMMAND)
+        self.held: Final = Held()
         self._link: Link | None = None
-        self._children: Final[set[int]] = set()
+        self._link_changed = trio.Event()
         self._closing = False
+        self._is_over = False
+        self._served: set[str] = set()  # sandboxes, when the connection was made
         self._starts: list[float] = []
         self._refusals = 0
-        # Says which gate was started by a supervisor, and so is to end with one.
-        self._mark: Final = control.with_suffix(".pid")
-        self._is_ours = False
-        self.pid = 0
+        self._short_lives = 0
+        self._upgrading: Final = trio.Lock()
+
+    @property
+    def name(self) -> str:
+        """Which engine this is."""
+        return "gate"
+
+    def serving(self, bus: str) -> str:
+        """Return the engine that serves new sandboxes on that bus."""
+        return "gate"
+
+    def instances(self, sandbox: str) -> Mapping[str, str]:
+        """Return the paths of the buses' own instances, by bus."""
+        return {}
+
+    @property
+    def pid(self) -> int:
+        """The process that serves now, or served last."""
+        return self._process.pid
+
+    @property
+    def last_crash(self) -> str:
+        """A line about the last gate that died; empty if none did."""
+        return last_crash(self._process.folder)
 
     async def keep_connected(
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -96,18 +131,23 @@ class GateEngine:
             while not self._closing:
                 await self._run_link(listener, ready)
         finally:
-            self._link = None
+            self._is_over = True
+            self._set_link(None)
+            if not self._closing:  # else `shutdown` waits for it
+                self._process.forget()
+            self.held.close()
 
     async def shutdown(self) -> None:
         """End the gate, if one of us started it: this supervisor, or one before it in this folder."""
         self._closing = True
-        link = self._link
-        if link is None:
-            return
-        if not self._is_ours:
-            link.close()
-            return
         with trio.move_on_after(SHUTDOWN_TIMEOUT) as scope:
+            link = await self._wait_link()
+            if link is None:
+                return
+            if not self._process.is_ours:
+                self._process.forget()
+                link.close()
+                return
             try:
                 await link.request(Shutdown())
             except BrokerError:
@@ -115,114 +155,183 @@ class GateEngine:
             await link.ended.wait()
         if scope.cancelled_caught:
             LOGGER.warning("the gate (process %d) does not end", self.pid)
-        self._mark.unlink(missing_ok=True)
-        await self._wait_for_exit()
-
-    async def _wait_for_exit(self) -> None:
-        """Wait for the gate's end, so that whoever waits for us finds it gone."""
-        try:
-            end = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return
-        try:
-            with trio.move_on_after(EXIT_TIMEOUT) as scope:
-                await trio.lowlevel.wait_readable(end)
-            if scope.cancelled_caught:
-                signal.pidfd_send_signal(end, signal.SIGKILL)
-        finally:
-            os.close(end)
-        self._reap()
-
-    def _reap(self) -> None:
-        """Take note of gates that ended."""
-        for pid in list(self._children):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                self._children.discard(pid)
+        await self._process.wait_exit()
+        self._process.forget()
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
         await self._ask(AddSandbox(spec), fds)
+        for listener in spec.listeners:
+            self.held.keep(spec.id, listener.bus, fds[listener.fd])
+        if spec.close_notify is not None:
+            self.held.keep(spec.id, PIPE, fds[spec.close_notify])
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
         await self._ask(SetAccess(sandbox, access))
 
     async def stop_listening(self, sandbox: str) -> None:
         await self._ask(StopListening(sandbox))
+        self.held.drop_listeners(sandbox)
 
     async def stop(self, sandbox: str) -> None:
         await self._ask(StopSandbox(sandbox))
 
     async def who(self, bus: str, unique_name: str) -> str | None:
-        answer = await self._current().request(WhoIs(bus, unique_name))
+        answer = await self._request(WhoIs(bus, unique_name))
         if not isinstance(answer, SandboxOf):
             raise EngineLostError(f"the gate answered WhoIs with {type(answer).__name__}")
         return answer.sandbox
 
     async def use(self, sandbox: str | None = None) -> Use:
-        answer = await self._current().request(TakeUse(sandbox))
+        answer = await self._request(TakeUse(sandbox))
         if not isinstance(answer, Use):
             raise EngineLostError(f"the gate answered TakeUse with {type(answer).__name__}")
         return answer
 
-    async def tag_headers(self, bus: str, unique_name: str) -> None:
-        await self._ask(TagHeaders(bus, unique_name))
+    async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
+        await self._ask(TagHeaders(bus, unique_name, wanted))
 
-    def _current(self) -> Link:
-        if self._link is None:
-            raise EngineLostError("there is no gate at the moment")
-        return self._link
+    async def upgrade(self) -> tuple[int, int]:
+        async with self._upgrading:
+            old = self.pid
+            await upgrade(await self._get_link(), self._process)
+            return old, self.pid
 
     async def _ask(self, request: Request, fds: Sequence[int] = ()) -> None:
-        answer = await self._current().request(request, fds)
+        answer = await self._request(request, fds)
         if not isinstance(answer, Done):
             raise EngineLostError(
                 f"the gate answered {type(request).__name__} with {type(answer).__name__}"
             )
 
+    async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
+        """Ask the gate, or the next one if this one dies meanwhile: all requests say what is to be."""
+        link = await self._get_link()
+        try:
+            return await link.request(request, fds)
+        except EngineLostError:
+            # What a bus made for the sandbox is gone with the gate that asked for it.
+            if isinstance(request, AddSandbox) and request.spec.upstreams:
+                raise
+        link = await self._get_link()
+        if isinstance(request, AddSandbox) and request.spec.id in self._served:
+            return Done()  # it was only the connection that was lost
+        return await link.request(request, fds)
+
     # -- having a gate ------------------------------------------------------------------------------
+
+    async def _get_link(self) -> Link:
+        link = None
+        with trio.move_on_after(GAP_TIMEOUT):
+            link = await self._wait_link()
+        if link is None:
+            raise EngineLostError("there is no gate at the moment: try again later")
+        return link
+
+    async def _wait_link(self) -> Link | None:
+        """Return the connection, once there is one; None: there will be none any more."""
+        while not self._is_over:
+            if self._link is not None and not self._link.ended.is_set():
+                return self._link
+            await self._link_changed.wait()
+        return None
+
+    def _set_link(self, link: Link | None) -> None:
+        self._link = link
+        changed, self._link_changed = self._link_changed, trio.Event()
+        changed.set()
 
     async def _run_link(self, listener: Listener, ready: Callable[[], None]) -> None:
         sock = await self._connect_or_start()
         failure: BrokerError | None = None
-        with Link(sock, listener) as link:
+        begun = trio.current_time()
+        with Link(sock, _Ears(listener, self.held)) as link:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.run)
                 try:
-                    await self._greet(link)
+                    await self._greet(link, listener)
                 except (EngineLostError, GateError) as exc:
                     failure = exc
                     nursery.cancel_scope.cancel()
                 else:
-                    self._link = link
+                    nursery.start_soon(link.confirm_events)
+                    self._starts.clear()
+                    self._set_link(link)
                     ready()
-        self._link = None
+        self._set_link(None)
         if isinstance(failure, GateError):
             raise failure
-        if failure is not None:
-            await self._wait_for_another_try()
-            return
-        self._refusals = 0
         if not self._closing:
+            await self._recover(begun, is_refusal=failure is not None)
+
+    async def _recover(self, begun: float, *, is_refusal: bool) -> None:
+        """Find out what became of the gate, and wait before there is another try."""
+        if await self._process.has_died():
+            steady = trio.current_time() - begun > STEADY_AFTER
+            self._short_lives = 0 if steady else self._short_lives + 1
+            if self._short_lives > 1:
+                await trio.sleep(min(FIRST_PAUSE * 2 ** (self._short_lives - 1), LONGEST_PAUSE))
+        elif is_refusal:
+            # A gate that hangs up at once serves another supervisor, or has not noticed that it died.
+            self._refusals += 1
+            if self._refusals >= MAX_REFUSALS:
+                raise GateError("the gate that runs does not talk to us: it has another supervisor")
+            await trio.sleep(REFUSAL_PAUSE)
+        else:
             LOGGER.error("the connection to the gate was lost")
 
-    async def _wait_for_another_try(self) -> None:
-        """A gate that hangs up at once serves another supervisor, or has not noticed that it died."""
-        self._refusals += 1
-        if self._refusals >= MAX_REFUSALS:
-            raise GateError("the gate that runs does not talk to us: it has another supervisor")
-        await trio.sleep(REFUSAL_PAUSE)
-
-    async def _greet(self, link: Link) -> None:
+    async def _greet(self, link: Link, listener: Listener) -> None:
         snapshot = await link.request(TakeSnapshot())
+        if isinstance(snapshot, Snapshot) and HANDS_OVER_SINCE <= snapshot.protocol < PROTOCOL:
+            # It was started by an older one of us. It hands over to one that we can talk to.
+            self._process.watch(snapshot.pid)
+            await self._replace(link)
+            snapshot = await link.request(TakeSnapshot())
         if not isinstance(snapshot, Snapshot) or snapshot.protocol != PROTOCOL:
             raise GateError(
                 f"the gate that runs speaks another protocol than ours ({PROTOCOL}): end it first"
             )
-        self.pid = snapshot.pid
-        self._is_ours = self._marked_pid() == snapshot.pid
+        self._refusals = 0
+        self._process.watch(snapshot.pid)
         try:
             await link.request(SetBuses(self._buses))
         except CallRefusedError as exc:
             raise GateError(f"the gate does not take our buses: {exc}") from exc
+        await self._hold(link, snapshot)
+        self._served = {state.spec.id for state in snapshot.sandboxes}
+        await self._restore(link, listener)
+
+    async def _replace(self, link: Link) -> None:
+        try:
+            await upgrade(link, self._process)
+        except CallRefusedError as exc:
+            raise GateError(f"the gate that runs is older than we are: {exc}") from exc
+
+    async def _hold(self, link: Link, snapshot: Snapshot) -> None:
+        """Get duplicates of what the gate listens on and we do not hold."""
+        for names in _batches(
+            state for state in snapshot.sandboxes if state.spec.id not in self.held
+        ):
+            try:
+                answer, fds = await link.request_fds(TakeListeners(names))
+            except CallRefusedError as exc:
+                LOGGER.warning("the gate's sockets cannot be held: %s", exc)
+                return
+            what = answer.what if isinstance(answer, Listeners) else ()
+            for (sandbox, bus), fd in zip(what, fds, strict=True):
+                self.held.adopt(sandbox, bus, fd)
+
+    async def _restore(self, link: Link, listener: Listener) -> None:
+        """Have the gate serve what another one served before."""
+        for spec, fds in listener.missing():
+            try:
+                await link.request(AddSandbox(spec), fds)
+                self._served.add(spec.id)
+            except CallRefusedError as exc:
+                LOGGER.error("%s: the gate does not take it again: %s", spec.id, exc)  # noqa: TRY400 - no defect of ours
+                listener.lost(spec.id)
+        for sandbox in self.held:
+            if sandbox not in self._served:
+                self.held.drop(sandbox)
 
     async def _connect_or_start(self) -> trio.socket.SocketType:
         sock = await connect(self._control)
@@ -230,7 +339,7 @@ class GateEngine:
             return sock
         while True:
             self._count_start()
-            await self._start()
+            await self._process.start()
             sock = await connect(self._control)
             if sock is not None:
                 return sock
@@ -242,54 +351,33 @@ class GateEngine:
             raise GateError(f"the gate ended {MAX_STARTS} times in {FORGET_STARTS_AFTER:.0f} s")
         self._starts.append(now)
 
-    def _marked_pid(self) -> int | None:
-        try:
-            return int(self._mark.read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            return None
 
-    async def _start(self) -> None:
-        """Start a gate and wait until it listens."""
-        self._reap()
-        ready, ready_there = os.pipe()
-        try:
-            try:
-                pid = _spawn((*self._command, "--control", str(self._control)), ready_there)
-            finally:
-                os.close(ready_there)
-            self._children.add(pid)
-            self._mark.write_text(str(pid), encoding="ascii")
-            with trio.move_on_after(START_TIMEOUT) as scope:
-                await trio.lowlevel.wait_readable(ready)
-            if scope.cancelled_caught:
-                os.kill(pid, signal.SIGKILL)
-                raise GateError(f"the gate did not say that it listens, in {START_TIMEOUT:.0f} s")
-            if not os.read(ready, 1):
-                raise GateError("the gate did not start: its message stands above")
-        finally:
-            os.close(ready)
+class _Ears:
+    """Between a link and the listener: what has ended needs no sockets."""
+
+    def __init__(self, listener: Listener, held: Held) -> None:
+        self._listener: Final = listener
+        self._held: Final = held
+
+    def take_event(self, event: Event) -> None:
+        self._listener.take_event(event)
+        if isinstance(event, Ended):
+            self._held.drop(event.sandbox)
+
+    def take_snapshot(self, snapshot: Snapshot) -> None:
+        self._listener.take_snapshot(snapshot)
 
 
-def _spawn(argv: Sequence[str], ready: int) -> int:
-    """Start a gate, which is to outlive us: not by subprocess, which minds."""
-    # A session of its own: Ctrl-C is for us, and we tell it. No standard output, since whoever reads ours
-    # must see its end when we end.
-    return os.posix_spawn(
-        argv[0],
-        [*argv, "--ready-fd", str(_READY_FD)],
-        _environment(),
-        file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-            (os.POSIX_SPAWN_DUP2, ready, _READY_FD),
-        ],
-        setsid=True,
-        setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
-    )
-
-
-def _environment() -> dict[str, str]:
-    """The gate must find the same code as we, installed or not (`-P` keeps it from our folder)."""
-    here = str(Path(broker.__file__).parent.parent)
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+def _batches(states: Iterator[SandboxState]) -> Iterator[tuple[str, ...]]:
+    """Return names of sandboxes, as many at a time as have not too many descriptors."""
+    names: list[str] = []
+    count = 0
+    for state in states:
+        its = len(state.spec.listeners) + 1
+        if names and count + its > _FDS_A_REQUEST:
+            yield tuple(names)
+            names, count = [], 0
+        names.append(state.spec.id)
+        count += its
+    if names:
+        yield tuple(names)

@@ -1,7 +1,9 @@
-"""The gate process: `python -m broker.gate --control PATH [--ready-fd N]`."""
+"""The gate process: `python -m broker.gate --control PATH [--ready-fd N] [--take-over N]`."""
 
 import argparse
+import contextlib
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -9,12 +11,17 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from broker.gate.handover import Failed, HandoverError, Opening
 from broker.gate.loop import READABLE, Loop
+from broker.gate.managed import Manager
 from broker.gate.server import Gate
+from broker.gate.successor import LONGEST_WAIT, offer, take_over
+from broker.gate.takeover import Channel
+from broker.gate.trace import trace_into
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
@@ -33,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ready-fd", type=int, metavar="FD", help="write a byte here when listening"
     )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the headers of the last messages here"
+    )
+    parser.add_argument(
+        "--take-over", type=int, metavar="FD", help="a socket: take over from the gate at its end"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(
         level=os.environ.get("BUSWARDEN_LOG", "INFO").upper(),
@@ -40,21 +53,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _raise_descriptor_limit()
     _keep_freed_memory()
-    try:
-        listening = _listen(args.control)
-    except OSError as exc:
-        sys.stderr.write(f"buswarden: cannot listen on {args.control}: {exc.strerror}\n")
-        return EXIT_REFUSED
-    with listening:
-        _serve(listening, args.ready_fd)
-    Path(args.control).unlink(missing_ok=True)
+    faulthandler.enable()  # where we are, if we die of a defect below Python
+    loop = Loop()
+    manager = Manager()
+    gate = Gate(loop, manager)
+    if args.take_over is not None:
+        opening = _take_over(gate, args.take_over, args.ready_fd)
+    else:
+        opening = None
+        try:
+            gate.serve(manager.control() or _listen(args.control))
+        except OSError as exc:
+            sys.stderr.write(f"buswarden: cannot listen on {args.control}: {exc.strerror}\n")
+            return EXIT_REFUSED
+
+    def begin() -> None:
+        if args.trace is not None:  # not before: an older gate may have written there until now
+            _trace(args.trace)
+        if opening is not None:
+            gate.resume(opening.serial)
+        else:
+            _say_ready(args.ready_fd)
+            gc.collect()
+        manager.serves(loop)
+        # What exists now stays for good; without this every full collection would walk over all of it.
+        gc.freeze()
+        gc.enable()
+
+    _serve(loop, gate, begin)
+    if not manager.is_there:
+        Path(args.control).unlink(missing_ok=True)
+    elif args.trace is not None:
+        args.trace.unlink(missing_ok=True)  # it would be taken for that of a crash
     return EXIT_OK
 
 
-def _serve(listening: socket.socket, ready_fd: int | None) -> None:
-    loop = Loop()
-    gate = Gate(loop)
-    gate.serve(listening)
+def _take_over(gate: Gate, fd: int, ready_fd: int | None) -> Opening:
+    """Be the next one of a gate that serves. If it does not work out this process ends, and touches nothing."""
+    channel = Channel(fd, LONGEST_WAIT)
+    try:
+        try:
+            offer(channel, os.getpid())
+            gc.collect()
+            gc.disable()  # nothing of what comes now is garbage
+        finally:
+            _say_ready(ready_fd)  # also to say why not
+        opening = take_over(channel, gate)
+        channel.close()
+    except HandoverError as exc:
+        LOGGER.warning("take-over: %s", exc)
+        with contextlib.suppress(HandoverError):
+            channel.say(Failed(str(exc)))
+        os._exit(EXIT_REFUSED)
+    except Exception:
+        LOGGER.exception("take-over")
+        os._exit(EXIT_REFUSED)
+    return opening
+
+
+def _say_ready(fd: int | None) -> None:
+    if fd is not None:
+        # A supervisor that died meanwhile does not matter: the next one finds us.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(fd, b"x")
+        os.close(fd)
+
+
+def _serve(loop: Loop, gate: Gate, begin: Callable[[], None]) -> None:
     wake, wake_end = socket.socketpair()
     wake.setblocking(False)
     wake_end.setblocking(False)
@@ -62,12 +127,7 @@ def _serve(listening: socket.socket, ready_fd: int | None) -> None:
     signal.set_wakeup_fd(wake_end.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: None)
-    if ready_fd is not None:
-        os.write(ready_fd, b"x")
-        os.close(ready_fd)
-    # What exists now stays for good; without this every full collection would walk over all of it.
-    gc.collect()
-    gc.freeze()
+    begin()
     try:
         loop.run()
     finally:
@@ -76,6 +136,14 @@ def _serve(listening: socket.socket, ready_fd: int | None) -> None:
         wake.close()
         wake_end.close()
         loop.close()
+
+
+def _trace(path: Path) -> None:
+    """Nobody needs it to serve: without room for it we go on."""
+    try:
+        trace_into(path)
+    except OSError as exc:
+        LOGGER.warning("no trace in %s: %s", path, exc.strerror)
 
 
 def _listen(path: str) -> socket.socket:

@@ -4,11 +4,12 @@ Identity is exact because it is learned from the Hello reply as it passes throug
 that connection can say anything else: a unique name that is not here is a host's.
 """
 
-import secrets
+import os
 from collections import OrderedDict
 from typing import Final, Protocol
 
 from broker.gate.control import BusSpec
+from broker.gate.handover import BusDump
 from broker.wire import errors
 from policy.match import Judge
 from policy.rules import Identity
@@ -19,7 +20,7 @@ DRIVER_PATH: Final = "/org/freedesktop/DBus"
 # A name that nobody owns and that no service file gives: what a bus says of it is what it says of
 # every name that is not there.
 # Nobody can guess it, own it, and leave us without an answer.
-ABSENT: Final = f"org.buswarden.NotThere.x{secrets.token_hex(16)}"
+ABSENT: Final = f"org.buswarden.NotThere.x{os.urandom(16).hex()}"
 ABSENT_UNIQUE: Final = ":0.4294967295"
 
 
@@ -117,6 +118,38 @@ class Bus:
             self.speakers[unique_name] = judge
         return before is not None or judge.hearers_matter
 
+    # -- handing over ------------------------------------------------------------------------
+
+    def dump(self) -> BusDump:
+        """Return all but the connections, which bring their rules with them."""
+        # One list of rules has spoken for many connections, maybe.
+        late = {name: self.speakers[name] for name in self._late if name in self.speakers}
+        judges = {id(judge): judge for judge in late.values()}
+        places = {key: place for place, key in enumerate(judges)}
+        return BusDump(
+            name=self.name,
+            address=self.address,
+            guid=self._guid,
+            identities=tuple(self.identities.items()),
+            sandboxes=tuple(self.sandboxes.items()),
+            late=tuple(self._late),
+            judges=tuple((judge.access, judge.me) for judge in judges.values()),
+            speakers=tuple((name, places[id(judge)]) for name, judge in late.items()),
+            tagged=tuple(sorted(self.tagged)),
+            wording=tuple((question, *words) for question, words in self._wording.items()),
+        )
+
+    def load(self, dump: BusDump) -> None:
+        """Know what the one knew that made the dump."""
+        judges = [Judge(access, bus=self.name, me=me) for access, me in dump.judges]
+        self._guid = dump.guid
+        self.identities.update(dump.identities)
+        self.sandboxes.update(dump.sandboxes)
+        self._late.update(dict.fromkeys(dump.late))
+        self.speakers.update((name, judges[place]) for name, place in dump.speakers)
+        self.tagged.update(dump.tagged)
+        self._wording.update((question, (error, text)) for question, error, text in dump.wording)
+
     # -- how this bus words "there is no such name" ------------------------------------------
 
     @property
@@ -124,10 +157,9 @@ class Bus:
         """True when the bus has been asked."""
         return bool(self._wording)
 
-    def learn_wording(self, question: str, error: str, text: str) -> None:
+    def learn_wording(self, question: str, asked: str, error: str, text: str) -> None:
         """Take the answer to `question` about ABSENT or ABSENT_UNIQUE as the bus's way of saying so."""
         if error in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER):
-            asked = ABSENT_UNIQUE if ABSENT_UNIQUE in text else ABSENT
             self._wording[question] = (error, text.replace(asked, "\0"))
 
     def no_such_name(self, question: str, name: str) -> tuple[str, str]:

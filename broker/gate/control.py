@@ -14,11 +14,12 @@ from typing import Final
 
 import msgspec
 
+from broker.gate.upstream import CallBus, Called, SetUpstream, Upstream, UpstreamLost
 from broker.wire.errors import PeerProtocolError
 from policy.rules import AccessList, Identity
 
 # Raised with every change that an older peer would misread.
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 # An access list of 10 000 rules takes about 2 MiB.
 MAX_FRAME: Final = 32 * 1024 * 1024
 # What the kernel takes in one SCM_RIGHTS message (SCM_MAX_FD).
@@ -44,7 +45,7 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     names: int = 256  # owned or queued for, a connection
     tracked_names: int = 1024  # names that no rule names but that the app wrote to, a connection
     fds: int = 256  # descriptors that are in the gate, of all connections and both ways
-    messages_per_second: int = 100_000  # from the sandbox; over it, it is read more slowly
+    messages_per_second: int = 25_000  # from the sandbox; over it, it is read more slowly
     log_lines_per_second: int = 10  # warnings of the gate
     handshake_seconds: int = 30  # from accept to the bus's answer to Hello
     message_seconds: int = 60  # from the first byte of a message to its last
@@ -73,6 +74,10 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     access: AccessList
     close_notify: int | None = None  # index: read end of a pipe; the sandbox ends at its EOF
     limits: SandboxLimits = SandboxLimits()
+    record: bytes = b""  # the supervisor's own, given back in a snapshot
+    metadata: bytes = b""  # a marshalled a{sv}, for buses that have Containers1
+    # By bus: where its connections are made, if not at the bus itself.
+    upstreams: dict[str, Upstream] = {}
 
 
 class SetBuses(msgspec.Struct, frozen=True, tag=True):
@@ -118,6 +123,7 @@ class TagHeaders(msgspec.Struct, frozen=True, tag=True):
 
     bus: str
     unique_name: str
+    wanted: bool = True  # False: no more
 
 
 class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
@@ -128,6 +134,36 @@ class TakeUse(msgspec.Struct, frozen=True, tag=True):
     """Ask what a sandbox, or all of them together, take of their limits. Answered by Use."""
 
     sandbox: str | None = None
+
+
+class TakeListeners(msgspec.Struct, frozen=True, tag=True):
+    """Ask for duplicates of what these sandboxes listen on. Answered by Listeners, with descriptors."""
+
+    sandboxes: tuple[str, ...]
+
+
+class Confirm(msgspec.Struct, frozen=True, tag=True):
+    """Nothing is asked: the envelope's number says what has been dealt with. Answered by Done."""
+
+
+class StartNext(msgspec.Struct, frozen=True, tag=True):
+    """Start a gate that is to take over, as one of the same service. Answered by Started, or Refused.
+
+    Two descriptors come along: for its --ready-fd, and for its --take-over.
+    """
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
+class HandOver(msgspec.Struct, frozen=True, tag=True):
+    """Hand everything over to the gate at the other end of the descriptor that comes along.
+
+    Answered by HandedOver, from the new gate on this same connection; or Refused, and nothing has changed.
+    """
+
+    seconds: float  # how long a step of it may take
+    protocol: int = PROTOCOL  # of who asks, which the new gate has to speak
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -144,6 +180,12 @@ Request = (
     | TagHeaders
     | TakeSnapshot
     | TakeUse
+    | TakeListeners
+    | Confirm
+    | StartNext
+    | HandOver
+    | CallBus
+    | SetUpstream
     | Shutdown
 )
 
@@ -157,6 +199,18 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
     error: str  # D-Bus error name
     text: str
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """A process is started; that it works is for it to say."""
+
+    pid: int
+
+
+class HandedOver(msgspec.Struct, frozen=True, tag=True):
+    """Another process serves now."""
+
+    pid: int
 
 
 class SandboxOf(msgspec.Struct, frozen=True, tag=True):
@@ -210,6 +264,15 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     sandboxes: tuple[SandboxState, ...]
 
 
+class Listeners(msgspec.Struct, frozen=True, tag=True):
+    """The descriptors that come along, in order: of which sandbox, and for which bus.
+
+    No bus is the read end of its close-notification pipe. Sandboxes that are not there are left out.
+    """
+
+    what: tuple[tuple[str, str], ...]
+
+
 class Connected(msgspec.Struct, frozen=True, tag=True):
     """A connection of a sandbox said Hello. Sent before it can say anything else."""
 
@@ -249,16 +312,21 @@ class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     more: int = 0  # how many refusals of this sandbox went unreported since the one before
 
 
-Answer = Done | Refused | SandboxOf | Snapshot | Use
-Event = Connected | Gone | Ended | Denied
+Answer = Done | Refused | Started | HandedOver | SandboxOf | Snapshot | Use | Listeners | Called
+Event = Connected | Gone | Ended | Denied | UpstreamLost
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One frame. An answer carries its request's serial; an event serial 0."""
+    """One frame. An answer carries its request's serial; an event serial 0.
+
+    Events that no snapshot makes up for (Ended, Denied) are numbered, and told again to the next supervisor until
+    a request has said, by its number, that all up to that one have been dealt with.
+    """
 
     serial: int
     body: Request | Answer | Event
     fds: int = 0
+    number: int = 0
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -296,6 +364,10 @@ class FrameReader:
         self._fds.clear()
         return fds
 
+    def rest(self) -> tuple[bytes, tuple[int, ...]]:
+        """Return what is half here, bytes and descriptors, and keep it."""
+        return bytes(self._buffer), tuple(self._fds)
+
     def _next(self) -> tuple[Envelope, list[int]] | None:
         if len(self._buffer) < _LENGTH.size:
             return None
@@ -307,7 +379,7 @@ class FrameReader:
             return None
         try:
             envelope = _decoder.decode(bytes(self._buffer[_LENGTH.size : end]))
-        except (msgspec.MsgspecError, RecursionError) as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise PeerProtocolError(f"control frame: {exc}") from exc
         del self._buffer[:end]
         if not 0 <= envelope.fds <= len(self._fds):

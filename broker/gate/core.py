@@ -10,23 +10,23 @@ Rule 2: `pending` has one entry for each call that waits for a reply, whoever as
 name whose reply is let through without a second look; "" makes every reply take the slow path.
 Rule 3: serials from OWN_SERIALS up are the gate's. An app's message that has one is given another.
 Rule 4: a descriptor that came in is in exactly one place; whoever drops it closes it by `close_fds`.
+Rule 5: what is known for longer than a turn of the loop is data, and in `dump`: another process may have to go on with it.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Final, Literal, NamedTuple, Protocol, TypeVar
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
 from broker.gate.control import SandboxLimits
+from broker.gate.handover import CoreDump, Then, WaitingDump
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Header
 from broker.wire.marshal import Value
+from broker.wire.matchrule import MatchRule, parse_match_rule
 from policy.match import Judge
 from policy.rules import Identity
-
-if TYPE_CHECKING:
-    from broker.wire.matchrule import MatchRule
 
 OWN_SERIALS: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
@@ -64,22 +64,21 @@ class Target:
         self.former = former  # who else owned that name since the call
 
 
-Finish = Callable[[Header, bytes, tuple[int, ...]], None]
+# Gets what `Then` says, and the reply: header, whole message, descriptors.
+Finisher = Callable[[Then, Header, bytes, tuple[int, ...]], None]
 
 
 class Special:
-    """A call whose reply is not simply passed on: `finish` gets it, as (header, whole message, fds)."""
+    """A call whose reply is not simply passed on: `then` says what is done with it."""
 
-    __slots__ = ("finish", "former", "is_own", "name", "owner", "target")
+    __slots__ = ("former", "is_own", "name", "owner", "target", "then")
 
-    def __init__(
-        self, finish: Finish, target: "Target | None" = None, *, is_own: bool = False
-    ) -> None:
+    def __init__(self, then: Then, target: "Target | None" = None, *, is_own: bool = False) -> None:
         self.owner = ""  # never equal to a sender
         self.name = ""
         self.former: frozenset[str] = frozenset()
         self.target = target if target is not None else DRIVER_TARGET
-        self.finish = finish
+        self.then = then
         self.is_own = is_own  # a call of the gate, not of the app
 
 
@@ -148,7 +147,9 @@ class Core:
         self.match_count = 0
         # Names that the app has or waits for, and the number of its last request for each.
         self.requested_names: Final[dict[str, int]] = {}
+        self.name_requests = 0  # so far
         self.callers: Final[OrderedDict[str, None]] = OrderedDict()
+        self.counts_callers = False  # it is being asked which of them are still there
         # Remembered verdicts. Outer key: the first header word (byte order, type, flags, version), so
         # an unusual one has no table; inner key: length and bytes of the field array.
         self.app_calls: Final[dict[bytes, Target]] = {}  # -> who may reply
@@ -165,6 +166,12 @@ class Core:
         self.app_replies: Final[dict[bytes, str]] = {}
         self._judged_uniques: Final[set[str]] = set()
         self._next_own = OWN_SERIALS
+        # Who knows what to do with a reply to a Special call: by Then.kind. Each part of the connection
+        # puts its own in.
+        self.finishers: Final[dict[str, Finisher]] = {
+            "ignore": _ignore,
+            "translate": self._translate,
+        }
 
     # -- remembered verdicts -----------------------------------------------------------------
 
@@ -213,11 +220,11 @@ class Core:
         member: str,
         signature: str,
         values: Sequence[Value],
-        finish: Finish,
+        then: Then,
     ) -> None:
         """Call the bus on this connection for the gate's own use."""
         serial = self.own_serial()
-        self.pending[serial] = Special(finish, is_own=True)
+        self.pending[serial] = Special(then, is_own=True)
         self.to_bus.append(
             marshal.make_call(
                 serial,
@@ -262,21 +269,26 @@ class Core:
         """Pass a message to the app as it is."""
         self.to_app.append(Chunk(data, fds) if fds else data)
 
-    def translated(self, serial: int, finish: Finish | None = None) -> Finish:
-        """Return a `finish` that gives the reply the app's own serial back."""
+    def finish(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        """Do with the reply what is said."""
+        self.finishers[then.kind](then, reply, data, fds)
+
+    def translated(self, serial: int, after: Then | None = None) -> Then:
+        """Say that the reply is to be given the app's own serial back."""
         self.lent.add(serial)
+        return Then("translate", (serial,), after)
 
-        def translate(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
-            self.lent.discard(serial)
-            at = reply.reply_serial_at
-            order: Literal["little", "big"] = "little" if reply.little else "big"
-            data = data[:at] + serial.to_bytes(4, order) + data[at + 4 :]
-            if finish is None:
-                self.deliver(data, fds)
-            else:
-                finish(reply, data, fds)
-
-        return translate
+    def _translate(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        (serial,) = then.values
+        assert isinstance(serial, int)
+        self.lent.discard(serial)
+        at = reply.reply_serial_at
+        order: Literal["little", "big"] = "little" if reply.little else "big"
+        data = data[:at] + serial.to_bytes(4, order) + data[at + 4 :]
+        if then.after is None:
+            self.deliver(data, fds)
+        else:
+            self.finish(then.after, reply, data, fds)
 
     def refuse_caller(self, caller: str, serial: int, name: str, text: str) -> None:
         """Refuse a call to the app in the app's place."""
@@ -292,6 +304,71 @@ class Core:
         self.callers.move_to_end(unique_name)
         if len(self.callers) > MAX_CALLERS:
             self.callers.popitem(last=False)
+
+    # -- handing over ---------------------------------------------------------------------------------
+
+    def dump(self) -> CoreDump:
+        """Return all but the rules and what is remembered of them."""
+        return CoreDump(
+            unique_name=self.unique_name,
+            greeting=self.greeting,
+            pending=tuple(_dump_waiting(*item) for item in self.pending.items()),
+            lent=tuple(sorted(self.lent)),
+            asked=tuple(sorted(self.asked)),
+            matches=tuple((rule.canonical(), count) for rule, count in self.matches.items()),
+            requested_names=tuple(self.requested_names.items()),
+            name_requests=self.name_requests,
+            callers=tuple(self.callers),
+            counts_callers=self.counts_callers,
+            next_own=self._next_own,
+        )
+
+    def load(self, dump: CoreDump) -> None:
+        """Be as the one was that made the dump."""
+        self.unique_name = dump.unique_name
+        self.greeting = dump.greeting
+        for waiting in dump.pending:
+            self._check(waiting.then)
+            self.pending[waiting.serial] = _load_waiting(waiting)
+        self.lent.update(dump.lent)
+        self.asked.update(dump.asked)
+        self.matches.update((parse_match_rule(text), count) for text, count in dump.matches)
+        self.match_count = sum(self.matches.values())
+        self.requested_names.update(dump.requested_names)
+        self.name_requests = dump.name_requests
+        self.callers.update(dict.fromkeys(dump.callers))
+        self.counts_callers = dump.counts_callers
+        self._next_own = dump.next_own
+
+    def _check(self, then: Then | None) -> None:
+        """Raise ValueError if nobody here knows what to do with such a reply."""
+        while then is not None:
+            if then.kind not in self.finishers:
+                raise ValueError(f"a reply to be dealt with as {then.kind!r}")
+            then = then.after
+
+
+def _dump_waiting(serial: int, entry: Target | Special) -> WaitingDump:
+    then, is_own, target = None, False, entry
+    if isinstance(entry, Special):
+        then, is_own, target = entry.then, entry.is_own, entry.target
+    return WaitingDump(
+        serial=serial,
+        owner=target.owner,
+        name=target.name,
+        former=tuple(sorted(target.former)),
+        then=then,
+        is_own=is_own,
+    )
+
+
+def _load_waiting(dump: WaitingDump) -> Target | Special:
+    target = Target(dump.owner, dump.name, frozenset(dump.former))
+    return target if dump.then is None else Special(dump.then, target, is_own=dump.is_own)
+
+
+def _ignore(_then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+    """It makes no difference what was answered."""
 
 
 def remember(table: dict[bytes, Remembered], key: bytes, value: Remembered) -> None:

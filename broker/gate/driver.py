@@ -9,7 +9,8 @@ from typing import Final
 
 from broker.gate.arguments import arguments, bus_name, results
 from broker.gate.bus import DRIVER
-from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Finish, Special, Target
+from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Special, Target
+from broker.gate.handover import Then
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
 from broker.wire import errors, marshal
@@ -72,7 +73,6 @@ class Driver:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
-        self._requests = 0  # for names, so far
         self._methods: Final[dict[str, Callable[[Header, bytes], bool]]] = {
             "Hello": self._hello,
             "AddMatch": self._add_match,
@@ -86,6 +86,10 @@ class Driver:
             "ListQueuedOwners": self._list_queued,
         }
         self._methods.update(dict.fromkeys(_LOOK_UPS, self._look_up))
+        core.finishers["hello"] = self._greeted
+        core.finishers["add-match"] = self._added_match
+        core.finishers["list"] = self._listed
+        core.finishers["request-name"] = self._requested_name
 
     def call(self, header: Header, data: bytes) -> bool:
         """Deal with one call. False: it must wait until the owners are known."""
@@ -182,34 +186,34 @@ class Driver:
 
     # -- passing on --------------------------------------------------------------------------------
 
-    def _pass(self, header: Header, data: bytes, finish: Finish | None = None) -> bool:
+    def _pass(self, header: Header, data: bytes) -> bool:
         """Forward a call with the body that it has."""
-        return self._send(header, data[header.size :], finish)
+        return self._send(header, data[header.size :], None)
 
     def _call(
         self,
         header: Header,
         signature: str,
         values: Sequence[Value],
-        finish: Finish | None = None,
+        then: Then | None = None,
     ) -> bool:
-        """Forward a call with these arguments in place of its own."""
+        """Forward a call with these arguments in place of its own; `then` is for the reply."""
         body = marshal.make_body(signature, values)
         made = replace(header, little=True, signature=signature, body_length=len(body))
-        return self._send(made, body, finish)
+        return self._send(made, body, then)
 
-    def _send(self, header: Header, body: bytes, finish: Finish | None) -> bool:
+    def _send(self, header: Header, body: bytes, then: Then | None) -> bool:
         core = self._core
         serial = header.serial
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
         if serial >= OWN_SERIALS:
             serial = core.own_serial()
             if wants_reply:
-                finish = core.translated(header.serial, finish)
+                then = core.translated(header.serial, then)
         made = replace(header, serial=serial, unix_fds=0)
         core.to_bus.append(serialise_header(made) + body)
         if wants_reply:
-            core.pending[serial] = DRIVER_TARGET if finish is None else Special(finish)
+            core.pending[serial] = DRIVER_TARGET if then is None else Special(then)
         return True
 
     # -- Hello --------------------------------------------------------------------------------------
@@ -221,26 +225,25 @@ class Driver:
         if header.flags & Flag.NO_REPLY_EXPECTED:
             raise PeerProtocolError("a Hello that wants no reply")
         core.greeting = True
+        return self._call(header, "", (), Then("hello"))
 
-        def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
-            if reply.type != MessageType.METHOD_RETURN:
-                raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
-            core.unique_name = str(results(reply, data, "s")[0])
-            core.sandbox.said_hello(core)
-            core.bus.speaks(core.unique_name, core.judge)
-            self._owners.use(core.judge.uses)
-            if not core.bus.wording_known:
-                self._owners.ask_wording()
-            core.deliver(data, fds)
-
-        return self._call(header, "", (), finish)
+    def _greeted(self, _then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        if reply.type != MessageType.METHOD_RETURN:
+            raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
+        core.unique_name = str(results(reply, data, "s")[0])
+        core.sandbox.said_hello(core)
+        core.bus.speaks(core.unique_name, core.judge)
+        self._owners.use(core.judge.uses)
+        if not core.bus.wording_known:
+            self._owners.ask_wording()
+        core.deliver(data, fds)
 
     # -- match rules ------------------------------------------------------------------------------
 
     def _add_match(self, header: Header, data: bytes) -> bool:
         core = self._core
-        (text,) = arguments(header, data, "s")
-        rule = parse_match_rule(str(text))
+        rule = parse_match_rule(str(arguments(header, data, "s")[0]))
         limit = core.sandbox.limits.match_rules
         if core.match_count >= limit:
             raise CallRefusedError(
@@ -248,17 +251,18 @@ class Driver:
             )
         core.matches[rule] = core.matches.get(rule, 0) + 1
         core.match_count += 1
+        text = rule.canonical()
+        return self._call(header, "s", (text,), Then("add-match", (text,)))
 
-        def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
-            if reply.type == MessageType.ERROR and rule in core.matches:
+    def _added_match(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        if reply.type == MessageType.ERROR:
+            rule = parse_match_rule(str(then.values[0]))
+            if rule in self._core.matches:
                 self._drop_match(rule)
-            core.deliver(data, fds)
-
-        return self._call(header, "s", (rule.canonical(),), finish)
+        self._core.deliver(data, fds)
 
     def _remove_match(self, header: Header, data: bytes) -> bool:
-        (text,) = arguments(header, data, "s")
-        rule = parse_match_rule(str(text))
+        rule = parse_match_rule(str(arguments(header, data, "s")[0]))
         if rule not in self._core.matches:
             raise CallRefusedError(
                 errors.MATCH_RULE_NOT_FOUND,
@@ -323,9 +327,9 @@ class Driver:
     def _list(self, header: Header, _data: bytes) -> bool:
         if self._owners.waiting:
             return False
-        return self._call(header, "", (), self._filtered_list)
+        return self._call(header, "", (), Then("list"))
 
-    def _filtered_list(self, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def _listed(self, _then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core
         if reply.type != MessageType.METHOD_RETURN:
             core.deliver(data, fds)
@@ -357,19 +361,19 @@ class Driver:
         limit = core.sandbox.limits.names
         if name not in core.requested_names and len(core.requested_names) >= limit:
             raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
-        self._requests += 1
-        request = core.requested_names[name] = self._requests
+        core.name_requests += 1
+        request = core.requested_names[name] = core.name_requests
+        then = Then("request-name", (name, request))
+        return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), then)
 
-        def finish(reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
-            got = reply.type == MessageType.METHOD_RETURN and (
-                results(reply, data, "u")[0] in HAS_NAME
-            )
-            # The answer to a later request for the name may be another.
-            if not got and core.requested_names.get(name) == request:
-                del core.requested_names[name]
-            core.deliver(data, fds)
-
-        return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), finish)
+    def _requested_name(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        name, request = then.values
+        names = self._core.requested_names
+        got = reply.type == MessageType.METHOD_RETURN and results(reply, data, "u")[0] in HAS_NAME
+        # The answer to a later request for the name may be another.
+        if not got and names.get(str(name)) == request:
+            del names[str(name)]
+        self._core.deliver(data, fds)
 
     def _release_name(self, header: Header, data: bytes) -> bool:
         name = str(arguments(header, data, "s")[0])
@@ -380,7 +384,7 @@ class Driver:
     def _list_queued(self, header: Header, data: bytes) -> bool:
         name = str(arguments(header, data, "s")[0])
         self._must_own(header, name)
-        return self._call(header, "s", (name,), self._filtered_list)
+        return self._call(header, "s", (name,), Then("list"))
 
     def _must_own(self, header: Header, name: str) -> None:
         if not is_well_known_name(name):

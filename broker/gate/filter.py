@@ -2,11 +2,10 @@
 
 The fast path is here: a message whose header bytes were judged before costs a slice and a look-up,
 and runs of such messages are passed on as one slice. Everything else is cut out whole and handed to
-`Outgoing` or `Incoming`. Read core.py's theory of operation first.
-
-Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not read from
-the app: what it sends next depends on an answer of the bus that is on its way, or (`yielded`) others have to
-have their turn before `go_on`. `spent` counts what the app's messages cost: the caller takes it away.
+`Outgoing` or `Incoming`. Read core.py's theory of operation first. Feed what arrived, then send all of
+`core.to_bus` and `core.to_app`. While `held` is true do not read from the app: what it sends next depends on an
+answer of the bus that is on its way, or (`yielded`) others have to have their turn before `go_on`.
+`spent` counts what the app's messages cost: the caller takes it away.
 """
 
 import sys
@@ -18,11 +17,14 @@ from typing import Final
 from broker.gate.budgets import JUDGED_COST
 from broker.gate.bus import Bus
 from broker.gate.core import OWN_SERIALS, Core, Host, Special
+from broker.gate.handover import ChunkDump, Fds, FilterDump, HandoverError, pick
 from broker.gate.incoming import Incoming
 from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
+from broker.gate.swap import Swap
+from broker.gate.trace import parse_from_app, parse_from_bus
 from broker.gate.words import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
@@ -57,13 +59,13 @@ class Filter:
         self._sight: Final = Sight(self.core, self._owners)
         self._outgoing: Final = Outgoing(self.core, self._owners, self._sight)
         self._incoming: Final = Incoming(self.core, self._owners, self._sight)
+        self._swap: Final = Swap(self.core, self._owners, self._sight, self._incoming)
         self.from_app: Final = Intake(sandbox)
         self._from_bus: Final = Intake(None)
         # What came from the bus and waits; everything behind it waits with it, to come in order.
         self._stash: Final[deque[_Stashed]] = deque()
         self._stashed_bytes = 0
         self._wake = False
-        self._told: frozenset[str] | None = None  # names that the app saw when the rules changed
         core = self.core
         self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
             **dict.fromkeys(CALLS, core.app_calls),
@@ -80,45 +82,8 @@ class Filter:
 
     def use(self, judge: Judge) -> None:
         """Judge every message from now on by these rules."""
-        core = self.core
-        seen = self._sight.visible_owners()
-        if self._told is not None:  # it has not heard yet of what the last change brought
-            seen = {name: owner for name, owner in seen.items() if name in self._told}
-        core.judge = judge
-        core.forget_verdicts()
-        if not core.unique_name:
-            return
-        if core.bus.speaks(core.unique_name, judge):
-            for member in core.bus.members:
-                member.forget_verdicts()
-        now = self._sight.visible_owners()
-        for name, owner in seen.items():
-            if name not in now:
-                self._incoming.tell_owner_change(name, owner, "")
-        for name, owner in now.items():
-            if name not in seen:
-                self._incoming.tell_owner_change(name, "", owner)
-        self._release_names()
-        self._told = frozenset(now)
-        self._owners.use(judge.uses, self._tell_new)
-        for name in [name for name in now if name not in self._owners.names]:
-            # Seen because of its owner alone, who is nobody to ask for any more.
-            self._incoming.tell_owner_change(name, now[name], "")
+        self._swap.use(judge)
         self._resume()
-
-    def _release_names(self) -> None:
-        """Give back the names that the app may own no more."""
-        core = self.core
-        for name in [name for name in core.requested_names if not core.judge.own(name).allowed]:
-            del core.requested_names[name]
-            core.call_driver("ReleaseName", "s", (name,), lambda _header, _data, _fds: None)
-
-    def _tell_new(self) -> None:
-        """Names that came into sight with the rules, and whose owners had to be asked for."""
-        told, self._told = self._told or frozenset(), None
-        for name, owner in self._sight.visible_owners().items():
-            if name not in told:
-                self._incoming.tell_owner_change(name, "", owner)
 
     def go_on(self) -> None:
         """Others had their turn: see to what waits. Raises as `feed_app` does."""
@@ -149,6 +114,45 @@ class Filter:
             fds += stashed.fds
         self._stash.clear()
         return fds
+
+    # -- handing over ------------------------------------------------------------------------------------
+
+    def dump(self, fds: Fds) -> FilterDump:
+        """Return all of it but the rules, descriptors as indexes. Raises HandoverError."""
+        if self.core.to_app or self.core.to_bus:
+            raise HandoverError("something is still to be sent")
+        told = self._swap.told
+        return FilterDump(
+            app_takes_fds=self.core.app_takes_fds,
+            held=self.held,
+            yielded=self.yielded,
+            wake=self._wake,
+            core=self.core.dump(),
+            owners=self._owners.dump(),
+            lately_seen=tuple(self._sight.lately_seen),
+            told=None if told is None else tuple(sorted(told)),
+            from_app=self.from_app.dump(fds),
+            from_bus=self._from_bus.dump(fds),
+            stash=tuple(ChunkDump(one.data, fds.put_all(one.fds)) for one in self._stash),
+        )
+
+    def load(self, dump: FilterDump, fds: Sequence[int]) -> None:
+        """Be as the one was that made the dump. Raises ValueError if it cannot be."""
+        self.held, self.yielded, self._wake = dump.held, dump.yielded, dump.wake
+        self.core.load(dump.core)
+        self._owners.load(dump.owners, self._swap.tell_new)
+        self._sight.lately_seen.update(dict.fromkeys(dump.lately_seen))
+        self._swap.told = None if dump.told is None else frozenset(dump.told)
+        self.from_app.load(dump.from_app, fds)
+        self._from_bus.load(dump.from_bus, fds)
+        for one in dump.stash:
+            self._stash.append(_Stashed(parse_header(one.data), one.data, pick(fds, one.fds)))
+            self._stashed_bytes += len(one.data)
+
+    @property
+    def fits_rules(self) -> bool:
+        """False if the rules ask for other names than when they were last looked at."""
+        return not self.core.unique_name or self._owners.uses == self.core.judge.uses
 
     # -- from the app ----------------------------------------------------------------------------------
 
@@ -255,9 +259,9 @@ class Filter:
                 intake.need(size)
                 return 0
             return self._refuse_too_large(data, pos, size)
-        header = parse_header(data, pos)
+        header = parse_from_app(self.core.sandbox.id, data, pos)
         # Whoever drops the message closes them, so they are taken only when it will not wait.
-        fds = intake.peek_fds(header.unix_fds)
+        fds = intake.peek_fds(header.unix_fds, pos)
         if header.unix_fds and not self.core.app_takes_fds:
             raise PeerProtocolError("file descriptors that were not negotiated")
         if not self._outgoing.message(header, data[pos : pos + size], fds):
@@ -360,8 +364,8 @@ class Filter:
         if pos + size > len(data):
             intake.need(size)
             return 0
-        header = parse_header(data, pos)
-        fds = intake.peek_fds(header.unix_fds)
+        header = parse_from_bus(self.core.sandbox.id, data, pos)
+        fds = intake.peek_fds(header.unix_fds, pos)
         message = data[pos : pos + size]
         in_order = not self._stash or self._cannot_wait(header)
         if not (in_order and self._incoming.message(header, message, fds)):

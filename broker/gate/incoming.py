@@ -8,6 +8,7 @@ from typing import Final
 
 from broker.gate.bus import DRIVER
 from broker.gate.core import Core, Denial, Special, Target, remember, remember_shape
+from broker.gate.handover import Then
 from broker.gate.outgoing import denial
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
@@ -23,7 +24,7 @@ class Incoming:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
-        self._counting = False
+        core.finishers["count-callers"] = self._counted
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
@@ -63,7 +64,7 @@ class Incoming:
             data = self._clean(header, data)
             header = parse_header(data)
         if isinstance(entry, Special):
-            entry.finish(header, data, fds)
+            core.finish(entry.then, header, data, fds)
             return
         core.deliver(data, fds)
         if untouched and not fds and header.little and header.sender:
@@ -183,12 +184,12 @@ class Incoming:
 
     def _count_callers(self) -> None:
         """Calls of callers that are gone may never be answered: find out which these are."""
-        if not self._counting:
-            self._counting = True
-            self._core.call_driver("ListNames", "", (), self._counted)
+        if not self._core.counts_callers:
+            self._core.counts_callers = True
+            self._core.call_driver("ListNames", "", (), Then("count-callers"))
 
-    def _counted(self, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
-        self._counting = False
+    def _counted(self, _then: Then, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        self._core.counts_callers = False
         if reply.signature == "as":
             (names,) = marshal.read_body("as", data[reply.size :], little=reply.little)
             assert isinstance(names, tuple)

@@ -4,11 +4,11 @@ Descriptors arrive with some read; they belong to a message that has bytes in th
 no message by the time all bytes of its read are used is an attack (or a bug): it would be given to a later message.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from broker.gate.handover import Fds, IntakeDump, pick
 from broker.wire.errors import PeerProtocolError
 
 # What one connection may have in flight before a message claims it: one message's worth, sent in two parts.
@@ -44,7 +44,7 @@ class Intake:
         self._skip = 0
         # A number for the message that is half here, 0 for none.
         self.unfinished = 0
-        self._numbers: Final = itertools.count(1)
+        self._number = 0  # of the last one
         self._fds: Final[deque[int]] = deque()
         self._batches: Final[deque[_Batch]] = deque()
 
@@ -115,7 +115,8 @@ class Intake:
         if not self._held:
             self.unfinished = 0
         elif used or not self.unfinished:
-            self.unfinished = next(self._numbers)
+            self._number += 1
+            self.unfinished = self._number
         for batch in self._batches:
             batch.end -= used
         if self._batches and self._batches[0].end <= 0:
@@ -129,10 +130,15 @@ class Intake:
         """Throw the next bytes away as they come."""
         self._skip = size
 
-    def peek_fds(self, count: int) -> tuple[int, ...]:
-        """Return the descriptors of the next message. Raises PeerProtocolError if they are not there."""
+    def peek_fds(self, count: int, at: int = 0) -> tuple[int, ...]:
+        """Return the descriptors of the message that begins at `at` of what `take` gave.
+
+        Raises PeerProtocolError if they are not there, or came with bytes before it.
+        """
         if not count:
             return ()
+        if self._batches and self._batches[0].end <= at:
+            raise PeerProtocolError("file descriptors that belong to no message")
         if count > len(self._fds):
             raise PeerProtocolError(
                 f"a message says it has {count} descriptors, {len(self._fds)} came"
@@ -155,6 +161,29 @@ class Intake:
         self._parts.clear()
         self._count(-self._held)
         return fds
+
+    def dump(self, fds: Fds) -> IntakeDump:
+        """Return all of it, with descriptors as indexes."""
+        return IntakeDump(
+            held=b"".join(self._parts),
+            need=self._need,
+            skip=self._skip,
+            unfinished=self.unfinished,
+            number=self._number,
+            fds=fds.put_all(list(self._fds)),
+            batches=tuple((batch.left, batch.end) for batch in self._batches),
+        )
+
+    def load(self, dump: IntakeDump, fds: Sequence[int]) -> None:
+        """Be as the one was that made the dump."""
+        if dump.held:
+            self.put_back(dump.held)
+        self._need = dump.need
+        self._skip = dump.skip
+        self.unfinished = dump.unfinished
+        self._number = dump.number
+        self._fds.extend(pick(fds, dump.fds))
+        self._batches.extend(_Batch(left, end) for left, end in dump.batches)
 
     def _count(self, size: int) -> None:
         self._held += size

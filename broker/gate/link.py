@@ -1,22 +1,27 @@
 """One connection of an app, with its connection to the bus: handshakes, then `Filter` in between.
 
-Whatever one app's bytes do ends this link at the worst: `_contained` is the one place that catches it.
+Whatever one app's bytes do ends this link at the worst: see contain.py. `dump` and `load` are for another process
+that is to go on with it.
 """
 
 import functools
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from broker.gate.bus import Bus
 from broker.gate.connector import connect
+from broker.gate.contain import contained
 from broker.gate.control import Use
 from broker.gate.filter import Filter
+from broker.gate.handover import Fds, LinkDump
 from broker.gate.loop import Loop, Timer
-from broker.gate.pipe import Ancillary, Closed, Pipe, close_fds
+from broker.gate.meter import Meter
+from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds
 from broker.gate.shortcut import take_short_way
-from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
+from broker.gate.use import connection_use
+from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.sasl import SaslClient, SaslServer
 from policy.match import Judge
 
@@ -24,38 +29,6 @@ if TYPE_CHECKING:
     from broker.gate.sandbox import Sandbox
 
 LOGGER: Final = logging.getLogger(__name__)
-
-
-Arguments = ParamSpec("Arguments")
-
-
-def _contained(
-    method: Callable[Concatenate["Link", Arguments], None],
-) -> Callable[Concatenate["Link", Arguments], None]:
-    """Whatever goes wrong with one peer ends its link, and nothing else."""
-
-    @functools.wraps(method)
-    def contained(self: "Link", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        try:
-            method(self, *args, **kwargs)
-        except BlockingIOError:
-            pass  # woken for nothing
-        except Closed:
-            self.close("closed")
-        except (PeerProtocolError, PeerQuotaError) as exc:
-            self.sandbox.complaints.add("peer-violation", str(exc))
-            self.close(str(exc))
-        except (OSError, BrokerError) as exc:
-            self.sandbox.complaints.add("peer-lost", str(exc))
-            self.close(str(exc))
-        except MemoryError:
-            self.sandbox.complaints.add("peer-lost", "no memory for what it sent")
-            self.close("no memory")
-        except Exception:  # noqa: BLE001 - one sandbox's bytes must not end the gate, whatever we did wrong
-            self.sandbox.complaints.add("peer-defect", traceback=True)
-            self.close("defect")
-
-    return contained
 
 
 class Link:
@@ -68,17 +41,21 @@ class Link:
         self.sandbox: Final = sandbox
         self._bus: Final = bus
         self._app: Final = Pipe(loop, sock, self._greet_app, self._app_drained)
+        self._guid: Final = guid
         self._server: Final = SaslServer(sandbox.spec.uid, guid)
+        # What was said in the handshakes, as long as they last.
+        self._said = self._bus_said = b""
         self._bus_sock: socket.socket | None = None
         self._upstream: Pipe | None = None
         self._client: SaslClient | None = None
         self._filter: Filter | None = None
-        self._early = b""
         self._closed = False
         self._new_judge: Judge | None = None
         self._goes_on = False  # in the next turn
         self._is_throttled = False
-        # First the handshake's; then, now and then, that of a message which is half here.
+        self._was_unfinished = 0  # the message that was half here when it was last charged
+        # First the handshake's; then, now and then, that of a message which is half here, by its number.
+        self._watched = 0
         self._deadline: Timer | None = loop.call_later(
             sandbox.limits.handshake_seconds, self._too_slow
         )
@@ -93,7 +70,7 @@ class Link:
         self._new_judge = judge
         self._apply()
 
-    @_contained
+    @contained
     def _apply(self) -> None:
         if self._filter is not None and self._new_judge is not None:
             self._filter.use(self._new_judge)
@@ -143,26 +120,29 @@ class Link:
 
     # -- handshakes -----------------------------------------------------------------------------------
 
-    @_contained
+    @contained
     def _greet_app(self) -> None:
         data, fds = self._app.read()
         if fds:
             close_fds(fds)
             raise PeerProtocolError("file descriptors during authentication")
+        self._said += data
         answer = self._server.feed(data)
         if answer:
             self._app.write([answer])
         if self._server.done:
-            self._early = self._server.leftover
             self._app.pause(reading=False)
             self._connect()
 
     def _connect(self) -> None:
         spec = self.sandbox.spec
-        connect(self._loop, self._bus.address, spec.uid, self._connected)
+        server = spec.upstreams.get(self._bus.name)
+        if server is None or server.instance:  # else the bus is being asked for another
+            address = self._bus.address if server is None else server.address
+            connect(self._loop, address, spec.uid, self._connected)
 
     def _connected(self, sock: socket.socket | None) -> None:
-        if self._closed:
+        if self._closed or self._bus_sock is not None:
             if sock is not None:
                 sock.close()
             return
@@ -173,64 +153,70 @@ class Link:
         self._bus_sock = sock
         self._greet()
 
-    @_contained
+    @contained
     def _greet(self) -> None:
         assert self._bus_sock is not None
         self._upstream = Pipe(self._loop, self._bus_sock, self._greet_bus, self._bus_drained)
         self._client = SaslClient(self.sandbox.spec.uid)
         self._upstream.write([self._client.start()])
 
-    @_contained
+    @contained
     def _greet_bus(self) -> None:
         assert self._upstream is not None
         assert self._client is not None
         data, fds = self._upstream.read()
         close_fds(fds)
+        self._bus_said += data
         self._client.feed(data)
         if not self._client.done:
             return
         # What the bus does not take we cannot pass on.
         takes_fds = self._server.unix_fds and self._client.unix_fds
-        self._filter = self.sandbox.make_filter(self._bus, app_takes_fds=takes_fds)
-        self._bus.met(self._client.guid)
-        self._bus.members.add(self._filter.core)
+        if self._bus.name not in self.sandbox.spec.upstreams:  # whose guids are their own
+            self._bus.met(self._client.guid)
+        judging = self._judge_with(self._upstream, app_takes_fds=takes_fds)
+        self._said = self._bus_said = b""
+        if self._client.leftover:
+            judging.feed_bus(self._client.leftover)
+        if self._server.leftover:
+            judging.feed_app(self._server.leftover)
+        self._send()
+
+    def _judge_with(self, upstream: Pipe, *, app_takes_fds: bool) -> Filter:
+        """Have messages judged from now on."""
+        judging = self._filter = self.sandbox.make_filter(self._bus, app_takes_fds=app_takes_fds)
+        self._bus.members.add(judging.core)
         self._bus.links.add(self)
         self._app.readable = self._judge_app
-        self._upstream.readable = self._judge_bus
-        take_short_way(self, self._filter, self.sandbox.messages, self._app, self._upstream)
-        if self._client.leftover:
-            self._filter.feed_bus(self._client.leftover)
-        if self._early:
-            early, self._early = self._early, b""
-            self._filter.feed_app(early)
-        self._send()
+        upstream.readable = self._judge_bus
+        self._meter = Meter(judging, self.sandbox.messages)
+        take_short_way(self, judging, self.sandbox.messages, self._app, upstream)
+        return judging
 
     # -- messages -------------------------------------------------------------------------------------
 
-    @_contained
+    @contained
     def _judge_app(self) -> None:
         self._app_sent(*self._app.read())
 
-    @_contained
+    @contained
     def _judge_bus(self) -> None:
         assert self._upstream is not None
         self._bus_sent(*self._upstream.read())
 
-    @_contained
+    @contained
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the app, as recvmsg gave it."""
         self._app_sent(*self._app.received(data, ancillary, flags))
 
-    @_contained
+    @contained
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the bus, as recvmsg gave it."""
         assert self._upstream is not None
         self._bus_sent(*self._upstream.received(data, ancillary, flags))
 
     def _app_sent(self, data: bytes, fds: Sequence[int]) -> None:
-        judging = self._filter
-        assert judging is not None
-        judging.feed_app(data, fds)
+        self._meter.feed_app(data, fds)
         self._send()
         if fds:
             self._check_fds()
@@ -243,13 +229,13 @@ class Link:
         if fds:
             self._check_fds()
 
-    @_contained
+    @contained
     def cut_short(self, pipe: Pipe, rest: bytes) -> None:
         """Go on after a message that the other end did not take whole."""
         pipe.queue(rest)
         self._send()
 
-    @_contained
+    @contained
     def failed(self, exc: Exception) -> None:
         """End as the exception says."""
         raise exc
@@ -269,7 +255,9 @@ class Link:
         if core.to_bus:
             upstream.write(core.to_bus)
         if judging.spent:
-            self._is_throttled = self.sandbox.charge(judging.spent)
+            first = judging.from_app.unfinished == self._was_unfinished != 0
+            self._is_throttled = self.sandbox.charge(judging.spent, self.read_on, goes_first=first)
+            self._was_unfinished = judging.from_app.unfinished
             judging.spent = 0
         if judging.yielded:
             self._go_on_soon()
@@ -285,7 +273,7 @@ class Link:
         if self.sandbox.fds > limit:
             raise PeerQuotaError(f"more than fds={limit} file descriptors on their way")
 
-    @_contained
+    @contained
     def _bus_drained(self) -> None:
         if self._filter is not None:
             self._send()
@@ -294,21 +282,7 @@ class Link:
 
     def taken(self) -> Use:
         """Return what this connection takes of the sandbox's budgets."""
-        judging = self._filter
-        if judging is None:
-            return Use(connections=1, handshake_seconds=1)
-        core = judging.core
-        return Use(
-            connections=1,
-            bytes_queued=self._app.queued,
-            pending_calls=len(core.pending) + len(core.asked),
-            match_rules=core.match_count,
-            names=len(core.requested_names),
-            tracked_names=judging.tracked_names,
-            fds=self.fds,
-            handshake_seconds=not core.unique_name,
-            message_seconds=bool(judging.from_app.unfinished),
-        )
+        return connection_use(self._filter, queued=self._app.queued, fds=self.fds)
 
     @property
     def fds(self) -> int:
@@ -316,7 +290,7 @@ class Link:
         count = self._app.queued_fds + (self._filter.fds if self._filter is not None else 0)
         return count + (self._upstream.queued_fds if self._upstream is not None else 0)
 
-    @_contained
+    @contained
     def read_on(self) -> None:
         """The sandbox's budget of messages has filled up."""
         self._is_throttled = False
@@ -330,15 +304,16 @@ class Link:
             self._goes_on = True
             self._loop.next_turn(self._go_on)
 
-    @_contained
+    @contained
     def _go_on(self) -> None:
         self._goes_on = False
         judging = self._filter
         if judging is not None and not self._closed:
-            judging.go_on()
+            self._meter.go_on()
             self._send()
 
     def _watch_message(self, number: int) -> None:
+        self._watched = number
         self._deadline = self._loop.call_later(
             self.sandbox.limits.message_seconds, functools.partial(self._check_message, number)
         )
@@ -360,3 +335,62 @@ class Link:
 
     def _app_drained(self) -> None:
         """Nothing waits for the app to read."""
+
+    # -- handing over -----------------------------------------------------------------------------------
+
+    def dump(self, fds: Fds) -> LinkDump:
+        """Return all of it, descriptors as indexes."""
+        return LinkDump(
+            bus=self._bus.name,
+            guid=self._guid,
+            app=self._app.dump(fds),
+            said=self._said,
+            upstream=self._upstream.dump(fds) if self._upstream is not None else None,
+            bus_said=self._bus_said,
+            filter=self._filter.dump(fds) if self._filter is not None else None,
+            deadline=self._deadline.when if self._deadline is not None else None,
+            watched=self._watched,
+            was_unfinished=self._was_unfinished,
+            is_throttled=self._is_throttled,
+        )
+
+    def load(self, dump: LinkDump, fds: Sequence[int]) -> None:
+        """Be as the one was that made the dump, but for going on: `resume` does that."""
+        self._app.load(dump.app, fds)
+        self._said, self._bus_said = dump.said, dump.bus_said
+        self._was_unfinished, self._is_throttled = dump.was_unfinished, dump.is_throttled
+        self._load_deadline(dump)
+        if dump.upstream is not None:
+            sock = self._bus_sock = adopt(fds[dump.upstream.fd])
+            self._upstream = Pipe(self._loop, sock, self._greet_bus, self._bus_drained)
+            self._upstream.load(dump.upstream, fds)
+            if dump.filter is not None:
+                judging = self._judge_with(self._upstream, app_takes_fds=dump.filter.app_takes_fds)
+                judging.load(dump.filter, fds)
+                if judging.core.unique_name:
+                    self._bus.speaks(judging.core.unique_name, judging.core.judge)
+                return
+            self._client = SaslClient(self.sandbox.spec.uid)
+            self._client.feed(self._bus_said)
+        self._server.feed(self._said)
+
+    def _load_deadline(self, dump: LinkDump) -> None:
+        assert self._deadline is not None
+        self._deadline.cancel()
+        self._deadline, self._watched = None, dump.watched
+        if dump.deadline is not None:
+            check = functools.partial(self._check_message, dump.watched)
+            self._deadline = self._loop.call_at(
+                dump.deadline, check if dump.watched else self._too_slow
+            )
+
+    @contained
+    def resume(self) -> None:
+        """Go on where the one was that made the dump."""
+        judging = self._filter
+        if judging is not None:
+            if not judging.fits_rules:
+                judging.use(judging.core.judge)
+            self._send()
+        elif self._server.done and self._upstream is None:
+            self._connect()

@@ -24,10 +24,11 @@ Handler = Callable[[int], None]
 class Timer:
     """A call at some time. Cancelled ones stay in the heap until then, without their callback."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("callback", "when")
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    def __init__(self, callback: Callable[[], None], when: float) -> None:
         self.callback: Callable[[], None] | None = callback
+        self.when: Final = when  # of the loop's clock
 
     def cancel(self) -> None:
         """Do not call."""
@@ -66,8 +67,12 @@ class Loop:
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call once, after that time."""
-        timer = Timer(callback)
-        heapq.heappush(self._timers, (self._clock() + seconds, next(self._order), timer))
+        return self.call_at(self._clock() + seconds, callback)
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Call once, at that time of the clock."""
+        timer = Timer(callback, when)
+        heapq.heappush(self._timers, (when, next(self._order), timer))
         return timer
 
     def next_turn(self, callback: Callable[[], None]) -> None:

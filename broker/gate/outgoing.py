@@ -20,6 +20,7 @@ from broker.gate.core import (
     remember_shape,
 )
 from broker.gate.driver import Driver
+from broker.gate.handover import Then
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
 from broker.wire import errors
@@ -43,6 +44,7 @@ class Outgoing:
         self._owners: Final = owners
         self._sight: Final = sight
         self._driver: Final = Driver(core, owners, sight)
+        core.finishers["refuse"] = self._refuse_now
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
@@ -213,28 +215,32 @@ class Outgoing:
         if header.flags & Flag.NO_REPLY_EXPECTED:
             return
         seen = core.judge.see(names, peer).allowed
-        if name in core.callers and not seen:
-
-            def finish(reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
-                if reply.signature == "b" and not results(reply, data, "b")[0]:
-                    core.callers.pop(name, None)
-                self._say_why(header, verdict, seen=name in core.callers)
-
-            # It may be seen as long as it lives, and nothing has told us of its end.
-            core.call_driver("NameHasOwner", "s", (name,), finish)
-            return
-        self._say_why(header, verdict, seen=seen or self._sight.sees(name))
-
-    def _say_why(self, header: Header, verdict: Verdict, *, seen: bool) -> None:
-        core = self._core
-        name = header.destination or ""
-        if seen:
-            core.answer_error(header.serial, errors.ACCESS_DENIED, refusal(header, name, verdict))
-            return
         question = "unique" if name[:1] == ":" else "call"
         if header.flags & Flag.NO_AUTO_START:
             question += "-no-start"
-        core.answer_error(header.serial, *core.bus.no_such_name(question, name))
+        text = refusal(header, name, verdict)
+        if name in core.callers and not seen:
+            # It may be seen as long as it lives, and nothing has told us of its end.
+            then = Then("refuse", (header.serial, name, question, text))
+            core.call_driver("NameHasOwner", "s", (name,), then)
+            return
+        self._say_why(header.serial, name, question, text if seen or self._sight.sees(name) else "")
+
+    def _refuse_now(self, then: Then, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        serial, name, question, text = then.values
+        assert isinstance(serial, int)
+        callers = self._core.callers
+        if reply.signature == "b" and not results(reply, data, "b")[0]:
+            callers.pop(str(name), None)
+        self._say_why(serial, str(name), str(question), str(text) if name in callers else "")
+
+    def _say_why(self, serial: int, name: str, question: str, text: str) -> None:
+        """Refuse in words, or without any as if the name were not there."""
+        core = self._core
+        if text:
+            core.answer_error(serial, errors.ACCESS_DENIED, text)
+        else:
+            core.answer_error(serial, *core.bus.no_such_name(question, name))
 
     # -- replies ----------------------------------------------------------------------------------
 

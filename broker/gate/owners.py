@@ -7,11 +7,11 @@ word wins. While an answer is missing, `waiting` is above zero and what needs it
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER
 from broker.gate.core import MAX_FORMER_OWNERS, Core, Special, Target
+from broker.gate.handover import OwnersDump, Then
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
@@ -47,6 +47,10 @@ class Owners:
         self._extra: Final[OrderedDict[str, None]] = OrderedDict()
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
         self._matches: Final[set[str]] = set()
+        core.finishers["owner"] = self._told
+        core.finishers["owners"] = self._listed
+        core.finishers["wording"] = self._worded
+        core.finishers["must-work"] = self._worked
 
     @property
     def extra_count(self) -> int:
@@ -73,7 +77,7 @@ class Owners:
         self._set_matches()
         wanted = uses.exact - self.names.keys() - {DRIVER}
         if self._wide or uses.subtrees - before.subtrees or (uses.globs and not before.globs):
-            self._ask("ListNames", "", (), partial(self._listed, wanted))
+            self._ask("ListNames", "", (), Then("owners", tuple(sorted(wanted))))
         else:
             for name in sorted(wanted):
                 self._ask_owner(name)
@@ -92,21 +96,17 @@ class Owners:
     def ask_wording(self) -> None:
         """Ask the bus what it says of names that are not there, to say the same of hidden ones."""
         for question in _LOOK_UPS:
-            self._ask(question, "s", (ABSENT,), partial(self._worded, question))
-        self._ask(
-            "StartServiceByName", "su", (ABSENT, 0), partial(self._worded, "StartServiceByName")
-        )
+            self._ask(question, "s", (ABSENT,), Then("wording", (question, ABSENT)))
+        then = Then("wording", ("StartServiceByName", ABSENT))
+        self._ask("StartServiceByName", "su", (ABSENT, 0), then)
         for question, flags in (("", 0), ("-no-start", Flag.NO_AUTO_START)):
             self._ping(ABSENT, flags, f"call{question}")
             self._ping(ABSENT_UNIQUE, flags, f"unique{question}")
 
     def _ping(self, name: str, flags: int, question: str) -> None:
-        def finish(header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
-            self._worded(question, header, data)
-            self._answered()
-
         serial = self._core.own_serial()
-        self._core.pending[serial] = Special(finish, Target(name), is_own=True)
+        then = Then("wording", (question, name))
+        self._core.pending[serial] = Special(then, Target(name), is_own=True)
         self.waiting += 1
         self._core.to_bus.append(
             marshal.make_call(
@@ -119,10 +119,12 @@ class Owners:
             )
         )
 
-    def _worded(self, question: str, header: Header, data: bytes) -> None:
+    def _worded(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
         if header.type == MessageType.ERROR and header.signature == "s":
             (text,) = marshal.read_body("s", data[header.size :], little=header.little)
-            self._core.bus.learn_wording(question, header.error_name or "", str(text))
+            question, asked = map(str, then.values)
+            self._core.bus.learn_wording(question, asked, header.error_name or "", str(text))
+        self._answered()
 
     def used(self, name: str) -> None:
         """Keep a name that no rule names a while longer."""
@@ -199,25 +201,15 @@ class Owners:
             wanted = {f"{_OWNER_CHANGED},arg0='{name}'" for name in (*uses.exact, *self._extra)}
             wanted |= {f"{_OWNER_CHANGED},arg0namespace='{base}'" for base in uses.subtrees}
         for text in sorted(wanted - self._matches):
-            self._ask("AddMatch", "s", (text,), _must_work)
+            self._ask("AddMatch", "s", (text,), Then("must-work"))
         for text in sorted(self._matches - wanted):
-            self._core.call_driver("RemoveMatch", "s", (text,), _ignore)
+            self._core.call_driver("RemoveMatch", "s", (text,), Then("ignore"))
         self._matches.clear()
         self._matches.update(wanted)
 
-    def _ask(
-        self,
-        member: str,
-        signature: str,
-        values: tuple[Value, ...],
-        use: Callable[[Header, bytes], None],
-    ) -> None:
-        def finish(header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
-            use(header, data)
-            self._answered()
-
+    def _ask(self, member: str, signature: str, values: tuple[Value, ...], then: Then) -> None:
         self.waiting += 1
-        self._core.call_driver(member, signature, values, finish)
+        self._core.call_driver(member, signature, values, then)
 
     def _answered(self) -> None:
         self.waiting -= 1
@@ -229,36 +221,69 @@ class Owners:
 
     def _ask_owner(self, name: str) -> None:
         self.names.setdefault(name, Target("", name))
-        self._ask("GetNameOwner", "s", (name,), partial(self._told, name))
+        self._ask("GetNameOwner", "s", (name,), Then("owner", (name,)))
 
-    def _told(self, name: str, header: Header, data: bytes) -> None:
-        owner = ""
+    def _told(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        name, owner = str(then.values[0]), ""
         if header.type == MessageType.METHOD_RETURN:
             owner = str(marshal.read_body("s", data[header.size :], little=header.little)[0])
         if name in self.names:
             self.changed(name, owner)
+        self._answered()
 
-    def _listed(self, wanted: frozenset[str], header: Header, data: bytes) -> None:
+    def _listed(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
         if header.type != MessageType.METHOD_RETURN:
             raise PeerQuotaError("the bus does not list its names")
         (names,) = marshal.read_body("as", data[header.size :], little=header.little)
         assert isinstance(names, tuple)
         there = {n for n in names if n[0] != ":" and n != DRIVER and self._relevant(n)}
-        for name in wanted - there:
-            self.names.setdefault(name, Target("", name))
+        for name in map(str, then.values):
+            if name not in there:
+                self.names.setdefault(name, Target("", name))
         for name in sorted(there - {n for n, t in self.names.items() if t.owner}):
             self._ask_owner(name)
+        self._answered()
+
+    def _worked(self, _then: Then, header: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+        if header.type != MessageType.METHOD_RETURN:
+            # Without it an owner change could be missed, and a right outlive its reason.
+            raise PeerQuotaError("the bus takes no more match rules from this connection")
+        self._answered()
+
+    # -- handing over ---------------------------------------------------------------------------
+
+    def dump(self) -> OwnersDump:
+        """Return all of it."""
+        return OwnersDump(
+            names=tuple((name, target.owner) for name, target in self.names.items()),
+            waiting=self.waiting,
+            tells=self._then is not None,
+            extra=tuple(self._extra),
+            exact=tuple(sorted(self._uses.exact)),
+            subtrees=tuple(sorted(self._uses.subtrees)),
+            globs=self._uses.globs,
+            matches=tuple(sorted(self._matches)),
+        )
+
+    def load(self, dump: OwnersDump, then: Callable[[], None]) -> None:
+        """Be as the one was that made the dump; `then` is to be called if that one was to."""
+        for name, owner in dump.names:
+            self.names[name] = Target(owner, name)
+            if owner:
+                self._by_owner.setdefault(owner, set()).add(name)
+        self.waiting = dump.waiting
+        self._then = then if dump.tells else None
+        self._extra.update(dict.fromkeys(dump.extra))
+        self._uses = NamesUsed(
+            exact=frozenset(dump.exact), subtrees=frozenset(dump.subtrees), globs=dump.globs
+        )
+        self._matches.update(dump.matches)
+
+    @property
+    def uses(self) -> NamesUsed:
+        """The names that the rules asked for when they were last looked at."""
+        return self._uses
 
 
 def _target_of(entry: Target | Special) -> Target:
     return entry.target if isinstance(entry, Special) else entry
-
-
-def _must_work(header: Header, _data: bytes) -> None:
-    if header.type != MessageType.METHOD_RETURN:
-        # Without it an owner change could be missed, and a right outlive its reason.
-        raise PeerQuotaError("the bus takes no more match rules from this connection")
-
-
-def _ignore(_header: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
-    """Whether a match rule of ours was there to be removed makes no difference."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.gate.core import Chunk, Output
+from broker.gate.handover import ChunkDump, Fds, PipeDump, pick
 from broker.gate.loop import BROKEN, READABLE, WRITABLE, Loop
 from broker.wire.errors import PeerProtocolError
 
@@ -123,6 +124,21 @@ class Pipe:
             self._reading = reading
             self._listen()
 
+    def dump(self, fds: Fds) -> PipeDump:
+        """Return it with what is queued, descriptors as indexes."""
+        return PipeDump(
+            fd=fds.put(self.fd),
+            queue=tuple(ChunkDump(bytes(c.data), fds.put_all(c.fds)) for c in self._queue),
+            reading=self._reading,
+        )
+
+    def load(self, dump: PipeDump, fds: Sequence[int]) -> None:
+        """Have what was queued, and read or not, as the one that made the dump."""
+        for one in dump.queue:
+            self._enqueue(Chunk(one.data, pick(fds, one.fds)))
+        self._reading = dump.reading
+        self._listen()
+
     def close(self) -> None:
         """Close the socket and what is queued."""
         self._loop.remove(self.fd)
@@ -216,6 +232,12 @@ class Pipe:
                 return
             sent -= len(first.data)
             self._queue.popleft()
+
+
+def adopt(fd: int) -> socket.socket:
+    """Return the stream socket that a descriptor from elsewhere is."""
+    # With family and type said, Python asks the kernel for neither.
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
 
 
 def _descriptors(ancillary: Sequence[Ancillary]) -> list[int]:

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from broker.gate.budgets import CONNECTION_COST, JUDGED_A_TURN, Complaints, Mess
 from broker.gate.bus import Bus
 from broker.gate.control import (
     Connected,
-    Denied,
     Ended,
     Event,
     Gone,
@@ -27,14 +27,15 @@ from broker.gate.control import (
 )
 from broker.gate.core import Core, Denial
 from broker.gate.filter import Filter
+from broker.gate.handover import Fds, SandboxDump
 from broker.gate.link import Link
 from broker.gate.loop import READABLE, Loop
-from broker.gate.pipe import close_fds
+from broker.gate.pipe import adopt, close_fds
+from broker.gate.reports import Reports
+from broker.gate.upstream import Upstream
 from policy.match import Judge
 from policy.rules import AccessList
 
-# Refusals that are reported one by one, a sandbox; the others are counted.
-REPORTS_PER_SECOND: Final = 50
 # After running out of descriptors: until then somebody may have closed some.
 ACCEPT_PAUSE: Final = 0.1  # seconds
 # Connections taken in one turn of the loop, so that one sandbox does not keep the others waiting.
@@ -65,16 +66,18 @@ class Sandbox:
         self.complaints: Final = Complaints(spec.id, spec.limits.log_lines_per_second)
         self.is_throttled = False
         self._throttled_count = 0
+        # Who may go on when the budget has filled up, in the order in which they came.
+        self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
         self.denied_count = 0
-        self.links: Final[set[Link]] = set()
+        self.links: Final[dict[Link, None]] = {}  # a set with an order
         self._buses: Final = buses
         self._emit: Final = emit
         self._ended: Final = ended
         self._judges: dict[str, Judge] = {}
         self._listening: Final[dict[int, tuple[socket.socket, Listener]]] = {}
         self._close_pipe = -1
-        self._reports_left = REPORTS_PER_SECOND
-        self._unreported = 0
+        self._reports: Final = Reports(loop, spec.id, emit)
+        self._guid = GUID
         self._is_over = False
 
     # -- life ------------------------------------------------------------------------------------
@@ -82,14 +85,25 @@ class Sandbox:
     def open(self, fds: Sequence[int]) -> None:
         """Serve the sockets. The descriptors are the sandbox's from here on."""
         for listener in self.spec.listeners:
-            sock = socket.socket(fileno=fds[listener.fd])
-            sock.setblocking(False)
-            self._listening[sock.fileno()] = (sock, listener)
-            self._loop.add(sock.fileno(), READABLE, partial(self._readable, sock.fileno()))
+            self._listen(fds[listener.fd], listener)
         if self.spec.close_notify is not None:
-            self._close_pipe = fds[self.spec.close_notify]
-            os.set_blocking(self._close_pipe, False)
-            self._loop.add(self._close_pipe, READABLE, self._close_notify)
+            self._watch_pipe(fds[self.spec.close_notify])
+
+    def _listen(self, fd: int, listener: Listener) -> None:
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        self._listening[fd] = (sock, listener)
+        self._loop.add(fd, READABLE, partial(self._readable, fd))
+
+    def _watch_pipe(self, fd: int) -> None:
+        self._close_pipe = fd
+        os.set_blocking(fd, False)
+        self._loop.add(fd, READABLE, self._close_notify)
+
+    def descriptors(self) -> list[tuple[str, int]]:
+        """Return what it listens on, by bus; and by no bus the pipe that ends it."""
+        found = [(listener.bus, fd) for fd, (_, listener) in self._listening.items()]
+        return [*found, ("", self._close_pipe)] if self._close_pipe >= 0 else found
 
     def stop_listening(self) -> None:
         """Take no more connections; end with the last one."""
@@ -112,7 +126,7 @@ class Sandbox:
             self._loop.remove(self._close_pipe)
             os.close(self._close_pipe)
             self._close_pipe = -1
-        self._report_rest()
+        self._reports.tell_rest()
         self.complaints.tell()
         self._emit(Ended(self.id, reason))
         self._ended(self)
@@ -151,6 +165,14 @@ class Sandbox:
                 judge = self.judge(judging.core.bus.name)
                 link.use(judge)
 
+    def set_upstream(self, bus: str, upstream: Upstream | None) -> None:
+        """Make connections to that bus there from now on, those that wait for it included."""
+        upstreams = {b: u for b, u in self.spec.upstreams.items() if b != bus}
+        upstreams |= {bus: upstream} if upstream is not None else {}
+        self.spec = msgspec.structs.replace(self.spec, upstreams=upstreams)
+        for link in [link for link in self.links if link.filter is None]:
+            link.resume()
+
     # -- connections -------------------------------------------------------------------------------
 
     def _readable(self, fd: int, _events: int) -> None:
@@ -174,11 +196,17 @@ class Sandbox:
             except (OSError, MemoryError) as exc:  # e.g. no room in the loop
                 connection.close()
                 self.complaints.add("accept", str(exc))
-            if self.charge(CONNECTION_COST):
+            if self.charge(CONNECTION_COST, self._listen_on):
+                for listening in self._listening:
+                    self._loop.change(listening, 0)
                 return
 
     def _accept_again(self, fd: int) -> None:
-        if fd in self._listening and not self.is_throttled:
+        if fd in self._listening:
+            self._loop.change(fd, READABLE)
+
+    def _listen_on(self) -> None:
+        for fd in self._listening:
             self._loop.change(fd, READABLE)
 
     def _take(self, connection: socket.socket, listener: Listener) -> None:
@@ -196,7 +224,7 @@ class Sandbox:
             return
         connection.setblocking(False)
         bus = self._buses[listener.bus]
-        self.links.add(Link(self._loop, self, bus, connection, listener.guid or GUID))
+        self.links[Link(self._loop, self, bus, connection, listener.guid or self._guid)] = None
 
     def make_filter(self, bus: Bus, *, app_takes_fds: bool) -> Filter:
         """Return what judges a new connection."""
@@ -218,7 +246,8 @@ class Sandbox:
 
     def link_closed(self, link: Link) -> None:
         """Forget a connection."""
-        self.links.discard(link)
+        self.links.pop(link, None)
+        self._waiting.pop(link.read_on, None)
         core = link.filter.core if link.filter is not None else None
         if core is not None and core.unique_name:
             core.bus.gone(core.unique_name)
@@ -227,32 +256,38 @@ class Sandbox:
 
     # -- budgets -----------------------------------------------------------------------------------
 
-    def charge(self, cost: int) -> bool:
-        """Take note of messages. True: whoever sent them is not to be read until `read_on`.
+    def charge(self, cost: int, go_on: Callable[[], None], *, goes_first: bool = False) -> bool:
+        """Take note of messages. True: whoever sent them is not to be read until `go_on` is called.
 
-        The sandbox's other connections get one read each meanwhile: one cannot starve them.
+        The sandbox's other connections get one read each meanwhile: one cannot starve them. Who is in the
+        middle of a message goes first, or many large ones would all be whole, and sent to the bus, at once.
         """
         self.messages.left -= cost
         if self.messages.left < 0 and not self.is_throttled and (wait := self.messages.pause()):
             self._throttled_count += 1
-            self._throttle(throttled=True)
+            self.is_throttled = True
             self._loop.call_later(wait, self._waited)
+        if self.is_throttled:
+            self._waiting[go_on] = None
+            if goes_first:
+                self._waiting.move_to_end(go_on, last=False)
         return self.is_throttled
 
     def _waited(self) -> None:
+        """Let whoever has waited longest go on; the next one when that has been read and charged.
+
+        All at once would be a burst of a read each, for which everybody else would have to wait.
+        """
         if self._is_over:
             return
         if wait := self.messages.pause():
             self._loop.call_later(wait, self._waited)
+        elif self._waiting:
+            go_on, _ = self._waiting.popitem(last=False)
+            go_on()
+            self._loop.next_turn(self._waited)
         else:
-            self._throttle(throttled=False)
-            for link in list(self.links):
-                link.read_on()
-
-    def _throttle(self, *, throttled: bool) -> None:
-        self.is_throttled = throttled
-        for fd in self._listening:
-            self._loop.change(fd, 0 if throttled else READABLE)
+            self.is_throttled = False
 
     @property
     def fds(self) -> int:
@@ -279,35 +314,7 @@ class Sandbox:
     def denied(self, core: Core, denial: Denial) -> None:
         """Report a refusal, or count it when there are too many."""
         self.denied_count += 1
-        if not self._reports_left:
-            self._unreported += 1
-            return
-        if self._reports_left == REPORTS_PER_SECOND:
-            self._loop.call_later(1.0, self._refill)
-        self._reports_left -= 1
-        self._emit(
-            Denied(sandbox=self.id, bus=core.bus.name, more=self._unreported, **denial._asdict())
-        )
-        self._unreported = 0
-
-    def _refill(self) -> None:
-        self._reports_left = REPORTS_PER_SECOND
-        self._report_rest()
-
-    def _report_rest(self) -> None:
-        if self._unreported:
-            more, self._unreported = self._unreported, 0
-            self._emit(
-                Denied(
-                    sandbox=self.id,
-                    bus="",
-                    direction="",
-                    kind="",
-                    peer="",
-                    reason="too many to report one by one",
-                    more=more,
-                )
-            )
+        self._reports.add(core.bus.name, denial)
 
     def state(self) -> SandboxState:
         """Return what the supervisor may want to know."""
@@ -324,6 +331,62 @@ class Sandbox:
             denied=self.denied_count,
             use=self.taken(),
         )
+
+    # -- handing over ------------------------------------------------------------------------------
+
+    def dump(self, fds: Fds) -> SandboxDump:
+        """Return all of it, descriptors as indexes."""
+        places = {link.read_on: place for place, link in enumerate(self.links)}
+        listeners = self.spec.listeners
+        return SandboxDump(
+            spec=self.spec,
+            guid=self._guid,
+            listening=tuple(
+                (listeners.index(listener), fds.put(fd))
+                for fd, (_, listener) in self._listening.items()
+            ),
+            close_pipe=fds.put(self._close_pipe) if self._close_pipe >= 0 else -1,
+            links=tuple(link.dump(fds) for link in self.links),
+            messages=self.messages.dump(),
+            complaints=self.complaints.dump(),
+            is_throttled=self.is_throttled,
+            throttled_count=self._throttled_count,
+            waiting=tuple(places.get(go_on, -1) for go_on in self._waiting),
+            denied_count=self.denied_count,
+            reports_left=self._reports.left,
+            unreported=self._reports.unreported,
+        )
+
+    def load(self, dump: SandboxDump, fds: Sequence[int], judges: dict[str, Judge]) -> None:
+        """Be as the one was that made the dump; `resume` goes on. `judges`: of the same rules, by bus."""
+        self._judges = judges
+        self._guid = dump.guid
+        for place, at in dump.listening:
+            self._listen(fds[at], self.spec.listeners[place])
+        if dump.close_pipe >= 0:
+            self._watch_pipe(fds[dump.close_pipe])
+        for one in dump.links:
+            link = Link(self._loop, self, self._buses[one.bus], adopt(fds[one.app.fd]), one.guid)
+            self.links[link] = None
+            link.load(one, fds)
+        readers = [link.read_on for link in self.links]
+        for place in dump.waiting:
+            self._waiting[readers[place] if place >= 0 else self._listen_on] = None
+        self.messages.load(dump.messages)
+        self.complaints.load(dump.complaints)
+        self.is_throttled, self._throttled_count = dump.is_throttled, dump.throttled_count
+        self.denied_count = dump.denied_count
+        self._reports.load(dump.reports_left, dump.unreported)
+
+    def resume(self) -> None:
+        """Go on where the one was that made the dump."""
+        if self._listen_on in self._waiting:
+            for listening in self._listening:
+                self._loop.change(listening, 0)
+        if self.is_throttled:
+            self._loop.next_turn(self._waited)
+        for link in list(self.links):
+            link.resume()
 
 
 def _unlink(listener: Listener) -> None:

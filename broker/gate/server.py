@@ -1,7 +1,7 @@
 """The gate: every sandbox and bus it serves, and the supervisor's control socket.
 
-The gate outlives its supervisor. While none is connected it goes on with the rules it has, and keeps
-what happened in a bounded queue; the next supervisor gets a snapshot when it asks for one.
+The gate outlives its supervisor. While none is connected it goes on with the rules it has, and keeps in bounded room
+(kept.py) what no snapshot tells; the next supervisor gets a snapshot when it asks for one.
 """
 
 import logging
@@ -9,18 +9,23 @@ import os
 import socket
 import struct
 from collections import deque
-from typing import Final, assert_never
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn, assert_never
 
 from broker.gate.bus import Bus
 from broker.gate.control import (
+    MAX_FRAME_FDS,
     PROTOCOL,
     AddSandbox,
     Answer,
+    Confirm,
     Done,
-    Ended,
     Envelope,
     Event,
     FrameReader,
+    HandedOver,
+    HandOver,
+    Listeners,
     Refused,
     Request,
     SandboxOf,
@@ -29,26 +34,31 @@ from broker.gate.control import (
     SetBuses,
     Shutdown,
     Snapshot,
+    StartNext,
     StopListening,
     StopSandbox,
     TagHeaders,
+    TakeListeners,
     TakeSnapshot,
     TakeUse,
     Use,
     WhoIs,
     make_frame,
 )
+from broker.gate.core import Chunk
+from broker.gate.handover import VERSION, Fds, HandoverError, Opening, SandboxDump, pick
+from broker.gate.kept import Kept
 from broker.gate.loop import READABLE, Loop
-from broker.gate.pipe import Closed, Pipe, close_fds
+from broker.gate.managed import Manager
+from broker.gate.own import Own
+from broker.gate.pipe import Closed, Pipe, adopt, close_fds
 from broker.gate.sandbox import Sandbox
+from broker.gate.takeover import Channel, hand_over, leave
+from broker.gate.upstream import CallBus, Called, SetUpstream, Upstream, UpstreamLost
 from broker.wire import errors
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 
 LOGGER: Final = logging.getLogger(__name__)
-
-# What happened while no supervisor was there: enough for the end of each of 10 000 sandboxes, since
-# these are kept when the rest is thrown away (a snapshot tells the rest).
-MAX_KEPT_EVENTS: Final = 10_000
 # A supervisor that does not read is not ours to wait for: it is cut off and can come back.
 MAX_UNREAD: Final = 64 * 1024 * 1024
 _UCRED: Final = struct.Struct("iII")
@@ -57,19 +67,24 @@ _UCRED: Final = struct.Struct("iII")
 class Gate:
     """All of it."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, manager: Manager | None = None) -> None:
         self._loop: Final = loop
+        self._manager: Final = manager or Manager({})
         self._buses: Final[dict[str, Bus]] = {}
         self._sandboxes: Final[dict[str, Sandbox]] = {}
-        self._kept: Final[deque[Event]] = deque(maxlen=MAX_KEPT_EVENTS)
+        self._own: Final = Own(loop, self)
+        self._kept = Kept()
         self._supervisor: Pipe | None = None
         self._reader = FrameReader()
+        self._asked: Final[deque[tuple[Envelope, list[int]]]] = deque()  # and not looked at
+        self._control = -1  # what it listens on for supervisors
 
     # -- the supervisor's connection ---------------------------------------------------------------
 
     def serve(self, listening: socket.socket) -> None:
-        """Take supervisors, one at a time, of our own uid or root."""
+        """Take supervisors, one at a time, of our own uid or root. The socket is ours from here on."""
         listening.setblocking(False)
+        self._control = listening.fileno()
         self._loop.add(listening.fileno(), READABLE, lambda _events: self._accept(listening))
 
     def close(self) -> None:
@@ -97,18 +112,17 @@ class Gate:
         sock.setblocking(False)
         self._reader = FrameReader()
         self._supervisor = Pipe(self._loop, sock, self._readable, lambda: None)
-        kept = list(self._kept)
-        self._kept.clear()
-        for event in kept:
-            self._emit(event)
+        for number, event in self._kept.tell_all():
+            self._write(Envelope(serial=0, body=event, number=number))
 
     def _readable(self) -> None:
         supervisor = self._supervisor
         assert supervisor is not None
         try:
             data, fds = supervisor.read()
-            for envelope, own in self._reader.feed(data, fds):
-                self._answer(envelope, own)
+            self._asked.extend(self._reader.feed(data, fds))
+            while self._asked:
+                self._answer(*self._asked.popleft())
         except BlockingIOError:
             return
         except Closed:
@@ -122,13 +136,17 @@ class Gate:
         if self._supervisor is not None:
             self._supervisor.close()
             self._supervisor = None
+            self._own.supervisor_lost()
 
-    def _write(self, envelope: Envelope) -> None:
+    def _write(self, envelope: Envelope, fds: Sequence[int] = ()) -> None:
+        """Send an envelope with its descriptors, which are the supervisor's from here on."""
         supervisor = self._supervisor
         if supervisor is None:
+            close_fds(fds)
             return
+        frame = make_frame(envelope)
         try:
-            supervisor.write([make_frame(envelope)])
+            supervisor.write([Chunk(frame, tuple(fds)) if fds else frame])
         except Closed:
             self._lose_supervisor("closed")
             return
@@ -136,37 +154,63 @@ class Gate:
             self._lose_supervisor("does not read")
 
     def _emit(self, event: Event) -> None:
-        if self._supervisor is not None:
-            self._write(Envelope(serial=0, body=event))
-        elif isinstance(event, Ended):
-            self._kept.append(event)
+        number = self._kept.add(event, is_told=self._supervisor is not None)
+        self._write(Envelope(serial=0, body=event, number=number))
 
     # -- requests ------------------------------------------------------------------------------------
 
     def _answer(self, envelope: Envelope, fds: list[int]) -> None:
         answer: Answer
+        given: Sequence[int] = ()
+        self._kept.confirm(envelope.number)
         try:
-            answer = self._carry_out(envelope.body, fds)  # type: ignore[arg-type]
+            if isinstance(envelope.body, TakeListeners):
+                answer, given = self._lend(envelope.body)
+            elif isinstance(envelope.body, StartNext):
+                answer = self._manager.start_next(envelope.body, fds)
+            elif isinstance(envelope.body, HandOver):
+                self._hand_over(envelope.serial, envelope.body, fds)
+            elif isinstance(envelope.body, CallBus):
+                self._own.call(self._bus(envelope.body.bus), envelope.body, envelope.serial)
+                return
+            else:
+                answer = self._carry_out(envelope.body, fds)  # type: ignore[arg-type]
         except CallRefusedError as exc:
             close_fds(fds)
             answer = Refused(exc.dbus_name, str(exc))
-        self._write(Envelope(serial=envelope.serial, body=answer))
+        self._write(Envelope(serial=envelope.serial, body=answer, fds=len(given)), given)
 
-    def _carry_out(self, request: Request, fds: list[int]) -> Answer:  # noqa: C901 - a table
+    def _lend(self, request: TakeListeners) -> tuple[Listeners, Sequence[int]]:
+        """Return duplicates of what sandboxes listen on. Raises CallRefusedError."""
+        sandboxes = [one for id_ in request.sandboxes if (one := self._sandboxes.get(id_))]
+        what = [(one.id, bus, fd) for one in sandboxes for bus, fd in one.descriptors()]
+        if len(what) > MAX_FRAME_FDS:
+            raise CallRefusedError(errors.INVALID_ARGS, "more descriptors than one frame may have")
+        fds: list[int] = []
+        try:
+            fds.extend(os.dup(fd) for _, _, fd in what)
+        except OSError as exc:
+            close_fds(fds)
+            raise CallRefusedError(errors.FAILED, exc.strerror or "no descriptor") from exc
+        return Listeners(tuple((id_, bus) for id_, bus, _ in what)), fds
+
+    def _carry_out(self, request: Request, fds: list[int]) -> Answer:  # noqa: C901, PLR0912 - a table
         match request:
             case AddSandbox():
                 self._add(request.spec, fds)
             case SetAccess():
                 self._set_access(request)
             case StopListening():
-                self._find(request.sandbox).stop_listening()
+                sandbox = self._find(request.sandbox)
+                self._own.stop_listening(sandbox.spec.uid, sandbox.spec.upstreams)
+                sandbox.stop_listening()
             case StopSandbox():
                 self._find(request.sandbox).stop("stopped")
             case WhoIs():
                 bus = self._bus(request.bus)
                 return SandboxOf(bus.sandboxes.get(request.unique_name))
             case TagHeaders():
-                self._tag(self._bus(request.bus), request.unique_name)
+                self._tag(self._bus(request.bus), request)
             case SetBuses():
                 for spec in request.buses:
                     self._buses.setdefault(
@@ -178,6 +222,10 @@ class Gate:
                 return self._use(request.sandbox)
             case Shutdown():
                 self._shut_down()
+            case SetUpstream():
+                self._set_upstream(request)
+            case Confirm() | StartNext() | TakeListeners() | HandOver() | CallBus():  # done by now
+                pass
             case _:
                 assert_never(request)
         return Done()
@@ -198,6 +246,8 @@ class Gate:
                 sandbox.judge(listener.bus)
         except ValueError as exc:
             raise CallRefusedError(errors.INVALID_ARGS, str(exc)) from exc
+        self._own.claim(spec.id, spec.uid, spec.upstreams)
+        self._kept.forget_end(spec.id)
         self._sandboxes[spec.id] = sandbox
         sandbox.open(fds)
 
@@ -207,8 +257,9 @@ class Gate:
         except ValueError as exc:
             raise CallRefusedError(errors.INVALID_ARGS, str(exc)) from exc
 
-    def _tag(self, bus: Bus, unique_name: str) -> None:
-        bus.tagged.add(unique_name)
+    def _tag(self, bus: Bus, request: TagHeaders) -> None:
+        change = bus.tagged.add if request.wanted else bus.tagged.discard
+        change(request.unique_name)
         for core in bus.members:
             core.forget_verdicts()
 
@@ -226,6 +277,7 @@ class Gate:
 
     def _sandbox_ended(self, sandbox: Sandbox) -> None:
         self._sandboxes.pop(sandbox.id, None)
+        self._own.stop(sandbox.spec.uid, sandbox.spec.upstreams)
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(
@@ -240,7 +292,108 @@ class Gate:
             return self._find(sandbox).taken()
         return sum((one.taken() for one in self._sandboxes.values()), Use())
 
+    # -- buses that have Containers1 ------------------------------------------------------------------
+
+    def _set_upstream(self, request: SetUpstream) -> None:
+        sandbox = self._find(request.sandbox)
+        self._bus(request.bus)
+        if (upstream := request.upstream) is not None:
+            self._own.claim(sandbox.id, sandbox.spec.uid, {request.bus: upstream})
+        sandbox.set_upstream(request.bus, upstream)
+
+    def answer(self, asked: int, answer: Called | Refused) -> None:
+        """Answer the supervisor's request of that number, later than others."""
+        self._write(Envelope(serial=asked, body=answer))
+
+    def instance_removed(self, sandbox: str) -> None:
+        """The bus ended what it had made for a sandbox, of itself or because somebody asked it to."""
+        if (found := self._sandboxes.get(sandbox)) is not None:
+            found.stop(
+                "instance-removed"
+                if any(bus for bus, _ in found.descriptors())
+                else "last-connection"
+            )
+
+    def upstream_lost(self, sandbox: str, bus: str) -> None:
+        """A bus has forgotten a sandbox: what connects there waits for the supervisor to have it made again."""
+        if (found := self._sandboxes.get(sandbox)) is not None:
+            found.set_upstream(bus, Upstream())
+            self._emit(UpstreamLost(sandbox, bus))
+
+    # -- handing over ---------------------------------------------------------------------------------
+
+    def _hand_over(self, serial: int, request: HandOver, fds: list[int]) -> NoReturn:
+        """Have another process go on. Raises CallRefusedError, and nothing has changed."""
+        if len(fds) != 1:
+            raise CallRefusedError(errors.INVALID_ARGS, "HandOver takes one descriptor")
+        self._own.settle()
+        channel = Channel(fds.pop(), request.seconds)
+        try:
+            dumps = [sandbox.dump for sandbox in self._sandboxes.values()]
+            hand_over(channel, self.dumper(serial, request.protocol, os.getpid()), dumps)
+        except HandoverError as exc:
+            LOGGER.warning("hand-over: %s", exc)
+            text = f"the new gate does not take over: {exc}"
+            raise CallRefusedError(errors.FAILED, text) from exc
+        finally:
+            channel.close()
+        leave(self._manager.replaced)
+
+    def dumper(self, serial: int, protocol: int, pid: int) -> Callable[[Fds], Opening]:
+        """Return what makes the first frame of a hand-over that is asked for by that request."""
+
+        def dump(fds: Fds) -> Opening:
+            rest, rest_fds = self._reader.rest()
+            asked = [make_frame(envelope) for envelope, _ in self._asked]
+            asked_fds = [fd for _, own in self._asked for fd in own]
+            return Opening(
+                version=VERSION,
+                pid=pid,
+                control=fds.put(self._control),
+                supervisor=self._supervisor.dump(fds) if self._supervisor is not None else None,
+                serial=serial,
+                protocol=protocol,
+                unanswered=b"".join([*asked, rest]),
+                unanswered_fds=fds.put_all([*asked_fds, *rest_fds]),
+                buses=tuple(bus.dump() for bus in self._buses.values()),
+                own=self._own.dump(fds),
+                kept=self._kept,
+                sandboxes=len(self._sandboxes),
+            )
+
+        return dump
+
+    def load(self, opening: Opening, fds: Sequence[int]) -> None:
+        """Be as the gate was that made the dump, but for its sandboxes, and for going on: `resume` does that."""
+        self.serve(adopt(fds[opening.control]))
+        if opening.supervisor is not None:
+            sock = adopt(fds[opening.supervisor.fd])
+            self._supervisor = Pipe(self._loop, sock, self._readable, lambda: None)
+            self._supervisor.load(opening.supervisor, fds)
+        self._asked.extend(self._reader.feed(opening.unanswered, pick(fds, opening.unanswered_fds)))
+        self._kept = opening.kept
+        for one in opening.buses:
+            bus = self._buses[one.name] = Bus(one.name, one.address)
+            bus.load(one)
+        self._own.load(opening.own, self._buses, fds)
+
+    def add_empty(self, dump: SandboxDump) -> Sandbox:
+        """Return a new sandbox, for one that was there."""
+        spec = dump.spec
+        sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_ended)
+        self._sandboxes[sandbox.id] = sandbox
+        return sandbox
+
+    def resume(self, serial: int) -> None:
+        """Go on where the gate was that made the dump."""
+        self._write(Envelope(serial=serial, body=HandedOver(os.getpid())))
+        for sandbox in list(self._sandboxes.values()):
+            sandbox.resume()
+        while self._asked:
+            self._answer(*self._asked.popleft())
+
     def _shut_down(self) -> None:
         for sandbox in list(self._sandboxes.values()):
             sandbox.stop("stopped")
+        self._own.close()
         self._loop.stop()

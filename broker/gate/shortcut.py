@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from broker.gate.budgets import MessageBudget
+from broker.gate.budgets import BYTES_A_MESSAGE, MessageBudget
 from broker.gate.core import OWN_SERIALS
 from broker.gate.filter import Filter
 from broker.gate.loop import READABLE
@@ -107,7 +107,7 @@ def _make_app_note(judging: Filter, budget: MessageBudget) -> Note:
                 if serial in pending or len(pending) >= room:
                     return False
                 pending[serial] = answerer  # type: ignore[assignment]
-        budget.left -= 1
+        budget.left -= 1 + size // BYTES_A_MESSAGE
         return True
 
     return note

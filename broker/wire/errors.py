@@ -3,12 +3,14 @@
 from typing import Final
 
 ACCESS_DENIED: Final = "org.freedesktop.DBus.Error.AccessDenied"
+DISCONNECTED: Final = "org.freedesktop.DBus.Error.Disconnected"
 FAILED: Final = "org.freedesktop.DBus.Error.Failed"
 INVALID_ARGS: Final = "org.freedesktop.DBus.Error.InvalidArgs"
 LIMITS_EXCEEDED: Final = "org.freedesktop.DBus.Error.LimitsExceeded"
 MATCH_RULE_INVALID: Final = "org.freedesktop.DBus.Error.MatchRuleInvalid"
 MATCH_RULE_NOT_FOUND: Final = "org.freedesktop.DBus.Error.MatchRuleNotFound"
 NAME_HAS_NO_OWNER: Final = "org.freedesktop.DBus.Error.NameHasNoOwner"
+NO_REPLY: Final = "org.freedesktop.DBus.Error.NoReply"
 NOT_CONTAINER: Final = "org.freedesktop.DBus.Error.NotContainer"
 NOT_SUPPORTED: Final = "org.freedesktop.DBus.Error.NotSupported"
 SERVICE_UNKNOWN: Final = "org.freedesktop.DBus.Error.ServiceUnknown"

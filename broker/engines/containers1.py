@@ -1,0 +1,306 @@
+"""The engine for buses that have Containers1 themselves: such a bus labels each connection, and the gate enforces.
+
+Theory of operation. It is the gate engine, and before the gate gets a sandbox each of its buses that can is asked to
+make a server for it; the gate makes the sandbox's connections there. All that the bus is asked goes over a connection of the
+gate's (broker/gate/own.py), for the bus ends a server when whoever asked for it leaves, and that must not be us. What
+belongs together stands in the gate (`SandboxSpec.upstreams`) and comes back in its snapshot.
+When a bus or the gate starts anew its servers are gone: the gate lets connections wait, and we have them made again.
+Whoever says that this engine is to be used wants labels or nothing; if nobody says, a bus without them is
+served by the gate alone, and the log says so.
+"""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import trio
+
+from broker.engines.base import EngineLostError, Listener
+from broker.engines.dialect import describe
+from broker.engines.gate import SHUTDOWN_TIMEOUT, GateEngine
+from broker.engines.labels import UNDO_TIMEOUT, Labels
+from broker.engines.process import GateError
+from broker.gate.control import BusSpec, Ended, Event, SandboxSpec, Snapshot
+from broker.gate.upstream import (
+    CONTAINERS1,
+    CallBus,
+    Called,
+    SetUpstream,
+    Upstream,
+    UpstreamLost,
+)
+from broker.wire.errors import (
+    DISCONNECTED,
+    LIMITS_EXCEEDED,
+    NO_REPLY,
+    NOT_SUPPORTED,
+    CallRefusedError,
+)
+from policy.rules import AccessList
+
+LOGGER: Final = logging.getLogger(__name__)
+# Servers that are asked for at the same time when a bus has started anew.
+MAX_REMAKING: Final = 16
+FIRST_PAUSE: Final = 0.1  # seconds, before a bus that is not there is asked again; it doubles
+LONGEST_PAUSE: Final = 5.0
+_GONE: Final = (DISCONNECTED, NO_REPLY)
+
+
+class Containers1Engine(GateEngine):
+    """The gate, and buses that label."""
+
+    def __init__(
+        self,
+        *,
+        control: Path,
+        buses: Sequence[BusSpec],
+        command: Sequence[str] | None = None,
+        is_required: bool = False,
+    ) -> None:
+        super().__init__(control=control, buses=buses, command=command)
+        self._is_required: Final = is_required
+        self._has_sandboxes = False
+        self._labels: Final = Labels(self._call)
+        self._specs: Final[dict[str, SandboxSpec]] = {}  # of sandboxes that a bus has a server for
+        # Cannot grow without bound: one for each sandbox and bus.
+        self._lost_in, self._lost = trio.open_memory_channel[tuple[str, str]](math.inf)
+
+    @property
+    def name(self) -> str:
+        """Which engine this is."""
+        return "containers1" if any(map(self._labels.has, self._bus_names)) else "gate"
+
+    def serving(self, bus: str) -> str:
+        """Return the engine that new sandboxes are served by on that bus."""
+        return "containers1" if self._labels.has(bus) else "gate"
+
+    def instances(self, sandbox: str) -> Mapping[str, str]:
+        """Return the paths of the buses' own instances, by bus."""
+        spec = self._specs.get(sandbox)
+        return describe(spec.upstreams) if spec is not None else {}
+
+    async def keep_connected(
+        self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Have a gate, until `shutdown` or cancelled. Raises GateError, also if a bus does not label and must."""
+        keep_gate = partial(super().keep_connected, _Ears(self, listener))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(keep_gate)
+            try:
+                await self._look_at_buses()
+            except GateError:
+                if not self._has_sandboxes:  # it was started for nothing
+                    with trio.move_on_after(2 * SHUTDOWN_TIMEOUT, shield=True):
+                        await self.shutdown()
+                raise
+            nursery.start_soon(self._remake_lost)
+            task_status.started()
+            while await self._wait_link() is not None:
+                await self._link_changed.wait()
+            nursery.cancel_scope.cancel()
+
+    async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
+        upstreams: dict[str, Upstream] = {}
+        try:
+            for listener in spec.listeners:
+                upstream = await self._make_or_do_without(spec, listener.bus)
+                if upstream is not None:
+                    upstreams[listener.bus] = upstream
+            whole = msgspec.structs.replace(spec, upstreams=upstreams)
+            self._remember(whole)
+            await super().add(whole, fds)
+        except BaseException:
+            self._specs.pop(spec.id, None)
+            # If we cannot, the gate does when we are gone.
+            with trio.move_on_after(UNDO_TIMEOUT, shield=True):
+                await self._labels.unmake(spec.uid, upstreams)
+            raise
+
+    async def set_access(self, sandbox: str, access: AccessList) -> None:
+        await super().set_access(sandbox, access)
+        if (spec := self._specs.get(sandbox)) is not None:
+            spec = self._specs[sandbox] = msgspec.structs.replace(spec, access=access)
+            for bus, instance in describe(spec.upstreams).items():
+                await self._labels.tell_access(spec, bus, instance)
+
+    async def stop_listening(self, sandbox: str) -> None:
+        spec = self._specs.get(sandbox)
+        await super().stop_listening(sandbox)
+        await self._labels.wait(spec)
+
+    async def stop(self, sandbox: str) -> None:
+        spec = self._specs.get(sandbox)
+        await super().stop(sandbox)
+        await self._labels.wait(spec)
+
+    # -- what a bus has ---------------------------------------------------------------------------------
+
+    async def _look_at_buses(self) -> None:
+        for bus in self._bus_names:
+            try:
+                dialect = await self._labels.dialect(bus, os.geteuid())
+            except (CallRefusedError, EngineLostError) as exc:
+                dialect = None
+                if self._is_required:
+                    raise GateError(f"bus {bus} cannot label its connections: {exc}") from exc
+                LOGGER.warning("bus %s: the gate alone serves it: %s", bus, exc)
+            if dialect is None and self._is_required:
+                raise GateError(
+                    f"bus {bus} has no {CONTAINERS1}: leave --engine out, or say --engine gate"
+                )
+            if dialect is not None:
+                LOGGER.info("bus %s: it has %s, and labels what sandboxes do", bus, CONTAINERS1)
+
+    # -- its servers ---------------------------------------------------------------------------------------
+
+    async def _make_or_do_without(self, spec: SandboxSpec, bus: str) -> Upstream | None:
+        """Have the bus make a server. Raises CallRefusedError, unless the gate alone will do."""
+        try:
+            upstream = await self._labels.make(spec, bus)
+        except CallRefusedError as exc:
+            if self._is_required or exc.dbus_name == LIMITS_EXCEEDED:
+                raise CallRefusedError(exc.dbus_name, f"bus {bus}: {exc}") from exc
+            LOGGER.warning("%s: the gate alone serves it on bus %s: %s", spec.id, bus, exc)
+            return None
+        if upstream is None and self._is_required:
+            text = f"bus {bus} has no {CONTAINERS1}, and --engine containers1 was asked for"
+            raise CallRefusedError(NOT_SUPPORTED, text)
+        return upstream
+
+    async def _call(self, request: CallBus) -> Called:
+        answer = await self._request(request)
+        if not isinstance(answer, Called):
+            raise EngineLostError(f"the gate answered CallBus with {type(answer).__name__}")
+        return answer
+
+    # -- losing them --------------------------------------------------------------------------------------
+
+    def learn(self, snapshot: Snapshot) -> None:
+        """Take from the gate which sandboxes have servers."""
+        self._specs.clear()
+        self._has_sandboxes = bool(snapshot.sandboxes)
+        for state in snapshot.sandboxes:
+            self._remember(state.spec)
+
+    def lose(self, event: UpstreamLost) -> None:
+        """Have a server made again."""
+        spec = self._specs.get(event.sandbox)
+        if spec is not None:
+            self._labels.forget(event.bus, spec.uid)
+            self._remember(_with(spec, event.bus, Upstream()))
+
+    def restored(self, spec: SandboxSpec) -> SandboxSpec:
+        """Return a sandbox as a new gate is to have it: its buses will be asked once it has it."""
+        # What is sure not to label need not be asked again, while connections wait for the answer.
+        buses = [listener.bus for listener in spec.listeners]
+        upstreams = {bus: Upstream() for bus in buses if self._labels.may_label(bus, spec.uid)}
+        spec = msgspec.structs.replace(spec, upstreams=upstreams)
+        self._remember(spec)
+        return spec
+
+    def forget(self, sandbox: str) -> None:
+        """It has ended."""
+        self._specs.pop(sandbox, None)
+
+    def _remember(self, spec: SandboxSpec) -> None:
+        if not spec.upstreams:
+            return
+        self._specs[spec.id] = msgspec.structs.replace(spec, listeners=(), record=b"")
+        for bus, upstream in spec.upstreams.items():
+            if not upstream.instance:
+                self._lost_in.send_nowait((spec.id, bus))
+
+    async def _remake_lost(self) -> None:
+        slots = trio.Semaphore(MAX_REMAKING)
+
+        async def remake(sandbox: str, bus: str) -> None:
+            try:
+                await self._remake(sandbox, bus)
+            except EngineLostError as exc:  # the next snapshot says what is lost
+                LOGGER.info("%s: %s", sandbox, exc)
+            finally:
+                slots.release()
+
+        async with trio.open_nursery() as nursery:
+            async for sandbox, bus in self._lost:
+                await slots.acquire()
+                nursery.start_soon(remake, sandbox, bus)
+
+    async def _remake(self, sandbox: str, bus: str) -> None:
+        pause = FIRST_PAUSE
+        while (spec := self._specs.get(sandbox)) is not None and _is_lost(spec, bus):
+            try:
+                upstream = await self._labels.make(spec, bus)
+                if upstream is None and self._is_required:
+                    raise CallRefusedError(NOT_SUPPORTED, f"it has no {CONTAINERS1} any more")
+                await self._ask(SetUpstream(sandbox, bus, upstream))
+            except CallRefusedError as exc:
+                if exc.dbus_name in _GONE:
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                    continue
+                if not await self._do_without(spec, bus, exc):
+                    return
+                upstream = None
+            if sandbox in self._specs:
+                self._specs[sandbox] = _with(self._specs[sandbox], bus, upstream)
+
+    async def _do_without(self, spec: SandboxSpec, bus: str, exc: CallRefusedError) -> bool:
+        """Serve it by the gate alone, or end it if that will not do; say which."""
+        with contextlib.suppress(CallRefusedError):  # it ended meanwhile
+            if self._is_required:
+                LOGGER.error("%s: bus %s does not take it again: %s: ended", spec.id, bus, exc)
+                await self.stop(spec.id)
+                return False
+            LOGGER.warning("%s: the gate alone serves it on bus %s: %s", spec.id, bus, exc)
+            await self._ask(SetUpstream(spec.id, bus, None))
+        return True
+
+    @property
+    def _bus_names(self) -> Iterable[str]:
+        return [bus.name for bus in self._buses]
+
+
+class _Ears:
+    """Between the gate and the listener: what is about servers is ours."""
+
+    def __init__(self, engine: Containers1Engine, listener: Listener) -> None:
+        self._engine: Final = engine
+        self._listener: Final = listener
+
+    def take_event(self, event: Event) -> None:
+        if isinstance(event, UpstreamLost):
+            self._engine.lose(event)
+            return
+        self._listener.take_event(event)
+        if isinstance(event, Ended):
+            self._engine.forget(event.sandbox)
+
+    def take_snapshot(self, snapshot: Snapshot) -> None:
+        self._engine.learn(snapshot)
+        self._listener.take_snapshot(snapshot)
+
+    def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
+        missing = self._listener.missing()
+        return [(self._engine.restored(spec), fds) for spec, fds in missing]
+
+    def lost(self, sandbox: str) -> None:
+        self._engine.forget(sandbox)
+        self._listener.lost(sandbox)
+
+
+def _with(spec: SandboxSpec, bus: str, upstream: Upstream | None) -> SandboxSpec:
+    upstreams = {name: one for name, one in spec.upstreams.items() if name != bus}
+    upstreams |= {bus: upstream} if upstream is not None else {}
+    return msgspec.structs.replace(spec, upstreams=upstreams)
+
+
+def _is_lost(spec: SandboxSpec, bus: str) -> bool:
+    upstream = spec.upstreams.get(bus)
+    return upstream is not None and not upstream.instance

@@ -1,0 +1,77 @@
+"""What is kept of a gate that died: a text file with when and how, and the headers of its last messages.
+
+The newest few stay, in the runtime folder. The gate wrote the headers (broker/gate/trace.py); bodies are never in there.
+"""
+
+import logging
+import os
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from broker.wire.trace import describe, read_ring
+
+LOGGER: Final = logging.getLogger(__name__)
+TRACE: Final = "gate-trace"
+MAX_CRASHES: Final = 5
+_PATTERN: Final = "gate-crash-*.txt"
+# Far longer than the line that we write.
+_MAX_FIRST_LINE: Final = 1000
+
+
+def keep_crash(folder: Path, pid: int, status: int | None, now: float) -> str:
+    """Write down that the gate died, and return that in a line.
+
+    `status` is what `os.waitpid` gives; None: it was not ours to wait for.
+    """
+    when = datetime.fromtimestamp(now, UTC)
+    line = f"the gate (process {pid}) {_describe_end(status)} at {when:%Y-%m-%d %H:%M:%S} UTC"
+    path = folder / f"gate-crash-{when:%Y%m%dT%H%M%S.%f}-{pid}.txt"
+    trace = folder / TRACE
+    try:
+        entries = read_ring(trace.read_bytes()) if trace.is_file() else []
+        lines = [f"{_describe_time(entry.when)} {describe(entry)}\n" for entry in entries]
+        path.write_text("".join([f"{line}\n", *lines]), encoding="utf-8")
+        trace.unlink(missing_ok=True)
+        _drop_old(folder)
+    except OSError as exc:
+        LOGGER.warning("%s: no record of it in %s: %s", line, folder, exc)
+        return line
+    return f"{line}; the headers of its last messages are in {path}"
+
+
+def last_crash(folder: Path) -> str:
+    """Return a line about the last gate that died; empty if there is none on record."""
+    paths = sorted(folder.glob(_PATTERN))
+    if not paths:
+        return ""
+    try:
+        with paths[-1].open(encoding="utf-8", errors="replace") as file:
+            return f"{file.readline(_MAX_FIRST_LINE).rstrip()}: {paths[-1]}"
+    except OSError:
+        return ""
+
+
+def _drop_old(folder: Path) -> None:
+    for path in sorted(folder.glob(_PATTERN))[:-MAX_CRASHES]:
+        path.unlink(missing_ok=True)
+
+
+def _describe_time(when: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(when, UTC):%H:%M:%S.%f}"
+    except (ValueError, OverflowError, OSError):  # the file says what it says
+        return "at some time"
+
+
+def _describe_end(status: int | None) -> str:
+    if status is None:
+        return "died (how, only the supervisor that started it could tell)"
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exited with {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"

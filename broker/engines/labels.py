@@ -1,0 +1,197 @@
+"""Talking to buses that have Containers1 themselves: what they understand, and the servers that they make.
+
+Nothing of it is remembered but what each bus understands, and that it does not answer.
+"""
+
+import contextlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import trio
+
+from broker.bus.values import pack
+from broker.engines.base import EngineLostError
+from broker.engines.dialect import (
+    ACCESS_TAKES,
+    ADD_TAKES,
+    Dialect,
+    describe,
+    make_access_body,
+    make_add_body,
+    parse_dialect,
+    read_address,
+    read_arguments,
+    read_instance,
+    read_values,
+)
+from broker.gate.control import SandboxSpec
+from broker.gate.upstream import CONTAINERS1, CallBus, Called, Upstream
+from broker.wire.address import parse_address
+from broker.wire.errors import (
+    DISCONNECTED,
+    FAILED,
+    NO_REPLY,
+    UNKNOWN_INTERFACE,
+    UNKNOWN_METHOD,
+    CallRefusedError,
+    ConfigError,
+)
+
+LOGGER: Final = logging.getLogger(__name__)
+INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+PEER: Final = "org.freedesktop.DBus.Peer"
+UNDO_TIMEOUT: Final = 2.0  # seconds
+
+
+class Labels:
+    """All buses, asked by way of `call`, which raises CallRefusedError and EngineLostError."""
+
+    def __init__(self, call: Callable[[CallBus], Awaitable[Called]]) -> None:
+        self._call: Final = call
+        # By bus and user; None: it has no Containers1, or none that works.
+        self._dialects: Final[dict[tuple[str, int], Dialect | None]] = {}
+
+    def has(self, bus: str) -> bool:
+        """Say whether that bus is known to label."""
+        return any(one is not None for (name, _), one in self._dialects.items() if name == bus)
+
+    def may_label(self, bus: str, uid: int) -> bool:
+        """Say whether it does, or was not asked yet."""
+        return self._dialects.get((bus, uid), ...) is not None
+
+    def forget(self, bus: str, uid: int) -> None:
+        """It may be another bus now."""
+        self._dialects.pop((bus, uid), None)
+
+    async def dialect(self, bus: str, uid: int) -> Dialect | None:
+        """Return how the bus is talked to, asked once a connection. Raises CallRefusedError."""
+        key = (bus, uid)
+        if key not in self._dialects:
+            try:
+                self._dialects[key] = await self._ask_dialect(bus, uid)
+            except CallRefusedError as exc:
+                # It would keep everybody waiting again. A bus that is not there will be another.
+                if exc.dbus_name != DISCONNECTED:
+                    self._dialects[key] = None
+                raise
+        return self._dialects[key]
+
+    async def _ask_dialect(self, bus: str, uid: int) -> Dialect | None:
+        called = await self._call(
+            CallBus(bus=bus, uid=uid, interface=INTROSPECTABLE, member="Introspect")
+        )
+        (xml,) = read_values(called, "s")
+        if parse_dialect(str(xml), ()) is None:
+            # Nothing more is wanted of it: the gate need not stay there.
+            await self._call(CallBus(bus=bus, uid=uid, interface=PEER, member="Ping", leave=True))
+            return None
+        called = await self._call(
+            CallBus(
+                bus=bus,
+                uid=uid,
+                interface=PROPERTIES,
+                member="Get",
+                signature="ss",
+                body=pack("ss", [CONTAINERS1, "SupportedArguments"]),
+            )
+        )
+        return parse_dialect(str(xml), read_arguments(called))
+
+    async def make(self, spec: SandboxSpec, bus: str) -> Upstream | None:
+        """Have the bus make a server; None: it has none to give. Raises CallRefusedError."""
+        dialect = await self.dialect(bus, spec.uid)
+        if dialect is None:
+            return None
+        request = CallBus(
+            bus=bus,
+            uid=spec.uid,
+            interface=CONTAINERS1,
+            member=dialect.add,
+            signature=ADD_TAKES,
+            body=make_add_body(spec, bus, dialect),
+            undo=dialect.stop,
+        )
+        try:
+            called = await self._call(request)
+        except CallRefusedError as exc:
+            if exc.dbus_name == NO_REPLY:
+                self._dialects[bus, spec.uid] = None
+            elif exc.dbus_name in (UNKNOWN_METHOD, UNKNOWN_INTERFACE):  # it started anew
+                self.forget(bus, spec.uid)
+            raise
+        instance = read_instance(called)
+        try:
+            address = read_address(called)
+            _check_reachable(address)
+        except CallRefusedError:
+            if instance:
+                with trio.move_on_after(UNDO_TIMEOUT, shield=True):
+                    await self.unmake(spec.uid, {bus: dialect.upstream(instance, "")})
+            raise
+        return dialect.upstream(instance, address)
+
+    async def unmake(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+        """End what was made for a sandbox that did not come about."""
+        for bus, upstream in upstreams.items():
+            request = CallBus(
+                bus=bus,
+                uid=uid,
+                interface=CONTAINERS1,
+                member=upstream.stop,
+                signature="o",
+                body=pack("o", [upstream.instance]),
+            )
+            with contextlib.suppress(CallRefusedError, EngineLostError):
+                await self._call(request)
+
+    async def tell_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
+        """Tell a bus that has rules of its own that they have changed."""
+        dialect = self._dialects.get((bus, spec.uid))
+        if dialect is None or "Allow" not in dialect.arguments:
+            return
+        if not dialect.set_access:
+            LOGGER.warning("%s: bus %s keeps the rules that it was given", spec.id, bus)
+            return
+        request = CallBus(
+            bus=bus,
+            uid=spec.uid,
+            interface=CONTAINERS1,
+            member=dialect.set_access,
+            signature=ACCESS_TAKES,
+            body=make_access_body(spec, bus, instance),
+        )
+        try:
+            await self._call(request)
+        except CallRefusedError as exc:
+            LOGGER.warning("%s: bus %s keeps the rules that it has: %s", spec.id, bus, exc)
+
+    async def wait(self, spec: SandboxSpec | None) -> None:
+        """Wait until the buses have done what the gate told them: they go by the order of the calls."""
+        if spec is None:
+            return
+        for bus in describe(spec.upstreams):
+            with contextlib.suppress(CallRefusedError, EngineLostError):
+                await self._call(CallBus(bus=bus, uid=spec.uid, interface=PEER, member="Ping"))
+
+
+def _check_reachable(address: str) -> None:
+    """See whether somebody listens there. Raises CallRefusedError."""
+    problem = "no address"
+    try:
+        places = parse_address(address)
+    except ConfigError as exc:
+        raise CallRefusedError(FAILED, f"it gave an address that is none: {exc}") from exc
+    for place in places:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            try:
+                sock.connect(place.path)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                problem = exc.strerror or str(exc)
+            else:
+                return
+    raise CallRefusedError(DISCONNECTED, f"the socket that it made cannot be reached: {problem}")

@@ -1,0 +1,203 @@
+"""The gate's process: started so that it outlives us, watched, and written down when it dies."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import trio
+
+import broker
+from broker.engines.crash import TRACE, keep_crash
+from broker.wire.errors import BrokerError
+
+LOGGER: Final = logging.getLogger(__name__)
+START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
+EXIT_TIMEOUT: Final = 1.0  # seconds, from the end of the connection to the end of the process
+_READY_FD: Final = 3  # in the gate
+_TAKE_OVER_FD: Final = 4
+
+
+# Has a gate started by another: argv, environment, and the descriptors for its ends. Returns its pid, 0 for "no".
+StartNext = Callable[[tuple[str, ...], dict[str, str], Sequence[int]], Awaitable[int]]
+
+
+class GateError(BrokerError):
+    """There is no gate, and it cannot be started."""
+
+
+class GateProcess:
+    """The one that serves the socket `control`, whoever started it."""
+
+    def __init__(self, control: Path, command: Sequence[str]) -> None:
+        self._control: Final = control
+        self._command: Final = tuple(command)
+        self._children: Final[set[int]] = set()
+        # Says which gate was started by a supervisor, and so is to end with one.
+        self._mark: Final = control.with_suffix(".pid")
+        self._end = -1  # a pidfd: readable when it has ended
+        self.pid = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where its socket and what it leaves are."""
+        return self._control.parent
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether one of us started it: this supervisor, or one before it in this folder."""
+        try:
+            return str(self.pid) in self._mark.read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return False
+
+    def watch(self, pid: int) -> None:
+        """Take note which process it is."""
+        self.forget()
+        self.pid = pid
+        with contextlib.suppress(ProcessLookupError):
+            self._end = os.pidfd_open(pid)
+
+    def forget(self) -> None:
+        """Watch it no more."""
+        if self._end >= 0:
+            os.close(self._end)
+            self._end = -1
+
+    async def start(self) -> None:
+        """Start a gate and wait until it listens. Raises GateError."""
+        await self._start(())
+
+    async def start_next(self, take_over: int, ask: StartNext) -> int:
+        """Start a gate that takes over at that socket when it is told to. Raises GateError.
+
+        `ask` has the gate that serves start it, if that one is a service of its own.
+        """
+        return await self._start((take_over,), ask)
+
+    def replaced(self, pid: int) -> None:
+        """Take note that another process serves now."""
+        if self.is_ours:
+            self._mark.write_text(str(pid), encoding="ascii")
+        self.watch(pid)
+        self._reap()
+
+    def give_up(self, pid: int) -> None:
+        """End a gate that was to be the next one."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # a child that was not waited for: the number is its own
+        if self.is_ours:
+            self._mark.write_text(str(self.pid), encoding="ascii")
+
+    async def _start(self, take_over: tuple[int, ...], ask: StartNext | None = None) -> int:
+        self._reap()
+        ready, ready_there = os.pipe()
+        try:
+            try:
+                argv = (*self._command, "--control", str(self._control))
+                argv = (*argv, "--trace", str(self.folder / TRACE))
+                pid = 0
+                if ask is not None and not self.is_ours:
+                    pid = await ask(argv, _environment(), [ready_there, *take_over])
+                if not pid:
+                    pid = _spawn(argv, ready_there, *take_over)
+                    self._children.add(pid)
+            finally:
+                os.close(ready_there)
+            # Of two either may be the one that serves, should we end before we know.
+            if not take_over or self.is_ours:
+                both = (str(self.pid), str(pid)) if take_over else (str(pid),)
+                self._mark.write_text(" ".join(both), encoding="ascii")
+            with trio.move_on_after(START_TIMEOUT) as scope:
+                await trio.lowlevel.wait_readable(ready)
+            if scope.cancelled_caught:
+                self.give_up(pid)
+                raise GateError(f"the gate did not say that it listens, in {START_TIMEOUT:.0f} s")
+            if not os.read(ready, 1):
+                self.give_up(pid)
+                where = "is in the log" if take_over else "stands above"
+                raise GateError(f"the gate did not start: its message {where}")
+        finally:
+            os.close(ready)
+        return pid
+
+    async def has_died(self) -> bool:
+        """Say whether it ended, after its connection did; keep a record if it was not told to."""
+        if self._end < 0 or not await self._wait_end():
+            return False
+        status = self._reap(self.pid)
+        self.forget()
+        # Whoever ends in order takes his socket away, or, if that is systemd's, the trace.
+        if self._control.exists() and (self.is_ours or (self.folder / TRACE).exists()):
+            LOGGER.error("%s", keep_crash(self.folder, self.pid, status, time.time()))
+        else:
+            self._tidy()
+            LOGGER.warning("the gate (process %d) was ended by somebody else", self.pid)
+        return True
+
+    async def wait_exit(self) -> None:
+        """Wait for its end after it was told to, so that whoever waits for us finds it gone."""
+        self._tidy()
+        if self._end >= 0 and not await self._wait_end():
+            signal.pidfd_send_signal(self._end, signal.SIGKILL)
+        self._reap()
+
+    async def _wait_end(self) -> bool:
+        with trio.move_on_after(EXIT_TIMEOUT) as scope:
+            await trio.lowlevel.wait_readable(self._end)
+        return not scope.cancelled_caught
+
+    def _tidy(self) -> None:
+        self._mark.unlink(missing_ok=True)
+        (self.folder / TRACE).unlink(missing_ok=True)
+
+    def _reap(self, wanted: int = 0) -> int | None:
+        """Take note of gates that ended; return how the wanted one did."""
+        found = None
+        for pid in list(self._children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self._children.discard(pid)
+                found = status if pid == wanted else found
+        return found
+
+
+def _spawn(argv: Sequence[str], ready: int, take_over: int | None = None) -> int:
+    """Start a gate, which is to outlive us: not by subprocess, which minds."""
+    # A session of its own: Ctrl-C is for us, and we tell it. No standard output, since whoever reads ours
+    # must see its end when we end.
+    argv = [*argv, "--ready-fd", str(_READY_FD)]
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_DUP2, ready, _READY_FD),
+    ]
+    if take_over is not None:
+        argv += ["--take-over", str(_TAKE_OVER_FD)]
+        # Out of the way, so that neither is overwritten before it is where it belongs.
+        take_over = fcntl.fcntl(take_over, fcntl.F_DUPFD_CLOEXEC, _TAKE_OVER_FD + 1)
+        actions.append((os.POSIX_SPAWN_DUP2, take_over, _TAKE_OVER_FD))
+    try:
+        return os.posix_spawn(
+            argv[0],
+            argv,
+            _environment(),
+            file_actions=actions,
+            setsid=True,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+        )
+    finally:
+        if take_over is not None:
+            os.close(take_over)
+
+
+def _environment() -> dict[str, str]:
+    """The gate must find the same code as we, installed or not (`-P` keeps it from our folder)."""
+    here = str(Path(broker.__file__).parent.parent)
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

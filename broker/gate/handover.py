@@ -1,0 +1,305 @@
+"""What one gate hands over to the next: the types of its whole state, and how they are written. No I/O.
+
+A hand-over is a row of frames, each msgpack with the names of its fields, and the descriptors that it speaks of by
+index: one Opening, one SandboxDump each, one Closing. What can be worked out anew is left out: compiled
+rules, remembered verdicts, sums. Times are those of the monotonic clock, which all processes share.
+
+VERSION is raised when a gate could misread what an older one writes; fields with a default may be added without.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from broker.gate.control import SandboxSpec
+from broker.gate.kept import Kept
+from policy.rules import AccessList, Identity
+
+VERSION: Final = 1
+# What this gate can read.
+READS: Final = (1,)
+
+
+class Then(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is to be done with a reply: `kind` names who does it, `values` are what that one has to know."""
+
+    kind: str
+    values: tuple[str | int, ...] = ()
+    after: "Then | None" = None
+
+
+class WaitingDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that waits for its reply."""
+
+    serial: int
+    owner: str
+    name: str = ""
+    former: tuple[str, ...] = ()
+    then: Then | None = None
+    is_own: bool = False
+
+
+class CoreDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What both directions of a connection know."""
+
+    unique_name: str = ""
+    greeting: bool = False
+    pending: tuple[WaitingDump, ...] = ()
+    lent: tuple[int, ...] = ()
+    asked: tuple[tuple[str, int], ...] = ()
+    matches: tuple[tuple[str, int], ...] = ()
+    requested_names: tuple[tuple[str, int], ...] = ()
+    name_requests: int = 0
+    callers: tuple[str, ...] = ()
+    counts_callers: bool = False
+    next_own: int
+
+
+class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who owns the names that matter to a connection."""
+
+    names: tuple[tuple[str, str], ...] = ()
+    waiting: int = 0
+    tells: bool = False
+    extra: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
+    subtrees: tuple[str, ...] = ()
+    globs: bool = False
+    matches: tuple[str, ...] = ()
+
+
+class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Bytes with the descriptors that go with them."""
+
+    data: bytes
+    fds: tuple[int, ...] = ()
+
+
+class IntakeDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The unfinished end of a stream."""
+
+    held: bytes = b""
+    need: int = 0
+    skip: int = 0
+    unfinished: int = 0
+    number: int = 0
+    fds: tuple[int, ...] = ()
+    batches: tuple[tuple[int, int], ...] = ()  # (how many are left, where their read ended)
+
+
+class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One connection's judgement."""
+
+    app_takes_fds: bool
+    held: bool = False
+    yielded: bool = False
+    wake: bool = False
+    core: CoreDump
+    owners: OwnersDump
+    lately_seen: tuple[str, ...] = ()
+    told: tuple[str, ...] | None = None
+    from_app: IntakeDump
+    from_bus: IntakeDump
+    stash: tuple[ChunkDump, ...] = ()
+
+
+class PipeDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A socket, and what its other end has not taken."""
+
+    fd: int
+    queue: tuple[ChunkDump, ...] = ()
+    reading: bool = True
+
+
+class LinkDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An app's connection. Until there is a filter, what was said in the handshakes is said again."""
+
+    bus: str
+    guid: str
+    app: PipeDump
+    said: bytes = b""
+    upstream: PipeDump | None = None
+    bus_said: bytes = b""
+    filter: FilterDump | None = None
+    deadline: float | None = None
+    watched: int = 0  # the number of the message whose deadline it is; 0: the handshake's
+    was_unfinished: int = 0
+    is_throttled: bool = False
+
+
+class BudgetDump(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left of a sandbox's messages."""
+
+    left: int
+    filled: float
+
+
+class ComplaintsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a sandbox has caused in the log."""
+
+    second: float
+    used: int = 0
+    suppressed: int = 0
+    suppressed_ever: int = 0
+
+
+class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A sandbox with its sockets and connections."""
+
+    spec: SandboxSpec
+    guid: str
+    listening: tuple[tuple[int, int], ...] = ()  # (index in the spec's listeners, descriptor)
+    close_pipe: int = -1
+    links: tuple[LinkDump, ...] = ()
+    messages: BudgetDump
+    complaints: ComplaintsDump
+    is_throttled: bool = False
+    throttled_count: int = 0
+    waiting: tuple[int, ...] = ()  # who goes on next: index of a link, -1 for the listeners
+    denied_count: int = 0
+    reports_left: int
+    unreported: int = 0
+
+
+class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What all connections to a bus know."""
+
+    name: str
+    address: str
+    guid: str = ""
+    identities: tuple[tuple[str, Identity], ...] = ()
+    sandboxes: tuple[tuple[str, str], ...] = ()
+    late: tuple[str, ...] = ()
+    # Rules of connections that are closed: those of the others come with them.
+    judges: tuple[tuple[AccessList, Identity], ...] = ()
+    speakers: tuple[tuple[str, int], ...] = ()
+    tagged: tuple[str, ...] = ()
+    wording: tuple[tuple[str, str, str], ...] = ()
+
+
+class OwnCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call on a connection of the gate's own that waits for its reply."""
+
+    serial: int
+    asked: int = 0  # the supervisor's request that waits for it; 0: none any more
+    interface: str
+    member: str
+    undo: str = ""
+    leave: bool = False
+    removed: str = ""  # the sandbox whose end depends on there being an answer
+
+    def unasked(self) -> "OwnCallDump":
+        """Return it as one for whose answer nobody waits."""
+        return msgspec.structs.replace(self, asked=0)
+
+
+class OwnDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A connection of the gate's own to a bus, and what the bus made on it."""
+
+    bus: str
+    uid: int
+    pipe: PipeDump
+    buffer: bytes = b""
+    next_serial: int
+    waiting: tuple[OwnCallDump, ...] = ()
+    claimed: tuple[tuple[str, str], ...] = ()  # (instance, sandbox)
+    unclaimed: tuple[tuple[str, str, str], ...] = ()  # (instance, interface, how to undo it)
+
+
+class Opening(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    """The first frame: what is there once, and how many sandboxes follow."""
+
+    version: int
+    pid: int
+    control: int
+    supervisor: PipeDump | None = None
+    serial: int  # of the request that this is the answer to
+    protocol: int  # of whoever made it
+    unanswered: bytes = b""  # what the supervisor sent behind it
+    unanswered_fds: tuple[int, ...] = ()
+    buses: tuple[BusDump, ...] = ()
+    own: tuple[OwnDump, ...] = ()
+    kept: Kept
+    sandboxes: int = 0
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The new gate is there, and can read these versions."""
+
+    pid: int
+    reads: tuple[int, ...]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The new gate has everything, and has tried it."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The new gate cannot take it."""
+
+    text: str
+
+
+class Go(msgspec.Struct, frozen=True, tag=True):
+    """The old gate will not read any more: the new one begins."""
+
+
+Word = Offer | Ready | Failed | Go
+_encoder: Final = msgspec.msgpack.Encoder()
+_words: Final = msgspec.msgpack.Decoder(Word)
+
+
+class HandoverError(Exception):
+    """It does not work out, and why: the old gate goes on."""
+
+
+def encode(frame: msgspec.Struct) -> bytes:
+    """Return a frame's bytes. Equal state gives equal bytes."""
+    return _encoder.encode(frame)
+
+
+def decode_word(data: bytes) -> Word:
+    """Read what the other side says. Raises HandoverError."""
+    try:
+        word: Word = _words.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the other gate said something else than expected: {exc}") from exc
+    return word
+
+
+def decode_opening(data: bytes) -> Opening:
+    """Read a first frame. Raises HandoverError."""
+    try:
+        return msgspec.msgpack.decode(data, type=Opening)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the old gate's state: {exc}") from exc
+
+
+def decode_sandbox(data: bytes) -> SandboxDump:
+    """Read a sandbox. Raises HandoverError."""
+    try:
+        return msgspec.msgpack.decode(data, type=SandboxDump)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the old gate's state: {exc}") from exc
+
+
+class Fds:
+    """The descriptors of one frame, which speaks of them by index."""
+
+    def __init__(self) -> None:
+        self.all: Final[list[int]] = []
+
+    def put(self, fd: int) -> int:
+        """Add one and return its index."""
+        self.all.append(fd)
+        return len(self.all) - 1
+
+    def put_all(self, fds: Sequence[int]) -> tuple[int, ...]:
+        """Add some and return their indexes."""
+        return tuple(self.put(fd) for fd in fds)
+
+
+def pick(fds: Sequence[int], indexes: Sequence[int]) -> tuple[int, ...]:
+    """Return the descriptors that have these indexes."""
+    return tuple(fds[index] for index in indexes)

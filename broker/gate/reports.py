@@ -1,0 +1,50 @@
+"""The refusals of one sandbox, told to the supervisor: so many a second one by one, the others as a number."""
+
+from collections.abc import Callable
+from typing import Final
+
+from broker.gate.control import Denied, Event
+from broker.gate.core import Denial
+from broker.gate.kept import summarise
+from broker.gate.loop import Loop
+
+# Refusals that are reported one by one, a sandbox; the others are counted.
+REPORTS_PER_SECOND: Final = 50
+
+
+class Reports:
+    """What is told, and what is still to be told."""
+
+    def __init__(self, loop: Loop, sandbox: str, emit: Callable[[Event], None]) -> None:
+        self._loop: Final = loop
+        self._sandbox: Final = sandbox
+        self._emit: Final = emit
+        self.left = REPORTS_PER_SECOND
+        self.unreported = 0
+
+    def add(self, bus: str, denial: Denial) -> None:
+        """Report a refusal, or count it when there are too many."""
+        if not self.left:
+            self.unreported += 1
+            return
+        if self.left == REPORTS_PER_SECOND:
+            self._loop.call_later(1.0, self._refill)
+        self.left -= 1
+        self._emit(Denied(sandbox=self._sandbox, bus=bus, more=self.unreported, **denial._asdict()))
+        self.unreported = 0
+
+    def load(self, left: int, unreported: int) -> None:
+        """Go on as one that had so many left."""
+        self.left, self.unreported = left, unreported
+        if left < REPORTS_PER_SECOND:
+            self._loop.call_later(1.0, self._refill)
+
+    def _refill(self) -> None:
+        self.left = REPORTS_PER_SECOND
+        self.tell_rest()
+
+    def tell_rest(self) -> None:
+        """Say how many were left out, if any were."""
+        if self.unreported:
+            more, self.unreported = self.unreported, 0
+            self._emit(summarise(self._sandbox, more))

@@ -1,0 +1,38 @@
+"""A list for a bus that enforces one itself, behind a gate that enforces the exact one: belt and braces.
+
+The bus must never refuse what the gate lets through, and its form (a(usos), policy.containers1) says less than ours. So
+an allow that it cannot say is said more widely, and a deny that it cannot say is left to the gate.
+"""
+
+from typing import Final
+
+import msgspec
+
+from policy.containers1 import Flag, Usos, make_usos
+from policy.rules import AccessList
+from policy.usos import expand, wider
+
+# Any path, where the form is on the wire: an empty one is no object path.
+_ANY_PATH: Final = "/"
+
+
+def make_superset(access: AccessList, bus: str) -> tuple[Usos, ...]:
+    """Return entries for that bus that allow all that the list allows there, and as little more as can be said."""
+    entries: dict[Usos, None] = {}
+    for rule in access.rules:
+        if rule.bus not in {None, bus}:
+            continue
+        for part in expand(msgspec.structs.replace(rule, bus=None)):
+            said, unsaid = make_usos([part])
+            if unsaid and not part.deny:
+                said, _ = make_usos([wider(part)])
+            entries.update(dict.fromkeys(map(_on_the_wire, said)))
+    if access.receive_from_host:
+        flags = Flag.RECEIVE | Flag.PEER_HOST | Flag.PATH_SUBTREE
+        entries[int(flags), "", _ANY_PATH, ""] = None
+    return tuple(entries)
+
+
+def _on_the_wire(entry: Usos) -> Usos:
+    flags, name, path, interface = entry
+    return entry if path else (flags | int(Flag.PATH_SUBTREE), name, _ANY_PATH, interface)
