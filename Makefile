@@ -1,8 +1,10 @@
 # Everything that a checkout needs, each target setting up what it misses.
 #
-#   make demo    a guided tour, under half a minute
+#   make demo    a guided tour, under half a minute: make demo ENGINE=containers1 with a bus that labels
 #   make test    all tests, then those on real buses
+#   make containers1-daemon   builds a dbus-daemon with Containers1 for them, in about two minutes
 #   make check   linters and type checker
+#   make fuzz    fuzzing, ten minutes: make fuzz ARGS="--seconds 60 --only header"
 #   make bench   measurements: make bench ARGS="--only roundtrip --json out.json"
 
 SHELL := /bin/bash
@@ -18,10 +20,14 @@ PACKAGES := .cache/packages.stamp
 INSTALLED := $(VENV)/installed.stamp
 SOURCES := broker policy tests integration
 
-.PHONY: demo test check bench coverage setup clean
+.PHONY: demo containers1-daemon test check fuzz bench coverage setup clean
 
-demo: setup
-	$(PY) -m integration.demo
+demo: setup $(if $(filter containers1,$(ENGINE)),containers1-daemon)
+	$(PY) -m integration.demo$(if $(filter containers1,$(ENGINE)),_containers1)
+
+# A dbus-daemon with Containers1, from Debian's source: tests and demo use it if it is there.
+containers1-daemon:
+	@.ci/containers1-daemon
 
 # Coverage is measured on the tests of single modules alone, and demanded where code is pure.
 test: setup
@@ -38,6 +44,13 @@ check: setup
 
 bench: setup
 	$(PY) -m integration.bench $(ARGS)
+
+# Not every machine has a build of atheris: without it the state machine alone is run, which says so.
+fuzz: setup
+	@$(PY) -c 'import atheris' 2>/dev/null \
+	  || $(PIP) install --quiet --no-build-isolation -e '.[fuzz]' 2>.cache/atheris.log \
+	  || echo "fuzz: atheris cannot be installed here, see .cache/atheris.log"
+	$(PY) -m integration.fuzz $(ARGS)
 
 coverage: setup
 	$(PY) -m pytest tests --cov --cov-branch --cov-report=term --cov-report=html:.cache/coverage

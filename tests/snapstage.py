@@ -10,8 +10,10 @@ import msgspec
 
 from broker.supervisor.config import Limits
 from broker.supervisor.policy import Policy
-from broker.supervisor.state import State, open_state
-from broker.supervisor.supervisor import AddRequest, Caller, Outside, Supervisor
+from broker.supervisor.requests import AddRequest, Caller
+from broker.supervisor.salvage import open_state
+from broker.supervisor.state import State
+from broker.supervisor.supervisor import Outside, Supervisor
 from policy.explain import Question
 from policy.library import Library
 from policy.rules import Access, AccessList, Identity

@@ -11,7 +11,7 @@ from broker.api.containers1 import Containers1
 from broker.api.dispatch import Objects
 from broker.bus.values import Variant
 from broker.supervisor.config import Limits
-from broker.supervisor.state import open_state
+from broker.supervisor.salvage import open_state
 from broker.supervisor.supervisor import Outside, Supervisor
 from policy.rules import Access, Rule
 from tests.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch, make_call

@@ -13,7 +13,7 @@ from broker.api.caller import Door
 from broker.api.dispatch import Objects
 from broker.api.policy import PolicyInterface, describe_change, parse_question
 from broker.bus.values import Variant, plain
-from broker.supervisor.state import open_state
+from broker.supervisor.salvage import open_state
 from broker.wire.errors import CallRefusedError
 from policy.compiler import Change
 from policy.rules import Access, Identity

@@ -6,11 +6,15 @@ import pytest
 
 from broker.api.arguments import MAX_PLUGS, MAX_TEXT, NAMED, Context, parse_request
 from broker.bus.values import Variant, unpack
-from broker.supervisor.supervisor import AddRequest
+from broker.supervisor import cgroups
+from broker.supervisor.ends import Cgroup
+from broker.supervisor.processes import identify
+from broker.supervisor.requests import AddRequest
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
 from policy.rules import Access, AccessList, Rule
 
 ORIGIN = "AddServer by :1.1"
+ME = identify(os.getpid(), os.getuid())
 
 
 @pytest.fixture
@@ -28,7 +32,9 @@ def parse(
     metadata: dict[str, Variant] | None = None,
     **named: Variant,
 ) -> AddRequest:
-    context = Context(bus="system", buses=("session", "system"), fds=fds, origin=ORIGIN)
+    context = Context(
+        bus="system", buses=("session", "system"), fds=fds, uid=os.getuid(), origin=ORIGIN
+    )
     return parse_request([type_, app, metadata or {}, named], context)
 
 
@@ -44,22 +50,31 @@ def test_without_named_arguments_there_are_defaults() -> None:
     assert unpack("a{sv}", request.metadata) == [{"k": Variant("s", "v")}]
 
 
-def test_every_named_argument_is_understood(pipe: tuple[int, int]) -> None:
+def test_every_named_argument_is_understood(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, write = pipe
     values: dict[str, Any] = {
         "Allow": [(2, "org.example.X", "/a", "")],
         "Buses": ["session", "system"],
+        "Cgroup": "/sys/fs/cgroup/x",
         "CloseNotify": 0,
         "Component": "part",
         "KeepAfterCreator": True,
         "Plugs": ["network", "network", "home"],
         "PortalsAsHost": True,
+        "Process": os.getpid(),
+        "ProcessFd": 3,
         "ReadyNotify": 1,
         "ReceiveFromHost": False,
         "Rules": [(True, "own:org.example.Y")],
         "Socket": 2,
+        "TimeLimit": 60,
     }
     assert values.keys() == NAMED.keys()
+    # The one is another way to say the other; and a cgroup there has to be.
+    del values["ProcessFd"]
+    monkeypatch.setattr(cgroups, "identify", lambda path: Cgroup(path, 7))
     named: dict[str, Any] = {name: Variant(NAMED[name], value) for name, value in values.items()}
     request = parse((read, write, 99), **named)
     allow = Rule(access=frozenset({Access.SEND}), name="org.example.X", path="/a", origin=ORIGIN)
@@ -74,6 +89,9 @@ def test_every_named_argument_is_understood(pipe: tuple[int, int]) -> None:
         plugs=("network", "home"),
         portals_as_host=True,
         keep_after_creator=True,
+        process=ME,
+        cgroup=Cgroup("/sys/fs/cgroup/x", 7),
+        time_limit=60,
         close_notify=read,
         ready_notify=write,
         socket=99,
@@ -138,3 +156,32 @@ def test_metadata_nested_too_deeply_is_refused() -> None:
     with pytest.raises(CallRefusedError, match="max_metadata_nesting=32") as caught:
         parse(metadata={"k": Variant("v", value)})
     assert caught.value.dbus_name == LIMITS_EXCEEDED
+
+
+def test_a_process_is_given_by_pidfd_as_well() -> None:
+    fd = os.pidfd_open(os.getpid())
+    try:
+        assert parse((fd,), ProcessFd=Variant("h", 0)).process == ME
+        with pytest.raises(CallRefusedError, match="two ways to say one thing"):
+            parse((fd,), ProcessFd=Variant("h", 0), Process=Variant("u", os.getpid()))
+        with pytest.raises(CallRefusedError, match="ProcessFd: there is no descriptor 1"):
+            parse((fd,), ProcessFd=Variant("h", 1))
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "why"),
+    [
+        ("Process", Variant("u", 0), "there is no process 0"),
+        ("Process", Variant("u", 2**32 - 1), "there is no process"),
+        ("Cgroup", Variant("s", "/tmp"), "is in no cgroup filesystem"),
+        ("Cgroup", Variant("s", ""), "is not a plain absolute path"),
+        ("TimeLimit", Variant("t", 0), "TimeLimit is of 1 to"),
+        ("TimeLimit", Variant("t", 2**32), "TimeLimit is of 1 to"),
+    ],
+)
+def test_what_cannot_end_it_is_refused(name: str, variant: Any, why: str) -> None:
+    with pytest.raises(CallRefusedError, match=why) as caught:
+        parse(**{name: variant})
+    assert caught.value.dbus_name == INVALID_ARGS

@@ -100,14 +100,14 @@ def test_it_words_as_dbus_daemon_until_it_was_heard(question: str) -> None:
 @pytest.mark.parametrize("asked", [ABSENT, ABSENT_UNIQUE])
 def test_it_words_as_it_was_heard(asked: str) -> None:
     bus = make_bus()
-    bus.learn_wording("call", errors.SERVICE_UNKNOWN, f"nobody is {asked}, sorry")
+    bus.learn_wording("call", asked, errors.SERVICE_UNKNOWN, f"nobody is {asked}, sorry")
     assert bus.wording_known
     assert bus.no_such_name("call", "org.x") == (errors.SERVICE_UNKNOWN, "nobody is org.x, sorry")
 
 
 def test_answer_that_says_something_else_is_not_learned() -> None:
     bus = make_bus()
-    bus.learn_wording("call", errors.ACCESS_DENIED, "no")
+    bus.learn_wording("call", ABSENT, errors.ACCESS_DENIED, "no")
     assert not bus.wording_known
 
 

@@ -30,6 +30,8 @@ STATUS = {
     "connections": Variant("u", 2),
     "limits": Variant("a{st}", {"max_containers": 10000}),
     "runtime_dir": Variant("s", "/run/user/0/buswarden"),
+    "ended": Variant("a{su}", {"time-limit": 1, "stopped": 2}),
+    "watched": Variant("a{ss}", {"processes": "3 by pidfds", "cgroups": "0 by inotify"}),
 }
 SANDBOX = {
     "id": Variant("s", "c7"),
@@ -254,6 +256,8 @@ def test_status(run: Run) -> None:
     assert code == 0
     assert "max_containers" in out
     assert OTHER in out
+    assert "2 stopped, 1 time-limit" in out
+    assert "3 by pidfds" in out
 
 
 def test_access_changes_rules_and_prints_those_in_force(run: Run, broker: Broker) -> None:
@@ -342,3 +346,18 @@ def test_the_broker_is_found_in_this_order(tmp_path: Path) -> None:
     del environ["DBUS_SESSION_BUS_ADDRESS"]
     with pytest.raises(client.NoBrokerError, match="buswarden run"):
         client.find_address(None, environ)
+
+
+@pytest.mark.parametrize("before", [[], ["--address", ADDRESS]])
+def test_the_proxy_reads_its_arguments_itself(run: Run, before: list[str]) -> None:
+    code, out, err = run(*before, "proxy", "--filter")
+    assert (code, out) == (1, "")
+    assert err.startswith("buswarden proxy: --filter: ")
+
+
+def test_by_another_name_it_is_the_proxy_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/xdg-dbus-proxy", "status"])
+    assert main() == 1
+    assert capsys.readouterr().err == "xdg-dbus-proxy: status: no socket PATH behind this ADDRESS\n"

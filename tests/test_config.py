@@ -107,3 +107,14 @@ def test_a_bad_file_is_one_clear_error(tmp_path: Path, text: str, problem: str) 
 def test_bad_arguments_are_clear_errors(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         load_config(**{"environ": ENVIRON, **arguments})
+
+
+def test_the_engine_is_the_flags_or_the_files_or_nobodys(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('engine = "containers1"\n')
+    assert load_config(path, environ=ENVIRON).engine == "containers1"
+    assert load_config(path, engine="gate", environ=ENVIRON).engine == "gate"
+    assert load_config(environ=ENVIRON).engine is None
+    path.write_text('engine = "another"\n')
+    with pytest.raises(ConfigError, match="engine"):
+        load_config(path, environ=ENVIRON)

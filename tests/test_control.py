@@ -12,6 +12,7 @@ from broker.gate.control import (
     AddSandbox,
     Answer,
     BusSpec,
+    Confirm,
     Connected,
     Denied,
     Done,
@@ -21,6 +22,7 @@ from broker.gate.control import (
     FrameReader,
     Gone,
     Listener,
+    Listeners,
     Refused,
     Request,
     SandboxLimits,
@@ -34,12 +36,14 @@ from broker.gate.control import (
     StopListening,
     StopSandbox,
     TagHeaders,
+    TakeListeners,
     TakeSnapshot,
     TakeUse,
     Use,
     WhoIs,
     make_frame,
 )
+from broker.gate.upstream import CallBus, Called, SetUpstream, Upstream, UpstreamLost
 from broker.wire.errors import PeerProtocolError
 from policy.rules import Identity
 from tests.messages import access
@@ -65,21 +69,30 @@ BODIES: list[Request | Answer | Event] = [
     StopSandbox("c1"),
     WhoIs("session", ":1.5"),
     TagHeaders("session", ":1.5"),
+    TagHeaders("session", ":1.5", wanted=False),
+    TakeListeners(("c1", "c2")),
+    Confirm(),
     TakeSnapshot(),
     TakeUse("c1"),
     TakeUse(),
+    CallBus(bus="session", uid=7, interface="org.x.I", member="M", body=b"x", undo="Stop"),
+    SetUpstream("c1", "session", Upstream(instance="/i", address="unix:path=/i")),
+    SetUpstream("c1", "session", None),
     Shutdown(),
     Done(),
+    Called(signature="s", body=b"y", little=True),
     Refused("a.b", "text"),
     SandboxOf(None),
+    Listeners((("c1", "session"), ("c1", ""))),
     Use(connections=1, fds=2) + Use(fds=3),
     Snapshot(protocol=1, pid=2, buses=(BUS,), sandboxes=(STATE,)),
     Connected("c1", "session", ":1.5"),
     Gone("c1", "session", ":1.5"),
     Ended("c1", "stopped"),
+    UpstreamLost("c1", "session"),
     Denied(sandbox="c1", bus="session", direction="send", kind="call", peer="org.a", more=4),
 ]
-ENVELOPES = [Envelope(serial=n, body=body) for n, body in enumerate(BODIES)]
+ENVELOPES = [Envelope(serial=n, body=body, number=n % 3) for n, body in enumerate(BODIES)]
 STREAM = b"".join(map(make_frame, ENVELOPES))
 
 
@@ -119,6 +132,10 @@ def test_descriptors_go_to_the_envelopes_that_name_them() -> None:
         pytest.param(struct.pack("<I", MAX_FRAME + 1), id="too-long"),
         pytest.param(struct.pack("<I", 3) + b"\xc1\xc1\xc1", id="no-msgpack"),
         pytest.param(struct.pack("<I", 1) + b"\x80", id="no-envelope"),
+        pytest.param(
+            struct.pack("<I", 17) + b"\x81\xa4body\x81\xa4type\xa4" + b"\xff" * 4, id="no-utf-8"
+        ),
+        pytest.param(struct.pack("<I", 5002) + b"\x81\xa0" + b"\x91" * 5000, id="too-deep"),
         pytest.param(make_frame(Envelope(serial=1, body=Done(), fds=2)), id="too-few-fds"),
         pytest.param(make_frame(Envelope(serial=1, body=Done(), fds=-1)), id="negative-fds"),
     ],

@@ -95,6 +95,17 @@ def test_lists_have_what_may_be_seen(member: str, order: Order) -> None:
     assert listed == tuple(seen)
 
 
+@pytest.mark.parametrize(
+    ("allowed", "denied"),
+    [("see:", "see:org.a"), ("send:*", "see:org.a"), ("see:*,peer=host", "see:org.a")],
+)
+def test_lists_lack_every_name_of_an_owner_that_may_not_be_seen(allowed: str, denied: str) -> None:
+    owners = {"org.a": ":1.2", "org.alias": ":1.2", "org.b": ":1.3"}
+    talk = Dialogue(access(allowed, deny=[denied]), owners=owners)
+    (listed,) = answer(talk, driver_call(2, "ListNames"))
+    assert listed == (DRIVER, "org.b", ":1.3", ME)
+
+
 def test_refused_list_is_passed_on() -> None:
     talk = Dialogue()
     talk.model.refuse["ListNames"] = (errors.FAILED, "no")

@@ -10,7 +10,8 @@ import trio
 
 from broker.engines import gate as gate_module
 from broker.engines.base import EngineLostError
-from broker.engines.gate import GateEngine, GateError
+from broker.engines.gate import GateEngine
+from broker.engines.process import GateError
 from broker.gate.control import BusSpec
 from broker.wire.errors import CallRefusedError
 from tests import fake_gate
@@ -117,7 +118,7 @@ async def test_a_gate_of_another_version_is_not_talked_to(tmp_path: Path) -> Non
     engine = make_engine(tmp_path, "old")
     with pytest.raises(GateError, match="protocol"):
         await engine.keep_connected(Told())
-    (pid,) = engine._children
+    (pid,) = engine._process._children
     os.kill(pid, signal.SIGTERM)
     bury(pid)
 

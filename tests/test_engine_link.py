@@ -1,6 +1,7 @@
+import array
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from broker.gate.control import (
     AddSandbox,
     Connected,
     Done,
+    Ended,
     Envelope,
     Event,
     FrameReader,
+    Listeners,
     SandboxOf,
+    SandboxSpec,
     Snapshot,
     StopSandbox,
+    TakeListeners,
     TakeSnapshot,
     WhoIs,
     make_frame,
@@ -43,6 +48,12 @@ class Told:
     def take_snapshot(self, snapshot: Snapshot) -> None:
         self.order.append(snapshot)
 
+    def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
+        return []
+
+    def lost(self, sandbox: str) -> None:
+        raise AssertionError(sandbox)
+
 
 class World:
     def __init__(self) -> None:
@@ -52,6 +63,7 @@ class World:
         self.link = Link(ours, self.told)
         self.gate = FakeGate()
         self.reader = FrameReader()
+        self.numbers: list[int] = []  # up to which events were confirmed
 
     async def send(self, envelope: Envelope) -> None:
         await self.theirs.send(make_frame(envelope))
@@ -60,6 +72,8 @@ class World:
         """Answer as the fake gate does, one byte a write."""
         while data := await self.theirs.recv(65536):
             for envelope, _ in self.reader.feed(data):
+                if envelope.number:
+                    self.numbers.append(envelope.number)
                 events, answer = self.gate.answer(envelope.body)  # type: ignore[arg-type]
                 frames = [make_frame(Envelope(serial=0, body=event)) for event in events]
                 frames.append(make_frame(Envelope(serial=envelope.serial, body=answer)))
@@ -111,6 +125,48 @@ async def test_many_can_ask_at_once() -> None:
         async with trio.open_nursery() as nursery:
             for number in range(50):
                 nursery.start_soon(ask, f":1.{number}")
+
+
+async def test_events_are_confirmed_once_they_are_dealt_with(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world() as world, trio.open_nursery() as nursery:
+        nursery.start_soon(world.link.confirm_events)
+        for number in (3, 4):
+            await world.send(Envelope(serial=0, body=Ended("c1", "stopped"), number=number))
+        await trio.sleep(1)
+        assert world.numbers == [4]  # both at once
+        await world.link.request(WhoIs("session", "x"))
+        assert world.numbers == [4, 4]
+        world.link.close()
+    assert autojump_clock.current_time() > 0
+
+
+async def test_an_answer_brings_its_descriptors() -> None:
+    async with open_world(serving=False) as world:
+        read, write = os.pipe()
+
+        async def answer(serial: int) -> None:
+            frame = make_frame(Envelope(serial=serial, body=Listeners((("c1", ""),)), fds=1))
+            await world.theirs.sendmsg(
+                [frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write]))]
+            )
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer, 1)
+            body, (fd,) = await world.link.request_fds(TakeListeners(("c1",)))
+        assert body == Listeners((("c1", ""),))
+        os.write(fd, b"x")
+        os.close(fd)
+        # Those that nobody takes are closed.
+        await answer(77)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer, 2)
+            await world.link.request(TakeListeners(("c1",)))
+        os.close(write)
+        assert os.read(read, 9) == b"x"
+        assert os.read(read, 9) == b""
+        os.close(read)
 
 
 async def test_who_waits_when_the_gate_hangs_up_is_told() -> None:
@@ -167,7 +223,7 @@ async def test_a_long_frame_with_descriptors_arrives_whole() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, take)
             with trio.move_on_after(5):
-                await link._send(Envelope(serial=1, body=AddSandbox(spec), fds=1), [write])
+                await link._send(1, AddSandbox(spec), [write])
     ((envelope, (fd,)),) = received
     assert envelope.body == AddSandbox(spec)
     os.write(fd, b"y")

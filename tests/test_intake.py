@@ -84,6 +84,18 @@ def test_descriptors_that_belong_to_no_message_are_an_error() -> None:
     assert intake.take_fds() == [5]
 
 
+def test_descriptors_do_not_go_to_a_later_message_of_the_same_read() -> None:
+    intake = Intake(None)
+    intake.take(b"ab", [5])
+    intake.need(4)
+    intake.consumed(b"ab", 0)
+    assert intake.take(b"cdef", ()) == b"abcdef"
+    assert intake.peek_fds(0, 0) == ()
+    with pytest.raises(PeerProtocolError, match="no message"):
+        intake.peek_fds(1, 4)
+    assert intake.peek_fds(1, 1) == (5,)
+
+
 def test_descriptors_of_a_later_read_wait_for_their_message() -> None:
     intake = Intake(None)
     intake.take(b"ab", ())

@@ -12,8 +12,11 @@ from broker.api.management import Management, describe_denial
 from broker.bus.values import Variant, pack, plain
 from broker.gate.control import BusSpec, Denied
 from broker.supervisor.config import Config, Limits
-from broker.supervisor.state import open_state
-from broker.supervisor.supervisor import AddRequest, Caller, Outside, Supervisor
+from broker.supervisor.ends import Cgroup, Event, Process
+from broker.supervisor.registry import SandboxId
+from broker.supervisor.requests import AddRequest, Caller
+from broker.supervisor.salvage import open_state
+from broker.supervisor.supervisor import Outside, Supervisor
 from policy.rules import AccessList
 from policy.text import parse_rule
 from tests.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch, make_call
@@ -105,12 +108,21 @@ async def test_a_list_has_what_is_known(world: World) -> None:
         "listening": True,
         "sockets": {"session": path},
         "connections": [("session", ":1.7")],
-        "engine": "fake",
+        "engine": "gate",
+        "engines": {"session": "gate"},
+        "instances": {},
         "access": [(False, "send:org.example.X")],
         "receive_from_host": True,
         "portals_as_host": False,
         "keep_after_creator": False,
         "plugs": ["network"],
+        "phase": "running",
+        "reason": "",
+        "process": 0,
+        "cgroup": "",
+        "time_limit": 0,
+        "time_left": 0,
+        "close_notify": False,
         "denied": 0,
         "created": 12,
     }
@@ -128,6 +140,20 @@ async def test_one_is_shown_with_its_refusals(world: World, name: str) -> None:
     assert denial["reason"] == "no rule"
     assert "sandbox" not in denial
     assert (True, "send:org.freedesktop.portal.*") in shown["built_in"]
+
+
+async def test_what_ends_it_is_shown(world: World) -> None:
+    process, cgroup = Process(17, 1), Cgroup("/sys/fs/cgroup/x", 7)
+    await world.add(process=process, cgroup=cgroup, time_limit=60)
+    shown = await world.ask("Show", "s", "c0")
+    assert (shown["process"], shown["cgroup"]) == (17, "/sys/fs/cgroup/x")
+    assert shown["time_limit"] == 60
+    assert 0 < shown["time_left"] <= 60
+    world.supervisor.happen(SandboxId("c0"), Event.CREATOR_LEFT)
+    shown = await world.ask("Show", "s", "c0")
+    assert (shown["phase"], shown["reason"]) == ("closing", "creator-gone")
+    world.engine.end("c0", "last-connection")
+    assert (await world.ask("Status"))["ended"] == {"creator-gone": 1}
 
 
 async def test_what_insists_on_portals_has_nothing_built_in(world: World) -> None:
@@ -167,6 +193,7 @@ async def test_callers_in_a_sandbox_are_refused(world: World) -> None:
         ("List", "", ()),
         ("Show", "s", ("c0",)),
         ("Status", "", ()),
+        ("Upgrade", "", ()),
         ("ChangeAccess", "sa(bs)b", ("c0", [], True)),
     ):
         assert await world.ask(member, signature, *values, sender=":1.7") == "AccessDenied"
@@ -175,6 +202,15 @@ async def test_callers_in_a_sandbox_are_refused(world: World) -> None:
 async def test_a_sandbox_that_is_not_there_is_none(world: World) -> None:
     assert await world.ask("Show", "s", "c0") == "NotContainer"
     assert await world.ask("ChangeAccess", "sa(bs)b", "c0", [], True) == "NotContainer"
+
+
+async def test_an_upgrade_is_for_root_and_ourselves(world: World) -> None:
+    old = world.engine.pid
+    assert await world.ask("Upgrade") == old
+    assert list(world.bus.answers[0][1]) == [old, old + 1]
+    assert await world.ask("Upgrade", sender=":1.2") == "AccessDenied"
+    world.bus.users[":1.2"] = 0
+    assert await world.ask("Upgrade", sender=":1.2") == old + 1
 
 
 async def test_status_says_what_runs(world: World, tmp_path: Path) -> None:
@@ -200,6 +236,10 @@ async def test_status_says_what_runs(world: World, tmp_path: Path) -> None:
         "sandboxes": 1,
         "connections": 1,
         "runtime_dir": str(tmp_path),
+        "ended": {},
+        "watched": {"processes": "0 by pidfds", "cgroups": "0 by inotify"},
+        "last_crash": "",
+        "engines": {"session": "fake"},
     }
 
 
@@ -209,3 +249,13 @@ async def test_use_is_shown_if_the_gate_can_tell(world: World) -> None:
     world.engine.cannot_tell = True
     assert (await world.ask("Show", "s", "c0"))["use"] == {}
     assert (await world.ask("Status"))["use"] == {"max_containers": 1}
+
+
+async def test_a_bus_that_labels_is_shown(world: World) -> None:
+    world.engine.labelled = ("session",)
+    await world.add()
+    shown = await world.ask("Show", "s", "c0")
+    assert shown["engine"] == "containers1"
+    assert shown["engines"] == {"session": "containers1"}
+    assert shown["instances"] == {"session": "/bus/c0"}
+    assert (await world.ask("Status"))["engines"] == {"session": "containers1"}

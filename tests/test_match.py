@@ -226,7 +226,17 @@ def test_names_used_are_those_of_this_bus() -> None:
 
 def test_seeing_by_peer_uses_all_names() -> None:
     assert judge("see:,peer=host").uses.globs
+    assert judge("send:*,peer=host").uses.globs  # whoever is named may be seen
     assert not judge("see:", "send:,peer=host", "see:org.x,peer=host").uses.globs
+
+
+def test_denying_sight_by_a_name_uses_all_names() -> None:
+    """The owner of that name may have others, which no rule says."""
+    assert judge("see:", "!see:org.a").uses.globs
+    assert judge("send:*", "!see+send:org.a.*").uses.globs
+    assert not judge("see:", "!send:org.a").uses.globs
+    assert not judge("see:org.b", "!see:org.a").uses.globs
+    assert not judge("send:", "!see:", "!see:org.a").uses.globs
 
 
 def test_who_hears_a_broadcast_is_judged_by_its_peer() -> None:

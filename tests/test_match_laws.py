@@ -90,7 +90,12 @@ def plain_answers(access: AccessList, question: Question) -> dict[str, bool]:
             and (rule.member is None or bool(compile_member_glob(rule.member)(member)))
             and (
                 rule.interface is None
-                or (interface is not None and bool(compile_interface(rule.interface)(interface)))
+                # A service takes the member from any of its interfaces, so what is denied may be meant.
+                or (
+                    rule.deny
+                    if interface is None
+                    else bool(compile_interface(rule.interface)(interface))
+                )
             )
         )
 

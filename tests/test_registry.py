@@ -5,11 +5,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from broker.gate.control import Denied
 from broker.supervisor.config import Limits
+from broker.supervisor.ends import Event, Phase
 from broker.supervisor.registry import (
     MAX_DENIAL_TEXT,
     MAX_DENIALS,
+    NOTHING,
     PORTAL_RULES,
-    Phase,
     Record,
     Registry,
     Removed,
@@ -178,6 +179,29 @@ def test_what_only_we_have_has_ended() -> None:
     assert registry.reconcile(make_snapshot()).lost == ()
 
 
+def test_what_is_held_is_served_again() -> None:
+    records = [make_record(number) for number in range(3)]
+    registry = Registry(Limits(), records, next_number=3)
+    registry.connect("c1", "session", ":1.9")
+    registry.happen("c2", Event.STOP_ASKED)
+    result = registry.reconcile(make_snapshot(), is_held=lambda record: record.number > 0)
+    assert result.missing == ("c1",)
+    assert [(one.record.id, one.reason) for one in result.lost] == [
+        ("c0", "gate-lost"),
+        ("c2", "stopped"),  # so it was decided before
+    ]
+    assert len(result.differences) == 3
+    assert not registry.find("c1").connections
+    assert registry.lose(SandboxId("c1")) == Removed(record=records[1], reason="gate-lost")
+    assert registry.lose(SandboxId("c1")) is None
+
+
+def test_what_was_closing_has_lost_its_last_connection() -> None:
+    registry = Registry(Limits(), [make_record(listening=False)], next_number=1)
+    (lost,) = registry.reconcile(make_snapshot()).lost
+    assert lost.reason == "last-connection"
+
+
 def test_what_is_just_being_added_is_left_alone() -> None:
     registry = Registry(Limits())
     registry.add(make_record(0))
@@ -202,8 +226,39 @@ def test_rules_that_were_never_acknowledged_are_set_again() -> None:
     assert registry.reconcile(make_snapshot(other)).other_access == ("c0",)
 
 
+# What ends a sandbox for a reason of its own, and what the gate says when it is over.
+DECIDED = {
+    Event.STOP_ASKED: "stopped",
+    Event.PROCESS_ENDED: "process-ended",
+    Event.CGROUP_EMPTY: "cgroup-empty",
+    Event.TIME_OVER: "time-limit",
+    Event.BUS_GONE: "bus-gone",
+}
+OVER = {
+    Event.PIPE_CLOSED: "close-notify",
+    Event.LAST_CONNECTION: "last-connection",
+    Event.STOPPED: "stopped",
+    Event.REMOVED: "instance-removed",
+    Event.GATE_LOST: "gate-lost",
+}
+CLOSED = {Event.CLOSE_ASKED: "last-connection", Event.CREATOR_LEFT: "creator-gone"}
+
+
+class Expected:
+    """Why a sandbox has to end, told without phases: the first that decides, or else what is over and why."""
+
+    def __init__(self) -> None:
+        self.decided = ""
+        self.closing = ""
+
+    def reason(self, event: Event) -> str:
+        if not self.decided and self.closing and event in {Event.LAST_CONNECTION, Event.GATE_LOST}:
+            return self.closing
+        return self.decided or OVER[event]
+
+
 class Lives(RuleBasedStateMachine):
-    """Whatever happens in whatever order: ends are told once, after their announcement, and ids are new."""
+    """Whatever happens in whatever order: ends are told once, after their announcement, for the first reason."""
 
     starting: Bundle[str] = Bundle("starting")
     known: Bundle[str] = Bundle("known")
@@ -214,10 +269,14 @@ class Lives(RuleBasedStateMachine):
         self.given: set[str] = set()
         self.announced: set[str] = set()
         self.removed: list[str] = []
+        self.expected: dict[str, Expected] = {}
+        self.ended: dict[str, str] = {}  # before the announcement, and why
+        self.asked: set[str] = set()  # what the gate is to stop
 
-    def take(self, removed: Removed | None) -> None:
+    def take(self, removed: Removed | None, reason: str) -> None:
         if removed is not None:
             assert removed.record.id in self.announced
+            assert removed.reason == reason
             self.removed.append(removed.record.id)
 
     @rule(target=starting, uid=st.integers(1, 2))
@@ -238,17 +297,41 @@ class Lives(RuleBasedStateMachine):
     def announce(self, id_: str) -> str:
         if id_:
             self.announced.add(id_)
-            self.take(self.registry.announce(SandboxId(id_)))
+            self.expected[id_] = Expected()
+            removed = self.registry.announce(SandboxId(id_))
+            assert (removed is not None) == (id_ in self.ended)
+            self.take(removed, self.ended.get(id_, ""))
         return id_
 
     @rule(id_=consumes(starting))
     def withdraw(self, id_: str) -> None:
         if id_:
             self.registry.withdraw(SandboxId(id_))
+            assert self.registry.get(id_) is None
 
-    @rule(id_=st.one_of(known, starting))
-    def end(self, id_: str) -> None:
-        self.take(self.registry.end(id_, "stopped"))
+    @rule(id_=st.one_of(known, starting), event=st.sampled_from([*DECIDED, *OVER, *CLOSED]))
+    def happen(self, id_: str, event: Event) -> None:
+        is_there = self.registry.get(id_) is not None
+        step = self.registry.happen(id_, event)
+        if id_ not in self.announced:
+            assert step.removed is None
+            if is_there and event in OVER and event is not Event.GATE_LOST:
+                self.ended[id_] = OVER[event]
+            return
+        if not is_there:
+            assert step == NOTHING
+            return
+        expected = self.expected[id_]
+        if event in OVER:
+            assert step.removed is not None
+            self.take(step.removed, expected.reason(event))
+            self.asked.discard(id_)
+        elif event in DECIDED:
+            expected.decided = expected.decided or DECIDED[event]
+            self.asked.add(id_)
+            assert step.removed is None
+        elif not expected.decided:
+            expected.closing = expected.closing or CLOSED[event]
 
     @rule(data=st.data())
     def restart_gate(self, data: st.DataObject) -> None:
@@ -256,14 +339,20 @@ class Lives(RuleBasedStateMachine):
         kept = [record for record in there if data.draw(st.booleans())]
         result = self.registry.reconcile(make_snapshot(*(make_state(record) for record in kept)))
         for removed in result.lost:
-            self.take(removed)
+            id_ = removed.record.id
+            self.take(removed, self.expected[id_].reason(Event.GATE_LOST))
+            self.asked.discard(id_)
 
     @rule()
     def restart_supervisor(self) -> None:
-        records = [s.record for s in self.registry if s.phase is Phase.RUNNING]
-        if len(records) == len(self.registry):
-            limits = Limits(max_containers=5, max_containers_per_user=4)
-            self.registry = Registry(limits, records, self.registry.next_number)
+        if not all(sandbox.is_known for sandbox in self.registry):
+            return
+        records = [sandbox.record for sandbox in self.registry]
+        limits = Limits(max_containers=5, max_containers_per_user=4)
+        self.registry = Registry(limits, records, self.registry.next_number)
+        for record in records:  # what was decided is decided again by whoever watches
+            self.expected[record.id].decided = ""
+        self.asked.clear()
 
     @invariant()
     def ends_are_told_once(self) -> None:
@@ -272,5 +361,32 @@ class Lives(RuleBasedStateMachine):
         assert not there & set(self.removed)
         assert self.announced == set(self.removed) | (there & self.announced)
 
+    @invariant()
+    def phases_are_what_was_decided(self) -> None:
+        for sandbox in self.registry:
+            id_ = sandbox.record.id
+            if sandbox.is_known:
+                assert (sandbox.phase is Phase.STOPPING) == (id_ in self.asked)
+                assert sandbox.record.closing == self.expected[id_].closing
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        uids = [sandbox.record.uid for sandbox in self.registry]
+        assert self.registry._by_uid == {uid: uids.count(uid) for uid in set(uids)}
+
 
 TestLives = Lives.TestCase
+
+
+def test_what_closed_it_is_known_after_a_restart() -> None:
+    registry = Registry(Limits())
+    record = running(registry)
+    closing = registry.happen(record.id, Event.CREATOR_LEFT).record
+    assert closing is not None
+    again = Registry(Limits(), [closing], next_number=1)
+    assert again.find("c0").phase is Phase.CLOSING
+    removed = again.end("c0", "last-connection")
+    assert removed is not None
+    assert removed.reason == "creator-gone"
+    older = make_record(3, listening=False)
+    assert Registry(Limits(), [older], 4).find("c3").reason == "last-connection"

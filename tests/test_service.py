@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from broker.bus.connection import Bus, Signal, Target, open_bus
 from broker.bus.link import BusLostError
 from broker.bus.values import Variant
 from broker.engines import gate as gate_module
+from broker.engines.process import GateError
 from broker.gate.control import BusSpec
 from broker.supervisor.config import Config, Limits
-from broker.supervisor.service import NAME, StartError, serve
+from broker.supervisor.doors import StartError
+from broker.supervisor.service import NAME, serve
 from broker.wire.errors import CallRefusedError, ConfigError
 from tests import fake_gate
 from tests.fake_bus import FakeBus, open_fake_bus
@@ -137,20 +140,57 @@ async def test_a_gate_that_does_not_start_is_one_clear_error(
     command = (sys.executable, fake_gate.__file__, "--mode", "refuse")
     monkeypatch.setattr(gate_module, "COMMAND", command)
     async with open_fake_bus(tmp_path) as fake:
-        with pytest.raises(gate_module.GateError):
+        with pytest.raises(GateError):
             await serve(make_config(tmp_path, fake.address))
 
 
-async def test_when_its_bus_goes_it_falls_and_leaves_the_gate(tmp_path: Path) -> None:
+async def test_a_bus_that_drops_us_is_connected_to_again(tmp_path: Path) -> None:
+    async with served(tmp_path) as (fake, client):
+        path = await add(client)
+        first = fake.owners[NAME]
+        fake.clients[first].close()
+        with trio.fail_after(10):
+            await trio.sleep(0.01)
+            while fake.owners[NAME] == first:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        await ask_until_answered(client)
+        (shown,) = await client.call(MANAGER, "Show", "s", [path])
+        assert shown["listening"].value  # its creator is still there
+        assert any(m == "AddMatch" and client.unique_name in v[0] for m, v in fake.calls[-8:])
+
+
+async def test_creators_are_gone_with_their_bus(tmp_path: Path) -> None:
+    async with served(tmp_path) as (fake, client):
+        followed, kept = await add(client), await add(client, KeepAfterCreator=Variant("b", True))
+        fake.id = "f" * 32  # another bus at the same address
+        fake.clients[fake.owners[NAME]].close()
+        with trio.fail_after(10):
+            while not await is_ended(client, followed):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert not await is_ended(client, kept)
+
+
+async def is_ended(client: Bus, path: str) -> bool:
+    """Say whether the fake gate was told to take no more connections."""
+    try:
+        with trio.fail_after(0.2):
+            (shown,) = await client.call(MANAGER, "Show", "s", [path])
+    except (CallRefusedError, trio.TooSlowError):
+        return False
+    return not shown["listening"].value
+
+
+async def test_without_any_bus_it_ends_and_its_gate_with_it(tmp_path: Path) -> None:
     async with open_fake_bus(tmp_path) as fake:
-        with pytest.RaisesGroup(pytest.RaisesExc(BusLostError, match="session")):
+        config = replace(make_config(tmp_path, fake.address), bus_gone_seconds=0.01)
+        with pytest.RaisesGroup(pytest.RaisesExc(BusLostError, match="no bus is left")):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(serve, make_config(tmp_path, fake.address))
+                nursery.start_soon(serve, config)
                 async with open_bus(fake.address) as client:
                     await ask_until_answered(client)
-                    fake.clients[fake.owners[NAME]].close()
-    pid = int((tmp_path / "run" / "gate.pid").read_text())
-    os.kill(pid, signal.SIGTERM)
+                (tmp_path / "bus").unlink()
+                fake.clients[fake.owners[NAME]].close()
+    assert not list((tmp_path / "run").glob("gate*"))
 
 
 async def ask_until_answered(client: Bus) -> None:

@@ -1,11 +1,11 @@
-import sqlite3
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from broker.supervisor.state import SCHEMA, open_state
-from broker.wire.errors import ConfigError
+from broker.supervisor.salvage import open_state
+from broker.supervisor.state import State
+from broker.wire.errors import CallRefusedError, ConfigError
 from policy.rules import Access, AccessList, Peer, Rule
 from policy.snaps import Snap, World, parse_world
 from tests.records import make_record
@@ -49,48 +49,14 @@ def test_numbers_are_not_given_again(tmp_path: Path) -> None:
         assert state.load() == ([], 6)
 
 
-def test_what_is_no_state_file_is_a_clear_error(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    path.write_text("this is no database, and long enough for SQLite to look at it closely")
-    with pytest.raises(ConfigError, match="cannot use"):
-        with open_state(path):
-            pass
+def test_a_file_that_cannot_be_used_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot open"):
         with open_state(tmp_path / "no" / "state.db"):
             pass
-
-
-def change(path: Path, statement: str) -> None:
-    with open_state(path):
-        pass
-    connection = sqlite3.connect(path)
-    connection.execute(statement)
-    connection.commit()
-    connection.close()
-
-
-def test_a_file_of_another_version_is_a_clear_error(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    change(path, f"PRAGMA user_version = {SCHEMA + 1}")
-    with pytest.raises(ConfigError, match="version"):
-        with open_state(path):
+    (tmp_path / "state.db").mkdir()
+    with pytest.raises(ConfigError, match="cannot open"):
+        with open_state(tmp_path / "state.db"):
             pass
-
-
-def test_a_record_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    change(path, "INSERT INTO sandbox VALUES (1, x'c0')")
-    with open_state(path) as state:
-        with pytest.raises(ConfigError, match="record"):
-            state.load()
-
-
-def test_a_table_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    change(path, "DROP TABLE counter")
-    with open_state(path) as state:
-        with pytest.raises(ConfigError, match="damaged"):
-            state.load()
 
 
 WORLD = parse_world(
@@ -124,35 +90,50 @@ def test_snaps_and_connections_are_there_for_whoever_opens_it_next(tmp_path: Pat
         assert state.load_world() == msgspec.structs.replace(WORLD, connections=pairs)
 
 
-def test_a_file_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    with open_state(path) as state:
-        state.put(make_record(3))
-    for table in ("system", "snap", "connection"):
-        change(path, f"DROP TABLE {table}")
-    change(path, "PRAGMA user_version = 1")
-    with open_state(path) as state:
-        assert state.load() == ([make_record(3)], 4)
-        assert state.load_world() == World()
-        state.put_world(WORLD)
-    with open_state(path) as state:
-        assert state.load_world() == WORLD
+class Full:
+    """A state file that cannot grow, as on a full disk, until `make_room`."""
+
+    def __init__(self, state: State) -> None:
+        self._db = state._db
+        self._db.execute("PRAGMA max_page_count = 1").fetchall()
+
+    def make_room(self) -> None:
+        self._db.execute("PRAGMA max_page_count = 100000").fetchall()
 
 
-@pytest.mark.parametrize(
-    ("statement", "says"),
-    [
-        ("INSERT INTO snap VALUES ('a', x'c0')", "snap that cannot be read"),
-        ("INSERT INTO snap VALUES ('a', x'ff')", "snap that cannot be read"),
-        ("INSERT INTO system VALUES ('attic')", "snap that cannot be read"),
-        ("DROP TABLE snap", "damaged"),
-    ],
+LARGE = AccessList(
+    rules=tuple(Rule(access=frozenset({Access.SEND}), name=f"org.n{n}") for n in range(500))
 )
-def test_snaps_that_cannot_be_read_are_a_clear_error(
-    tmp_path: Path, statement: str, says: str
-) -> None:
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
-    change(path, statement)
     with open_state(path) as state:
-        with pytest.raises(ConfigError, match=says):
-            state.load_world()
+        state.put(make_record(1))
+        full = Full(state)
+        with pytest.raises(CallRefusedError, match=r"cannot be stored.*make room"):
+            state.put(make_record(2, access=LARGE))
+        with pytest.raises(CallRefusedError, match="cannot be stored"):
+            state.put_world(World(snaps=tuple(Snap(name=f"{n}-{'x' * 100}") for n in range(200))))
+        assert state.load() == ([make_record(1)], 2)
+        assert state.load_world() == World()
+        full.make_room()
+        state.put(make_record(2, access=LARGE))
+    with open_state(path) as state:
+        assert state.load() == ([make_record(1), make_record(2, access=LARGE)], 3)
+
+
+def test_what_has_come_to_pass_is_stored_with_the_next_change(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with open_state(path) as state:
+        for number in (1, 2, 3):
+            state.put(make_record(number))
+        state._db.execute("PRAGMA query_only = ON")
+        state.delete(make_record(1))
+        state.put_fact(make_record(2, listening=False))
+        with pytest.raises(CallRefusedError, match="read-only"):
+            state.put(make_record(4))
+        assert len(state.load()[0]) == 3
+        state._db.execute("PRAGMA query_only = OFF")
+        state.delete(make_record(3))
+        assert state.load() == ([make_record(2, listening=False)], 4)

@@ -11,9 +11,11 @@ import trio.testing
 
 from broker.gate.control import Denied, Listener
 from broker.supervisor.config import Limits
+from broker.supervisor.requests import AddRequest, Caller
+from broker.supervisor.salvage import open_state
 from broker.supervisor.spec import MAX_RULES
-from broker.supervisor.state import State, open_state
-from broker.supervisor.supervisor import AddRequest, Caller, Outside, Supervisor
+from broker.supervisor.state import State
+from broker.supervisor.supervisor import Outside, Supervisor
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import NO_ACCESS, Access, AccessList, Rule
 from tests.fakes import FakeAnnouncer, FakeEngine, FakeWatch, lost
@@ -354,6 +356,8 @@ async def test_a_gate_that_was_lost_ends_its_sandboxes_and_their_sockets(world: 
 async def test_strangers_are_stopped_and_other_rules_set_again(world: World) -> None:
     id_ = await world.add()
     stranger = make_record(9)
+    world.state.unsettle(None)
+    world.supervisor.registry.next_number = 10  # it was given once
     world.engine.specs["c9"] = make_state(stranger).spec
     ours = make_state(make_record(0, portals_as_host=True), listening=False)
     world.supervisor.take_snapshot(make_snapshot(ours, make_state(stranger)))

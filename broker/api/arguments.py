@@ -1,12 +1,14 @@
-"""AddServer's arguments, checked. Pure, but for a look at the descriptors among them."""
+"""AddServer's arguments, checked. Pure, but for a look at the descriptors, the process and the cgroup among them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.bus.values import Variant, holds_descriptor, nesting, pack
+from broker.supervisor import cgroups, processes
+from broker.supervisor.ends import Process
+from broker.supervisor.requests import AddRequest
 from broker.supervisor.sockets import check_readable, check_writable
-from broker.supervisor.supervisor import AddRequest
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
 from broker.wire.names import is_interface
 from policy.containers1 import parse_usos
@@ -18,19 +20,24 @@ MAX_TEXT: Final = 4096  # bytes
 MAX_PLUGS: Final = 1024
 # A bus takes 64 and ends the connection of who sends more: us, as our answers wrap the metadata in others.
 MAX_METADATA_NESTING: Final = 32
+MAX_TIME_LIMIT: Final = 2**32 - 1  # seconds
 
 NAMED: Final[Mapping[str, str]] = {
     "Allow": "a(usos)",
     "Buses": "as",
+    "Cgroup": "s",
     "CloseNotify": "h",
     "Component": "s",
     "KeepAfterCreator": "b",
     "Plugs": "as",
     "PortalsAsHost": "b",
+    "Process": "u",
+    "ProcessFd": "h",
     "ReadyNotify": "h",
     "ReceiveFromHost": "b",
     "Rules": "a(bs)",
     "Socket": "h",
+    "TimeLimit": "t",
 }
 
 
@@ -41,6 +48,7 @@ class Context:
     bus: str
     buses: Collection[str]
     fds: Sequence[int]
+    uid: int
     origin: str  # for the rules
 
 
@@ -73,6 +81,9 @@ def parse_request(values: Sequence[Any], context: Context) -> AddRequest:
         plugs=_check_plugs(named.get("Plugs", [])),
         portals_as_host=named.get("PortalsAsHost", False),
         keep_after_creator=named.get("KeepAfterCreator", False),
+        process=_check_process(named, context),
+        cgroup=cgroups.identify(named["Cgroup"]) if "Cgroup" in named else None,
+        time_limit=_check_time_limit(named),
         close_notify=_take_fd(named, context, "CloseNotify", check_readable),
         ready_notify=_take_fd(named, context, "ReadyNotify", check_writable),
         socket=_take_fd(named, context, "Socket", _check_nothing),
@@ -131,6 +142,24 @@ def _check_plugs(plugs: Sequence[str]) -> tuple[str, ...]:
         if not plug:
             raise CallRefusedError(INVALID_ARGS, "Plugs has an empty name")
     return tuple(dict.fromkeys(plugs))
+
+
+def _check_process(named: Mapping[str, Any], context: Context) -> Process | None:
+    if "Process" in named and "ProcessFd" in named:
+        raise CallRefusedError(INVALID_ARGS, "Process and ProcessFd are two ways to say one thing")
+    if "Process" in named:
+        return processes.identify(named["Process"], context.uid)
+    fd = _take_fd(named, context, "ProcessFd", _check_nothing)
+    return processes.identify_fd(fd, context.uid) if fd is not None else None
+
+
+def _check_time_limit(named: Mapping[str, Any]) -> int:
+    seconds: int = named.get("TimeLimit", 0)
+    if "TimeLimit" in named and not 1 <= seconds <= MAX_TIME_LIMIT:
+        raise CallRefusedError(
+            INVALID_ARGS, f"TimeLimit is of 1 to {MAX_TIME_LIMIT} seconds, not {seconds}"
+        )
+    return seconds
 
 
 def _take_fd(

@@ -7,8 +7,8 @@ from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Property, Reply, Signal, args
 from broker.bus.connection import DRIVER, Call
 from broker.bus.values import Variant, unpack
+from broker.supervisor.lifetime import Watch
 from broker.supervisor.registry import INSTANCE_PREFIX, Record
-from broker.supervisor.supervisor import Watch
 from broker.wire.errors import (
     INVALID_ARGS,
     NAME_HAS_NO_OWNER,
@@ -77,6 +77,7 @@ class Containers1:
                 bus=self._door.name,
                 buses=self._door.buses,
                 fds=call.fds,
+                uid=caller.uid,
                 origin=f"AddServer by {call.sender}",
             )
             record = await self._supervisor.add(parse_request(call.values, context), caller)

@@ -15,13 +15,14 @@ from broker.engines.base import Engine, EngineLostError
 from broker.gate.control import Denied
 from broker.supervisor.config import Config
 from broker.supervisor.registry import PORTAL_RULES, Sandbox
-from broker.supervisor.supervisor import Caller
+from broker.supervisor.requests import Caller
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
 from policy.rules import Rule
 from policy.text import format_rule
 
 PATH: Final = "/org/buswarden/Broker1"
 NAME: Final = "org.buswarden.Broker1"
+ENDED: Final = Signal(name="SandboxEnded", args=args("sandbox:o", "reason:s"))
 DENIED: Final = Signal(name="Denied", args=args("sandbox:o", "what:a{sv}"))
 Dict = dict[str, Variant]
 
@@ -52,8 +53,9 @@ class Management:
                     run=self._change_access,
                 ),
                 Method(name="Status", gives=args("status:a{sv}"), run=self._status),
+                Method(name="Upgrade", gives=args("old_pid:u", "new_pid:u"), run=self._upgrade),
             ),
-            signals=(DENIED,),
+            signals=(DENIED, ENDED),
         )
 
     async def _list(self, call: Call) -> Reply:
@@ -95,13 +97,25 @@ class Management:
             "gate_pid": Variant("u", self._engine.pid),
             "engine": Variant("s", self._engine.name),
             "buses": Variant("a{ss}", {bus.name: bus.address for bus in config.buses}),
+            "engines": Variant(
+                "a{ss}", {bus.name: self._engine.serving(bus.name) for bus in config.buses}
+            ),
             "sandboxes": Variant("u", len(self._registry)),
             "connections": Variant("u", self._registry.connection_count()),
             "limits": Variant("a{st}", dict(limits)),
             "use": Variant("a{st}", used | {"max_containers": len(self._registry)}),
+            "ended": Variant("a{su}", dict(self._door.supervisor.ended)),
+            "watched": Variant("a{ss}", self._door.supervisor.vigil.describe()),
             "runtime_dir": Variant("s", str(config.runtime_dir)),
+            "last_crash": Variant("s", self._engine.last_crash),
         }
         return Reply((status,))
+
+    async def _upgrade(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        if caller.uid not in (0, os.geteuid()):
+            raise CallRefusedError(ACCESS_DENIED, "Upgrade is for root and the broker's own user")
+        return Reply(await self._engine.upgrade())
 
     async def _used(self, sandbox: str | None) -> dict[str, int]:
         """Return what is taken of the limits, by their names; nothing if the gate cannot tell now."""
@@ -115,6 +129,8 @@ class Management:
         record = sandbox.record
         sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}
         (metadata,) = unpack("a{sv}", record.metadata)
+        instances = self._engine.instances(record.id)
+        engines = {bus: "containers1" if bus in instances else "gate" for bus in record.sockets}
         return {
             "id": Variant("s", record.id),
             "path": Variant("o", record.path),
@@ -128,12 +144,21 @@ class Management:
             "sockets": Variant("a{ss}", sockets),
             "addresses": Variant("a{ss}", dict(record.addresses)),
             "connections": Variant("a(ss)", list(sandbox.connections)),
-            "engine": Variant("s", self._engine.name),
+            "engine": Variant("s", "containers1" if instances else "gate"),
+            "engines": Variant("a{ss}", engines),
+            "instances": Variant("a{ss}", dict(instances)),
             "access": Variant("a(bs)", format_rules(record.access.rules)),
             "receive_from_host": Variant("b", record.access.receive_from_host),
             "portals_as_host": Variant("b", record.portals_as_host),
             "keep_after_creator": Variant("b", record.keep_after_creator),
             "plugs": Variant("as", list(record.plugs)),
+            "phase": Variant("s", sandbox.phase.name.lower()),
+            "reason": Variant("s", sandbox.reason),
+            "process": Variant("u", record.process.pid if record.process is not None else 0),
+            "cgroup": Variant("s", record.cgroup.path if record.cgroup is not None else ""),
+            "time_limit": Variant("t", record.time_limit),
+            "time_left": Variant("t", self._door.supervisor.vigil.time_left(record)),
+            "close_notify": Variant("b", record.close_notify),
             "denied": Variant("t", sandbox.denied),
             "created": Variant("t", int(record.created)),
         }

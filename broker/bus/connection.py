@@ -273,7 +273,7 @@ class Bus:
 @asynccontextmanager
 async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIterator[Bus]:
     """Connect, say Hello, and close at the end. Raises ConfigError if the bus is not there."""
-    async with _open_loop():
+    async with open_loop():
         sock = await _connect(address, runtime_dir)
         bus = Bus(address)
         try:
@@ -292,7 +292,8 @@ async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIter
 
 
 @asynccontextmanager
-async def _open_loop() -> AsyncIterator[None]:
+async def open_loop() -> AsyncIterator[None]:
+    """Have the loop that connections run in, for all of them that are opened within."""
     if trio_asyncio.current_loop.get(None) is not None:
         yield
         return

@@ -3,10 +3,12 @@
 One match rule a name, counted, so that a busy bus does not wake us for everybody's comings and goings.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from broker.bus.connection import DRIVER, Signal, Target
+from broker.bus.link import BusLostError
 
 
 class Caller(Protocol):
@@ -39,7 +41,7 @@ class NameWatch:
         count = self._counts.get(name, 0)
         self._counts[name] = count + 1
         if count == 0:
-            self._bus.send(DRIVER, "AddMatch", "s", [_match(name)])
+            self._send("AddMatch", name)
 
     def discard(self, name: str) -> None:
         """Undo one `add`. Names that are not watched are ignored: they may be gone already."""
@@ -47,7 +49,7 @@ class NameWatch:
         if count > 1:
             self._counts[name] = count - 1
         elif count == 1:
-            self._bus.send(DRIVER, "RemoveMatch", "s", [_match(name)])
+            self._send("RemoveMatch", name)
 
     def take(self, signal: Signal) -> None:
         """Look at a signal."""
@@ -70,8 +72,13 @@ class NameWatch:
 
     def _gone(self, name: str) -> None:
         if self._counts.pop(name, 0):
-            self._bus.send(DRIVER, "RemoveMatch", "s", [_match(name)])
+            self._send("RemoveMatch", name)
             self.on_gone(name)
+
+    def _send(self, member: str, name: str) -> None:
+        # A bus that is lost tells nothing any more: there will be another watch on another connection.
+        with contextlib.suppress(BusLostError):
+            self._bus.send(DRIVER, member, "s", [_match(name)])
 
 
 def _ignore(_name: str) -> None:

@@ -4,8 +4,8 @@ Errors of the service arrive as CallRefusedError with the text that the service 
 """
 
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -71,6 +71,9 @@ class NewSandbox:
     portals_as_host: bool = False
     keep_after_creator: bool = False
     receive_from_host: bool = True
+    process: int | None = None  # a pid
+    cgroup: str = ""
+    time_limit: int = 0  # seconds; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,11 @@ class Client:
         (status,) = await self._call(MANAGER, "Status")
         return _as_dict(status)
 
+    async def upgrade(self) -> tuple[int, int]:
+        """Replace the gate; return the old process and the new one."""
+        old, new = await self._call(MANAGER, "Upgrade")
+        return int(old), int(new)
+
     async def list_sandboxes(self) -> list[dict[str, Any]]:
         (sandboxes,) = await self._call(MANAGER, "List")
         return [_as_dict(sandbox) for sandbox in sandboxes]
@@ -141,9 +149,13 @@ class Client:
             named["CloseNotify"] = Variant("h", 0)
             fds = [close_notify]
         values = [new.type, new.app, metadata, named]
-        path, socket, address = await self._call(
-            CONTAINERS, "AddServer", "ssa{sv}a{sv}", values, fds=fds
-        )
+        with _pidfd(new.process) as pidfd:
+            if pidfd is not None:
+                named["ProcessFd"] = Variant("h", len(fds))
+                fds.append(pidfd)
+            path, socket, address = await self._call(
+                CONTAINERS, "AddServer", "ssa{sv}a{sv}", values, fds=fds
+            )
         return Added(path=path, socket=os.fsdecode(bytes(socket).rstrip(b"\0")), address=address)
 
     async def stop(self, path: str, *, keep_connections: bool) -> None:
@@ -281,7 +293,27 @@ def _named_arguments(new: NewSandbox) -> dict[str, Variant]:
         named["KeepAfterCreator"] = Variant("b", True)
     if not new.receive_from_host:
         named["ReceiveFromHost"] = Variant("b", False)
+    if new.cgroup:
+        named["Cgroup"] = Variant("s", new.cgroup)
+    if new.time_limit:
+        named["TimeLimit"] = Variant("t", new.time_limit)
     return named
+
+
+@contextmanager
+def _pidfd(pid: int | None) -> Iterator[int | None]:
+    """Open the process, so that it is meant whatever becomes of its pid. Raises ConfigError."""
+    if pid is None:
+        yield None
+        return
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as exc:
+        raise ConfigError(f"process {pid}: {exc.strerror}") from exc
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _as_dict(value: object) -> dict[str, Any]:

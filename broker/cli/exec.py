@@ -16,6 +16,7 @@ from broker.cli.options import (
     PORTALS_AS_HOST,
     Settings,
     all_rules,
+    end_options,
     identity_options,
 )
 from broker.cli.output import print_error
@@ -46,6 +47,7 @@ class Made:
 @ALLOW
 @DENY
 @PORTALS_AS_HOST
+@end_options
 @click.option(
     "--share",
     metavar="DIRECTORY",
@@ -65,6 +67,9 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
     allow: RuleTexts,
     deny: RuleTexts,
     portals_as_host: bool,
+    process: int | None,
+    cgroup: str,
+    time_limit: int | None,
     share: tuple[str, ...],
     command: tuple[str, ...],
 ) -> int:
@@ -80,6 +85,9 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
         component=component,
         rules=tuple(all_rules(allow, deny)),
         portals_as_host=portals_as_host,
+        process=process,
+        cgroup=cgroup,
+        time_limit=time_limit or 0,
     )
     if snap is not None:
         if type_ or component:

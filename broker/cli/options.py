@@ -95,6 +95,32 @@ def identity_options(*, required: bool) -> Callable[[F], F]:
     return decorate
 
 
+def end_options(function: F) -> F:
+    """Add --process, --cgroup and --time-limit."""
+    for option in (
+        click.option(
+            "--time-limit",
+            metavar="SECONDS",
+            type=click.IntRange(1, 2**32 - 1),
+            help="It ends after so long.",
+        ),
+        click.option(
+            "--cgroup",
+            metavar="PATH",
+            default="",
+            help="It ends with the last process of this cgroup, a folder below /sys/fs/cgroup.",
+        ),
+        click.option(
+            "--process",
+            metavar="PID",
+            type=click.IntRange(1, 2**31 - 1),
+            help="It ends with this process.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def all_rules(*groups: Iterable[tuple[bool, str]]) -> list[tuple[bool, str]]:
     """Return the rules of --allow and --deny together."""
     return [rule for group in groups for rule in group]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from broker.supervisor.service import StartError
+from broker.supervisor.doors import StartError
 from broker.wire.address import make_unix_address
 
 SOCKET_NAME: Final = "private-bus"

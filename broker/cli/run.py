@@ -12,7 +12,7 @@ from broker.cli.options import KeyValue
 from broker.cli.output import print_line
 from broker.cli.private_bus import private_bus
 from broker.gate.control import BusSpec
-from broker.supervisor.config import Config, load_config
+from broker.supervisor.config import Config, EngineName, load_config
 from broker.supervisor.service import serve
 from broker.wire.address import make_unix_address
 
@@ -30,6 +30,11 @@ from broker.wire.address import make_unix_address
     "--scope", type=click.Choice(["user", "system"]), help="For whom: one user, or everybody."
 )
 @click.option(
+    "--engine",
+    type=click.Choice(["gate", "containers1"]),
+    help="How buses are mediated; containers1: by buses that label, or not at all. Default: what each can.",
+)
+@click.option(
     "--config",
     "config_path",
     metavar="FILE",
@@ -41,11 +46,12 @@ def run_command(
     *,
     buses: tuple[tuple[str, str], ...],
     scope: str | None,
+    engine: EngineName | None,
     config_path: Path | None,
     verbose: bool,
 ) -> None:
     """Run the broker. Without --bus and without a session bus it starts one of its own."""
-    config = load_config(config_path, scope=scope, buses=_unique(buses))
+    config = load_config(config_path, scope=scope, engine=engine, buses=_unique(buses))
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(name)s: %(message)s",
@@ -61,6 +67,8 @@ def run_command(
         print_line(
             f"no session bus found: using {what} private one, {bus.address} (process {bus.pid})"
         )
+        # Nobody but us starts it, so it will not come back.
+        config = msgspec.structs.replace(config, bus_gone_seconds=1)
         trio.run(serve, _with_session(config, bus.address))
 
 

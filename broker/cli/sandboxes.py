@@ -1,9 +1,9 @@
 """The commands about sandboxes: add, list, show, access, stop, who."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -16,6 +16,7 @@ from broker.cli.options import (
     KeyValue,
     Settings,
     all_rules,
+    end_options,
     identity_options,
 )
 from broker.cli.output import (
@@ -28,6 +29,8 @@ from broker.cli.output import (
 )
 
 RuleTexts = tuple[tuple[bool, str], ...]
+# A sandbox that has one of these does not follow its creator.
+_INSTEAD_OF_CREATOR: Final = ("keep_after_creator", "close_notify", "process", "cgroup")
 
 
 @click.command("add")
@@ -41,6 +44,7 @@ RuleTexts = tuple[tuple[bool, str], ...]
 @ALLOW
 @DENY
 @PORTALS_AS_HOST
+@end_options
 @JSON
 @click.pass_obj
 def add_command(  # noqa: PLR0913 - one parameter an option
@@ -54,9 +58,12 @@ def add_command(  # noqa: PLR0913 - one parameter an option
     allow: RuleTexts,
     deny: RuleTexts,
     portals_as_host: bool,
+    process: int | None,
+    cgroup: str,
+    time_limit: int | None,
     as_json: bool,
 ) -> None:
-    """Add a sandbox that stays until it is stopped. Prints its id and the path of its bus socket."""
+    """Add a sandbox that stays until it is stopped, or until what the options say. Prints its id and the path of its bus socket."""
     new = NewSandbox(
         type=type_,
         app=app,
@@ -66,6 +73,9 @@ def add_command(  # noqa: PLR0913 - one parameter an option
         rules=tuple(all_rules(allow, deny)),
         portals_as_host=portals_as_host,
         keep_after_creator=True,
+        process=process,
+        cgroup=cgroup,
+        time_limit=time_limit or 0,
     )
     added = ask(settings, partial(Client.add, new=new))
     if as_json:
@@ -203,10 +213,33 @@ def _describe(facts: Mapping[str, Any]) -> dict[str, str]:
         "created": f"{_local_time(facts['created'])} by uid {facts['uid']} ({facts['creator']})",
         "listening": "yes" if facts["listening"] else "no",
         "connections": ", ".join(connections),
+        "ends with": ", ".join(_ends_with(facts)) or "nothing: stop it",
         "from the host": "let in" if facts["receive_from_host"] else "only by rule",
         "refused": f"{facts['denied']} messages",
     }
-    return pairs | {f"socket ({bus})": path for bus, path in sorted(facts["sockets"].items())}
+    pairs |= {f"socket ({bus})": path for bus, path in sorted(facts["sockets"].items())}
+    instances = facts.get("instances", {})
+    return pairs | {
+        f"engine ({bus})": f"{engine}, instance {instances[bus]} there"
+        if bus in instances
+        else engine
+        for bus, engine in sorted(facts.get("engines", {}).items())
+    }
+
+
+def _ends_with(facts: Mapping[str, Any]) -> Iterator[str]:
+    if not facts["listening"]:
+        yield "its last connection"
+    elif not any(facts.get(key) for key in _INSTEAD_OF_CREATOR):
+        yield "its last connection once its creator is gone"
+    if facts.get("close_notify"):
+        yield "its pipe"
+    if facts.get("process"):
+        yield f"process {facts['process']}"
+    if facts.get("cgroup"):
+        yield f"cgroup {facts['cgroup']}"
+    if facts.get("time_limit"):
+        yield f"its time limit, in {facts['time_left']} s"
 
 
 def _describe_denial(denial: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -2,6 +2,8 @@
 
     scope = "user"                  # or "system"
     runtime_dir = "/run/buswarden"
+    bus_gone_seconds = 300          # 0: never
+    engine = "gate"                 # or "containers1"; without it each bus has what it can
     [buses]
     session = "unix:path=/run/user/1000/bus"
     [limits]
@@ -22,10 +24,13 @@ from broker.wire.address import MAX_PATH, parse_address
 from broker.wire.errors import ConfigError
 
 Scope = Literal["user", "system"]
+EngineName = Literal["gate", "containers1"]
 
 SYSTEM_RUNTIME_DIR: Final = Path("/run/buswarden")
 SYSTEM_BUS: Final = "unix:path=/run/dbus/system_bus_socket"
 CONTAINERS: Final = "containers"
+# After which a bus that was lost counts as gone for good; 0: never. Restarting one takes far less.
+BUS_GONE_SECONDS: Final = 300
 # As long as the longest file name that we bind: containers/dbus-XXXXXXXXXXXX
 _ROOM_FOR_NAMES: Final = len(f"/{CONTAINERS}/dbus-") + 12
 # Bus names are shown, and are keys of the control protocol: short and plain.
@@ -73,11 +78,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     buses: tuple[BusSpec, ...]
     runtime_dir: Path
     limits: Limits
+    bus_gone_seconds: int = BUS_GONE_SECONDS
+    engine: EngineName | None = None  # None: what each bus can
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     scope: Scope | None = None
+    engine: EngineName | None = None
     runtime_dir: str | None = None
+    bus_gone_seconds: int = BUS_GONE_SECONDS
     buses: dict[str, str] = {}
     limits: dict[str, int] = {}
 
@@ -86,6 +95,7 @@ def load_config(
     path: Path | None = None,
     *,
     scope: str | None = None,
+    engine: EngineName | None = None,
     buses: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Config:
@@ -103,6 +113,8 @@ def load_config(
         buses=tuple(_make_bus(name, addresses[name], environ) for name in addresses),
         runtime_dir=runtime_dir,
         limits=_make_limits(chosen, file.limits, path),
+        bus_gone_seconds=_check_bus_gone(file.bus_gone_seconds, path),
+        engine=engine or file.engine,
     )
 
 
@@ -137,6 +149,13 @@ def _make_bus(name: str, address: str, environ: Mapping[str, str]) -> BusSpec:
         raise ConfigError(f"not a name for a bus: {name[:40]!r} (small letters, digits, - and _)")
     parse_address(address, runtime_dir=environ.get("XDG_RUNTIME_DIR"))
     return BusSpec(name=name, address=address)
+
+
+def _check_bus_gone(seconds: int, path: Path | None) -> int:
+    least, most = _RANGES["seconds"]
+    if seconds and not least <= seconds <= most:
+        raise ConfigError(f"{path}: bus_gone_seconds cannot be {seconds} (0: never)")
+    return seconds
 
 
 def _find_runtime_dir(scope: Scope, file: _File, environ: Mapping[str, str]) -> Path:

@@ -84,15 +84,22 @@ class Policy:
             kept = world_of(before).connections
             # It can take seconds, and everybody else is to be answered meanwhile.
             after = await trio.to_thread.run_sync(self._snaps.build, world, kept)
+            held = [sandbox.record for sandbox in self._registry if sandbox.record.held is not None]
             tags = _differing(before, after, self._tags_in_use())
+            tags |= {tag for record in held if (tag := _tag(record)) is not None}
             self._snaps.compiler = after
+            self._hold(held, give_back=False)
             # The host's own snap is made anew from the catalogue by whoever reads this.
             stored = msgspec.structs.replace(world, connections=world_of(after).connections)
-            await self._carry_out(
-                tags,
-                store=partial(self._state.put_world, stored),
-                undo=partial(setattr, self._snaps, "compiler", before),
-            )
+
+            def undo() -> None:
+                self._snaps.compiler = before
+                self._hold(held, give_back=True)
+
+            await self._carry_out(tags, store=partial(self._state.put_world, stored), undo=undo)
+            for record in held:
+                if sandbox := self._registry.get(record.id):
+                    self._state.put_fact(sandbox.record)
 
     def explain(self, uid: int, what: str, question: Question) -> Explanation:
         """Explain for a sandbox, or for an app of a snap. Raises CallRefusedError."""
@@ -139,6 +146,13 @@ class Policy:
             except (CallRefusedError, EngineLostError) as exc:
                 # It has ended; or the next snapshot shows its list, which is then set again.
                 LOGGER.warning("%s: %s", record.id, exc)
+
+    def _hold(self, records: Collection[Record], *, give_back: bool) -> None:
+        """What was lost with the state file counts until there are snaps again."""
+        for record in records:
+            if sandbox := self._registry.get(record.id):
+                held = record.held if give_back else None
+                self._registry.update(msgspec.structs.replace(sandbox.record, held=held))
 
     def _in_force(self, record: Record) -> AccessList:
         return record.in_force(self._snaps.compiled(record.identity, record.plugs))

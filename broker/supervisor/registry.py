@@ -1,13 +1,12 @@
 """The sandboxes there are: identifiers, limits, connections, denials. Pure: changes return their effects.
 
-Theory of operation. A sandbox is STARTING from the moment it has an id, RUNNING once its creator is about to be
-told, and gone when the engine says that it ended. What ended while STARTING is kept as ENDED, until
-`announce` says that the creator knows of it: so InstanceRemoved comes once for each instance that was announced, after
-the announcement, and never for others. Ids are given once, and survive the registry: whoever stores
-records stores `next_number` with them.
+Theory of operation. What becomes of a sandbox is the table's to say (ends.py), and `happen` is the only way to go by
+it: it is gone when the engine says that it ended, or that it does not have it. What ended while STARTING is kept
+as ENDED, until `announce` says that the creator knows of it: so an end is told once for each
+instance that was announced, after the announcement, and never for others. Ids are given once, and survive the
+registry: whoever stores records stores `next_number` with them.
 """
 
-import enum
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,16 @@ import msgspec
 
 from broker.gate.control import Denied, SandboxState, Snapshot
 from broker.supervisor.config import Limits
+from broker.supervisor.ends import (
+    FROM_GATE,
+    LAST_CONNECTION,
+    TABLE,
+    Cgroup,
+    Effect,
+    Event,
+    Phase,
+    Process,
+)
 from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import Access, AccessList, Identity, Rule
 
@@ -59,8 +68,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     keep_after_creator: bool = False
     close_notify: bool = False
     plugs: tuple[str, ...] = ()
+    process: Process | None = None  # it ends with it
+    cgroup: Cgroup | None = None  # it ends with the last process in there
+    time_limit: int = 0  # seconds; 0: none
+    expires: float = 0.0  # when that is over, by the clock that counts from boot
     created: float
     listening: bool = True
+    closing: str = ""  # why it is to take no more connections
+    held: AccessList | None = (
+        None  # what the connections of snaps gave that we do not know any more
+    )
 
     @property
     def id(self) -> SandboxId:
@@ -88,19 +105,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Only where both lists let in what no rule is about, it comes in.
         """
         built_in = () if self.portals_as_host else PORTAL_RULES
+        compiled = self.held if compiled is None else compiled
         more, from_host = (compiled.rules, compiled.receive_from_host) if compiled else ((), True)
         return AccessList(
             rules=(*self.access.rules, *more, *built_in),
             receive_from_host=self.access.receive_from_host and from_host,
         )
-
-
-class Phase(enum.Enum):
-    """Where a sandbox is in its life."""
-
-    STARTING = enum.auto()  # its creator does not know of it yet
-    RUNNING = enum.auto()
-    ENDED = enum.auto()  # before its creator knew of it
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -112,15 +122,39 @@ class Sandbox:
     connections: dict[tuple[str, str], None] = field(default_factory=dict)  # (bus, unique name)
     denied: int = 0  # messages refused so far
     denials: deque[Denied] = field(default_factory=lambda: deque(maxlen=MAX_DENIALS))
-    reason: str = ""  # why it ended
+    reason: str = ""  # why it ends, or takes no more connections
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its creator has been told of it, and nobody of its end."""
+        return self.phase in {Phase.RUNNING, Phase.CLOSING, Phase.STOPPING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """The effect of an end: to be announced as InstanceRemoved."""
+    """The effect of an end: to be announced as InstanceRemoved and SandboxEnded."""
 
     record: Record
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What came of an event."""
+
+    record: Record | None = None
+    reason: str = ""
+    effects: tuple[Effect, ...] = ()
+
+    @property
+    def removed(self) -> Removed | None:
+        """What is to be announced, if that is what follows."""
+        if self.record is None or Effect.TELL not in self.effects:
+            return None
+        return Removed(record=self.record, reason=self.reason)
+
+
+NOTHING: Final = Step()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +163,7 @@ class Reconciled:
 
     strangers: tuple[SandboxId, ...]  # the gate has them and nobody knows them: to be stopped
     lost: tuple[Removed, ...]  # the gate has them no more
+    missing: tuple[SandboxId, ...]  # so it is with these, but it can have them again
     changed: tuple[Record, ...]  # to be stored
     other_access: tuple[SandboxId, ...]  # enforced by rules that were never acknowledged
     differences: tuple[str, ...]  # for the log
@@ -145,7 +180,7 @@ class Registry:
         self._by_uid: Final[dict[int, int]] = {}
         self.next_number = next_number
         for record in records:
-            self.add(record).phase = Phase.RUNNING
+            self.restore(record)
 
     def __iter__(self) -> Iterator[Sandbox]:
         return iter(list(self._sandboxes.values()))
@@ -193,32 +228,40 @@ class Registry:
         sandbox = self._sandboxes[record.id] = Sandbox(record=record)
         return sandbox
 
+    def restore(self, record: Record) -> None:
+        """Take in a sandbox that was announced by one before us."""
+        sandbox = self.add(record)
+        sandbox.phase = Phase.RUNNING
+        if record.closing or not record.listening:
+            sandbox.phase = Phase.CLOSING
+            sandbox.reason = record.closing or LAST_CONNECTION
+
     def withdraw(self, id_: SandboxId) -> None:
         """Forget a sandbox that did not come about."""
-        sandbox = self._sandboxes[id_]
-        assert sandbox.phase is not Phase.RUNNING
-        self._forget(sandbox)
+        step = self.happen(id_, Event.WITHDRAWN)
+        assert Effect.FORGET in step.effects
 
     def announce(self, id_: SandboxId) -> Removed | None:
         """The creator is told now: return the end, if that came first."""
-        sandbox = self._sandboxes[id_]
-        if sandbox.phase is Phase.ENDED:
-            self._forget(sandbox)
-            return Removed(record=sandbox.record, reason=sandbox.reason)
-        sandbox.phase = Phase.RUNNING
-        return None
+        return self.happen(id_, Event.ANNOUNCED).removed
 
     def end(self, id_: str, reason: str) -> Removed | None:
-        """It neither listens nor has connections. Unknown ones are ignored: they were withdrawn."""
-        sandbox = self.get(id_)
-        if sandbox is None:
-            return None
-        if sandbox.phase is Phase.STARTING:
-            sandbox.phase = Phase.ENDED
-            sandbox.reason = reason
-            return None
-        self._forget(sandbox)
-        return Removed(record=sandbox.record, reason=reason)
+        """The gate ended it. Unknown ones are ignored: they were withdrawn."""
+        return self.happen(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
+
+    def happen(self, id_: str, event: Event) -> Step:
+        """Go by the table; what means nothing changes nothing."""
+        sandbox = self._sandboxes.get(SandboxId(id_))
+        row = TABLE.get((sandbox.phase, event)) if sandbox is not None else None
+        if sandbox is None or row is None:
+            return NOTHING
+        sandbox.phase = row.to
+        sandbox.reason = sandbox.reason if row.reason is None else row.reason
+        if row.to is Phase.CLOSING and not sandbox.record.closing:
+            sandbox.record = msgspec.structs.replace(sandbox.record, closing=sandbox.reason)
+        if row.to is Phase.GONE:
+            self._forget(sandbox)
+        return Step(record=sandbox.record, reason=sandbox.reason, effects=row.effects)
 
     def update(self, record: Record) -> None:
         """Replace what is known of a sandbox."""
@@ -253,6 +296,7 @@ class Registry:
         self,
         snapshot: Snapshot,
         in_force: Callable[[Record], AccessList] = lambda record: record.access_in_force,
+        is_held: Callable[[Record], bool] = lambda _record: False,
     ) -> Reconciled:
         """Take the gate's word for what there is. Sandboxes that are STARTING are left to who adds them."""
         theirs = {state.spec.id: state for state in snapshot.sandboxes}
@@ -265,24 +309,41 @@ class Registry:
             if sandbox is None:
                 strangers.append(SandboxId(id_))
                 differences.append(f"{id_}: the gate has it and we do not: stopped")
-            elif sandbox.phase is Phase.RUNNING:
+            elif sandbox.is_known:
                 changed += self._adopt(sandbox, state, differences)
                 if state.spec.access != in_force(sandbox.record):
                     others.append(sandbox.record.id)
                     differences.append(f"{id_}: the gate had other rules: set again")
-        lost = []
+        lost, missing = [], []
         for sandbox in self:
-            if sandbox.phase is Phase.RUNNING and sandbox.record.id not in theirs:
+            if not sandbox.is_known or sandbox.record.id in theirs:
+                continue
+            if sandbox.phase is Phase.RUNNING and is_held(sandbox.record):
+                sandbox.connections.clear()
+                missing.append(sandbox.record.id)
+                differences.append(f"{sandbox.record.id}: the gate does not have it: served again")
+            elif removed := self._lose(sandbox):
+                lost.append(removed)
                 differences.append(f"{sandbox.record.id}: the gate does not have it: ended")
-                self._forget(sandbox)
-                lost.append(Removed(record=sandbox.record, reason="gate-lost"))
         return Reconciled(
             strangers=tuple(strangers),
             lost=tuple(lost),
+            missing=tuple(missing),
             changed=tuple(changed),
             other_access=tuple(others),
             differences=tuple(differences),
         )
+
+    def lose(self, id_: SandboxId) -> Removed | None:
+        """The gate does not have it, and will not."""
+        sandbox = self.get(id_)
+        return self._lose(sandbox) if sandbox is not None else None
+
+    def _lose(self, sandbox: Sandbox) -> Removed | None:
+        # One that took no more connections has lost its last one.
+        closing = sandbox.phase is Phase.CLOSING
+        event = Event.LAST_CONNECTION if closing else Event.GATE_LOST
+        return self.happen(sandbox.record.id, event).removed
 
     def _adopt(
         self, sandbox: Sandbox, state: SandboxState, differences: list[str]
@@ -291,6 +352,7 @@ class Registry:
         sandbox.denied = state.denied
         if sandbox.record.listening and not state.listening:
             differences.append(f"{sandbox.record.id}: the gate has stopped listening")
+            self.happen(sandbox.record.id, Event.CLOSE_ASKED)
             sandbox.record = msgspec.structs.replace(sandbox.record, listening=False)
             yield sandbox.record
 

@@ -2,11 +2,13 @@
 
 import fcntl
 import logging
+import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,38 +19,46 @@ import trio
 from broker.api import containers1, management, policy
 from broker.api.caller import Door
 from broker.api.dispatch import Objects
-from broker.bus.connection import Bus, Call, open_bus
+from broker.bus.connection import Bus, open_loop
 from broker.bus.link import BusLostError
 from broker.bus.watch import NameWatch
+from broker.engines.containers1 import Containers1Engine
 from broker.engines.gate import GateEngine
-from broker.gate.control import BusSpec, Denied
+from broker.gate.control import Denied
 from broker.supervisor.config import CONTAINERS, Config
+from broker.supervisor.connector import open_connector
+from broker.supervisor.doors import Line, StartError, serve_calls
+from broker.supervisor.processes import Processes
 from broker.supervisor.registry import Record, shorten
-from broker.supervisor.state import open_state
+from broker.supervisor.salvage import open_state
+from broker.supervisor.state import State
 from broker.supervisor.supervisor import Outside, Supervisor
+from broker.systemd.keeper import keep, stay_alive
+from broker.systemd.notify import Notifier, take_descriptors, take_notifier
 from broker.wire.errors import BrokerError, ConfigError
 
 LOGGER: Final = logging.getLogger(__name__)
 NAME: Final = "org.buswarden.Broker1"
-# Calls that are carried out at the same time on one bus; others wait their turn.
-MAX_TASKS: Final = 64
+NOBODY: Final = ":0.0"  # a unique name that no bus gives
 # Signals about refusals are worth less than the memory they would take on a bus that does not read.
 MAX_BACKLOG: Final = 1000
-SHUTDOWN_TIMEOUT: Final = 4.0  # seconds, from the signal to the end
-
-
-class StartError(BrokerError):
-    """It cannot run here: one line, exit 1."""
+# Seconds from the signal: to the answers of what is pending, and from there to the end.
+ANSWER_TIMEOUT: Final = 1.0
+SHUTDOWN_TIMEOUT: Final = 3.25
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 async def serve(config: Config) -> None:
-    """Run until SIGTERM or SIGINT. Raises StartError, or BusLostError if a bus went away.
+    """Run until SIGTERM or SIGINT. Raises StartError, or BusLostError if no bus is left.
 
     Prints `ready` and the primary bus's address when the service is there.
     """
     if not config.buses:
         raise ConfigError("no bus to serve")
     os.umask(0o077)  # for what SQLite and we make in a folder that others may pass through
+    # Two descriptors a sandbox, held for the gate: the usual soft limit of 1024 is soon reached.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     failures: list[BrokerError | OSError] = []
     try:
         await _serve(config)
@@ -65,63 +75,151 @@ async def serve(config: Config) -> None:
 
 async def _serve(config: Config) -> None:
     folder = config.runtime_dir
-    async with AsyncExitStack() as stack:
-        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+    with ExitStack() as stack:
+        signals = stack.enter_context(trio.open_signal_receiver(*SIGNALS))
         stack.enter_context(_locked_folder(config))
         state = stack.enter_context(open_state(folder / "state.db"))
-        buses = {
-            spec.name: await stack.enter_async_context(_open_door(spec)) for spec in config.buses
-        }
-        watches = {name: NameWatch(bus) for name, bus in buses.items()}
-        engine = GateEngine(control=folder / "gate.sock", buses=config.buses)
-        outside = Outside(
-            engine=engine,
-            state=state,
-            announcer=_Announcer(buses, tell_denials=config.scope == "user"),
-            watches=watches,
-            folder=folder / CONTAINERS,
-        )
-        supervisor = Supervisor(outside, config.limits)
-        for name, watch in watches.items():
-            watch.on_gone = partial(supervisor.name_gone, name)
-        stack.enter_context(_address_file(folder / "bus-address", config.buses[0].address))
-        await _run(_Parts(config, buses, watches, engine, supervisor), signals)
+        gone_after = config.bus_gone_seconds or math.inf
+        lines = {spec.name: Line(spec, NAME, gone_after) for spec in config.buses}
+        async with open_loop(), trio.open_nursery() as nursery:
+            buses = {name: await nursery.start(line.keep_open) for name, line in lines.items()}
+            parts = _make_parts(config, state, lines, buses)
+            stack.enter_context(_address_file(folder / "bus-address", config.buses[0].address))
+            await _run(parts, signals)
+            nursery.cancel_scope.cancel()
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
     config: Config
-    buses: Mapping[str, Bus]
-    watches: Mapping[str, NameWatch]
-    engine: GateEngine
+    lines: Mapping[str, Line]
+    watches: dict[str, NameWatch]  # of the present connections
+    engine: GateEngine  # or one that is more
     supervisor: Supervisor
+    all_gone: trio.Event
+    notifier: Notifier
+
+    async def ask(self) -> None:
+        """Have the gate answer something."""
+        await self.engine.who(self.config.buses[0].name, NOBODY)
+
+    async def bus_back(self, name: str, bus: Bus) -> None:
+        """Have the service on a new connection."""
+        self.watch(name, bus)
+        self.supervisor.bus_back(name, self.lines[name].id)
+        await self.watches[name].check()
+
+    def watch(self, name: str, bus: Bus) -> None:
+        """Watch the names on a connection."""
+        watch = self.watches[name] = NameWatch(bus)
+        watch.on_gone = partial(self.supervisor.name_gone, name)
+        bus.on_signal = watch.take
+
+    def bus_gone(self, name: str) -> None:
+        """Do without a bus; without any, end."""
+        self.supervisor.bus_gone(name)
+        if all(line.is_gone for line in self.lines.values()):
+            self.all_gone.set()
+
+
+def _make_parts(
+    config: Config, state: State, lines: Mapping[str, Line], buses: Mapping[str, Bus]
+) -> _Parts:
+    folder = config.runtime_dir
+    # One may have been lost and found while the next was opened.
+    buses = {name: lines[name].bus or bus for name, bus in buses.items()}
+    watches = {name: NameWatch(bus) for name, bus in buses.items()}
+    engine = _make_engine(config)
+    notifier = take_notifier()
+    keep(notifier, engine.held, take_descriptors())
+    outside = Outside(
+        engine=engine,
+        state=state,
+        announcer=_Announcer(lines, tell_denials=config.scope == "user"),
+        watches=watches,
+        folder=folder / CONTAINERS,
+        processes=Processes(open_connector),
+    )
+    supervisor = Supervisor(outside, config.limits)
+    parts = _Parts(config, lines, watches, engine, supervisor, trio.Event(), notifier)
+    for name, line in lines.items():
+        watches[name].on_gone = partial(supervisor.name_gone, name)
+        buses[name].on_signal = watches[name].take
+        supervisor.bus_met(name, line.id)
+        line.on_back = partial(parts.bus_back, name)
+        line.on_gone = partial(parts.bus_gone, name)
+    return parts
 
 
 async def _run(parts: _Parts, signals: AsyncIterator[int]) -> None:
+    closing = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(parts.engine.keep_connected, parts.supervisor)
         nursery.start_soon(parts.supervisor.run_jobs)
+        nursery.start_soon(parts.supervisor.vigil.run)
         for watch in parts.watches.values():
-            await watch.check()
+            with suppress(BusLostError):  # its line sees to that
+                await watch.check()
         async with trio.open_nursery() as doors:
-            for name, bus in parts.buses.items():
-                doors.start_soon(_serve_calls, bus, _make_objects(parts, name))
-                doors.start_soon(_fall_with, name, bus)
+            for name, line in parts.lines.items():
+                make_objects = partial(_make_objects, parts, name)
+                doors.start_soon(serve_calls, line, make_objects, closing)
             sys.stdout.write(f"ready {parts.config.buses[0].address}\n")
             sys.stdout.flush()
-            number = await anext(signals)
-            LOGGER.info("%s: ending", signal.Signals(number).name)
-            doors.cancel_scope.cancel()
+            parts.notifier.ready()
+            nursery.start_soon(stay_alive, parts.notifier, parts.ask)
+            await _wait_end(parts, signals)
+            parts.notifier.stopping()
+            closing.set()
+            doors.cancel_scope.deadline = trio.current_time() + ANSWER_TIMEOUT
         # Nobody is answered any more; what ends with the gate is still announced.
         with trio.move_on_after(SHUTDOWN_TIMEOUT):
             await parts.engine.shutdown()
         nursery.cancel_scope.cancel()
+    if parts.all_gone.is_set():
+        raise BusLostError(f"no bus is left: gone for {parts.config.bus_gone_seconds} s")
 
 
-def _make_objects(parts: _Parts, name: str) -> Objects:
-    bus, watch = parts.buses[name], parts.watches[name]
-    bus.on_signal = watch.take
-    door = Door(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.buses))
+async def _wait_end(parts: _Parts, signals: AsyncIterator[int]) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def wait_gone() -> None:
+            await parts.all_gone.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(wait_gone)
+        async for number in signals:
+            if number != signal.SIGHUP:
+                LOGGER.info("%s: ending", signal.Signals(number).name)
+                break
+            nursery.start_soon(_reload, parts)
+        nursery.cancel_scope.cancel()
+
+
+async def _reload(parts: _Parts) -> None:
+    """Have the gate replaced: that is all that a reload does."""
+    parts.notifier.reloading()
+    try:
+        old, new = await parts.engine.upgrade()
+    except BrokerError as exc:
+        LOGGER.error("SIGHUP: %s", exc)  # noqa: TRY400 - no defect of ours
+    else:
+        LOGGER.info("SIGHUP: the gate is process %d now, instead of %d", new, old)
+    finally:
+        parts.notifier.ready()
+
+
+def _make_engine(config: Config) -> GateEngine:
+    control = config.runtime_dir / "gate.sock"
+    if config.engine == "gate":
+        return GateEngine(control=control, buses=config.buses)
+    is_required = config.engine == "containers1"
+    return Containers1Engine(control=control, buses=config.buses, is_required=is_required)
+
+
+def _make_objects(parts: _Parts, name: str, bus: Bus) -> Objects:
+    watch = parts.watches[name]
+    door = Door(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.lines))
     return Objects(
         {
             containers1.PATH: [containers1.Containers1(door, watch).interface()],
@@ -133,61 +231,27 @@ def _make_objects(parts: _Parts, name: str) -> Objects:
     )
 
 
-async def _serve_calls(bus: Bus, objects: Objects) -> None:
-    slots = trio.Semaphore(MAX_TASKS)
-
-    async def answer(call: Call) -> None:
-        try:
-            with call:
-                await objects.serve(bus, call)
-        finally:
-            slots.release()
-
-    async with trio.open_nursery() as nursery:
-        async for call in bus.calls:
-            await slots.acquire()
-            nursery.start_soon(answer, call)
-
-
-async def _fall_with(name: str, bus: Bus) -> None:
-    """Without its bus the service is none; the gate goes on, and so may the next supervisor."""
-    await bus.lost.wait()
-    raise BusLostError(f"bus {name} went away")
-
-
 class _Announcer:
     """Sends the signals."""
 
-    def __init__(self, buses: Mapping[str, Bus], *, tell_denials: bool) -> None:
-        self._buses: Final = buses
+    def __init__(self, lines: Mapping[str, Line], *, tell_denials: bool) -> None:
+        self._lines: Final = lines
         # What an app tried is no business of other users: on their bus only `Show` tells.
         self._tell_denials: Final = tell_denials
 
-    def removed(self, record: Record) -> None:
-        for bus in self._buses.values():
+    def removed(self, record: Record, reason: str) -> None:
+        for bus in [line.bus for line in self._lines.values() if line.bus is not None]:
             bus.emit(containers1.PATH, containers1.NAME, "InstanceRemoved", "o", [record.path])
+            ended = [record.path, reason]
+            bus.emit(management.PATH, management.NAME, "SandboxEnded", "os", ended)
 
     def denied(self, record: Record, event: Denied) -> None:
-        bus = self._buses.get(event.bus)
+        line = self._lines.get(event.bus)
+        bus = line.bus if line is not None else None
         if bus is None or not self._tell_denials or bus.backlog > MAX_BACKLOG:
             return
         what = management.describe_denial(shorten(event))
         bus.emit(management.PATH, management.NAME, "Denied", "oa{sv}", [record.path, what])
-
-
-@asynccontextmanager
-async def _open_door(spec: BusSpec) -> AsyncIterator[Bus]:
-    """Connect to a bus and take our name there. Raises StartError."""
-    async with AsyncExitStack() as stack:
-        opening = open_bus(spec.address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
-        try:
-            bus = await stack.enter_async_context(opening)
-            is_ours = await bus.request_name(NAME)
-        except BrokerError as exc:
-            raise StartError(f"bus {spec.name}: {exc}") from exc
-        if not is_ours:
-            raise StartError(f"bus {spec.name}: another program there is {NAME} already")
-        yield bus
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -20,27 +20,26 @@ from typing import Final, Protocol
 import msgspec
 import trio
 
-from broker.engines.base import Engine, EngineLostError
-from broker.gate.control import (
-    Connected,
-    Denied,
-    Ended,
-    Event,
-    Gone,
-    Snapshot,
-)
+from broker.engines.base import Engine, EngineLostError, gone_is_fine
+from broker.gate.control import Connected, Denied, Ended, Event, Gone, SandboxSpec, Snapshot
+from broker.gate.upstream import UpstreamLost
+from broker.supervisor.busids import BusIds
+from broker.supervisor.cgroups import Cgroups
 from broker.supervisor.config import Limits
-from broker.supervisor.lifetime import Creators, follows_creator
+from broker.supervisor.ends import Effect, Event as LifeEvent, Phase
+from broker.supervisor.lifetime import Vigil, Watch, boot_time
 from broker.supervisor.policy import Policy
-from broker.supervisor.registry import Record, Registry, Removed, Sandbox, SandboxId
+from broker.supervisor.processes import Processes
+from broker.supervisor.registry import Record, Registry, Removed, Sandbox, SandboxId, Step
+from broker.supervisor.requests import AddRequest, Caller, Times, make_record
+from broker.supervisor.restore import is_held, make_again
+from broker.supervisor.salvage import settle
 from broker.supervisor.snaps import Snaps, is_snap, load_own_library
 from broker.supervisor.sockets import Bound, bound_socket, given_socket, notify, sweep
 from broker.supervisor.spec import check_rules, make_spec
 from broker.supervisor.state import State
-from broker.wire.errors import (
-    ACCESS_DENIED,
-    CallRefusedError,
-)
+from broker.supervisor.tags import Tags
+from broker.wire.errors import ACCESS_DENIED, CallRefusedError
 from policy.library import Library
 from policy.rules import AccessList, Rule
 
@@ -48,52 +47,11 @@ LOGGER: Final = logging.getLogger(__name__)
 _Job = Callable[[], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asks: a connection to a bus, outside all sandboxes. Credentials are a marshalled `a{sv}`."""
-
-    bus: str
-    unique_name: str
-    uid: int
-    credentials: bytes = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddRequest:
-    """What AddServer is asked for. The descriptors are the caller's, and only lent."""
-
-    type: str
-    app: str
-    component: str | None = None
-    metadata: bytes
-    buses: tuple[str, ...]  # the first one's socket is answered
-    access: AccessList
-    plugs: tuple[str, ...] = ()
-    portals_as_host: bool = False
-    keep_after_creator: bool = False
-    close_notify: int | None = None
-    ready_notify: int | None = None
-    socket: int | None = None  # to listen on for the first bus
-
-
-class Watch(Protocol):
-    """What is needed of a watch over one bus's names."""
-
-    def __contains__(self, name: str) -> bool:
-        """Say whether it is watched, and there."""
-
-    def add(self, name: str) -> None:
-        """Watch a name."""
-
-    def discard(self, name: str) -> None:
-        """Undo one `add`."""
-
-
 class Announcer(Protocol):
     """Who is told what becomes of sandboxes."""
 
-    def removed(self, record: Record) -> None:
-        """It is no more."""
+    def removed(self, record: Record, reason: str) -> None:
+        """It is no more, and why."""
 
     def denied(self, record: Record, event: Denied) -> None:
         """A message was refused."""
@@ -110,6 +68,9 @@ class Outside:
     folder: Path  # of the sandboxes' sockets
     now: Callable[[], float] = time.time
     load_library: Callable[[], Library] = load_own_library
+    processes: Processes = field(default_factory=Processes)
+    cgroups: Cgroups = field(default_factory=Cgroups)
+    boot_time: Callable[[], float] = boot_time
 
 
 class Supervisor:
@@ -120,7 +81,14 @@ class Supervisor:
         self.registry: Final = Registry(limits, records, next_number)
         self._outside: Final = outside
         self._limits: Final = limits
-        self._creators: Final = Creators()
+        self.vigil: Final = Vigil(
+            outside.watches,
+            self.happen,
+            processes=outside.processes,
+            cgroups=outside.cgroups,
+            now=outside.boot_time,
+        )
+        self.ended: Final[dict[str, int]] = {}  # how many, by reason
         # One change of rules at a time: each one reads the list that it changes.
         self._changing: Final = trio.Lock()
         self.snaps: Final = Snaps(outside.state.load_world(), outside.load_library)
@@ -129,9 +97,12 @@ class Supervisor:
         )
         # Cannot grow without bound: at most one job of each kind a sandbox, and a snapshot's.
         self._jobs_in, self._jobs = trio.open_memory_channel[tuple[str, _Job]](math.inf)
-        self._tagged: Final[dict[tuple[str, str], None]] = {}
+        self.tags: Final = Tags(outside.state, outside.engine, outside.watches, self._later)
+        self._bus_ids: Final = BusIds(outside.state)
+        self._gone_buses: Final[set[str]] = set()
+        self._missing: Sequence[SandboxId] = ()
         for record in records:
-            self._follow(record)
+            self.vigil.begin(record, again=True)
 
     # -- what callers ask ---------------------------------------------------------------------------------
 
@@ -154,34 +125,42 @@ class Supervisor:
                 bus: stack.enter_context(self._listen(request, caller, bus))
                 for bus in request.buses
             }
-            record = self._make_record(number, request, caller, bound)
+            now = Times(created=self._outside.now(), boot=self._outside.boot_time())
+            record = make_record(number, request, caller, bound, now)
             with self._taken_in(record):
                 access = check_rules(self.in_force(record))
                 spec, fds = make_spec(record, access, bound, request.close_notify, self._limits)
                 await self._outside.engine.add(spec, fds)
+                self._store_new(record)
         if request.ready_notify is not None:
             notify(request.ready_notify)
         return record
 
+    def _store_new(self, record: Record) -> None:
+        # Once the gate has it, and not before: what is stored and at no gate would be told of as lost, and nobody
+        # was told that it is there.
+        try:
+            self._outside.state.put(record)
+        except CallRefusedError:
+            self._later(record.id, partial(self._outside.engine.stop, record.id))
+            raise
+
     def announce(self, record: Record) -> None:
         """Tell that the creator has been answered: its end may be told from now on."""
-        removed = self.registry.announce(record.id)
-        if removed is not None:
-            self._remove(removed)
-        elif follows_creator(record):
-            if record.creator in self._outside.watches[record.creator_bus]:
-                self._follow(record)
-            else:  # it left while its sandbox was made, and nobody will tell us again
-                self._later(record.id, partial(self._end_listening, record.id))
+        self.happen(record.id, LifeEvent.ANNOUNCED)
 
     async def stop(self, caller: Caller, id_or_path: str) -> None:
         """End a sandbox, its connections included."""
         record = self._changeable(caller, id_or_path)
-        await self._outside.engine.stop(record.id)
+        self.registry.happen(record.id, LifeEvent.STOP_ASKED)
+        with gone_is_fine():
+            await self._outside.engine.stop(record.id)
 
     async def stop_listening(self, caller: Caller, id_or_path: str) -> None:
         """Take no more connections; the sandbox ends with its last one."""
         record = self._changeable(caller, id_or_path)
+        step = self.registry.happen(record.id, LifeEvent.CLOSE_ASKED)
+        self._outside.state.put_fact(step.record or record)
         await self._end_listening(record.id)
 
     async def set_access(
@@ -194,11 +173,17 @@ class Supervisor:
             # The same rule twice says nothing more; its origin is no part of what it says.
             meanings = {_meaning(rule): rule for rule in (*before, *rules)}
             access = msgspec.structs.replace(record.access, rules=tuple(meanings.values()))
-            in_force = self.in_force(msgspec.structs.replace(record, access=access))
-            await self._outside.engine.set_access(record.id, check_rules(in_force))
+            wanted = self.in_force(msgspec.structs.replace(record, access=access))
+            await self._outside.engine.set_access(record.id, check_rules(wanted))
             sandbox = self.registry.find(record.id)
-            self._store(msgspec.structs.replace(sandbox.record, access=access))
-            return access
+            try:
+                self._store(msgspec.structs.replace(sandbox.record, access=access))
+            except CallRefusedError as exc:  # not stored, so it may not be in force
+                refused = exc
+            else:
+                return access
+            await self._outside.engine.set_access(record.id, self.in_force(sandbox.record))
+            raise refused
 
     async def who(self, bus: str, unique_name: str) -> Sandbox | None:
         """Return the sandbox that a connection is in. The gate's answer cannot be out of date."""
@@ -211,11 +196,7 @@ class Supervisor:
 
     async def tag_headers(self, caller: Caller) -> None:
         """Have the caller's messages from sandboxes carry the instance path."""
-        await self._outside.engine.tag_headers(caller.bus, caller.unique_name)
-        key = (caller.bus, caller.unique_name)
-        if key not in self._tagged:
-            self._tagged[key] = None
-            self._outside.watches[caller.bus].add(caller.unique_name)
+        await self.tags.add(caller.bus, caller.unique_name)
 
     def in_force(self, record: Record) -> AccessList:
         """Return the list that the sandbox is under: given, of its connections, and built in."""
@@ -237,31 +218,80 @@ class Supervisor:
                 removed = self.registry.end(event.sandbox, event.reason)
                 if removed is not None:
                     self._remove(removed)
+            case UpstreamLost():  # the engine's to deal with
+                pass
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
         """Take the engine's word for what there is; set right what should be otherwise."""
-        result = self.registry.reconcile(snapshot, self.in_force)
+        for record in settle(self.registry, self._outside.state, snapshot):
+            self.vigil.begin(record, again=True)
+        held = self._outside.engine.held
+        result = self.registry.reconcile(
+            snapshot, self.in_force, lambda record: is_held(record, held)
+        )
+        self._missing = result.missing
         for text in result.differences:
             LOGGER.warning("%s", text)
         for record in result.changed:
-            self._outside.state.put(record)
+            self._outside.state.put_fact(record)
         for removed in result.lost:
             self._remove(removed)
         for id_ in result.strangers:
             self._later(id_, partial(self._outside.engine.stop, id_))
         for id_ in result.other_access:
             self._later(id_, partial(self._set_access_again, id_))
-        for bus, unique_name in self._tagged:
-            again = partial(self._outside.engine.tag_headers, bus, unique_name)
-            self._later(unique_name, again)
+        self.tags.tell_again()
+        self._decide_again()
         self._sweep()
+
+    def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
+        """Return what the engine had not by its last snapshot, and is to serve again."""
+        outside = self._outside
+        found = [sandbox.record for id_ in self._missing if (sandbox := self.registry.get(id_))]
+        self._missing = ()
+        return [
+            make_again(one, self.in_force(one), outside.engine.held, self._limits, outside.folder)
+            for one in found
+        ]
+
+    def lost(self, sandbox: str) -> None:
+        """Take note that the engine does not take one again."""
+        if removed := self.registry.lose(SandboxId(sandbox)):
+            self._remove(removed)
 
     def name_gone(self, bus: str, unique_name: str) -> None:
         """A connection that was watched left its bus."""
-        self._tagged.pop((bus, unique_name), None)
-        for id_ in self._creators.left(bus, unique_name):
-            LOGGER.info("%s: its creator left the bus: listening ends", id_)
-            self._later(id_, partial(self._end_listening, id_))
+        self.tags.gone(bus, unique_name)
+        self.vigil.name_gone(bus, unique_name)
+
+    def bus_gone(self, bus: str) -> None:
+        """A bus counts as gone for good, with whoever was on it: what has no other one ends."""
+        self._gone_buses.add(bus)
+        for sandbox in self.registry:
+            if self._gone_buses.issuperset(sandbox.record.sockets):
+                self.happen(sandbox.record.id, LifeEvent.BUS_GONE)
+        self.vigil.bus_back(bus, is_same=False)
+
+    def bus_met(self, bus: str, id_: str) -> None:
+        """At the start: if it is another bus than the one of before us, all have left it."""
+        if not self._bus_ids.meet(bus, id_):
+            LOGGER.warning("bus %s: it started anew: whoever was on it is gone", bus)
+            self.vigil.bus_back(bus, is_same=False)
+            self.tags.bus_back(bus, is_same=False)
+
+    def bus_back(self, bus: str, id_: str) -> None:
+        """There is a new connection to a bus, with a watch over nobody. If it is another bus, all have left it."""
+        self._gone_buses.discard(bus)
+        is_same = self._bus_ids.meet(bus, id_)
+        self.vigil.bus_back(bus, is_same=is_same)
+        self.tags.bus_back(bus, is_same=is_same)
+
+    def happen(self, id_: SandboxId, event: LifeEvent) -> None:
+        """Something ends a sandbox, or closes it: see to what follows."""
+        step = self.registry.happen(id_, event)
+        if step.record is not None:
+            LOGGER.debug("%s: %s", id_, event.value)
+            self._carry_out(step, step.record)
 
     async def run_jobs(self) -> None:
         """Do what events gave to do, for ever. One that fails does not keep the others from being done."""
@@ -287,47 +317,42 @@ class Supervisor:
             return given_socket(request.socket)
         return bound_socket(self._outside.folder, caller.uid)
 
-    def _make_record(
-        self, number: int, request: AddRequest, caller: Caller, bound: Mapping[str, Bound]
-    ) -> Record:
-        return Record(
-            number=number,
-            type=request.type,
-            app=request.app,
-            component=request.component,
-            metadata=request.metadata,
-            uid=caller.uid,
-            creator=caller.unique_name,
-            creator_bus=caller.bus,
-            credentials=caller.credentials,
-            sockets={bus: one.path for bus, one in bound.items()},
-            addresses={bus: one.address for bus, one in bound.items()},
-            access=request.access,
-            portals_as_host=request.portals_as_host,
-            keep_after_creator=request.keep_after_creator,
-            close_notify=request.close_notify is not None,
-            plugs=request.plugs,
-            created=self._outside.now(),
-        )
-
     @contextlib.contextmanager
     def _taken_in(self, record: Record) -> Iterator[None]:
-        """Have it in registry and state, unless the block fails."""
+        """Have it in the registry, unless the block fails."""
         self.registry.add(record)
         try:
-            self._outside.state.put(record)
             yield
         except BaseException as exc:
             self.registry.withdraw(record.id)
-            self._outside.state.delete(record)
             if not isinstance(exc, CallRefusedError):
                 # The gate may have it, or come to have it.
                 self._later(record.id, partial(self._outside.engine.stop, record.id))
             raise
 
-    def _follow(self, record: Record) -> None:
-        if self._creators.add(record):
-            self._outside.watches[record.creator_bus].add(record.creator)
+    def _carry_out(self, step: Step, record: Record) -> None:
+        for effect in step.effects:
+            match effect:
+                case Effect.WATCH:
+                    self.vigil.begin(record)
+                case Effect.CLOSE:
+                    self._outside.state.put_fact(record)
+                    self._later(record.id, partial(self._end_listening, record.id))
+                case Effect.STOP:
+                    self._later(record.id, partial(self._outside.engine.stop, record.id))
+                case Effect.TELL:
+                    self._remove(Removed(record=record, reason=step.reason))
+                case Effect.FORGET:
+                    pass  # whoever withdrew it sees to that
+
+    def _decide_again(self) -> None:
+        """What was decided may have been told to a gate that is no more."""
+        for sandbox in self.registry:
+            id_ = sandbox.record.id
+            if sandbox.phase is Phase.STOPPING:
+                self._later(id_, partial(self._outside.engine.stop, id_))
+            elif sandbox.phase is Phase.CLOSING and sandbox.record.listening:
+                self._later(id_, partial(self._end_listening, id_))
 
     def _later(self, about: str, job: _Job) -> None:
         self._jobs_in.send_nowait((about, job))
@@ -340,9 +365,9 @@ class Supervisor:
         record = removed.record
         LOGGER.info("%s: ended (%s)", record.id, removed.reason)
         self._outside.state.delete(record)
-        if self._creators.remove(record):
-            self._outside.watches[record.creator_bus].discard(record.creator)
-        self._outside.announcer.removed(record)
+        self.vigil.end(record)
+        self.ended[removed.reason] = self.ended.get(removed.reason, 0) + 1
+        self._outside.announcer.removed(record, removed.reason)
 
     def _sweep(self) -> None:
         keep = {path for sandbox in self.registry for path in sandbox.record.sockets.values()}
@@ -350,10 +375,13 @@ class Supervisor:
             LOGGER.info("%s: left behind by an earlier gate: unlinked", path)
 
     async def _end_listening(self, id_: SandboxId) -> None:
-        await self._outside.engine.stop_listening(id_)
+        with gone_is_fine():
+            await self._outside.engine.stop_listening(id_)
         sandbox = self.registry.get(id_)
         if sandbox is not None:  # else that was its end
-            self._store(msgspec.structs.replace(sandbox.record, listening=False))
+            record = msgspec.structs.replace(sandbox.record, listening=False)
+            self.registry.update(record)
+            self._outside.state.put_fact(record)
 
     async def _set_access_again(self, id_: SandboxId) -> None:
         async with self._changing:

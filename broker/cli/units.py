@@ -1,0 +1,140 @@
+"""`buswarden install-units`."""
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Final, NoReturn, cast
+
+import click
+
+import broker
+from broker.cli.output import print_line
+from broker.systemd.units import (
+    BUS_POLICY,
+    BUS_SERVICE,
+    Installation,
+    Scope,
+    is_unchanged,
+    make_files,
+)
+from broker.wire.errors import BrokerError, ConfigError
+
+_SYSTEM_FOLDERS: Final = {
+    "": Path("/etc/systemd/system"),
+    BUS_SERVICE: Path("/usr/local/share/dbus-1/system-services"),
+    BUS_POLICY: Path("/etc/dbus-1/system.d"),
+}
+_ENABLED: Final = "buswarden-gate.socket buswarden.service"
+
+
+class UnitsError(BrokerError):
+    """The files cannot be written, or are not ours to write."""
+
+
+@click.command("install-units")
+@click.option("--user", "scope", flag_value="user", default="user", help="For one user (default).")
+@click.option("--system", "scope", flag_value="system", help="For everybody, on the system bus.")
+@click.option(
+    "--dir",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write all files there.",
+)
+@click.option("--print", "only_print", is_flag=True, help="Print them, and write nothing.")
+@click.option("--remove", is_flag=True, help="Remove them.")
+@click.option("--force", is_flag=True, help="Also those that somebody changed.")
+def install_units_command(
+    *, scope: str, folder: Path | None, only_print: bool, remove: bool, force: bool
+) -> None:
+    """Write the systemd units of this installation, and how a bus starts them."""
+    files = {
+        _place(cast("Scope", scope), folder, name): text
+        for name, text in make_files(cast("Scope", scope), find_installation()).items()
+    }
+    if only_print:
+        for path, text in files.items():
+            click.echo(f"# {path}\n{text}")
+        return
+    if not force:
+        _check(files)
+    if remove:
+        _remove(files)
+    else:
+        _write(files)
+    if folder is None:
+        print_line(f"now run: {_next(scope, remove=remove)}")
+
+
+def find_installation() -> Installation:
+    """Say how the program that runs is started."""
+    here = str(Path(broker.__file__).parent.parent)
+    by_itself = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    return Installation(python=sys.executable, path="" if here in by_itself else here)
+
+
+def _place(scope: Scope, folder: Path | None, name: str) -> Path:
+    if folder is not None:
+        return folder / name
+    if scope == "system":
+        return _SYSTEM_FOLDERS.get(name, _SYSTEM_FOLDERS[""]) / name
+    if name == BUS_SERVICE:
+        return _home("XDG_DATA_HOME", ".local/share") / "dbus-1" / "services" / name
+    return _home("XDG_CONFIG_HOME", ".config") / "systemd" / "user" / name
+
+
+def _home(variable: str, otherwise: str) -> Path:
+    path = Path(os.environ.get(variable) or Path("~").expanduser() / otherwise)
+    if not path.is_absolute():
+        raise ConfigError(f"${variable} is not an absolute path: {str(path)[:80]!r}")
+    return path
+
+
+def _check(files: dict[Path, str]) -> None:
+    """All are looked at before the first is touched. Raises UnitsError."""
+    for path in files:
+        try:
+            before = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            _fail(exc, path)
+        if not is_unchanged(before):
+            raise UnitsError(f"{path} was changed or is not ours: --force to do it all the same")
+
+
+def _write(files: dict[Path, str]) -> None:
+    for path, text in files.items():
+        new = path.with_name(f".{path.name}.new")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(text, encoding="utf-8")
+            new.chmod(0o644)
+            new.rename(path)
+        except OSError as exc:
+            new.unlink(missing_ok=True)
+            _fail(exc, path)
+        print_line(f"wrote {path}")
+
+
+def _remove(files: dict[Path, str]) -> None:
+    for path in files:
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            _fail(exc, path)
+        print_line(f"removed {path}")
+
+
+def _fail(exc: OSError, path: Path) -> NoReturn:
+    raise UnitsError(f"{path}: {exc.strerror}") from exc
+
+
+def _next(scope: str, *, remove: bool) -> str:
+    systemctl = "systemctl --user" if scope == "user" else "systemctl"
+    if remove:
+        return f"{systemctl} stop {_ENABLED} buswarden-gate.service; {systemctl} daemon-reload"
+    return f"{systemctl} daemon-reload && {systemctl} enable --now {_ENABLED}"

@@ -1,0 +1,38 @@
+"""The rules of one connection as xdg-dbus-proxy has them: its app may also talk to itself. Pure."""
+
+import copy
+from collections.abc import Collection
+from typing import Final
+
+from policy.match import BUS_NAME, Judge, Verdict
+from policy.rules import Identity
+
+TO_ITSELF: Final = Verdict(allowed=True, rule=None, reason="an app may talk to itself")
+MACHINE_ID: Final = Verdict(allowed=True, rule=None, reason="GetMachineId is let through")
+_PEER: Final = "org.freedesktop.DBus.Peer"
+
+
+class ProxyJudge(Judge):
+    """A Judge that knows whose it is, from Hello on."""
+
+    unique_name = ""
+
+    def send(
+        self,
+        names: Collection[str],
+        path: str | None,
+        interface: str | None,
+        member: str | None,
+        peer: Identity | None,
+    ) -> Verdict:
+        """Judge a call or unicast signal out of the sandbox."""
+        if self.unique_name and self.unique_name in names:
+            return TO_ITSELF
+        if member == "GetMachineId" and BUS_NAME in names and interface in (None, _PEER):
+            return MACHINE_ID
+        return super().send(names, path, interface, member, peer)
+
+
+def copy_judge(judge: ProxyJudge) -> ProxyJudge:
+    """Return a judge of the same rules for one more connection; what was compiled is shared."""
+    return copy.copy(judge)

@@ -1,0 +1,153 @@
+"""What `--log` prints: a line for each message that passes or is refused, in the order of the connection.
+
+    allowed SOCKET CLIENT -> DESTINATION call INTERFACE.MEMBER at PATH #SERIAL
+    denied SOCKET CLIENT -> DESTINATION call INTERFACE.MEMBER at PATH: REASON
+
+`->` is out of the sandbox, `<-` into it. What the gate asks the bus for itself is left out.
+"""
+
+import os
+import select
+from collections.abc import Sequence
+from typing import Final
+
+from broker.gate.core import OWN_SERIALS, REPLY_SERIAL, Core, Denial, Output
+from broker.wire.header import Header, MessageType, parse_header
+
+# A pipe that has room at all takes so much at once (PIPE_BUF), and a line is not cut in two.
+MAX_LINE: Final = 4096
+# Milliseconds in which a reader that is behind can catch up before lines are left out.
+PATIENCE: Final = 1000
+
+_KINDS: Final = {
+    MessageType.METHOD_CALL: "call",
+    MessageType.METHOD_RETURN: "return",
+    MessageType.ERROR: "error",
+    MessageType.SIGNAL: "signal",
+}
+
+
+class Printer:
+    """Writes lines to a descriptor, as long as somebody takes them; None is nowhere."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        self._missed = 0
+        self._poll: Final = select.poll()
+        if fd is not None:
+            self._poll.register(fd, select.POLLOUT)
+
+    def line(self, text: str) -> None:
+        """Write a line at once. Who does not read holds nobody up: lines are left out, and counted."""
+        if self._fd is None:
+            return
+        # No app waits twice for the same reader.
+        if not self._poll.poll(0 if self._missed else PATIENCE):
+            self._missed += 1
+            return
+        if self._missed:
+            missed, self._missed = self._missed, 0
+            self._write(f"{missed} lines left out")
+        self._write(text)
+
+    def _write(self, text: str) -> None:
+        line = (text if text.isprintable() else ascii(text)).encode()
+        try:
+            if self._fd is not None:
+                os.write(self._fd, line[: MAX_LINE - 1] + b"\n")
+        except OSError:
+            self._fd = None  # nobody reads any more: that is no reason to end
+
+
+class Tap:
+    """Sees what one connection passes on, before it is sent."""
+
+    def __init__(self, core: Core, label: str, printer: Printer) -> None:
+        self._core: Final = core
+        self._label: Final = label
+        self._printer: Final = printer
+        self._to_bus: Final = _Place()
+        self._to_app: Final = _Place()
+
+    def look(self) -> None:
+        """Print what was put into the output since the last time."""
+        for data in self._to_bus.new(self._core.to_bus):
+            self._passed(data, "->")
+        for data in self._to_app.new(self._core.to_app):
+            self._passed(data, "<-")
+
+    def denied(self, denial: Denial) -> None:
+        """Print a refusal, behind all that passed before it."""
+        self.look()
+        arrow = "<-" if denial.direction == "receive" else "->"
+        what = f"{denial.direction} " if denial.direction in ("own", "see") else f"{denial.kind} "
+        if denial.direction in ("send", "receive") and denial.member:
+            what += f"{_method(denial.interface, denial.member)} at {denial.path}"
+        peer = denial.peer or "*"
+        self._print("denied", arrow, f"{peer} {what.strip()}: {denial.reason}")
+
+    def _passed(self, data: bytes, arrow: str) -> None:
+        header = parse_header(data)
+        own = OWN_SERIALS <= header.serial < REPLY_SERIAL
+        if arrow == "->" and own and header.serial in self._core.pending:
+            entry = self._core.pending[header.serial]
+            if getattr(entry, "is_own", False):
+                return
+        peer = (header.destination if arrow == "->" else header.sender) or "*"
+        self._print("allowed", arrow, f"{peer} {describe(header)}")
+
+    def _print(self, verdict: str, arrow: str, text: str) -> None:
+        client = self._core.unique_name or "?"
+        self._printer.line(f"{verdict} {self._label} {client} {arrow} {text}")
+
+
+class _Place:
+    """How far one output was looked at; it is emptied whenever it is sent."""
+
+    def __init__(self) -> None:
+        self._first: object = None
+        self._count = 0
+
+    def new(self, output: Output) -> Sequence[bytes]:
+        """Return the messages that were not there the last time, each whole."""
+        if not output or output[0] is not self._first:
+            self._count = 0
+        self._first = output[0] if output else None
+        items = output[self._count :]
+        self._count = len(output)
+        found: list[bytes] = []
+        for item in items:
+            found += split_messages(item if isinstance(item, bytes) else bytes(item.data))
+        return found
+
+
+def split_messages(data: bytes) -> list[bytes]:
+    """Return the messages of a run of whole ones."""
+    found = []
+    at = 0
+    while at < len(data):
+        header = parse_header(data, at)
+        end = at + header.size + header.body_length
+        found.append(data[at:end])
+        at = end
+    return found
+
+
+def describe(header: Header) -> str:
+    """Return what a message says, in words."""
+    try:
+        kind = _KINDS[MessageType(header.type)]
+    except ValueError:
+        kind = f"type {header.type}"
+    text = kind
+    if header.member:
+        text += f" {_method(header.interface or '', header.member)} at {header.path}"
+    if header.error_name:
+        text += f" {header.error_name}"
+    if header.reply_serial is not None:
+        return f"{text} to #{header.reply_serial}"
+    return f"{text} #{header.serial}"
+
+
+def _method(interface: str, member: str) -> str:
+    return f"{interface}.{member}" if interface else member

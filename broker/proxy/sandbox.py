@@ -1,0 +1,139 @@
+"""A group of the proxy as the gate sees it: a sandbox with a bus of its own.
+
+Peers are hosts here, whoever they are, also other clients of the same socket: xdg-dbus-proxy knows
+names and nothing else.
+"""
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Final
+
+from broker.gate.budgets import JUDGED_A_TURN
+from broker.gate.bus import Bus
+from broker.gate.control import Event, Listener, SandboxLimits, SandboxSpec
+from broker.gate.core import Core, Denial
+from broker.gate.filter import Filter
+from broker.gate.loop import Loop
+from broker.gate.sandbox import Sandbox
+from broker.proxy.arguments import Group
+from broker.proxy.judge import ProxyJudge, copy_judge
+from broker.proxy.log import Printer, Tap
+from broker.proxy.passage import Passage
+from broker.wire.header import MAX_MESSAGE
+from policy.rules import Identity
+
+# There is one sandbox a process, so that nobody else's share is at stake but the bus's. The reference
+# configuration of the system bus takes as many connections of a user.
+LIMITS: Final = SandboxLimits(
+    connections=256,
+    # A message of any legal size passes, as it does through xdg-dbus-proxy.
+    bytes_held=MAX_MESSAGE + 1024 * 1024,
+    bytes_queued=MAX_MESSAGE + 1024 * 1024,
+    match_rules=4096,
+    # More than any app that behaves, and less than keeps a bus from serving others.
+    messages_per_second=100_000,
+)
+
+
+class ProxyBus(Bus):
+    """The bus of one group, whose peers are nobody in particular."""
+
+    def __init__(self, name: str, address: str, *, sloppy_names: bool) -> None:
+        super().__init__(name, address)
+        self.tells_unique_names = sloppy_names
+        self.judges_names_alone = True
+
+    def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
+        """Do not remember who is behind a unique name."""
+
+
+class ProxySandbox(Sandbox):
+    """One group: a socket, and all connections to it."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        group: Group,
+        listener: Listener,
+        uid: int,
+        *,
+        bus: Bus,
+        printer: Printer,
+    ) -> None:
+        spec = SandboxSpec(
+            id=group.path,
+            identity=Identity(type="org.freedesktop.xdg-dbus-proxy", app=group.path),
+            uid=uid,
+            listeners=(listener,),
+            access=group.imported.access,
+            limits=LIMITS,
+        )
+        super().__init__(loop, spec, {listener.bus: bus}, _ignore_event, _ignore_end)
+        self._group: Final = group
+        self._printer: Final = printer
+        self._judge: Final = ProxyJudge(spec.access, bus=listener.bus, me=spec.identity)
+
+    def make_filter(self, bus: Bus, *, app_takes_fds: bool) -> Filter:
+        """Return what judges a new connection."""
+        judge = copy_judge(self._judge)
+        group = self._group
+        judging: Filter
+        if group.filter:
+            make = LoggedFilter if group.log else Filter
+            judging = make(
+                bus, self, judge, app_takes_fds=app_takes_fds, judged_a_turn=JUDGED_A_TURN
+            )
+        else:
+            passing = LoggedPassage if group.log else Passage
+            judging = passing(bus, self, judge, app_takes_fds=app_takes_fds)
+        if isinstance(judging, LoggedFilter):
+            judging.tap = Tap(judging.core, PurePath(group.path).name, self._printer)
+        return judging
+
+    def said_hello(self, core: Core) -> None:
+        """Register a connection, before its app can use it."""
+        assert isinstance(core.judge, ProxyJudge)
+        core.judge.unique_name = core.unique_name
+        super().said_hello(core)
+
+    def denied(self, core: Core, denial: Denial) -> None:
+        """Print a refusal, if that is wanted."""
+        self.denied_count += 1
+        for link in self.links:
+            judging = link.filter
+            if isinstance(judging, LoggedFilter) and judging.core is core:
+                judging.tap.denied(denial)
+
+
+class LoggedFilter(Filter):
+    """A Filter of which every message is printed."""
+
+    tap: Tap
+
+    def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        super().feed_app(data, fds)
+        self._look()
+
+    def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
+        """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        super().feed_bus(arrived, fds)
+        self._look()
+
+    def _look(self) -> None:
+        self.tap.look()
+        # What is remembered would go the short way, past us.
+        self.core.forget_verdicts()
+        self.core.bus_reply_at.clear()
+
+
+class LoggedPassage(LoggedFilter, Passage):
+    """A Passage of which every message is printed."""
+
+
+def _ignore_event(_event: Event) -> None:
+    """Nobody supervises a proxy."""
+
+
+def _ignore_end(_sandbox: Sandbox) -> None:
+    """A proxy ends its sandboxes itself."""

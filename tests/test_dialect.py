@@ -1,0 +1,184 @@
+"""How a bus that labels is talked to: its description read, bodies made and read."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, strategies as st
+
+from broker.bus.values import Variant, pack, unpack
+from broker.engines.dialect import (
+    ADD_TAKES,
+    COMPONENT,
+    Dialect,
+    make_add_body,
+    parse_dialect,
+    read_address,
+    read_arguments,
+    read_instance,
+)
+from broker.gate.control import SandboxSpec
+from broker.gate.upstream import Called
+from broker.wire.errors import CallRefusedError
+from policy.rules import Identity
+from tests.fake_driver import FakeDriver
+from tests.records import make_record, make_state
+
+# As the real one puts it, where it matters.
+REAL = """<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"
+"http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">
+<node>
+  <interface name="org.freedesktop.DBus.Containers1">
+    <method name="AddServer">
+      <arg direction="in" type="s"/>
+      <arg direction="in" type="s"/>
+      <arg direction="in" type="a{sv}"/>
+      <arg direction="in" type="a{sv}"/>
+      <arg direction="out" type="o"/>
+      <arg direction="out" type="ay"/>
+      <arg direction="out" type="s"/>
+    </method>
+    <method name="StopInstance">
+      <arg direction="in" type="o"/>
+    </method>
+    <method name="StopListening">
+      <arg direction="in" type="o"/>
+    </method>
+    <method name="RequestHeader">
+    </method>
+    <signal name="InstanceRemoved">
+      <arg type="o"/>
+    </signal>
+    <property name="SupportedArguments" type="as" access="read"/>
+  </interface>
+</node>
+"""
+PLAIN = Dialect(
+    add="AddServer",
+    stop="StopInstance",
+    stop_listening="StopListening",
+    set_access="",
+    arguments=frozenset(),
+)
+
+
+def make_spec(**changes: Any) -> SandboxSpec:
+    return msgspec.structs.replace(make_state(make_record()).spec, **changes)
+
+
+def test_the_description_of_the_real_one_is_read() -> None:
+    assert parse_dialect(REAL, ()) == PLAIN
+
+
+def test_the_names_of_the_proposal_are_read() -> None:
+    driver = FakeDriver(
+        add="AddContainerServer",
+        stop="RemoveContainerServer",
+        stop_listening="",
+        set_access="SetContainerAccess",
+    )
+    assert parse_dialect(driver.xml, ["Allow"]) == Dialect(
+        add="AddContainerServer",
+        stop="RemoveContainerServer",
+        stop_listening="",
+        set_access="SetContainerAccess",
+        arguments=frozenset({"Allow"}),
+    )
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "",
+        "nonsense",
+        "<node/>",
+        REAL.replace("Containers1", "Containers2"),
+        REAL.replace("AddServer", "Add"),
+        REAL.replace("StopInstance", "Stop"),
+        REAL.replace('type="ay"', 'type="s"'),
+        REAL.replace('direction="in" type="o"', 'direction="in" type="s"'),
+        FakeDriver(mode="none").xml,
+    ],
+)
+def test_another_interface_is_none_that_we_know(xml: str) -> None:
+    assert parse_dialect(xml, ()) is None
+
+
+@given(st.text(max_size=200))
+def test_any_description_can_be_read(text: str) -> None:
+    parse_dialect(text, ())
+    parse_dialect(f'<interface name="org.freedesktop.DBus.Containers1">{text}</interface>', ())
+
+
+KEYS = st.text("abc.", min_size=1, max_size=8)
+VALUES = st.one_of(
+    st.builds(lambda text: Variant("s", text), st.text("xyz", max_size=12)),
+    st.builds(lambda number: Variant("t", number), st.integers(0, 2**64 - 1)),
+    st.builds(lambda data: Variant("ay", data), st.binary(max_size=20)),
+)
+
+
+@given(
+    st.text("ab", max_size=9),
+    st.dictionaries(KEYS, VALUES, max_size=4),
+    st.none() | st.text("cd", min_size=1, max_size=9),
+)
+def test_the_body_says_what_it_should(
+    app: str, metadata: dict[str, Variant], component: str | None
+) -> None:
+    identity = Identity(type="org.example.T", app=app, component=component)
+    spec = make_spec(identity=identity, metadata=pack("a{sv}", [metadata]))
+    more = {} if component is None else {COMPONENT: Variant("s", component)}
+    expected = ["org.example.T", app, metadata | more, {}]
+    body = make_add_body(spec, "session", PLAIN)
+    assert unpack(ADD_TAKES, body) == expected
+    assert body == pack(ADD_TAKES, expected)
+
+
+def test_nobody_else_says_what_the_component_is() -> None:
+    identity = Identity(type="org.example.T", app="a", component="right")
+    metadata = pack("a{sv}", [{COMPONENT: Variant("s", "wrong"), "k": Variant("s", "v")}])
+    body = make_add_body(make_spec(identity=identity, metadata=metadata), "session", PLAIN)
+    (_, _, given_metadata, _) = unpack(ADD_TAKES, body)
+    assert given_metadata == {"k": Variant("s", "v"), COMPONENT: Variant("s", "right")}
+
+
+def test_no_metadata_at_all() -> None:
+    body = make_add_body(make_spec(metadata=b""), "session", PLAIN)
+    assert unpack(ADD_TAKES, body)[2:] == [{}, {}]
+
+
+def called(signature: str, *values: Any) -> Called:
+    return Called(signature=signature, body=pack(signature, values), little=True)
+
+
+def test_what_was_added_is_read() -> None:
+    answer = called("oays", "/i", b"/socket\0", "unix:path=/socket,guid=" + "0" * 32)
+    assert read_instance(answer) == "/i"
+    assert read_address(answer) == "unix:path=/socket,guid=" + "0" * 32
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        called("s", "x"),
+        called("oay", "/i", b"/socket\0"),
+        Called(signature="oays", body=b"\xff" * 8, little=True),
+        Called(signature="oays", body=b"", little=True),
+    ],
+)
+def test_nonsense_is_refused(answer: Called) -> None:
+    with pytest.raises(CallRefusedError):
+        read_address(answer)
+
+
+def test_supported_arguments() -> None:
+    assert read_arguments(called("v", Variant("as", ["Allow", "X"]))) == ["Allow", "X"]
+    with pytest.raises(CallRefusedError):
+        read_arguments(called("v", Variant("s", "Allow")))
+
+
+def test_an_instance_is_found_in_an_answer_of_another_form() -> None:
+    assert read_instance(called("o", "/i")) == "/i"
+    assert read_instance(called("s", "/i")) == ""
+    assert read_instance(Called(signature="oays", body=b"", little=True)) == ""

@@ -1,0 +1,210 @@
+"""A gate that dies: replaced, given back what is held, and on record."""
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from broker.engines import gate as gate_module
+from broker.engines.base import EngineLostError
+from broker.engines.held import PIPE
+from broker.engines.process import GateError, GateProcess
+from broker.gate.control import Listener, Listeners, SandboxSpec, TakeListeners
+from broker.wire.errors import CallRefusedError
+from tests.records import make_record, make_snapshot, make_state
+from tests.test_engine_gate import kept, make_engine
+from tests.test_engine_link import Told
+
+
+def make_spec(number: int, app: str = "app") -> SandboxSpec:
+    """Return a sandbox with a pipe for its first descriptor, and a socket's place for the second."""
+    spec = make_state(make_record(number, app=app)).spec
+    listener = Listener(bus="session", fd=1)
+    return SandboxSpec(
+        id=spec.id,
+        identity=spec.identity,
+        uid=spec.uid,
+        listeners=(listener,),
+        access=spec.access,
+        close_notify=0,
+    )
+
+
+def files(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def past_process() -> int:
+    """Return the id of one that has ended."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(pid, 0)
+    return pid
+
+
+class Restoring(Told):
+    """Has the engine serve again what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wanted: list[tuple[SandboxSpec, Sequence[int]]] = []
+        self.given_up: list[str] = []
+
+    def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
+        return self.wanted
+
+    def lost(self, sandbox: str) -> None:
+        self.given_up.append(sandbox)
+
+
+def test_descriptors_are_asked_for_a_frame_at_a_time() -> None:
+    states = [make_state(make_record(number)) for number in range(450)]
+    batches = list(gate_module._batches(iter(states)))
+    assert [name for batch in batches for name in batch] == [state.spec.id for state in states]
+    assert [len(batch) for batch in batches] == [200, 200, 50]
+
+
+async def test_a_dead_gate_is_replaced_and_given_back_what_it_had(tmp_path: Path) -> None:
+    told = Restoring()
+    read, write = os.pipe()
+    async with kept(make_engine(tmp_path), told) as engine:
+        spec = make_spec(1)
+        await engine.add(spec, [write, write])
+        assert os.read(read, 9) == b"xx"
+        assert set(engine.held.of("c1")) == {"session", PIPE}
+        held = engine.held.of("c1")
+        told.wanted = [(spec, [held[PIPE], held["session"]])]
+        old = engine.pid
+        os.kill(old, signal.SIGKILL)
+        # Whoever asks waits for the next one, which has the sandbox by then.
+        assert await engine.who("session", "c1") == "c1"
+        assert engine.pid != old
+        assert os.read(read, 9) == b"xx"
+        assert f"(process {old}) was killed by SIGKILL" in engine.last_crash
+        await engine.stop("c1")
+        assert "c1" not in engine.held
+        await engine.shutdown()
+    os.close(write)
+    assert os.read(read, 9) == b""  # nobody has it any more
+    os.close(read)
+    assert [name[:10] for name in files(tmp_path)] == ["gate-crash"]
+
+
+async def test_what_a_new_gate_refuses_is_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = Restoring()
+    async with kept(make_engine(tmp_path), told) as engine:
+        read, write = os.pipe()
+        await engine.add(make_spec(1, "refused-later"), [write, write])
+        told.wanted = [(make_spec(1, "refused"), [write, write])]
+        os.kill(engine.pid, signal.SIGKILL)
+        assert await engine.who("session", "c1") is None
+        assert told.given_up == ["c1"]
+        assert "c1" not in engine.held
+        assert "does not take it again" in caplog.text
+        os.close(read)
+        os.close(write)
+        await engine.shutdown()
+
+
+async def test_a_sandbox_is_added_at_the_next_gate(tmp_path: Path) -> None:
+    async with kept(make_engine(tmp_path)) as engine:
+        old = engine.pid
+        await engine.add(make_state(make_record(app="die once")).spec, [])
+        assert await engine.who("session", "c0") == "c0"
+        assert engine.pid != old
+        await engine.shutdown()
+
+
+async def test_what_kills_two_gates_is_given_up(tmp_path: Path) -> None:
+    async with kept(make_engine(tmp_path)) as engine:
+        with pytest.raises(EngineLostError):
+            await engine.add(make_state(make_record(app="die")).spec, [])
+        with pytest.raises(CallRefusedError):
+            await engine.stop("c0")  # the next gate has heard of none
+        await engine.shutdown()
+
+
+async def test_who_listens_no_more_is_not_held(tmp_path: Path) -> None:
+    async with kept(make_engine(tmp_path)) as engine:
+        read, write = os.pipe()
+        await engine.add(make_spec(1), [write, write])
+        await engine.stop_listening("c1")
+        assert list(engine.held.of("c1")) == [PIPE]
+        os.close(read)
+        os.close(write)
+        await engine.shutdown()
+
+
+async def test_waiting_for_a_gate_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "GAP_TIMEOUT", 0.01)
+    engine = make_engine(tmp_path)
+    with pytest.raises(EngineLostError, match="try again"):
+        await engine.who("session", ":1.1")
+
+
+async def test_a_gate_that_dies_before_it_serves_is_given_up(tmp_path: Path) -> None:
+    told = Restoring()
+    told.wanted = [(make_state(make_record(app="die")).spec, [])]
+    with pytest.raises(GateError, match="5 times"):
+        await make_engine(tmp_path).keep_connected(told)
+    assert sum(name.startswith("gate-crash") for name in files(tmp_path)) == 5
+
+
+async def test_a_gate_that_somebody_ended_is_no_crash(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with kept(make_engine(tmp_path)) as engine:
+        old = engine.pid
+        (tmp_path / "gate.sock").unlink()
+        os.kill(old, signal.SIGKILL)
+        await engine.who("session", ":1.1")
+        assert engine.pid != old
+        assert not engine.last_crash
+        assert "ended by somebody else" in caplog.text
+        await engine.shutdown()
+
+
+async def test_a_process_that_is_no_more_is_not_watched(tmp_path: Path) -> None:
+    process = GateProcess(tmp_path / "gate.sock", ["/bin/true"])
+    process.watch(past_process())
+    assert not await process.has_died()
+    assert not process.is_ours
+    await process.wait_exit()
+    await trio.lowlevel.checkpoint()
+
+
+class Lender:
+    """A link to a gate that lends what sandboxes listen on."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+        self.refuses = False
+
+    async def request_fds(self, request: TakeListeners) -> tuple[Listeners, list[int]]:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(request.sandboxes)
+        if self.refuses:
+            raise CallRefusedError("org.example.No", "not now")
+        what = tuple((sandbox, "session") for sandbox in request.sandboxes)
+        return Listeners(what), [os.open("/dev/null", os.O_RDONLY) for _ in what]
+
+
+async def test_what_a_gate_that_runs_listens_on_is_borrowed_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, lender = make_engine(tmp_path), Lender()
+    snapshot = make_snapshot(*(make_state(make_record(number)) for number in range(3)))
+    for _ in range(2):
+        await engine._hold(lender, snapshot)  # type: ignore[arg-type]
+    assert lender.asked == [("c0", "c1", "c2")]
+    assert list(engine.held) == ["c0", "c1", "c2"]
+    lender.refuses = True
+    await engine._hold(lender, make_snapshot(make_state(make_record(3))))  # type: ignore[arg-type]
+    assert "cannot be held" in caplog.text
+    engine.held.close()

@@ -1,0 +1,82 @@
+"""Nothing that the gate knows is forgotten in a hand-over: each field of its objects is handed over, or can be made again.
+
+Whoever adds a field says here which it is; and if it is handed over, its class's `dump` and `load` have it.
+"""
+
+import ast
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+GATE: Final = Path(__file__).resolve().parent.parent / "broker" / "gate"
+# Given to the constructor, or made by it and never changed.
+GIVEN: Final = """
+_about _account _app _buses _clock _core _driver _drained _emit _ended _full _incoming _judging _loop _methods _most
+_outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd finishers
+from_app id identity limits sandbox sock
+"""
+CORE: Final = """
+_next_own app_takes_fds asked callers counts_callers greeting lent matches name_requests pending requested_names
+unique_name
+"""
+CORE_AGAIN: Final = """
+_judged_uniques app_calls app_mute app_replies app_reply_at app_signals bus_calls bus_mute bus_replies bus_reply_at
+bus_signals judge match_count to_app to_bus
+"""
+LINK: Final = """
+_bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
+"""
+SANDBOX: Final = """
+_close_pipe _guid _listening _throttled_count _waiting complaints denied_count is_throttled links messages spec
+"""
+# Class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
+FIELDS: Final = {
+    "core.Core": (CORE, CORE_AGAIN),
+    "owners.Owners": ("_extra _matches _then _uses names waiting", "_by_owner"),
+    "sight.Sight": ("lately_seen", ""),
+    "swap.Swap": ("told", ""),
+    "intake.Intake": ("_batches _fds _need _number _parts _skip unfinished", "_held"),
+    "filter.Filter": ("_from_bus _stash _wake held yielded", "_stashed_bytes spent"),
+    "incoming.Incoming": ("", ""),
+    "outgoing.Outgoing": ("", ""),
+    "driver.Driver": ("", ""),
+    "bus.Bus": (
+        "_guid _late _wording address identities name sandboxes speakers tagged",
+        "judges_names_alone links members tells_unique_names",
+    ),
+    "pipe.Pipe": (
+        "_queue _reading",
+        "_events _is_away _read_size _recvmsg _send handler is_clear queued queued_fds readable",
+    ),
+    "link.Link": (LINK, "_bus_sock _client _closed _goes_on _meter _new_judge _server"),
+    "meter.Meter": ("", "_asked _asks _budget _counted"),
+    "budgets.MessageBudget": ("_filled left", ""),
+    "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),
+    "reports.Reports": ("left unreported", ""),
+    "sandbox.Sandbox": (SANDBOX, "_is_over _judges bytes_held"),
+    "server.Gate": ("_asked _control _kept _own _reader _sandboxes _supervisor", "_manager"),
+}
+
+
+def fields_of(name: str) -> set[str]:
+    """Return what the methods of a class assign to `self`."""
+    module, _, wanted = name.partition(".")
+    tree = ast.parse((GATE / f"{module}.py").read_text())
+    (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == wanted]
+    return {
+        node.attr
+        for node in ast.walk(found)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_each_field_is_handed_over_or_made_again(name: str) -> None:
+    handed, made = (set(names.split()) for names in FIELDS[name])
+    assert not handed & made
+    given = set(GIVEN.split())
+    assert fields_of(name) - given == (handed | made) - given
