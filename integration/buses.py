@@ -17,6 +17,16 @@ from integration.processes import PROJECT, PYTHON, running
 DAEMON: Final = "dbus-daemon"
 BROKER: Final = "dbus-broker"
 KINDS: Final = (DAEMON, BROKER)
+# dbus-daemon with Containers1, which `make containers1-daemon` builds: the engine of the same name works with it.
+CONTAINERS1: Final = "containers1"
+CONTAINERS1_DAEMON: Final = PROJECT / ".cache" / "containers1" / "prefix" / "bin" / DAEMON
+# Those of a session, which its own defaults are below.
+CONTAINERS1_LIMITS: Final = {
+    "max_containers": 10_000,
+    "max_containers_per_user": 10_000,
+    "max_container_metadata_bytes": 65_536,
+    "max_connections_per_container": 16,
+}
 
 # What /usr/share/dbus-1/session.conf says, but for its folders of services.
 _CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
@@ -48,6 +58,7 @@ _CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Co
   <limit name="max_names_per_connection">50000</limit>
   <limit name="max_match_rules_per_connection">50000</limit>
   <limit name="max_replies_per_connection">50000</limit>
+  {limits}
 </busconfig>
 """
 
@@ -73,7 +84,9 @@ def open_bus(
     kind: str, folder: Path, services: Services | None = None, *, everybody: bool = False
 ) -> Iterator[Bus]:
     """Run a bus of that kind whose socket is `folder`/bus; `everybody`: for all users (dbus-daemon)."""
-    if kind == DAEMON:
+    if kind == CONTAINERS1:
+        opening = open_containers1_daemon(folder, services, everybody=everybody)
+    elif kind == DAEMON:
         opening = open_dbus_daemon(folder, services, everybody=everybody)
     else:
         assert not everybody, "not needed so far"
@@ -98,6 +111,20 @@ def open_dbus_daemon(
 
 
 @contextmanager
+def open_containers1_daemon(
+    folder: Path, services: Services | None = None, *, everybody: bool = False, **limits: int
+) -> Iterator[Bus]:
+    """Run the dbus-daemon that labels connections; what it labels makes no difference to who does not ask."""
+    address = f"unix:path={folder}/bus"
+    all_limits = CONTAINERS1_LIMITS | limits
+    config = _write_config(folder, address, services or {}, everybody=everybody, limits=all_limits)
+    argv = [str(CONTAINERS1_DAEMON), f"--config-file={config}", "--nofork", "--nopidfile"]
+    argv += ["--print-address=1", f"--address={address}"]
+    with running(argv, env=_bus_env(folder), log=folder / "bus.log") as process:
+        yield Bus(kind=DAEMON, address=process.wait_line("unix:"), pid=process.pid)
+
+
+@contextmanager
 def open_dbus_broker(folder: Path, services: Services | None = None) -> Iterator[Bus]:
     """Run dbus-broker under a controller of our own (`integration.controller`)."""
     path = folder / "bus"
@@ -114,7 +141,14 @@ def _bus_env(folder: Path) -> dict[str, str]:
     return {"XDG_RUNTIME_DIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(PROJECT)}
 
 
-def _write_config(folder: Path, address: str, services: Services, *, everybody: bool) -> Path:
+def _write_config(
+    folder: Path,
+    address: str,
+    services: Services,
+    *,
+    everybody: bool = False,
+    limits: Mapping[str, int] | None = None,
+) -> Path:
     service_folder = folder / "services"
     service_folder.mkdir()
     for name, command in services.items():
@@ -125,6 +159,9 @@ def _write_config(folder: Path, address: str, services: Services, *, everybody: 
         address=escape(address),
         services=escape(str(service_folder)),
         connect='<allow user="*"/>' if everybody else "",
+        limits="\n".join(
+            f'<limit name="{name}">{value}</limit>' for name, value in (limits or {}).items()
+        ),
     )
     config.write_text(text)
     return config

@@ -7,13 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import KINDS, Bus, open_bus
+from integration.buses import CONTAINERS1, CONTAINERS1_DAEMON, KINDS, Bus, open_bus
+from integration.proxies import World, open_world
 from integration.stage import Stage
 from integration.supervised import Warden, open_warden
 from integration.threats import Scene, open_scene, open_threatened
 
 # A skip whose text has one of these is of the kernel or the machine, which CI cannot install.
 _EXCUSES = ("the kernel", "the machine", "this kernel", "this machine")
+
+
+# Modules that say what holds whatever mediates the bus.
+_CONFORMANCE = ("test_identity", "test_lifetimes", "test_rules_", "test_service_")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests on each bus; those of the conformance also by the other engine, if its bus is built."""
+    module = metafunc.module.__name__.rpartition(".")[2]
+    kinds: tuple[str, ...] = KINDS
+    if module.startswith(_CONFORMANCE) and CONTAINERS1_DAEMON.exists():
+        kinds = (*KINDS, CONTAINERS1)
+    if "bus" in metafunc.fixturenames:
+        metafunc.parametrize("bus", kinds, indirect=True, scope="function")
+    if "module_warden" in metafunc.fixturenames:
+        metafunc.parametrize("module_warden", kinds, indirect=True, scope="module")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,7 +63,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture
 def bus(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bus]:
     """A real bus: each test that takes it runs on dbus-daemon and on dbus-broker."""
     with open_bus(request.param, folder) as running_bus:
@@ -60,7 +77,7 @@ def warden(bus: Bus, folder: Path) -> Iterator[Warden]:
         yield running_warden
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def module_warden(request: pytest.FixtureRequest) -> Iterator[Warden]:
     """A supervisor on a real bus, for all tests of a module: take `shared`."""
     with tempfile.TemporaryDirectory(prefix="bw-") as name:
@@ -98,3 +115,11 @@ def scene(threatened: Warden) -> Iterator[Scene]:
     """An attacker and those who must not notice; afterwards the gate has to be as it was before."""
     with open_scene(threatened) as set_scene:
         yield set_scene
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """A real bus with services on it, for all tests of a module that put proxies in front of it."""
+    with tempfile.TemporaryDirectory(prefix="bw-") as name:
+        with open_world(request.param, Path(name)) as made:
+            yield made

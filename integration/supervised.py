@@ -217,7 +217,7 @@ def open_warden(
     argv += ["--bus", f"session={bus.address}"] if add_bus else []
     gates: list[int] = []
     with ExitStack() as stack:
-        stack.callback(_kill, gates)
+        stack.callback(_kill, gates, runtime)
         process = stack.enter_context(running([*argv, *args], env=_env(runtime), log=log))
         process.wait_line("ready")
         warden = Warden(
@@ -256,11 +256,21 @@ def _env(runtime: Path) -> dict[str, str]:
     return {"XDG_RUNTIME_DIR": str(runtime), "HOME": str(runtime), "COLUMNS": "200"}
 
 
-def _kill(gates: Sequence[int]) -> None:
+def _kill(gates: Sequence[int], runtime: Path) -> None:
     # A gate is in a session of its own and survives its supervisor: a test that failed must not leave it.
-    for pid in gates:
+    for pid in {*gates, *_marked_gates(runtime)}:
         if is_running(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def _marked_gates(runtime: Path) -> list[int]:
+    """Return those that took the place of a first one: by their mark, if it is still about them."""
+    try:
+        marked = (runtime / "buswarden" / "gate.pid").read_text().split()
+        pids = [int(pid) for pid in marked]
+        return [p for p in pids if str(runtime) in Path(f"/proc/{p}/cmdline").read_text()]
+    except (OSError, ValueError):
+        return []
 
 
 def _print_log(warden: Warden) -> None:

@@ -59,14 +59,27 @@ def test_a_bus_that_is_not_there_is_one_line(folder: Path, what: str) -> None:
     assert not [path for path in (folder / "run").rglob("*") if path.is_socket()]
 
 
-def test_a_bus_that_goes_away_ends_it_in_order(bus: Bus, folder: Path) -> None:
-    with open_warden(bus, folder / "run", orderly=False) as warden:
+def test_a_bus_that_is_gone_for_good_ends_it_in_order(bus: Bus, folder: Path) -> None:
+    config = folder / "config.toml"
+    config.write_text("bus_gone_seconds = 1\n")
+    with open_warden(bus, folder / "run", "--config", str(config), orderly=False) as warden:
         client = warden.connect(warden.add_server())
         os.kill(bus.pid, signal.SIGKILL)
         assert warden.process.wait() == 1
         assert client.is_closed(5)
         assert "bus session" in warden.log
         assert "Traceback" not in warden.log
+
+
+def test_a_bus_of_its_own_does_not_come_back(folder: Path) -> None:
+    log = folder / "log"
+    with running(RUN, env=env(folder / "run"), log=log) as process:
+        bus_pid = int(process.read_line().rpartition("process ")[2].rstrip(")"))
+        process.wait_line("ready ")
+        os.kill(bus_pid, signal.SIGKILL)
+        assert process.wait() == 1
+    assert process.log.splitlines()[-1].startswith("buswarden: no bus is left")
+    assert not [path for path in (folder / "run").rglob("gate.sock") if path.is_socket()]
 
 
 def test_without_any_bus_it_starts_one_of_its_own(folder: Path) -> None:

@@ -1,21 +1,19 @@
-"""What outlives what: the gate its supervisor, the supervisor its gate; and that neither forgets nor tells twice."""
+"""What outlives what: the gate its supervisor; and that neither forgets nor tells twice."""
 
 import os
 import signal
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from integration.buses import Bus, open_dbus_daemon
-from integration.clients import run
-from integration.processes import PYTHON, is_running, wait_gone
-from integration.rawclient import CallError, RawClient
+from integration.buses import Bus, open_dbus_broker
+from integration.processes import is_running
+from integration.rawclient import RawClient
 from integration.service import ECHO, PATH, running_service
 from integration.supervised import (
     CONTAINERS,
+    CONTAINERS_PATH,
+    MANAGE,
+    NAME,
     SEND,
     Warden,
     open_warden,
@@ -85,33 +83,6 @@ def test_killed_supervisor_costs_no_app_its_connection(bus: Bus, folder: Path) -
             assert sorted(told) == sorted([kept.path, followers.path, new.path])
 
 
-def test_killed_gate_is_told_and_replaced(bus: Bus, folder: Path) -> None:
-    with listen(bus) as host, open_warden(bus, folder / "run", orderly=False) as warden:
-        sandboxes = [warden.add_server() for _ in range(3)]
-        clients = [warden.connect(sandbox) for sandbox in sandboxes]
-        os.kill(warden.gate_pid, signal.SIGKILL)
-        assert all(client.is_closed(5) for client in clients)
-        wait_for(lambda: _gate_pid(warden) not in (0, warden.gate_pid))
-        assert warden.list_sandboxes() == []
-        assert sorted(removals(host)) == sorted(sandbox.path for sandbox in sandboxes)
-        assert not any(sandbox.socket.exists() for sandbox in sandboxes)
-        new = warden.add_server()
-        assert warden.who(warden.connect(new).unique_name) == new.path
-        assert new.id not in {sandbox.id for sandbox in sandboxes}
-        gate = _gate_pid(warden)
-        assert warden.process.stop() == 0
-        assert wait_gone(gate)
-        assert removals(host) == [new.path]
-
-
-def _gate_pid(warden: Warden) -> int:
-    try:
-        (status,) = warden.manage("Status")
-    except CallError:  # there is none at the moment
-        return 0
-    return int(status["gate_pid"])
-
-
 def test_orderly_end_tells_and_leaves_nothing(bus: Bus, folder: Path) -> None:
     with listen(bus) as host:
         with open_warden(bus, folder / "run") as warden:
@@ -137,6 +108,56 @@ def test_rules_are_stored_before_the_answer(bus: Bus, folder: Path) -> None:
             assert second.show(sandbox)["access"] == [(False, "send:org.example.N19@/")]
 
 
+def test_refusals_meanwhile_are_told_on_return(bus: Bus, folder: Path) -> None:
+    runtime = folder / "run"
+    with listen(bus) as host, open_warden(bus, runtime, orderly=False) as first:
+        host.add_match(f"interface='{MANAGE}'")
+        sandbox = first.add_server(KeepAfterCreator=KEEP)
+        client = first.connect(sandbox)
+        client.call("org.example.N", "/before", None, "M")
+        wait_for(lambda: first.show(sandbox)["denied"] == 1)
+        wait_for(lambda: "Denied" in [m.header.member for m in host.drain()])
+        first.kill()
+        for n in range(70):  # 50 a second are told one by one
+            client.call("org.example.N", f"/meanwhile{n}", None, "M")
+        with open_warden(bus, runtime) as second:
+            wait_for(lambda: second.show(sandbox)["denied"] == 71)
+            paths = {denial["path"] for denial in second.show(sandbox)["denials"]}
+            assert "/meanwhile9" in paths
+            told = [m.values[1]["path"] for m in host.drain() if m.header.member == "Denied"]
+            assert "/meanwhile0" in told
+            assert "/before" not in told
+
+
+def test_header_wishes_outlive_supervisor_and_gate(folder: Path) -> None:
+    runtime = folder / "run"
+    with (
+        open_dbus_broker(folder) as bus,
+        RawClient.connect(bus.address) as host,
+        open_warden(bus, runtime, orderly=False) as first,
+    ):
+        sandbox = first.add_server(rules=["send:"], KeepAfterCreator=KEEP)
+        host.ask(NAME, CONTAINERS_PATH, CONTAINERS, "RequestHeader")
+        first.kill()
+        with open_warden(bus, runtime) as second:
+            check_tagged(second.connect(sandbox), host)
+            os.kill(second.gate_pid, signal.SIGKILL)
+            second.gate_pid = second.manage("Status")[0]["gate_pid"]
+            wait_for(lambda: "served again" in second.log)
+            check_tagged(second.connect(sandbox), host)
+
+
+def check_tagged(client: RawClient, host: RawClient) -> None:
+    """Call until the call says who calls: the wish is told to a new gate after it serves."""
+
+    def is_tagged() -> bool:
+        client.start_call(host.unique_name, "/x", "org.example.I", "M")
+        host.sock.settimeout(10)
+        return b"\x0a\x01o\0" in host.sock.recv(65536)
+
+    wait_for(is_tagged)
+
+
 def test_descriptors_of_the_supervisor_come_back(shared: Warden) -> None:
     def count() -> int:
         return len(list(Path(f"/proc/{shared.process.pid}/fd").iterdir()))
@@ -157,31 +178,3 @@ def test_descriptors_of_the_supervisor_come_back(shared: Warden) -> None:
     wait_for(lambda: count() == before)
     for fd in (read_end, write_end):
         os.close(fd)
-
-
-@pytest.mark.parametrize("damage", ["version", "tables", "record", "noise"])
-def test_damaged_state_is_one_line(folder: Path, damage: str) -> None:
-    runtime = folder / "run"
-    with open_dbus_daemon(folder) as bus:
-        with open_warden(bus, runtime):
-            pass
-        _damage(runtime / "buswarden" / "state.db", damage)
-        argv = (PYTHON, "-m", "broker.cli", "run", "--bus", f"session={bus.address}")
-        outcome = run(*argv, env={"XDG_RUNTIME_DIR": str(runtime)})
-    assert outcome.code in (1, 2)
-    assert outcome.err.startswith("buswarden: ")
-    assert outcome.err.count("\n") == 1
-
-
-def _damage(path: Path, how: str) -> None:
-    if how == "noise":
-        path.write_bytes(b"no database" * 1000)
-        return
-    with closing(sqlite3.connect(path)) as db, db:
-        match how:
-            case "version":
-                db.execute("PRAGMA user_version = 99")
-            case "tables":
-                db.execute("DROP TABLE counter")
-            case _:
-                db.execute("INSERT INTO sandbox VALUES (7, x'00')")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import open_bus
+from integration.buses import CONTAINERS1, CONTAINERS1_DAEMON, open_bus
 from integration.other_user import NOBODY, as_user
 from integration.rawclient import CallError, RawClient
 from integration.supervised import Warden, open_warden
@@ -16,10 +16,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def shared(folder: Path) -> Iterator[Warden]:
+@pytest.fixture(
+    params=["dbus-daemon", CONTAINERS1] if CONTAINERS1_DAEMON.exists() else ["dbus-daemon"]
+)
+def shared(request: pytest.FixtureRequest, folder: Path) -> Iterator[Warden]:
     folder.chmod(0o711)
-    with open_bus("dbus-daemon", folder, everybody=True) as bus:
+    with open_bus(request.param, folder, everybody=True) as bus:
         config = folder / "buswarden.toml"
         config.write_text(f'runtime_dir = "{folder}/run/buswarden"\n')
         args = ("--scope", "system", "--config", str(config), "--bus", f"system={bus.address}")
@@ -37,6 +39,8 @@ def test_app_is_on_the_bus_as_the_user_who_made_its_sandbox(shared: Warden) -> N
                 return [app.driver("GetConnectionUnixUser", "s", app.unique_name)[0], os.getuid()]
 
     assert as_user(NOBODY, nobodys_app) == [NOBODY, NOBODY]
+    # A bus that labels makes a server for that user, too.
+    assert "the gate alone" not in shared.log
 
 
 def test_another_users_connection_is_closed_without_a_word(shared: Warden) -> None:

@@ -237,6 +237,8 @@ def test_b32_very_many_tiny_messages_are_read_more_slowly(scene: Scene, kind: in
     thread = threading.Thread(target=flood, args=(client, mute, done))
     thread.start()
     try:
+        if kind == CALL:  # else the bus may be what slows it down
+            wait_for(lambda: scene.use()["throttled"], 10)
         time.sleep(0.3)
         for other in (scene.other, scene.host):
             assert round_trips(other, 50) < 0.1
@@ -244,8 +246,6 @@ def test_b32_very_many_tiny_messages_are_read_more_slowly(scene: Scene, kind: in
     finally:
         done.set()
         thread.join()
-    if kind == CALL:  # else the bus may be what slows it down
-        assert scene.use()["throttled"] > 0
     wait_for(lambda: scene.use()["messages_per_second"] < 100, 10)
     scene.assert_alive(client)
 
@@ -258,7 +258,7 @@ def test_b32_messages_a_second_have_a_budget(bus: Bus, folder: Path) -> None:
         client = scene.attack()
         echo(client)
         start = time.monotonic()
-        calls = 1500
+        calls = 3500
         for _ in range(calls):
             client.start_call(ECHO, PATH, ECHO, "Ping", flags=1)
         echo(client)  # in its turn

@@ -18,7 +18,8 @@ from broker.wire.marshal import Value, make_call
 
 # Longer than any pause of a busy machine; a lost reply ends the run instead of hanging it.
 TIMEOUT: Final = 30  # seconds
-BUFFER: Final = 1024 * 1024
+# For all clients of a process: what is read there is counted, and not kept.
+BUFFER: Final = bytearray(1024 * 1024)
 SERIAL_AT: Final = 8  # of a message's bytes; little-endian in all of ours
 
 
@@ -36,7 +37,6 @@ class Client:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._socket.connect(str(path))
-        self._buffer = bytearray(BUFFER)
         self._rest = b""
         self._serial = 0
         try:
@@ -65,6 +65,24 @@ class Client:
             raise BenchError(f"an error instead of a reply: {reply[header.size + 4 : -1]!r}")
         return reply
 
+    @property
+    def connection(self) -> socket.socket:
+        """The socket, for a loop of the caller's own, who asks for serials."""
+        return self._socket
+
+    def take_serial(self) -> int:
+        """Return a serial that nothing was sent with."""
+        self._serial += 1
+        return self._serial
+
+    def add_match(self, rule: str) -> None:
+        """Subscribe to signals."""
+        self.ask(make_driver_call("AddMatch", "s", (rule,)))
+
+    def own(self, name: str) -> None:
+        """Own a name."""
+        self.ask(make_driver_call("RequestName", "su", (name, 0)))
+
     def take_socket(self) -> socket.socket:
         """Return the socket, without its time limits, for a loop of the caller's own."""
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -76,6 +94,14 @@ class Client:
         self.ask(make_driver_call("GetId"))
         if self._rest:
             raise BenchError("bytes behind the last reply")
+
+    def send(self, message: bytes) -> None:
+        """Send a message with the next serial, and wait for nothing."""
+        self._send_next(message)
+
+    def next_message(self) -> bytes:
+        """Return the next message that comes, whatever it is."""
+        return self._next()
 
     def measure_reply(self, call: bytes) -> int:
         """Return how long the reply to such a call is. Raises BenchError if that is not what comes."""
@@ -89,7 +115,7 @@ class Client:
     def roundtrips(self, template: bytes, reply_size: int, count: int) -> float:
         """Make calls one after the other; return the seconds."""
         call = bytearray(template)
-        send, receive, buffer = self._socket.send, self._socket.recv_into, self._buffer
+        send, receive, buffer = self._socket.send, self._socket.recv_into, BUFFER
         pack = struct.Struct("<I").pack_into
         first = self._serial + 1
         start = time.perf_counter()
@@ -124,7 +150,7 @@ class Client:
         self._socket.sendall(calls)
 
     def _count_bytes(self, missing: int) -> None:
-        receive, view = self._socket.recv_into, memoryview(self._buffer)
+        receive, view = self._socket.recv_into, memoryview(BUFFER)
         while missing > 0:
             # No further than asked for: what lies behind belongs to the next batch.
             missing -= receive(view[:missing]) or _closed()
@@ -158,7 +184,7 @@ class Client:
         return whole
 
     def _receive(self) -> bytes:
-        data = self._socket.recv(BUFFER)
+        data = self._socket.recv(len(BUFFER))
         if not data:
             _closed()
         return data

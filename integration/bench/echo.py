@@ -14,7 +14,7 @@ from typing import Final
 
 from broker.wire.header import MessageType, parse_header
 from broker.wire.marshal import make_return
-from integration.bench.client import Client, make_driver_call
+from integration.bench.client import Client
 
 CHUNK: Final = 1024 * 1024
 _HEAD: Final = struct.Struct("<IIII")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     """Serve until the bus or the starter goes away."""
     path, name = argv
     with Client(path) as client:
-        client.ask(make_driver_call("RequestName", "su", (name, 0)))
+        client.own(name)
         client.settle()
         serve(client.take_socket())
     return 0

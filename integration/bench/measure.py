@@ -86,7 +86,7 @@ class Column:
 
     run: Callable[[int], float]  # does it that many times, returns the seconds
     check: Callable[[], object] = lambda: None  # raises if what was measured did not work
-    pid: int | None = None  # whose processor time counts; None: no mediator
+    pids: Sequence[int] = ()  # whose processor time counts; none: no mediator
     step: int = 1  # a block is a multiple of so many
     count: int = 0  # times a block; 0: as many as fill it
     wall: list[float] = field(default_factory=list)  # seconds each time, one figure a block
@@ -119,13 +119,11 @@ def interleave(columns: Sequence[Column], effort: Effort) -> None:
         gc.enable()
 
 
-def cpu_seconds(pid: int | None) -> float:
-    """Return the user and system time of a process so far, in nanosecond steps."""
-    if pid is None:
-        return 0.0
-    # The kernel's number for the processor clock of that process (CPUCLOCK_SCHED). What /proc says
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Return the user and system time of processes so far, in nanosecond steps."""
+    # The kernel's number for the processor clock of a process (CPUCLOCK_SCHED). What /proc says
     # counts in ticks of 10 ms.
-    return time.clock_gettime((~pid << 3) | 2)
+    return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
 
 
 def _warm_up(column: Column, seconds: float) -> None:
@@ -140,12 +138,32 @@ def _warm_up(column: Column, seconds: float) -> None:
 
 
 def _run_block(column: Column) -> None:
-    before = cpu_seconds(column.pid)
+    before = cpu_seconds(column.pids)
     taken = column.run(column.count)
-    used = cpu_seconds(column.pid) - before
+    used = cpu_seconds(column.pids) - before
     column.check()
     column.wall.append(taken / column.count)
     column.cpu.append(used / column.count)
+
+
+def format_figure(value: float) -> str:
+    """Return a figure with the three digits that count."""
+    return f"{value:.{digits_of(value)}f}"
+
+
+def digits_of(value: float) -> int:
+    """Return how many digits behind the point count."""
+    return max(0, 3 - len(str(int(value))))
+
+
+def make_result(unit: str, scale: float, columns: Sequence[Sequence[float] | None]) -> Result:
+    """Return a row from the figures of its columns: gate, peer and bus, as far as there are any."""
+    gate, peer, bus = (
+        None if values is None else Series([value * scale for value in values])
+        for values in (*columns, None, None)[:3]
+    )
+    assert gate is not None
+    return Result(unit=unit, gate=gate, peer=peer, bus=bus)
 
 
 def _median(series: Series | None) -> float | None:

@@ -12,13 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from broker.gate import control
 from integration.bench.client import BenchError
+from integration.processes import is_running
 from policy.rules import Access, AccessList, Identity, Rule
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -43,7 +44,13 @@ def open_process(
     if shutil.which(argv[0]) is None:
         raise BenchError(f"{argv[0]} is not installed")
     with subprocess.Popen(
-        argv, cwd=ROOT, pass_fds=fds, env=env, stdout=subprocess.PIPE, stderr=errors
+        argv,
+        cwd=ROOT,
+        pass_fds=fds,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
     ) as process:
         try:
             yield process
@@ -73,22 +80,29 @@ def open_scene(folder: Path) -> Iterator[Scene]:
     scene = Scene(folder=folder, bus=folder / "bus")
     daemon = ["dbus-daemon", "--session", "--nofork", "--nopidfile", "--print-address=1"]
     daemon.append(f"--address={scene.address}")
-    service = [sys.executable, "-m", "integration.bench.echo", str(scene.bus), SERVICE]
     # Its one message is that it may not raise its descriptor limit.
     with open_process(daemon, errors=subprocess.DEVNULL) as bus_process:
         wait_line(bus_process, "unix:")
-        with open_process(service) as service_process:
-            wait_line(service_process, "ready")
+        with open_service(scene):
             yield scene
 
 
 @contextlib.contextmanager
-def open_proxy(scene: Scene, path: Path) -> Iterator[int]:
-    """Run an xdg-dbus-proxy that listens at the path; yields its pid."""
+def open_service(scene: Scene) -> Iterator[None]:
+    """Run the service that all call."""
+    argv = [sys.executable, "-m", "integration.bench.echo", str(scene.bus), SERVICE]
+    with open_process(argv) as process:
+        wait_line(process, "ready")
+        yield
+
+
+@contextlib.contextmanager
+def open_proxy(scene: Scene, path: Path, names: Iterable[str] = ()) -> Iterator[int]:
+    """Run an xdg-dbus-proxy that listens at the path, with these names and the service's; yields its pid."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         argv = ["xdg-dbus-proxy", f"--fd={theirs.fileno()}", scene.address, str(path)]
-        argv += ["--filter", f"--talk={SERVICE}"]
+        argv += ["--filter", *(f"--talk={name}" for name in (*names, SERVICE))]
         with open_process(argv, fds=[theirs.fileno()]) as process:
             theirs.close()
             ours.settimeout(START_TIMEOUT)
@@ -123,8 +137,19 @@ class Gate:
             self.ask(control.AddSandbox(spec), [listener.fileno()])
         return path
 
-    def ask(self, request: control.Request, fds: Sequence[int] = ()) -> None:
-        """Return when the gate has done it. Raises BenchError."""
+    @property
+    def connection(self) -> socket.socket:
+        """The socket, for who pushes requests of their own and takes all of the answers."""
+        return self._connection
+
+    def count_throttled(self) -> int:
+        """Return how often the budget of messages made a sandbox wait."""
+        use = self.ask(control.TakeUse())
+        assert isinstance(use, control.Use)
+        return use.throttled
+
+    def ask(self, request: control.Request, fds: Sequence[int] = ()) -> object:
+        """Return the answer of the gate, which has done it. Raises BenchError."""
         self._serial += 1
         envelope = control.Envelope(serial=self._serial, body=request, fds=len(fds))
         frame = control.make_frame(envelope)
@@ -138,7 +163,24 @@ class Gate:
                 if isinstance(answer.body, control.Refused):
                     raise BenchError(f"the gate refuses: {answer.body.text}")
                 if answer.serial == self._serial:
-                    return
+                    return answer.body
+
+
+@contextlib.contextmanager
+def open_gate_process(path: Path) -> Iterator[Process]:
+    """Run a gate that listens for its supervisor at the path."""
+    ours, theirs = os.pipe()
+    argv = [sys.executable, "-m", "broker.gate", "--control", str(path)]
+    argv += ["--ready-fd", str(theirs)]
+    quiet = os.environ | {"BUSWARDEN_LOG": "WARNING"}  # no line for each that ends in order
+    with (
+        os.fdopen(ours, "rb", buffering=0) as ready,
+        open_process(argv, fds=[theirs], env=quiet) as process,
+    ):
+        os.close(theirs)
+        if not ready.read(1):
+            raise BenchError("the gate ended at its start")
+        yield process
 
 
 @contextlib.contextmanager
@@ -146,13 +188,7 @@ def open_gate(scene: Scene) -> Iterator[Gate]:
     """Run a gate without a supervisor."""
     folder = Path(tempfile.mkdtemp(prefix="gate-", dir=scene.folder))
     path = folder / "gate.sock"
-    ours, theirs = os.pipe()
-    argv = [sys.executable, "-m", "broker.gate", "--control", str(path)]
-    argv += ["--ready-fd", str(theirs)]
-    with os.fdopen(ours, "rb", buffering=0) as ready, open_process(argv, fds=[theirs]) as process:
-        os.close(theirs)
-        if not ready.read(1):
-            raise BenchError("the gate ended at its start")
+    with open_gate_process(path) as process:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(START_TIMEOUT)
             connection.connect(str(path))
@@ -173,10 +209,15 @@ def open_supervisor(scene: Scene) -> Iterator[int]:
         "DBUS_SESSION_BUS_ADDRESS": scene.address,
     }
     argv = [sys.executable, "-m", "broker.cli", "run", "--bus", f"{BUS}={scene.address}"]
-    with open_process(argv, env=environment) as process:
-        wait_line(process, "ready")
-        started = family(process.pid)
-        yield process.pid
+    # It has a line for each sandbox that ends.
+    with (scene.folder / "supervisor.log").open("ab") as log:
+        with open_process(argv, env=environment, errors=log.fileno()) as process:
+            try:
+                wait_line(process, "ready")
+            except BenchError as exc:
+                raise BenchError(f"{exc}: {Path(log.name).read_text()[-500:]}") from exc
+            started = family(process.pid)
+            yield process.pid
     _end_left_behind(started)
 
 
@@ -204,7 +245,7 @@ def wait_line(process: Process, start: str) -> None:
 
 def _end_left_behind(pids: Sequence[int]) -> None:
     # An orderly end takes the gate along. One that did not would disturb the next row.
-    for pid in pids:
+    for pid in filter(is_running, pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             raise BenchError(f"process {pid} of the supervisor outlived it")

@@ -46,7 +46,7 @@ def measure_adding(scene: Scene, effort: Effort) -> list[Result]:
             stack.enter_context(Client(scene.bus))
 
         columns = [
-            Column(run=partial(_time, add), count=A_BLOCK)
+            Column(run=partial(time_adding, add), count=A_BLOCK)
             for add in (add_sandbox, add_proxy, connect)
         ]
         interleave(columns, effort)
@@ -65,7 +65,7 @@ def measure_memory(count: int, scene: Scene, effort: Effort) -> list[Result]:
         for _ in range(count):
             stack.enter_context(Client(stack.enter_context(open_sandbox(creator)))).settle()
         time.sleep(CALM)
-        ours = sum(map(pss, parties.family(supervisor)))
+        ours = family_pss(supervisor)
     with contextlib.ExitStack() as stack:
         proxies = []
         for number in range(count):
@@ -78,17 +78,26 @@ def measure_memory(count: int, scene: Scene, effort: Effort) -> list[Result]:
 
 
 @contextlib.contextmanager
-def open_sandbox(creator: Client) -> Iterator[Path]:
-    """Have the supervisor make a sandbox, for as long as the block lasts; yields its socket."""
-    rules = [(TALK_FLAGS, parties.SERVICE, "/", "")]
+def open_sandbox(creator: Client, name: str = parties.SERVICE) -> Iterator[Path]:
+    """Have the supervisor make a sandbox that may talk to that name, for as long as the block lasts; yields its socket."""
+    rules = [(TALK_FLAGS, name, "/", "")]
     allow = {"Allow": Variant("a(usos)", rules)}
-    call = _make_broker_call("AddServer", "ssa{sv}a{sv}", (parties.SERVICE, "bench", {}, allow))
+    call = make_broker_call("AddServer", "ssa{sv}a{sv}", (parties.SERVICE, "bench", {}, allow))
     reply = creator.ask(call)
     instance, path, _ = decode("oays", reply[parse_header(reply).size :])
     try:
         yield Path(os.fsdecode(path.rstrip(b"\0")))
     finally:
-        creator.ask(_make_broker_call("StopInstance", "o", (instance,)))
+        creator.ask(make_broker_call("StopInstance", "o", (instance,)))
+
+
+def family_pss(pid: int) -> float:
+    """Return the KiB of memory of a process and all that descend from it."""
+    total = pss(pid)
+    for member in parties.family(pid)[1:]:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # ended meanwhile
+            total += pss(member)
+    return total
 
 
 def pss(pid: int) -> float:
@@ -99,7 +108,8 @@ def pss(pid: int) -> float:
     return float(found[1])
 
 
-def _time(add: Callable[[contextlib.ExitStack], None], count: int) -> float:
+def time_adding(add: Callable[[contextlib.ExitStack], None], count: int) -> float:
+    """Return the seconds that adding takes that many times, without taking away again."""
     taken = 0.0
     for _ in range(count):
         with contextlib.ExitStack() as stack:
@@ -109,7 +119,7 @@ def _time(add: Callable[[contextlib.ExitStack], None], count: int) -> float:
     return taken
 
 
-def _make_broker_call(member: str, signature: str, values: Sequence[object]) -> bytes:
+def make_broker_call(member: str, signature: str, values: Sequence[object]) -> bytes:
     header = make_header(
         MessageType.METHOD_CALL,
         1,  # the client sets it

@@ -1,0 +1,68 @@
+"""A gate that fails when it is to take over: `python -m integration.bad_gate HOW OPTIONS...`.
+
+Asked for anything else it is the real one. HOW: exit (at start), test (its self-test), version (it reads another one),
+mute (it does not even begin), killed (in the midst of it), hang (it takes everything and says nothing), refuse (it
+takes everything and does not want it), babble (it says something else), corrupt (what it made of a sandbox differs). Two do not fail: newer (it speaks
+another control protocol), none.
+"""
+
+import os
+import signal
+import sys
+import time
+from typing import Final
+
+from broker.gate import __main__ as gate_main, server, successor
+from broker.gate.control import PROTOCOL
+from broker.gate.handover import Failed, Offer
+from broker.gate.takeover import Channel
+from policy.match import Judge
+from policy.rules import NO_ACCESS, Identity
+
+LONG: Final = 600.0  # seconds
+
+
+def main() -> int:
+    how, *argv = sys.argv[1:]
+    if "--take-over" not in argv or how == "none":
+        return gate_main.main(argv)
+    if how == "newer":
+        for module in (successor, server):
+            vars(module)["PROTOCOL"] = PROTOCOL + 1
+        return gate_main.main(argv)
+    if how == "exit":
+        return 3
+    if how == "test":
+        vars(successor)["Judge"] = _never_allows
+        return gate_main.main(argv)
+    if how == "corrupt":
+        vars(successor)["same"] = lambda *_: False
+        return gate_main.main(argv)
+    channel = Channel(int(argv[argv.index("--take-over") + 1]), LONG)
+    os.write(int(argv[argv.index("--ready-fd") + 1]), b"x")
+    if how == "mute":
+        time.sleep(LONG)
+    reads = (99,) if how == "version" else (1,)
+    channel.say(Offer(pid=os.getpid(), reads=reads))
+    _go_on(how, channel)
+    return 1
+
+
+def _go_on(how: str, channel: Channel) -> None:
+    channel.receive()  # the opening
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    channel.receive()  # a sandbox
+    if how == "babble":
+        channel.say(Offer(pid=1, reads=(1,)))
+    elif how == "refuse":
+        channel.say(Failed("on second thoughts, no"))
+    time.sleep(LONG)
+
+
+def _never_allows(_access: object, *, bus: str, me: Identity) -> Judge:
+    return Judge(NO_ACCESS, bus=bus, me=me)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""A process in a sandbox that takes all it can get, in one of five ways.
+
+    python -m integration.bench.flooder KIND SOCKET
+
+It writes a line when it is ready. A byte on its input has it flood, the next one has it drop its connections and
+say, in a line, how often it could do something.
+"""
+
+import contextlib
+import os
+import select
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Protocol
+
+from broker.wire.marshal import make_call
+from integration.bench.client import BUFFER, SERIAL_AT, BenchError, Client
+from integration.bench.traffic import Load
+
+if TYPE_CHECKING:
+    import socket
+
+COMMANDS: Final = 0
+MIB: Final = 1024 * 1024
+CONNECTIONS: Final = 8  # of those that send; half of what a sandbox may have
+HIDDEN: Final = "org.example.Hidden"  # what the sandbox may not talk to
+
+
+class Flood(Protocol):
+    """A way to flood."""
+
+    def step(self) -> bool:
+        """Do a bit more; return whether anything could be done."""
+
+    def close(self) -> None:
+        """Leave."""
+
+
+class Sender:
+    """Connections that send the same bytes for ever, and read what is answered or do not."""
+
+    def __init__(self, path: str, data: bytes, *, reads: bool = True) -> None:
+        self._path: Final = path
+        self._data: Final = memoryview(data)
+        self._wanted: Final = select.EPOLLOUT | (select.EPOLLIN if reads else 0)
+        self._poll: Final = select.epoll()
+        self._sockets: Final[dict[int, socket.socket]] = {}
+        self._sent: Final[dict[int, int]] = {}
+
+    def step(self) -> bool:
+        """Send and read whatever goes."""
+        if len(self._sockets) < CONNECTIONS:
+            # It was cut off, or has not begun. There may be one too many for a moment.
+            with contextlib.suppress(BenchError, OSError):
+                self._connect()
+        done = False
+        for fd, events in self._poll.poll(0.01):
+            try:
+                done |= self._serve(fd, events)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._drop(fd)
+        return done
+
+    def close(self) -> None:
+        """Leave without a word."""
+        for fd in list(self._sockets):
+            self._drop(fd)
+        self._poll.close()
+
+    def _connect(self) -> None:
+        sock = Client(self._path).take_socket()
+        sock.setblocking(False)
+        self._sockets[sock.fileno()] = sock
+        self._sent[sock.fileno()] = 0
+        self._poll.register(sock.fileno(), self._wanted)
+
+    def _drop(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        self._sockets.pop(fd).close()
+
+    def _serve(self, fd: int, events: int) -> bool:
+        sock = self._sockets[fd]
+        if events & (select.EPOLLHUP | select.EPOLLERR):
+            raise ConnectionResetError
+        if events & select.EPOLLIN and not sock.recv_into(BUFFER):
+            raise ConnectionResetError
+        if not events & select.EPOLLOUT:
+            return False
+        sent = self._sent[fd] + sock.send(self._data[self._sent[fd] :])
+        self._sent[fd] = sent % len(self._data)
+        return True
+
+
+class Connector:
+    """Connections that are dropped as soon as they are of use."""
+
+    def __init__(self, path: str) -> None:
+        self._path: Final = path
+
+    def step(self) -> bool:
+        """Connect once."""
+        try:
+            with Client(self._path):
+                return True
+        except (BenchError, OSError):
+            return False
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+FLOODS: Final[Mapping[str, Callable[[str], Flood]]] = {
+    "denied": lambda path: Sender(path, repeat(make_denied(), 256)),
+    "allowed": lambda path: Sender(path, repeat(Load().make_call(), 256)),
+    "huge": lambda path: Sender(path, repeat(Load(payload=8 * MIB).make_call(), 1)),
+    "deaf": lambda path: Sender(path, repeat(Load(payload=65536).make_call(), 16), reads=False),
+    "connects": Connector,
+}
+
+
+def make_denied() -> bytes:
+    """Return a call that the gate answers by itself."""
+    return make_call(1, destination=HIDDEN, path="/", interface=HIDDEN, member="Echo")
+
+
+def repeat(call: bytes, count: int) -> bytes:
+    """Return the call so many times, with different serials."""
+    calls = bytearray(call * count)
+    for number in range(count):
+        struct.pack_into("<I", calls, number * len(call) + SERIAL_AT, number + 100)
+    return bytes(calls)
+
+
+def main(argv: list[str]) -> int:
+    """Flood whenever told, until the input ends."""
+    kind, path = argv
+    print("ready", flush=True)
+    while os.read(COMMANDS, 1):
+        flood, count = FLOODS[kind](path), 0
+        while not select.select([COMMANDS], [], [], 0)[0]:
+            count += flood.step()
+        os.read(COMMANDS, 1)
+        flood.close()
+        print(count, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

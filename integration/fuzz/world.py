@@ -1,0 +1,311 @@
+"""A filter between an app and a model bus, with a Witness of all that passes. What it says is broken is a finding."""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from broker.gate.bus import DRIVER, Bus
+from broker.gate.control import SandboxLimits
+from broker.gate.core import MAX_CALLERS, MAX_REMEMBERED, OWN_SERIALS, Chunk, Output, Special
+from broker.gate.filter import Filter
+from broker.wire import errors, marshal
+from broker.wire.errors import PeerProtocolError, PeerQuotaError
+from broker.wire.header import FIXED_SIZE, MessageType, measure, parse_header
+from integration.fuzz.witness import Witness
+from policy.match import Judge
+from policy.rules import AccessList
+from tests.messages import Message, changed, driver_call, split
+from tests.modelbus import APP, ME, OTHER_APP, FakeHost, ModelBus
+
+# Who else is on the bus. The last one is in a sandbox of its own.
+HOSTS: Final = (":1.2", ":1.3", ":1.4")
+BOXED: Final = ":1.5"
+PEERS: Final = (*HOSTS, BOXED)
+STRANGER: Final = ":1.99"  # comes later, if at all
+OWNERS: Final = {"org.a": ":1.2", "org.a.b": ":1.3", "net.c": BOXED}
+NAMES: Final = ("org.a", "org.a.b", "net.c", "org.ab", "org.mine.x")
+# Small, so that they are reached.
+LIMITS: Final = SandboxLimits(
+    bytes_held=16384, pending_calls=6, match_rules=4, names=3, tracked_names=64
+)
+TURN: Final = 3  # messages that are judged before others would have their turn
+# What the model bus understands; to it `requestname` would be the same.
+_METHODS: Final = {
+    "Hello",
+    "AddMatch",
+    "RemoveMatch",
+    "GetNameOwner",
+    "NameHasOwner",
+    "GetConnectionUnixProcessID",
+    "GetConnectionUnixUser",
+    "GetConnectionCredentials",
+    "GetConnectionSELinuxSecurityContext",
+    "GetAdtAuditSessionData",
+    "ListNames",
+    "ListActivatableNames",
+    "ListQueuedOwners",
+    "StartServiceByName",
+    "RequestName",
+    "ReleaseName",
+    "GetId",
+    "Ping",
+    "Introspect",
+}
+
+
+class WatchedBus(ModelBus):
+    """A model bus that says when a name changes its owner."""
+
+    def __init__(self, owners: dict[str, str], notice: Callable[[str, str, str], None]) -> None:
+        super().__init__(owners)
+        self.uniques.update(PEERS)
+        self._notice: Final = notice
+
+    def change(self, name: str, new: str) -> bytes:
+        self._notice(name, self.owners.get(name, ""), new)
+        return super().change(name, new)
+
+    def handle(self, message: Message) -> bytes:
+        header = message.header
+        if header.destination in (None, DRIVER) and header.member not in _METHODS:
+            if header.type != MessageType.METHOD_CALL:
+                return b""
+            return self._error(header, errors.UNKNOWN_METHOD, "no such method")
+        return super().handle(message)
+
+
+class World:
+    """Everything around one connection."""
+
+    def __init__(self, rules: AccessList, *, app_takes_fds: bool = True) -> None:
+        self.bus: Final = Bus("session", "unix:path=/none")
+        self.bus.connected(BOXED, "c2", OTHER_APP)
+        self.host: Final = FakeHost(limits=LIMITS)
+        judge = self._judge(rules)
+        self.model: Final = WatchedBus(dict(OWNERS), self._name_changes)
+        self.witness: Final = Witness(self.bus, self.model.owners, ME, judge)
+        self.filter: Final = Filter(
+            self.bus, self.host, judge, app_takes_fds=app_takes_fds, judged_a_turn=TURN
+        )
+        self.bus.members.add(self.filter.core)
+        self.paused = False
+        self.ended = False
+        self.got: Final[list[Message]] = []  # by the app
+        self.sent: Final[list[Message]] = []  # to the bus
+        self._late: Final[list[Message]] = []
+        self._unread = b""  # what the app sent, as the witness has it
+        self._broken = False
+        self._fds: Final[list[int]] = []
+        self._passed: Final[list[int]] = []
+        self.app(driver_call(1, "Hello"))
+
+    def _judge(self, rules: AccessList) -> Judge:
+        return Judge(rules, bus="session", me=APP)
+
+    def _name_changes(self, name: str, old: str, new: str) -> None:
+        self.witness.name_changes(name, old, new)
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    def app(self, data: bytes, fds: int = 0) -> None:
+        """Let the app send bytes, with so many descriptors."""
+        self._observe(data)
+        self._feed(self.filter.feed_app, data, fds)
+
+    def peer(self, message: bytes, fds: int = 0) -> None:
+        """Let the bus deliver a whole message of a peer."""
+        self.witness.in_order = not self._late
+        self.witness.peer_says(parse_header(message))
+        self._feed(self.filter.feed_bus, message, fds)
+
+    def change(self, name: str, new: str) -> None:
+        """Let a name change its owner; "" is nobody."""
+        self._feed(self.filter.feed_bus, self.model.change(name, new))
+
+    def leave(self, unique_name: str) -> None:
+        """Let a peer leave the bus, with its names."""
+        # One after the other: in between, those that are left are seen by other names.
+        for name in [name for name, its in self.model.owners.items() if its == unique_name]:
+            self.change(name, "")
+        self._feed(self.filter.feed_bus, self.model.leave(unique_name))
+
+    def use(self, rules: AccessList) -> None:
+        """Swap the rules."""
+        if self.ended:
+            return
+        judge = self._judge(rules)
+        self.witness.judge = judge
+        self._happen(lambda: self.filter.use(judge))
+
+    def speaker_uses(self, rules: AccessList) -> None:
+        """Swap the rules of the other sandbox: they may say who hears its broadcasts."""
+        if self.bus.speaks(BOXED, Judge(rules, bus="session", me=OTHER_APP)):
+            self.filter.core.forget_verdicts()
+
+    def stranger_appears(self) -> None:
+        """Let somebody connect from a sandbox under a name that the app may have guessed."""
+        if STRANGER not in self.model.uniques:
+            self.bus.connected(STRANGER, "c3", OTHER_APP)
+            self.model.uniques.add(STRANGER)
+
+    def tag(self, unique_name: str) -> None:
+        """Let a peer ask to be told in each message which sandbox it is from."""
+        self.bus.tagged.add(unique_name)
+        self.filter.core.forget_verdicts()
+
+    def step(self) -> None:
+        """Let the bus deal with one thing, if it waits for any."""
+        if self._late and not self.ended:
+            self._answer()
+
+    def go_on(self) -> None:
+        """Let the bus deal with everything from now on."""
+        self.paused = False
+        self._pump()
+
+    @property
+    def is_settled(self) -> bool:
+        """True when nothing waits for an answer of the bus."""
+        return not (self._late or self.filter.held or self._unread or self.ended)
+
+    @property
+    def is_half(self) -> bool:
+        """True when a message of the app has begun and not ended."""
+        return bool(self._unread) and not self._broken
+
+    # -- inside ---------------------------------------------------------------------------------------
+
+    def _feed(
+        self, feed: Callable[[bytes, Sequence[int]], None], data: bytes, count: int = 0
+    ) -> None:
+        if self.ended:
+            return
+        fds = range(len(self._fds), len(self._fds) + count)
+        self._fds.extend(fds)
+        self._happen(lambda: feed(data, tuple(fds)))
+
+    def _happen(self, what: Callable[[], None]) -> None:
+        # Whatever waits in the filter waits for an answer of the bus.
+        self.witness.in_order = not self._late
+        self._try(what)
+        self._take_turns()
+        self._pump()
+
+    def _take_turns(self) -> None:
+        while self.filter.yielded and not self.ended:
+            self.filter.spent = 0
+            self._try(self.filter.go_on)
+        self.filter.spent = 0
+
+    def _try(self, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except (PeerProtocolError, PeerQuotaError):
+            self.ended = True
+        self._drain()
+        if self.ended:
+            self._end()
+        else:
+            self._check_tables()
+
+    def _pump(self) -> None:
+        while self._late and not self.paused and not self.ended:
+            self._answer()
+
+    def _answer(self) -> None:
+        self.witness.in_order = False
+        answer = self.model.handle(self._late.pop(0))
+        if answer:
+            self._try(lambda: self.filter.feed_bus(answer))
+            self._take_turns()
+
+    def _drain(self) -> None:
+        core = self.filter.core
+        for message in self._messages(core.to_app):
+            self.witness.to_app(message)
+            self.got.append(message)
+        for message in self._messages(core.to_bus):
+            self.witness.to_bus(message)
+            self.sent.append(message)
+            self._late.append(message)
+
+    def _messages(self, output: Output) -> list[Message]:
+        found = []
+        for item in output:
+            data, fds = (bytes(item.data), item.fds) if isinstance(item, Chunk) else (item, ())
+            self._passed.extend(fds)
+            parts = split(data)
+            assert len(parts) == 1 or not fds
+            found += [Message(header=parse_header(part), raw=part, fds=fds) for part in parts]
+            assert all(message.header.unix_fds == len(fds) for message in found[-len(parts) :])
+        output.clear()
+        return found
+
+    def _observe(self, data: bytes) -> None:
+        """Let the witness know what the app says, as far as it is whole and legal."""
+        self._unread += data
+        try:
+            while not self._broken and len(self._unread) >= FIXED_SIZE:
+                size = measure(self._unread)
+                if size > len(self._unread):
+                    return
+                part, self._unread = self._unread[:size], self._unread[size:]
+                self.witness.app_says(Message(header=parse_header(part), raw=part))
+        except PeerProtocolError:
+            self._broken = True
+
+    def _check_tables(self) -> None:
+        core = self.filter.core
+        own = sum(isinstance(entry, Special) and entry.is_own for entry in core.pending.values())
+        assert len(core.pending) - own <= LIMITS.pending_calls
+        assert len(core.pending) == len(self.witness.waiting) or not self.is_settled
+        assert len(core.asked) <= LIMITS.pending_calls
+        assert sum(core.matches.values()) == core.match_count <= LIMITS.match_rules
+        assert len(core.requested_names) <= LIMITS.names
+        assert self.filter.tracked_names <= LIMITS.tracked_names
+        assert len(core.callers) <= MAX_CALLERS
+        assert all(serial >= OWN_SERIALS for serial in core.lent)
+        tables = (core.app_calls, core.app_mute, core.app_signals, core.bus_calls, core.bus_replies)
+        assert all(len(table) <= MAX_REMEMBERED for table in tables)
+        assert self.host.bytes_held == self.filter.from_app.held
+        assert self.host.bytes_held <= LIMITS.bytes_held + FIXED_SIZE + 2 * 2**16
+        assert sorted(self._passed + self.host.closed) == sorted(
+            set(self._passed) | set(self.host.closed)
+        )
+        assert len(self._fds) == len(self._passed) + len(self.host.closed) + self.filter.fds
+
+    def _end(self) -> None:
+        left = self.filter.close()
+        assert sorted(self._passed + self.host.closed + left) == list(range(len(self._fds)))
+        assert self.host.bytes_held == 0
+
+    def finish(self) -> None:
+        """End the connection, and see that nothing is left of it."""
+        if not self.ended:
+            self.go_on()
+        if not self.ended:
+            self.ended = True
+            self._end()
+
+
+def from_peer(message: bytes, sender: str) -> bytes:
+    """Return a message as the bus delivers it: with its sender, and fit for an incoming one."""
+    return changed(message, sender=sender)
+
+
+def answer_to(serial: int, sender: str, *, error: bool = False, number: int = 700) -> bytes:
+    """Return a peer's reply to a call with this serial."""
+    if error:
+        return marshal.make_error(
+            number,
+            reply_serial=serial,
+            name="a.b",
+            text="no",
+            destination=ME,
+            sender=sender,
+        )
+    return marshal.make_return(number, reply_serial=serial, destination=ME, sender=sender)
+
+
+def is_reply(message: Message) -> bool:
+    """Say whether this is a return or an error."""
+    return message.header.type in (MessageType.METHOD_RETURN, MessageType.ERROR)
