@@ -154,7 +154,8 @@ class Gate:
         envelope = control.Envelope(serial=self._serial, body=request, fds=len(fds))
         frame = control.make_frame(envelope)
         sent = socket.send_fds(self._connection, [frame], list(fds))
-        self._connection.sendall(frame[sent:])
+        if sent < len(frame):  # sending nothing fails, too, once a gate that was told to end has done so
+            self._connection.sendall(frame[sent:])
         while True:
             data = self._connection.recv(65536)
             if not data:
