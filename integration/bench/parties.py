@@ -154,7 +154,8 @@ class Gate:
         envelope = control.Envelope(serial=self._serial, body=request, fds=len(fds))
         frame = control.make_frame(envelope)
         sent = socket.send_fds(self._connection, [frame], list(fds))
-        if sent < len(frame):  # sending nothing fails, too, once a gate that was told to end has done so
+        # Sending nothing fails, too, once a gate that was told to end has done so.
+        if sent < len(frame):
             self._connection.sendall(frame[sent:])
         while True:
             data = self._connection.recv(65536)
