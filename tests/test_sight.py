@@ -204,3 +204,11 @@ def test_bus_itself_does_not_appear() -> None:
     talk = Dialogue()
     talk.subscribe()
     assert not talk.use(access("send:org.freedesktop.DBus"))
+
+
+def test_rules_that_hide_an_owner_by_another_of_its_names_tell_nothing_of_it() -> None:
+    talk = Dialogue(
+        access("send:net.c", deny=["see:net.c"]), owners={"net.c": ":1.3", "org.a.b": ":1.3"}
+    )
+    talk.subscribe()
+    assert talk.use(access("see:", "send:net.c", deny=["see:org.a.b"])) == []

@@ -38,13 +38,12 @@ class Swap:
         for name, owner in seen.items():
             if name not in now:
                 self._incoming.tell_owner_change(name, owner, "")
-        for name, owner in now.items():
-            if name not in seen:
-                self._incoming.tell_owner_change(name, "", owner)
         self._release_names()
-        self.told = frozenset(now)
+        # What comes into sight is told when all owners are known: another name of an owner may hide it.
+        self.told = frozenset(name for name in now if name in seen)
+        kept = self.told
         self._owners.use(judge.uses, self.tell_new)
-        for name in [name for name in now if name not in self._owners.names]:
+        for name in [name for name in now if name in kept and name not in self._owners.names]:
             # Seen because of its owner alone, who is nobody to ask for any more.
             self._incoming.tell_owner_change(name, now[name], "")
 
@@ -56,7 +55,7 @@ class Swap:
             core.call_driver("ReleaseName", "s", (name,), Then("ignore"))
 
     def tell_new(self) -> None:
-        """Names that came into sight with the rules, and whose owners had to be asked for."""
+        """Tell of the names that came into sight with the rules."""
         told, self.told = self.told or frozenset(), None
         for name, owner in self._sight.visible_owners().items():
             if name not in told:
