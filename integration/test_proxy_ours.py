@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -259,11 +260,17 @@ def test_a_link_named_as_the_other_program(world: World, folder: Path) -> None:
     with running(
         [str(link), world.bus.address, str(path), "--filter", f"--talk={ECHO}"]
     ) as process:
-        assert wait_until(path.is_socket)
+        assert wait_until(lambda: listens(path))
         with RawClient.connect(f"unix:path={path}") as client:
             echo(client)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == -signal.SIGTERM
+
+
+def listens(path: Path) -> bool:
+    """Say whether somebody takes connections: the file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
 
 
 def test_a_service_finds_the_files_of_the_proxys_own_sandbox(world: World, folder: Path) -> None:

@@ -328,7 +328,7 @@ class Sandbox:
             listening=bool(self._listening),
             connections=tuple(sorted(named)),
             opening=len(self.links) - len(named),
-            denied=self.denied_count,
+            denied=self.denied_count - self._reports.unreported,  # these are told later
             use=self.taken(),
         )
 
