@@ -19,6 +19,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 PACKAGES := .cache/packages.stamp
 INSTALLED := $(VENV)/installed.stamp
 SOURCES := broker policy tests integration
+# So many tests at a time: most of a test of real programs is waiting.
+JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
 .PHONY: demo containers1-daemon test check fuzz bench coverage setup clean
 
@@ -31,9 +33,10 @@ containers1-daemon:
 
 # Coverage is measured on the tests of single modules alone, and demanded where code is pure.
 test: setup
-	$(PY) -m pytest tests --cov --cov-branch --cov-report=
+	$(PY) -m pytest tests -n $(JOBS) --cov --cov-branch --cov-report=
 	$(PY) -m coverage report --include='policy/*,broker/wire/*' --fail-under=95
-	$(PY) -m pytest integration
+	$(PY) -m pytest integration -m 'not alone' -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest integration -m alone
 
 check: setup
 	$(PY) -m ruff check .

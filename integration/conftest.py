@@ -1,6 +1,7 @@
 """Fixtures of the integration tests, and the rule that in CI nothing is skipped for want of a program."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -31,6 +32,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("bus", kinds, indirect=True, scope="function")
     if "module_warden" in metafunc.fixturenames:
         metafunc.parametrize("module_warden", kinds, indirect=True, scope="module")
+
+
+def pytest_configure() -> None:
+    """Have what the tests start end by the signals that end a program, as from a terminal."""
+    # Who is started in the background of a script, or by nohup, ignores these, and its children do so as well.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)

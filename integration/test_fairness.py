@@ -19,6 +19,7 @@ ROUNDS: Final = 3
 ATTEMPTS: Final = 3
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", FLOODS)
 def test_flood_of_one_sandbox_leaves_the_others_their_share(
     bus: Bus, folder: Path, kind: str

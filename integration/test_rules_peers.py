@@ -52,6 +52,8 @@ def test_name_that_a_sandbox_took_over_is_not_the_hosts(stage: Stage) -> None:
     assert call(app, host, name) == PASSED
     assert host.release_name(name) == 1
     peer = stage.owner(name)
+    # The bus tells each connection for itself: only then has the app's one been told, too.
+    assert app.name_owner(name) == peer.unique_name
     assert call(app, peer, name) == DENIED
 
 

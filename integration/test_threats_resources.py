@@ -45,17 +45,7 @@ PAUSE = 0.02  # seconds
 def send_until_closed(sender: RawClient, receiver: RawClient, most: int, fds: int = 0) -> int:
     """Send the receiver signals until the gate has had enough of it; return how many it took."""
     with Path(os.devnull).open("rb") as file:
-        header = make_header(
-            MessageType.SIGNAL,
-            0x70000000,  # dbus-daemon answers it once the receiver is gone
-            path="/a",
-            interface="a.b",
-            member="News",
-            destination=receiver.unique_name,
-            signature="s",
-            unix_fds=fds,
-        )
-        data = make_message(header, ("x" * 100_000,))
+        data = make_news(receiver, fds)
         for number in range(most):
             sender.send_raw(data, [file.fileno()] * fds)
             if number % 8 == 0:
@@ -65,12 +55,39 @@ def send_until_closed(sender: RawClient, receiver: RawClient, most: int, fds: in
     raise AssertionError("it was never cut off")
 
 
+def make_news(receiver: RawClient, fds: int = 0) -> bytes:
+    """Return a signal of 100 KB to the receiver."""
+    header = make_header(
+        MessageType.SIGNAL,
+        0x70000000,  # dbus-daemon answers it once the receiver is gone
+        path="/a",
+        interface="a.b",
+        member="News",
+        destination=receiver.unique_name,
+        signature="s",
+        unix_fds=fds,
+    )
+    return make_message(header, ("x" * 100_000,))
+
+
 def test_e1_who_does_not_read_is_cut_off(scene: Scene) -> None:
     deaf = scene.attack()
     # More than the budget, for some of it is on its way in the bus.
     assert send_until_closed(scene.host, deaf, 400) * 100_000 < 32 * MIB
     assert "does not read" in scene.warden.log
     scene.assert_closed(deaf)
+
+
+def test_e1_all_connections_have_one_budget_of_unread_bytes(scene: Scene) -> None:
+    deaf = [scene.attack() for _ in range(8)]
+    for client in deaf:  # each of them is far below it
+        for _ in range(12):
+            scene.host.send_raw(make_news(client))
+    wait_for(lambda: "does not read" in scene.warden.log)
+    scene.host.list_names()  # all that was sent is at the gate, or in a socket
+    assert scene.use()["bytes_queued"] <= SMALL_LIMITS["bytes_queued"]
+    left = scene.connections()
+    assert 2 <= left < len(deaf)  # who has to go is who is most behind, one at a time
 
 
 def test_e1_descriptors_for_who_does_not_read_have_a_budget(bus: Bus, folder: Path) -> None:

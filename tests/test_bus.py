@@ -97,7 +97,7 @@ def test_it_words_as_dbus_daemon_until_it_was_heard(question: str) -> None:
     assert "\0" not in text
 
 
-@pytest.mark.parametrize("asked", [ABSENT, ABSENT_UNIQUE])
+@pytest.mark.parametrize("asked", [ABSENT, ABSENT_UNIQUE], ids=["name", "unique"])
 def test_it_words_as_it_was_heard(asked: str) -> None:
     bus = make_bus()
     bus.learn_wording("call", asked, errors.SERVICE_UNKNOWN, f"nobody is {asked}, sorry")

@@ -2,10 +2,11 @@
 
 import pytest
 
-from broker.gate.budgets import JUDGED_COST
+from broker.gate.budgets import BYTES_A_MESSAGE, JUDGED_COST
 from broker.wire.errors import PeerProtocolError
-from tests.messages import NO_REPLY, access, call, names, signal
-from tests.modelbus import Dialogue
+from broker.wire.marshal import make_return
+from tests.messages import NO_REPLY, access, call, changed, names, signal
+from tests.modelbus import ME, Dialogue
 
 A_TURN = 3
 
@@ -70,6 +71,43 @@ def test_new_and_refused_messages_cost_more(talk: Dialogue) -> None:
     assert talk.filter.spent == JUDGED_COST
     talk.app(call(11, "org.hidden"))
     assert talk.filter.spent == 2 * JUDGED_COST
+
+
+def test_bytes_of_replies_cost_as_much_as_those_of_calls(talk: Dialogue) -> None:
+    body = ("x" * 10 * BYTES_A_MESSAGE,)
+
+    def answer(*serials: int, sender: str = ":1.2") -> int:
+        """Return what replies from that sender to these calls cost, all in one read."""
+        talk.app(b"".join(call(serial, "org.a") for serial in serials))
+        talk.filter.spent = 0
+        talk.deliver(
+            b"".join(
+                make_return(
+                    serial,
+                    reply_serial=serial,
+                    sender=sender,
+                    destination=ME,
+                    signature="s",
+                    values=body,
+                )
+                for serial in serials
+            )
+        )
+        return talk.filter.spent
+
+    assert answer(10) == 10  # of a shape that is new
+    assert answer(11, 12) == 20
+    assert answer(13, sender=":1.9") == 0  # nobody asked that one
+
+
+def test_what_else_the_bus_brings_costs_nothing() -> None:
+    talk = Dialogue(access("receive:"), owners={"org.a": ":1.2"})
+    talk.filter.spent = 0
+    values = ("x" * 10 * BYTES_A_MESSAGE,)
+    for member in ("Tell", "Tell", "Other"):
+        told = call(7, ME, member, signature="s", values=values)
+        assert talk.deliver(changed(told, sender=":1.2"))
+    assert talk.filter.spent == 0
 
 
 def test_what_breaks_the_protocol_is_found_in_its_turn(talk: Dialogue) -> None:

@@ -47,10 +47,10 @@ FIELDS: Final = {
     ),
     "pipe.Pipe": (
         "_queue _reading",
-        "_events _is_away _read_size _recvmsg _send handler is_clear queued queued_fds readable",
+        "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
     ),
     "link.Link": (LINK, "_bus_sock _client _closed _goes_on _meter _new_judge _server"),
-    "meter.Meter": ("", "_asked _asks _budget _counted"),
+    "meter.Meter": ("", "_asked _asks _budget ask_from counted"),
     "budgets.MessageBudget": ("_filled left", ""),
     "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),
     "reports.Reports": ("left unreported", ""),

@@ -5,8 +5,9 @@ import pytest
 from broker.gate.budgets import BYTES_A_MESSAGE, JUDGED_COST, MessageBudget
 from broker.gate.meter import BUSY_SECOND, EVERY, Meter
 from broker.wire.header import parse_header
+from broker.wire.marshal import make_return
 from tests.messages import NO_REPLY, access, call
-from tests.modelbus import Dialogue
+from tests.modelbus import ME, Dialogue
 
 RATE = 25_000
 
@@ -45,6 +46,24 @@ class World:
         header = parse_header(last)
         return [header.member or ""] if header.destination == "org.freedesktop.DBus" else []
 
+    def hear_reply(self, cost: int) -> int:
+        """Have a reply come that counts so many messages; return what it was counted."""
+        self.talk.app(call(6, "org.a"))
+        self.filter.spent = 0
+        values = ("x" * (cost * BYTES_A_MESSAGE),)
+        self.meter.feed_bus(
+            make_return(
+                9, reply_serial=6, sender=":1.2", destination=ME, signature="s", values=values
+            ),
+            (),
+        )
+        return self.filter.spent
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a question to the bus that waits for its answer."""
+        return bool(self.filter.core.pending)
+
     def answer(self) -> None:
         """Have the bus answer the question."""
         (entry,) = self.filter.core.pending.values()
@@ -77,6 +96,29 @@ def test_time_counts_where_it_is_more(world: World) -> None:
     world.clock.step = 0.01
     world.send(10)
     assert world.filter.spent == pytest.approx(0.01 * BUSY_SECOND, abs=1)
+
+
+def test_replies_count_by_bytes_or_time(world: World) -> None:
+    assert world.hear_reply(10) == 10
+    world.clock.step = 0.01
+    assert world.hear_reply(10) == pytest.approx(0.01 * BUSY_SECOND, abs=1)
+    assert world.hear_reply(0) == 0  # as long as that took, it may be somebody else's doing
+
+
+def test_bus_is_asked_behind_many_replies(world: World) -> None:
+    world.hear_reply(EVERY - 1)
+    assert not world.asks
+    world.hear_reply(1)
+    assert world.asks
+    world.answer()
+    assert world.meter.ask_from == EVERY
+
+
+def test_what_passes_without_the_meter_counts_as_well(world: World) -> None:
+    world.meter.counted += EVERY
+    assert world.meter.counted >= world.meter.ask_from
+    assert world.send() == ["GetId"]
+    assert world.meter.counted < world.meter.ask_from
 
 
 def test_bus_is_asked_behind_much_and_once_at_a_time(world: World) -> None:

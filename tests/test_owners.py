@@ -45,6 +45,19 @@ def test_change_between_subscription_and_answer_is_not_lost() -> None:
     assert [m.header.serial for m in talk.arrived] == [2]
 
 
+def test_list_that_comes_after_the_rules_changed_says_nothing_of_names_they_do_not_use() -> None:
+    talk = Dialogue(owners={"org.a": ":1.2", "org.b": ":1.2"})
+    talk.paused = True
+    talk.use(access("send:org.a", "send:org.x.*"))  # lists names
+    talk.use(access("send:", deny=["send:org.b"]))  # uses another
+    talk.resume()
+    assert "org.a" not in knows(talk)
+    # Its owner has to be asked for, who owns the denied name as well.
+    (answer,) = talk.app(call(2, "org.a"))
+    assert answer.text.startswith("error")
+    assert not talk.arrived
+
+
 @pytest.mark.parametrize(
     ("rules", "matches"),
     [

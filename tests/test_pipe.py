@@ -82,6 +82,17 @@ def test_what_is_not_taken_waits_and_comes_in_order(ends: Ends) -> None:
     assert ends.drained == 1
 
 
+def test_who_has_more_than_one_message_waiting_is_behind(ends: Ends) -> None:
+    ends.pipe.write([b"x" * 4_000_000])
+    assert not ends.pipe.is_behind
+    ends.pipe.write([b"two"])
+    assert ends.pipe.is_behind
+    while ends.pipe.queued:
+        ends.take()
+        ends.turn()
+    assert not ends.pipe.is_behind
+
+
 def test_descriptors_arrive_with_the_first_byte_of_their_message(ends: Ends) -> None:
     reading, writing = os.pipe()
     ends.pipe.write([b"before", Chunk(b"message", (reading,)), b"after"])

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from broker.gate.budgets import MessageBudget
+from broker.gate.budgets import BYTES_A_MESSAGE, MessageBudget
 from broker.gate.bus import DRIVER
 from broker.gate.control import SandboxLimits
 from broker.gate.core import OWN_SERIALS
 from broker.gate.loop import Loop
+from broker.gate.meter import Meter
 from broker.gate.pipe import Ancillary, Pipe
-from broker.gate.shortcut import take_short_way
+from broker.gate.shortcut import Payers, take_short_way
+from broker.wire.header import parse_header
 from broker.wire.marshal import make_error, make_return
 from tests.messages import NO_REPLY, access, big, call, changed, signal
 from tests.modelbus import ME, Dialogue
@@ -38,7 +40,9 @@ class Way:
         self.sent: list[tuple[str, bytes, int]] = []
         self.rests: list[tuple[Pipe, bytes]] = []
         self.failures: list[Exception] = []
-        take_short_way(self, self.filter, self.budget, self.app_pipe, self.bus_pipe)
+        self.meter = Meter(self.filter, self.budget)
+        payers = Payers(self.filter, self.budget, self.meter)
+        take_short_way(self, payers, self.app_pipe, self.bus_pipe)
         self.app_pipe.is_clear = self.bus_pipe.is_clear = True
 
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], _flags: int) -> None:
@@ -65,6 +69,12 @@ class Way:
             self.talk.app(message)
         for asked in [*self.talk.model.calls]:
             self.talk.reply(asked, sender=":1.2")
+        self.talk.clear()
+
+    def knows_reply(self, reply: bytes) -> None:
+        """Have a reply of that shape looked at before."""
+        self.talk.app(call(parse_header(reply).reply_serial or 0, "org.a"))
+        self.talk.deliver(reply)
         self.talk.clear()
 
     def turn(self) -> None:
@@ -110,8 +120,15 @@ def _nothing() -> None:
     pass
 
 
-def a_reply(to: int, *, sender: str = ":1.2", serial: int = 50) -> bytes:
-    return make_return(serial, reply_serial=to, sender=sender, destination=ME)
+def a_reply(to: int, *, sender: str = ":1.2", serial: int = 50, text: str = "") -> bytes:
+    return make_return(
+        serial,
+        reply_serial=to,
+        sender=sender,
+        destination=ME,
+        signature="s" if text else "",
+        values=(text,) if text else (),
+    )
 
 
 @pytest.fixture
@@ -141,6 +158,26 @@ def test_each_message_is_paid_for(way: Way) -> None:
     way.app_sends(call(7, "org.a"))
     way.app_sends(signal(8))
     assert way.budget.left == before - 2
+
+
+def test_large_reply_is_paid_for(way: Way) -> None:
+    small, large = a_reply(7), a_reply(8, text="x" * 10 * BYTES_A_MESSAGE)
+    way.knows_reply(large)
+    way.app_sends(call(7, "org.a"))
+    way.app_sends(call(8, "org.a"))
+    before, counted = way.budget.left, way.meter.counted
+    assert way.bus_sends(small) == small
+    assert way.budget.left == before
+    assert way.bus_sends(large) == large
+    assert not way.sent
+    assert (before - way.budget.left, way.meter.counted - counted) == (10, 10)
+
+
+def test_message_behind_which_the_bus_is_asked_goes_the_long_way(way: Way) -> None:
+    way.meter.counted = way.meter.ask_from - 1
+    assert way.app_sends(call(7, "org.a"))
+    assert way.app_sends(call(8, "org.a")) == b""
+    assert way.sent == [("app", call(8, "org.a"), 0)]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     connections: int = 16  # max_connections_per_container, counted at accept
     bytes_held: int = 64 * 1024 * 1024  # of unfinished messages from the sandbox
-    bytes_queued: int = 64 * 1024 * 1024  # to one connection that does not read
+    bytes_queued: int = 64 * 1024 * 1024  # to connections that do not read, all together
     pending_calls: int = 4096  # each way and connection
     match_rules: int = 1024  # a connection
     names: int = 256  # owned or queued for, a connection

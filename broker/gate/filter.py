@@ -5,20 +5,19 @@ and runs of such messages are passed on as one slice. Everything else is cut out
 `Outgoing` or `Incoming`. Read core.py's theory of operation first. Feed what arrived, then send all of
 `core.to_bus` and `core.to_app`. While `held` is true do not read from the app: what it sends next depends on an
 answer of the bus that is on its way, or (`yielded`) others have to have their turn before `go_on`.
-`spent` counts what the app's messages cost: the caller takes it away.
+`spent` counts what the app's messages and the replies to them cost: the caller takes it away.
 """
 
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
-from broker.gate.budgets import JUDGED_COST
+from broker.gate.budgets import BYTES_A_MESSAGE, JUDGED_COST
 from broker.gate.bus import Bus
 from broker.gate.core import OWN_SERIALS, Core, Host, Special
 from broker.gate.handover import ChunkDump, Fds, FilterDump, HandoverError, pick
-from broker.gate.incoming import Incoming
+from broker.gate.incoming import Arrived, Incoming
 from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
@@ -29,13 +28,6 @@ from broker.gate.words import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
 from policy.match import Judge
-
-
-@dataclass(slots=True)
-class _Stashed:
-    header: Header
-    data: bytes
-    fds: tuple[int, ...]
 
 
 class Filter:
@@ -63,7 +55,7 @@ class Filter:
         self.from_app: Final = Intake(sandbox)
         self._from_bus: Final = Intake(None)
         # What came from the bus and waits; everything behind it waits with it, to come in order.
-        self._stash: Final[deque[_Stashed]] = deque()
+        self._stash: Final[deque[Arrived]] = deque()
         self._stashed_bytes = 0
         self._wake = False
         core = self.core
@@ -146,7 +138,7 @@ class Filter:
         self.from_app.load(dump.from_app, fds)
         self._from_bus.load(dump.from_bus, fds)
         for one in dump.stash:
-            self._stash.append(_Stashed(parse_header(one.data), one.data, pick(fds, one.fds)))
+            self._stash.append(Arrived(parse_header(one.data), one.data, pick(fds, one.fds)))
             self._stashed_bytes += len(one.data)
 
     @property
@@ -303,13 +295,12 @@ class Filter:
         if data is None:
             return
         pos, run, end = 0, 0, len(data)
+        answered = 0  # bytes of replies to the app's calls
         core = self.core
-        out = core.to_app
-        pending = core.pending
+        out, pending = core.to_app, core.pending
         slowly = intake.has_fds or self._stash
         tables, reply_at = ({}, {}) if slowly else (self.bus_tables, core.bus_reply_at)
-        shapes = core.bus_replies
-        unpack = FIXED.unpack_from
+        shapes, unpack = core.bus_replies, FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
             start = pos + 16 + (fields + 7 & -8)
@@ -323,6 +314,7 @@ class Filter:
                         entry = pending.get(asked := U32.unpack_from(data, at)[0])
                         if entry is not None and entry.owner == sender:  # no owner is None
                             del pending[asked]
+                            answered += stop - pos
                             pos = stop
                             continue
                 else:
@@ -334,8 +326,7 @@ class Filter:
                             continue
             if run < pos:
                 out.append(data[run:pos])
-            run = pos
-            stop = self._bus_message(data, pos)
+            run, stop = pos, self._bus_message(data, pos)
             if not stop:
                 break
             if self._stash:
@@ -347,6 +338,7 @@ class Filter:
             intake.consumed(data, pos)
         if self._wake:
             self._resume()
+        self.spent += answered // BYTES_A_MESSAGE
 
     def known_bus_call(self, table: object, caller: object, serial: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
@@ -367,11 +359,14 @@ class Filter:
         header = parse_from_bus(self.core.sandbox.id, data, pos)
         fds = intake.peek_fds(header.unix_fds, pos)
         message = data[pos : pos + size]
+        waiting = len(self.core.pending)
         in_order = not self._stash or self._cannot_wait(header)
         if not (in_order and self._incoming.message(header, message, fds)):
-            self._stash.append(_Stashed(header, message, fds))
+            self._stash.append(Arrived(header, message, fds))
             self._stashed_bytes += size
         intake.drop_fds(len(fds))
+        if len(self.core.pending) < waiting:
+            self.spent += size // BYTES_A_MESSAGE
         if self._stashed_bytes > self.core.sandbox.limits.bytes_queued:
             raise PeerQuotaError("too much arrived while the owners of names were asked for")
         return pos + size

@@ -4,7 +4,7 @@ The slow path of the bus side; `Filter` comes here with what it does not remembe
 """
 
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from broker.gate.bus import DRIVER
 from broker.gate.core import Core, Denial, Special, Target, remember, remember_shape
@@ -15,6 +15,14 @@ from broker.gate.sight import Sight
 from broker.wire import errors, marshal
 from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
 from policy.match import Verdict
+
+
+class Arrived(NamedTuple):
+    """A whole message of the bus that waits."""
+
+    header: Header
+    data: bytes
+    fds: tuple[int, ...]
 
 
 class Incoming:

@@ -19,8 +19,8 @@ from broker.gate.handover import Fds, LinkDump
 from broker.gate.loop import Loop, Timer
 from broker.gate.meter import Meter
 from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds
-from broker.gate.shortcut import take_short_way
-from broker.gate.use import connection_use
+from broker.gate.shortcut import Payers, take_short_way
+from broker.gate.use import connection_use, find_too_far_behind
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.sasl import SaslClient, SaslServer
 from policy.match import Judge
@@ -77,9 +77,9 @@ class Link:
             self._send()
 
     @property
-    def queued(self) -> int:
-        """Bytes that the app has not taken yet."""
-        return self._app.queued
+    def behind(self) -> int:
+        """Bytes that the app has not taken yet, if it is more than one message."""
+        return self._app.queued if self._app.is_behind else 0
 
     def close(self, reason: str) -> None:
         """End both sides. Does nothing the second time."""
@@ -189,8 +189,8 @@ class Link:
         self._bus.links.add(self)
         self._app.readable = self._judge_app
         upstream.readable = self._judge_bus
-        self._meter = Meter(judging, self.sandbox.messages)
-        take_short_way(self, judging, self.sandbox.messages, self._app, upstream)
+        self._meter = Meter(judging, budget := self.sandbox.messages)
+        take_short_way(self, Payers(judging, budget, self._meter), self._app, upstream)
         return judging
 
     # -- messages -------------------------------------------------------------------------------------
@@ -222,9 +222,7 @@ class Link:
             self._check_fds()
 
     def _bus_sent(self, data: bytes, fds: Sequence[int]) -> None:
-        judging = self._filter
-        assert judging is not None
-        judging.feed_bus(data, fds)
+        self._meter.feed_bus(data, fds)
         self._send()
         if fds:
             self._check_fds()
@@ -247,11 +245,9 @@ class Link:
         assert upstream is not None
         core = judging.core
         if core.to_app:
-            before = self._app.queued
             self._app.write(core.to_app)
-            # One message of any size may wait; a second one not over the budget.
-            if before and self._app.queued > self.sandbox.limits.bytes_queued:
-                raise PeerQuotaError("does not read what it is sent")
+            if self._app.is_behind:
+                self._check_queued()
         if core.to_bus:
             upstream.write(core.to_bus)
         if judging.spent:
@@ -267,6 +263,14 @@ class Link:
         self._app.pause(reading=reads)
         self._app.is_clear = reads and judging.from_app.is_idle
         upstream.is_clear = not self._app.queued and judging.bus_is_clear
+
+    def _check_queued(self) -> None:
+        worst = find_too_far_behind(self.sandbox.links, self.sandbox.limits.bytes_queued)
+        exc = PeerQuotaError("does not read what it is sent")
+        if worst is self:
+            raise exc
+        if worst is not None:
+            worst.failed(exc)
 
     def _check_fds(self) -> None:
         limit = self.sandbox.limits.fds

@@ -238,7 +238,8 @@ class Owners:
         assert isinstance(names, tuple)
         there = {n for n in names if n[0] != ":" and n != DRIVER and self._relevant(n)}
         for name in map(str, then.values):
-            if name not in there:
+            # The rules may be others by now: what nobody follows any more is not known to be nobody's.
+            if name not in there and self._relevant(name):
                 self.names.setdefault(name, Target("", name))
         for name in sorted(there - {n for n, t in self.names.items() if t.owner}):
             self._ask_owner(name)

@@ -50,6 +50,7 @@ class Pipe:
         self._queue: Final[deque[Chunk]] = deque()
         self.queued = 0  # bytes that the other end has not taken
         self.queued_fds = 0
+        self.is_behind = False  # more was to be sent while something waited already
         self.handler: Callable[[int], None] = self.event
         # Read, and nothing waits on either way that has to go before what comes: see shortcut.py.
         self.is_clear = False
@@ -102,10 +103,12 @@ class Pipe:
             if sent < len(data):
                 self.queue(data[sent:])
             return
+        was_waiting = bool(self._queue)
         for item in output:
             self._enqueue(item if isinstance(item, Chunk) else Chunk(item, ()))
         output.clear()
         self._flush()
+        self.is_behind = was_waiting and bool(self._queue)
 
     def hand_over(self, handler: Callable[[int], None]) -> None:
         """Have the loop call somebody else, who leaves to `event` what it does not do itself."""
@@ -164,6 +167,7 @@ class Pipe:
                 events |= READABLE  # reading finds out, and ends the connection
             else:
                 if not self._queue:
+                    self.is_behind = False
                     self._drained()
         if self._reading:
             if events & (READABLE | BROKEN):

@@ -9,12 +9,14 @@ filter.py.
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from broker.gate.budgets import BYTES_A_MESSAGE, MessageBudget
 from broker.gate.core import OWN_SERIALS
 from broker.gate.filter import Filter
 from broker.gate.loop import READABLE
+from broker.gate.meter import Meter
 from broker.gate.pipe import ANCILLARY, CLOEXEC, READ_SIZE, TRUNCATED, Ancillary, Closed, Pipe
 from broker.gate.words import FIXED, REPLIES, U32
 from broker.wire.header import FIXED_SIZE
@@ -42,12 +44,19 @@ class LongWay(Protocol):
         """End the connection as the exception says, or not."""
 
 
-def take_short_way(
-    link: LongWay, judging: Filter, budget: MessageBudget, app: Pipe, bus: Pipe
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Payers:
+    """Who judges what the long way takes, and what both ways are charged to."""
+
+    judging: Filter
+    budget: MessageBudget
+    meter: Meter
+
+
+def take_short_way(link: LongWay, payers: Payers, app: Pipe, bus: Pipe) -> None:
     """Have known messages of an established connection passed on without the link."""
-    app.hand_over(_make_handler(link, app, bus, _make_app_note(judging, budget), link.app_sent))
-    bus.hand_over(_make_handler(link, bus, app, _make_bus_note(judging), link.bus_sent))
+    app.hand_over(_make_handler(link, app, bus, _make_app_note(payers), link.app_sent))
+    bus.hand_over(_make_handler(link, bus, app, _make_bus_note(payers), link.bus_sent))
 
 
 def _make_handler(link: LongWay, source: Pipe, target: Pipe, note: Note, sent: Sent) -> Handler:
@@ -84,7 +93,8 @@ def _count_as_sent(exc: OSError, size: int) -> int:
     raise Closed from exc
 
 
-def _make_app_note(judging: Filter, budget: MessageBudget) -> Note:
+def _make_app_note(payers: Payers) -> Note:
+    judging, budget, meter = payers.judging, payers.budget, payers.meter
     core = judging.core
     pending, calls, tables = core.pending, core.app_calls, judging.app_tables
     room = core.sandbox.limits.pending_calls
@@ -93,7 +103,9 @@ def _make_app_note(judging: Filter, budget: MessageBudget) -> Note:
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)
         start = 16 + (fields + 7 & -8)
-        if start + body != size or not 0 < serial < OWN_SERIALS or budget.left <= 0:
+        if start + body != size or not 0 < serial < OWN_SERIALS:
+            return False
+        if budget.left <= 0 or meter.counted >= meter.ask_from:
             return False
         table = tables.get(first)
         if table is None:
@@ -107,13 +119,16 @@ def _make_app_note(judging: Filter, budget: MessageBudget) -> Note:
                 if serial in pending or len(pending) >= room:
                     return False
                 pending[serial] = answerer  # type: ignore[assignment]
-        budget.left -= 1 + size // BYTES_A_MESSAGE
+        cost = 1 + size // BYTES_A_MESSAGE
+        budget.left -= cost
+        meter.counted += cost
         return True
 
     return note
 
 
-def _make_bus_note(judging: Filter) -> Note:
+def _make_bus_note(payers: Payers) -> Note:
+    judging, budget, meter = payers.judging, payers.budget, payers.meter
     core = judging.core
     pending, tables = core.pending, judging.bus_tables
     reply_at, shapes = core.bus_reply_at, core.bus_replies
@@ -137,6 +152,10 @@ def _make_bus_note(judging: Filter) -> Note:
         if entry is None or entry.owner != shapes.get(data[12:at] + data[at + 4 : start]):
             return False
         del pending[asked]
+        if size >= BYTES_A_MESSAGE:
+            cost = size // BYTES_A_MESSAGE
+            budget.left -= cost
+            meter.counted += cost
         return True
 
     return note
