@@ -173,7 +173,8 @@ def test_crash_is_on_record_without_bodies(bus: Bus, folder: Path) -> None:
         sandbox = warden.add_server(allow=[rules_of(0)])
         client = warden.connect(sandbox)
         secret = "do not write this down"
-        client.call(ECHO, "/org/example/Secret", MARKS[0], "Echo", "s", (secret,))
+        for _ in range(3):  # the first one is judged, the last one known
+            client.call(ECHO, "/org/example/Secret", MARKS[0], "Echo", "s", (secret,))
         assert last_crash(warden) == "none"
         first = warden.gate_pid
         kill_gate(warden, signal.SIGSEGV)
@@ -185,6 +186,9 @@ def test_crash_is_on_record_without_bodies(bus: Bus, folder: Path) -> None:
         assert "member='Echo'" in text
         assert "path='/org/example/Secret'" in text
         assert "bus to app" in text
+        call, answer = text.splitlines()[-2:]
+        assert f"'{sandbox.id}' app to bus known method_call" in call
+        assert f"'{sandbox.id}' bus to app known method_return" in answer
         assert secret not in text
         assert "SIGSEGV" in last_crash(warden)
         assert str(record) in last_crash(warden)

@@ -11,7 +11,7 @@ from tests.test_trace import make_call
 
 def write_trace(folder: Path) -> None:
     ring = bytearray(SIZE)
-    Note(1, 1e9, FROM_APP, "c1").write(memoryview(ring), make_call(), 0)
+    Note(1, 1e9, FROM_APP, "c1").write(memoryview(ring), 0, make_call(), 0)
     (folder / TRACE).write_bytes(ring)
 
 

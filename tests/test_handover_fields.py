@@ -37,7 +37,10 @@ FIELDS: Final = {
     "sight.Sight": ("lately_seen", ""),
     "swap.Swap": ("told", ""),
     "intake.Intake": ("_batches _fds _need _number _parts _skip unfinished", "_held"),
-    "filter.Filter": ("_from_bus _stash _wake held yielded", "_stashed_bytes spent"),
+    "filter.Filter": (
+        "_from_bus _stash _wake held yielded",
+        "_pass_app _pass_bus _stashed_bytes spent",
+    ),
     "incoming.Incoming": ("", ""),
     "outgoing.Outgoing": ("", ""),
     "driver.Driver": ("", ""),

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from broker.wire.trace import describe, read_ring
+from broker.wire.trace import describe, read_rings
 
 LOGGER: Final = logging.getLogger(__name__)
 TRACE: Final = "gate-trace"
@@ -30,7 +30,7 @@ def keep_crash(folder: Path, pid: int, status: int | None, now: float) -> str:
     path = folder / f"gate-crash-{when:%Y%m%dT%H%M%S.%f}-{pid}.txt"
     trace = folder / TRACE
     try:
-        entries = read_ring(trace.read_bytes()) if trace.is_file() else []
+        entries = read_rings(trace.read_bytes()) if trace.is_file() else []
         lines = [f"{_describe_time(entry.when)} {describe(entry)}\n" for entry in entries]
         path.write_text("".join([f"{line}\n", *lines]), encoding="utf-8")
         trace.unlink(missing_ok=True)

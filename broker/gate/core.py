@@ -135,8 +135,8 @@ class Core:
         self.app_takes_fds: Final = app_takes_fds
         self.unique_name = ""
         self.greeting = False  # Hello is on its way
-        self.to_bus: Output = []
-        self.to_app: Output = []
+        self.to_bus: Final[Output] = []
+        self.to_app: Final[Output] = []
         # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
         self.pending: Final[dict[int, Target | Special]] = {}
         # Serials of the gate's range that calls of the app have: they wait under another.

@@ -23,10 +23,11 @@ from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
 from broker.gate.swap import Swap
-from broker.gate.trace import parse_from_app, parse_from_bus
+from broker.gate.trace import make_pass, parse_from_app, parse_from_bus
 from broker.gate.words import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
+from broker.wire.trace import FROM_APP, FROM_BUS
 from policy.match import Judge
 
 
@@ -59,6 +60,8 @@ class Filter:
         self._stashed_bytes = 0
         self._wake = False
         core = self.core
+        self._pass_app: Final = make_pass(core.to_bus, sandbox.id, FROM_APP)
+        self._pass_bus: Final = make_pass(core.to_app, sandbox.id, FROM_BUS)
         self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
             **dict.fromkeys(CALLS, core.app_calls),
             **dict.fromkeys(MUTE_CALLS, core.app_mute),
@@ -163,7 +166,6 @@ class Filter:
                 return
         end = len(data)
         pos = run = known = 0
-        out = core.to_bus
         pending = core.pending
         room = core.sandbox.limits.pending_calls
         calls = core.app_calls
@@ -193,14 +195,14 @@ class Filter:
                     known += 1
                     continue
             if run < pos:
-                out.append(data[run:pos])
+                self._pass_app(data, run, pos)
             run = pos
             stop = self._app_message(data, pos)
             if not stop:
                 break
             run = pos = stop
         if run < pos:
-            out.append(data[run:pos])
+            self._pass_app(data, run, pos)
         self.spent += known
         if pos < end or not plain:
             intake.consumed(data, pos)
@@ -297,7 +299,7 @@ class Filter:
         pos, run, end = 0, 0, len(data)
         answered = 0  # bytes of replies to the app's calls
         core = self.core
-        out, pending = core.to_app, core.pending
+        pending = core.pending
         slowly = intake.has_fds or self._stash
         tables, reply_at = ({}, {}) if slowly else (self.bus_tables, core.bus_reply_at)
         shapes, unpack = core.bus_replies, FIXED.unpack_from
@@ -325,7 +327,7 @@ class Filter:
                             pos = stop
                             continue
             if run < pos:
-                out.append(data[run:pos])
+                self._pass_bus(data, run, pos)
             run, stop = pos, self._bus_message(data, pos)
             if not stop:
                 break
@@ -333,7 +335,7 @@ class Filter:
                 tables, reply_at = {}, {}
             run = pos = stop
         if run < pos:
-            out.append(data[run:pos])
+            self._pass_bus(data, run, pos)
         if pos < end or not plain:
             intake.consumed(data, pos)
         if self._wake:

@@ -18,8 +18,10 @@ from broker.gate.filter import Filter
 from broker.gate.loop import READABLE
 from broker.gate.meter import Meter
 from broker.gate.pipe import ANCILLARY, CLOEXEC, READ_SIZE, TRUNCATED, Ancillary, Closed, Pipe
+from broker.gate.trace import make_known_note
 from broker.gate.words import FIXED, REPLIES, U32
 from broker.wire.header import FIXED_SIZE
+from broker.wire.trace import FROM_APP, FROM_BUS
 
 Handler = Callable[[int], None]
 # Take note of one message and say whether to pass it on; False: nothing is done, it has to be looked at.
@@ -99,6 +101,7 @@ def _make_app_note(payers: Payers) -> Note:
     pending, calls, tables = core.pending, core.app_calls, judging.app_tables
     room = core.sandbox.limits.pending_calls
     unpack = FIXED.unpack_from
+    trace = make_known_note(core.sandbox.id, FROM_APP)
 
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)
@@ -122,6 +125,7 @@ def _make_app_note(payers: Payers) -> Note:
         cost = 1 + size // BYTES_A_MESSAGE
         budget.left -= cost
         meter.counted += cost
+        trace(data, 0, start)
         return True
 
     return note
@@ -133,6 +137,7 @@ def _make_bus_note(payers: Payers) -> Note:
     pending, tables = core.pending, judging.bus_tables
     reply_at, shapes = core.bus_reply_at, core.bus_replies
     unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
+    trace = make_known_note(core.sandbox.id, FROM_BUS)
 
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)
@@ -142,7 +147,10 @@ def _make_bus_note(payers: Payers) -> Note:
         if first not in REPLIES:
             table = tables.get(first)
             caller = table.get(data[12:start]) if table is not None else None
-            return caller is not None and judging.known_bus_call(table, caller, serial)
+            if caller is None or not judging.known_bus_call(table, caller, serial):
+                return False
+            trace(data, 0, start)
+            return True
         at = reply_at.get(start)
         if at is None:
             return False
@@ -156,6 +164,7 @@ def _make_bus_note(payers: Payers) -> Note:
             cost = size // BYTES_A_MESSAGE
             budget.left -= cost
             meter.counted += cost
+        trace(data, 0, start)
         return True
 
     return note
