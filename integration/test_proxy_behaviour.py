@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from integration.processes import wait_until
 from integration.proxies import (
     OTHER,
     PROGRAMS,
@@ -92,6 +93,8 @@ def test_a_service_is_started_by_a_call(scene: Scene) -> None:
     with scene.client(f"--talk={STARTED}") as app:
         if app.driver("NameHasOwner", "s", STARTED) == (True,):
             app.ask(STARTED, PATH, ECHO, "Quit")
+            # It answers before it goes.
+            assert wait_until(lambda: app.driver("NameHasOwner", "s", STARTED) == (False,))
         assert echo_error(app, STARTED) == ""
 
 

@@ -21,7 +21,7 @@ from integration.stage import (
     refusal,
     settle,
 )
-from integration.supervised import Warden, open_warden
+from integration.supervised import Warden, open_warden, wait_for
 from integration.threats import Scene, open_scene
 
 STARTS = "org.example.Starts"
@@ -50,6 +50,7 @@ def scene(starting: Warden) -> Iterator[Scene]:
         yield set_scene
         if is_there(set_scene.host):
             assert set_scene.host.call(STARTS, ECHO_PATH, ECHO, "Quit").error is None
+            wait_for(lambda: not is_there(set_scene.host))  # it answers before it goes
 
 
 @pytest.fixture
