@@ -73,13 +73,13 @@ def test_new_and_refused_messages_cost_more(talk: Dialogue) -> None:
     assert talk.filter.spent == 2 * JUDGED_COST
 
 
-def test_bytes_of_replies_cost_as_much_as_those_of_calls(talk: Dialogue) -> None:
+def test_bytes_of_replies_count_apart(talk: Dialogue) -> None:
     body = ("x" * 10 * BYTES_A_MESSAGE,)
 
     def answer(*serials: int, sender: str = ":1.2") -> int:
-        """Return what replies from that sender to these calls cost, all in one read."""
+        """Return what replies from that sender to these calls count, all in one read."""
         talk.app(b"".join(call(serial, "org.a") for serial in serials))
-        talk.filter.spent = 0
+        talk.filter.spent = talk.filter.answered = 0
         talk.deliver(
             b"".join(
                 make_return(
@@ -93,21 +93,22 @@ def test_bytes_of_replies_cost_as_much_as_those_of_calls(talk: Dialogue) -> None
                 for serial in serials
             )
         )
-        return talk.filter.spent
+        assert talk.filter.spent == 0
+        return talk.filter.answered
 
     assert answer(10) == 10  # of a shape that is new
     assert answer(11, 12) == 20
     assert answer(13, sender=":1.9") == 0  # nobody asked that one
 
 
-def test_what_else_the_bus_brings_costs_nothing() -> None:
+def test_what_else_the_bus_brings_is_not_counted() -> None:
     talk = Dialogue(access("receive:"), owners={"org.a": ":1.2"})
-    talk.filter.spent = 0
+    talk.filter.spent = talk.filter.answered = 0
     values = ("x" * 10 * BYTES_A_MESSAGE,)
     for member in ("Tell", "Tell", "Other"):
         told = call(7, ME, member, signature="s", values=values)
         assert talk.deliver(changed(told, sender=":1.2"))
-    assert talk.filter.spent == 0
+    assert (talk.filter.spent, talk.filter.answered) == (0, 0)
 
 
 def test_what_breaks_the_protocol_is_found_in_its_turn(talk: Dialogue) -> None:

@@ -39,7 +39,7 @@ FIELDS: Final = {
     "intake.Intake": ("_batches _fds _need _number _parts _skip unfinished", "_held"),
     "filter.Filter": (
         "_from_bus _stash _wake held yielded",
-        "_pass_app _pass_bus _stashed_bytes spent",
+        "_pass_app _pass_bus _stashed_bytes answered spent",
     ),
     "incoming.Incoming": ("", ""),
     "outgoing.Outgoing": ("", ""),
@@ -53,7 +53,7 @@ FIELDS: Final = {
         "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
     ),
     "link.Link": (LINK, "_bus_sock _client _closed _goes_on _meter _new_judge _server"),
-    "meter.Meter": ("", "_asked _asks _budget ask_from counted"),
+    "meter.Meter": ("", "_asked _asks _budget answered ask_from counted"),
     "budgets.MessageBudget": ("_filled left", ""),
     "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),
     "reports.Reports": ("left unreported", ""),

@@ -46,7 +46,7 @@ class World:
         header = parse_header(last)
         return [header.member or ""] if header.destination == "org.freedesktop.DBus" else []
 
-    def hear_reply(self, cost: int) -> int:
+    def hear_reply(self, cost: int, *, pays: bool = False) -> int:
         """Have a reply come that counts so many messages; return what it was counted."""
         self.talk.app(call(6, "org.a"))
         self.filter.spent = 0
@@ -56,6 +56,7 @@ class World:
                 9, reply_serial=6, sender=":1.2", destination=ME, signature="s", values=values
             ),
             (),
+            pays=pays,
         )
         return self.filter.spent
 
@@ -97,11 +98,17 @@ def test_time_counts_where_it_is_more(world: World) -> None:
     assert world.filter.spent == pytest.approx(0.01 * BUSY_SECOND, abs=1)
 
 
-def test_replies_count_by_bytes_or_time(world: World) -> None:
-    assert world.hear_reply(10) == 10
+def test_replies_count_by_the_time_they_take_beyond_what_calls_paid(world: World) -> None:
+    assert world.hear_reply(100) == 0
     world.clock.step = 0.01
-    assert world.hear_reply(10) == pytest.approx(0.01 * BUSY_SECOND, abs=1)
+    assert world.hear_reply(100) == pytest.approx(0.01 * BUSY_SECOND - 100, abs=1)
     assert world.hear_reply(0) == 0  # as long as that took, it may be somebody else's doing
+
+
+def test_who_does_not_read_pays_for_replies(world: World) -> None:
+    assert world.hear_reply(100, pays=True) == 100
+    world.clock.step = 0.01
+    assert world.hear_reply(100, pays=True) == pytest.approx(0.01 * BUSY_SECOND, abs=1)
 
 
 def test_bus_is_asked_behind_many_replies(world: World) -> None:
@@ -109,7 +116,11 @@ def test_bus_is_asked_behind_many_replies(world: World) -> None:
     assert not world.asks()
     world.hear_reply(1)
     assert world.asks()
+    world.clock.now += 0.1
+    before = world.budget.left
     world.answer()
+    # They are no payment for the time that the bus took.
+    assert before - world.budget.left == pytest.approx(0.1 * BUSY_SECOND, abs=2)
     assert world.meter.ask_from == EVERY
 
 

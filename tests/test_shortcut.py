@@ -160,17 +160,18 @@ def test_each_message_is_paid_for(way: Way) -> None:
     assert way.budget.left == before - 2
 
 
-def test_large_reply_is_paid_for(way: Way) -> None:
+def test_large_reply_is_counted_and_costs_nothing(way: Way) -> None:
     small, large = a_reply(7), a_reply(8, text="x" * 10 * BYTES_A_MESSAGE)
     way.knows_reply(large)
     way.app_sends(call(7, "org.a"))
     way.app_sends(call(8, "org.a"))
     before, counted = way.budget.left, way.meter.counted
     assert way.bus_sends(small) == small
-    assert way.budget.left == before
+    assert way.meter.answered == 0
     assert way.bus_sends(large) == large
     assert not way.sent
-    assert (before - way.budget.left, way.meter.counted - counted) == (10, 10)
+    assert way.budget.left == before
+    assert (way.meter.counted - counted, way.meter.answered) == (10, 10)
 
 
 def test_message_behind_which_the_bus_is_asked_goes_the_long_way(way: Way) -> None:

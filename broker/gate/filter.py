@@ -5,7 +5,7 @@ and runs of such messages are passed on as one slice. Everything else is cut out
 `Outgoing` or `Incoming`. Read core.py's theory of operation first. Feed what arrived, then send all of
 `core.to_bus` and `core.to_app`. While `held` is true do not read from the app: what it sends next depends on an
 answer of the bus that is on its way, or (`yielded`) others have to have their turn before `go_on`.
-`spent` counts what the app's messages and the replies to them cost: the caller takes it away.
+`spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away.
 """
 
 import sys
@@ -46,7 +46,7 @@ class Filter:
         self.core: Final = Core(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.held = False
         self.yielded = False
-        self.spent = 0
+        self.spent = self.answered = 0
         self._turn = judged_a_turn * JUDGED_COST
         self._owners: Final = Owners(self.core, self._synced)
         self._sight: Final = Sight(self.core, self._owners)
@@ -340,7 +340,7 @@ class Filter:
             intake.consumed(data, pos)
         if self._wake:
             self._resume()
-        self.spent += answered // BYTES_A_MESSAGE
+        self.answered += answered // BYTES_A_MESSAGE
 
     def known_bus_call(self, table: object, caller: object, serial: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
@@ -368,7 +368,7 @@ class Filter:
             self._stashed_bytes += size
         intake.drop_fds(len(fds))
         if len(self.core.pending) < waiting:
-            self.spent += size // BYTES_A_MESSAGE
+            self.answered += size // BYTES_A_MESSAGE
         if self._stashed_bytes > self.core.sandbox.limits.bytes_queued:
             raise PeerQuotaError("too much arrived while the owners of names were asked for")
         return pos + size

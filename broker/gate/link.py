@@ -17,7 +17,7 @@ from broker.gate.control import Use
 from broker.gate.filter import Filter
 from broker.gate.handover import Fds, LinkDump
 from broker.gate.loop import Loop, Timer
-from broker.gate.meter import Meter
+from broker.gate.meter import BEHIND, Meter
 from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds
 from broker.gate.shortcut import Payers, take_short_way
 from broker.gate.use import connection_use, find_too_far_behind
@@ -222,7 +222,8 @@ class Link:
             self._check_fds()
 
     def _bus_sent(self, data: bytes, fds: Sequence[int]) -> None:
-        self._meter.feed_bus(data, fds)
+        most = self.sandbox.limits.bytes_queued // BEHIND
+        self._meter.feed_bus(data, fds, pays=self.behind > most)
         self._send()
         if fds:
             self._check_fds()
@@ -269,7 +270,7 @@ class Link:
         exc = PeerQuotaError("does not read what it is sent")
         if worst is self:
             raise exc
-        if worst is not None:
+        if worst:
             worst.failed(exc)
 
     def _check_fds(self) -> None:
@@ -311,8 +312,7 @@ class Link:
     @contained
     def _go_on(self) -> None:
         self._goes_on = False
-        judging = self._filter
-        if judging is not None and not self._closed:
+        if self._filter is not None and not self._closed:
             self._meter.go_on()
             self._send()
 

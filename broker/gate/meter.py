@@ -20,13 +20,16 @@ from broker.wire.header import Header
 EVERY: Final = 256
 # Messages that a second counts for, of the gate's time or of the bus's: the default budget is 40 % of it.
 BUSY_SECOND: Final = 62_500
+# Who has not read more than this part of `bytes_queued` pays for replies by their number as well.
+BEHIND: Final = 16
 KIND: Final = "meter"
 
 
 class Meter:
     """Feeds the filter, and sets its `spent` to what that cost.
 
-    Whoever passes messages on without it adds to `counted`, and gives it the next one when that is `ask_from`.
+    Whoever passes messages on without it adds to `counted`, and gives it the next one when that is `ask_from`. Replies
+    cost nothing by their number, for what calls cost has them in it; so they are added to `answered` as well.
     """
 
     def __init__(
@@ -35,11 +38,11 @@ class Meter:
         self._judging: Final = judging
         self._budget: Final = budget
         self._clock: Final = clock
-        self._asked: tuple[float, int] | None = None  # when, and what had been counted
+        self._asked: tuple[float, int] | None = None  # when, and what had been paid
         # Who has none passes all answers on, those to calls of the gate's own as well.
         self._asks: Final = bool(judging.core.finishers)
         judging.core.finishers[KIND] = self._answered
-        self.counted = 0  # since the last question
+        self.counted = self.answered = 0  # since the last question
         self.ask_from = EVERY if self._asks else sys.maxsize
 
     def feed_app(self, data: bytes, fds: Sequence[int]) -> None:
@@ -50,16 +53,19 @@ class Meter:
         """Have judged what waits for its turn. Raises as the filter does."""
         self._measure_app(self._judging.go_on, 0)
 
-    def feed_bus(self, data: bytes, fds: Sequence[int]) -> None:
+    def feed_bus(self, data: bytes, fds: Sequence[int], *, pays: bool) -> None:
         """Have judged what the bus sent. Raises as the filter does.
 
-        Only replies to the app's calls cost it anything, and the time that they take: what else comes is not its doing.
+        Replies to the app's calls may cost it the time that they take, and if it `pays` their number; what else comes
+        is not its doing.
         """
         judging = self._judging
         start = self._clock()
         judging.feed_bus(data, fds)
-        if judging.spent:
-            self._spend(start)
+        if judging.answered:
+            if pays:
+                judging.spent, judging.answered = judging.spent + judging.answered, 0
+            self._spend(start, judging.answered)
             self._ask_if_due()
 
     def _measure_app(self, judge: Callable[[], None], size: int) -> None:
@@ -67,30 +73,33 @@ class Meter:
         start = self._clock()
         judge()
         judging.spent += size // BYTES_A_MESSAGE
-        self._spend(start)
+        self._spend(start, 0)
         # Half of a message is not on its way to the bus yet.
         if judging.core.to_bus:
             self._ask_if_due()
 
-    def _spend(self, start: float) -> None:
+    def _spend(self, start: float, answered: int) -> None:
         judging = self._judging
-        judging.spent = max(judging.spent, int((self._clock() - start) * BUSY_SECOND))
-        self.counted += judging.spent
+        took = int((self._clock() - start) * BUSY_SECOND)
+        judging.spent = max(judging.spent, took - answered)
+        judging.answered = 0
+        self.counted += judging.spent + answered
+        self.answered += answered
 
     def _ask_if_due(self) -> None:
         core = self._judging.core
         if self.counted >= self.ask_from and core.unique_name:
-            self._asked = (self._clock(), self.counted)
-            self.counted = 0
+            self._asked = (self._clock(), self.counted - self.answered)
+            self.counted = self.answered = 0
             self.ask_from = sys.maxsize
             core.call_driver("GetId", "", (), Then(KIND))
 
     def _answered(self, _then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
         if self._asked is None:
             return  # another gate had asked
-        when, counted = self._asked
+        when, paid = self._asked
         self._asked = None
         self.ask_from = EVERY
-        more = int((self._clock() - when) * BUSY_SECOND) - counted
+        more = int((self._clock() - when) * BUSY_SECOND) - paid
         if more > 0:
             self._budget.take_more(more)

@@ -132,7 +132,7 @@ def _make_app_note(payers: Payers) -> Note:
 
 
 def _make_bus_note(payers: Payers) -> Note:
-    judging, budget, meter = payers.judging, payers.budget, payers.meter
+    judging, meter = payers.judging, payers.meter
     core = judging.core
     pending, tables = core.pending, judging.bus_tables
     reply_at, shapes = core.bus_reply_at, core.bus_replies
@@ -161,9 +161,9 @@ def _make_bus_note(payers: Payers) -> Note:
             return False
         del pending[asked]
         if size >= BYTES_A_MESSAGE:
-            cost = size // BYTES_A_MESSAGE
-            budget.left -= cost
-            meter.counted += cost
+            answered = size // BYTES_A_MESSAGE
+            meter.counted += answered
+            meter.answered += answered
         trace(data, 0, start)
         return True
 
