@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 PACKAGES := .cache/packages.stamp
 INSTALLED := $(VENV)/installed.stamp
 SOURCES := broker policy tests integration
-# So many tests at a time: most of a test of real programs is waiting.
+# So many at a time: most of a test of real programs is waiting.
 JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
 .PHONY: demo containers1-daemon test check fuzz bench coverage setup clean
@@ -42,8 +42,8 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/flake8-async --enable=ASYNC --disable=ASYNC114,ASYNC910,ASYNC911 \
-	  $$(find $(SOURCES) -name '*.py')
+	find $(SOURCES) -name '*.py' -print0 | xargs -0 -n 40 -P $(JOBS) \
+	  $(VENV)/bin/flake8-async --enable=ASYNC --disable=ASYNC114,ASYNC910,ASYNC911
 
 bench: setup
 	$(PY) -m integration.bench $(ARGS)

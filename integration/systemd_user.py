@@ -13,7 +13,7 @@ from typing import Final
 
 from integration.buses import BROKER, DAEMON
 from integration.clients import Outcome, run
-from integration.processes import PYTHON, Process, running, wait_until
+from integration.processes import PROJECT, PYTHON, Process, running, wait_until
 from integration.rawclient import RawClient
 
 SYSTEMD: Final = Path("/usr/lib/systemd/systemd")
@@ -221,11 +221,14 @@ class Manager:
 
     def install(self) -> None:
         """Install the units of this checkout; what the services say goes to `log`."""
-        outcome = self.cli("install-units", f"--{self.scope}")
+        outcome = self.cli("install-units", f"--{self.scope}", "--force")
         assert outcome.code == 0, outcome.err
         for unit in SERVICES:
             log = f"[Service]\nStandardOutput=append:{self.log}\nStandardError=append:{self.log}\n"
             self.drop_in(unit, log, name="log")
+            if self.scope == "system":
+                # This checkout may be in /tmp, of which the services have an empty one.
+                self.drop_in(unit, f"[Service]\nBindReadOnlyPaths={PROJECT}\n", name="checkout")
         self.systemctl("daemon-reload")
         self.systemctl("start", GATE_SOCKET)
 

@@ -184,3 +184,12 @@ def test_a_checkout_is_named_to_python_and_an_installed_one_is_not(
     assert (Path(here.path) / "broker" / "systemd" / "units.py").exists()
     monkeypatch.setattr("sysconfig.get_path", lambda _name: here.path)
     assert command.find_installation().path == ""
+
+
+def test_a_program_that_the_services_cannot_see_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "find_installation", lambda: Installation(python="/tmp/x/python3"))
+    monkeypatch.setattr(command, "_write", lambda _files: pytest.fail("it wrote them"))
+    assert main(["install-units", "--system"]) == EXIT_REFUSED
+    assert "/tmp/x/python3 is hidden from the services" in capsys.readouterr().err

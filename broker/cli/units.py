@@ -25,6 +25,8 @@ _SYSTEM_FOLDERS: Final = {
     BUS_SERVICE: Path("/usr/local/share/dbus-1/system-services"),
     BUS_POLICY: Path("/etc/dbus-1/system.d"),
 }
+# What PrivateTmp= gives a service an empty one of.
+_PRIVATE: Final = ("/tmp", "/var/tmp")  # noqa: S108 - nothing is written there
 _ENABLED: Final = "buswarden-gate.socket buswarden.service"
 
 
@@ -49,9 +51,10 @@ def install_units_command(
     *, scope: str, folder: Path | None, only_print: bool, remove: bool, force: bool
 ) -> None:
     """Write the systemd units of this installation, and how a bus starts them."""
+    installation = find_installation()
     files = {
         _place(cast("Scope", scope), folder, name): text
-        for name, text in make_files(cast("Scope", scope), find_installation()).items()
+        for name, text in make_files(cast("Scope", scope), installation).items()
     }
     if only_print:
         for path, text in files.items():
@@ -59,6 +62,8 @@ def install_units_command(
         return
     if not force:
         _check(files)
+        if scope == "system" and folder is None and not remove:
+            _check_visible(installation)
     if remove:
         _remove(files)
     else:
@@ -72,6 +77,15 @@ def find_installation() -> Installation:
     here = str(Path(broker.__file__).parent.parent)
     by_itself = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     return Installation(python=sys.executable, path="" if here in by_itself else here)
+
+
+def _check_visible(installation: Installation) -> None:
+    """Raises UnitsError if the system's services, which have a /tmp of their own, cannot see the program."""
+    for path in filter(None, (installation.python, installation.path)):
+        if any(Path(path).is_relative_to(folder) for folder in _PRIVATE):
+            raise UnitsError(
+                f"{path} is hidden from the services (PrivateTmp): install buswarden somewhere else, as in /opt"
+            )
 
 
 def _place(scope: Scope, folder: Path | None, name: str) -> Path:
