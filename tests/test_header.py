@@ -18,6 +18,7 @@ from broker.wire.header import (
     Header,
     MessageType,
     measure,
+    measure_header,
     parse_header,
     serialise_header,
 )
@@ -79,6 +80,7 @@ def test_a_call_is_parsed_as_it_was_written(little: bool) -> None:
     header = parse_header(raw)
     assert header == Header(little=little, type=1, size=len(raw), **FULL)
     assert measure(raw) == len(raw) + 5
+    assert measure_header(raw) == len(raw)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -203,7 +205,7 @@ def test_a_bad_beginning_is_refused_by_measure_and_parse(
 ) -> None:
     fields = write_fields(CALL)
     raw = write_fixed(len(fields), **other) + fields
-    for function in (measure, parse_header):
+    for function in (measure, measure_header, parse_header):
         with pytest.raises(PeerProtocolError, match=problem):
             function(raw)
 

@@ -21,12 +21,13 @@ from broker.gate.incoming import Arrived, Incoming
 from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
+from broker.gate.runs import Place, take_calls, take_replies
 from broker.gate.sight import Sight
 from broker.gate.swap import Swap
 from broker.gate.trace import make_pass, parse_from_app, parse_from_bus
 from broker.gate.words import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
-from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
+from broker.wire.header import FIXED_SIZE, Header, measure, measure_header, parse_header
 from broker.wire.trace import FROM_APP, FROM_BUS
 from policy.match import Judge
 
@@ -157,8 +158,7 @@ class Filter:
         self, data: bytes, fds: Sequence[int] = ()
     ) -> None:
         """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
-        core = self.core
-        intake = self.from_app
+        core, intake = self.core, self.from_app
         plain = not fds and intake.is_idle
         if not plain or self.held or not data:
             data = self._take_from_app(data, fds) or b""
@@ -185,8 +185,9 @@ class Filter:
                         continue
                     if serial not in pending and len(pending) < room:
                         pending[serial] = target  # type: ignore[assignment]
-                        pos = stop
-                        known += 1
+                        more = take_calls(data, (pos, start, stop), pending, room)
+                        known += 1 + more
+                        pos = stop + (stop - pos) * more
                         continue
             elif tables and first in REPLIES:
                 stop = self.known_app_reply(data, pos, end, body, fields)
@@ -196,8 +197,7 @@ class Filter:
                     continue
             if run < pos:
                 self._pass_app(data, run, pos)
-            run = pos
-            stop = self._app_message(data, pos)
+            run, stop = pos, self._app_message(data, pos)
             if not stop:
                 break
             run = pos = stop
@@ -268,10 +268,7 @@ class Filter:
     def _refuse_too_large(self, data: bytes, pos: int, size: int) -> int:
         """Refuse a message that is over the sandbox's budget; the rest of it is not stored."""
         intake = self.from_app
-        fields = int.from_bytes(
-            data[pos + 12 : pos + 16], "little" if data[pos] == ord("l") else "big"
-        )
-        header_size = FIXED_SIZE + (fields + 7 & -8)
+        header_size = measure_header(data, pos)
         if len(data) - pos < header_size:
             intake.need(header_size)
             return 0
@@ -298,29 +295,21 @@ class Filter:
             return
         pos, run, end = 0, 0, len(data)
         answered = 0  # bytes of replies to the app's calls
-        core = self.core
-        pending = core.pending
-        slowly = intake.has_fds or self._stash
-        tables, reply_at = ({}, {}) if slowly else (self.bus_tables, core.bus_reply_at)
-        shapes, unpack = core.bus_replies, FIXED.unpack_from
+        fast = not (intake.has_fds or self._stash)
+        unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
             start = pos + 16 + (fields + 7 & -8)
             stop = start + body
             if stop <= end:
                 if first in REPLIES:
-                    at = reply_at.get(start - pos)
-                    if at is not None:
-                        at += pos
-                        sender = shapes.get(data[pos + 12 : at] + data[at + 4 : start])
-                        entry = pending.get(asked := U32.unpack_from(data, at)[0])
-                        if entry is not None and entry.owner == sender:  # no owner is None
-                            del pending[asked]
-                            answered += stop - pos
-                            pos = stop
-                            continue
+                    known = self._known_bus_reply(data, (pos, start, stop)) if fast else 0
+                    if known:
+                        answered += known - pos
+                        pos = known
+                        continue
                 else:
-                    table = tables.get(first)
+                    table = self.bus_tables.get(first) if fast else None
                     if table is not None:
                         caller = table.get(data[pos + 12 : start])
                         if caller is not None and self.known_bus_call(table, caller, serial):
@@ -331,8 +320,7 @@ class Filter:
             run, stop = pos, self._bus_message(data, pos)
             if not stop:
                 break
-            if self._stash:
-                tables, reply_at = {}, {}
+            fast = fast and not self._stash
             run = pos = stop
         if run < pos:
             self._pass_bus(data, run, pos)
@@ -341,6 +329,21 @@ class Filter:
         if self._wake:
             self._resume()
         self.answered += answered // BYTES_A_MESSAGE
+
+    def _known_bus_reply(self, data: bytes, place: Place) -> int:
+        """Return where a reply of a known shape, and those like it behind it, end; 0 if it has to be looked at."""
+        pos, start, stop = place
+        core = self.core
+        at = core.bus_reply_at.get(start - pos)
+        if at is None:
+            return 0
+        at += pos
+        sender = core.bus_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        entry = core.pending.get(asked := U32.unpack_from(data, at)[0])
+        if sender is None or entry is None or entry.owner != sender:
+            return 0
+        del core.pending[asked]
+        return stop + (stop - pos) * take_replies(data, place, at, core.pending, sender)
 
     def known_bus_call(self, table: object, caller: object, serial: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""

@@ -135,6 +135,12 @@ def measure(data: Data, offset: int = 0) -> int:
     return FIXED_SIZE + (fields_length + 7 & ~7) + body_length
 
 
+def measure_header(data: Data, offset: int = 0) -> int:
+    """Return the length of its header alone, padding included. Raises as `measure`."""
+    _, _, _, _, _, fields_length = _unpack_fixed(data, offset)
+    return FIXED_SIZE + (fields_length + 7 & ~7)
+
+
 def parse_header(data: Data, offset: int = 0) -> Header:
     """Return what the header at `offset` says. Raises PeerProtocolError if anything is wrong with it.
 
