@@ -275,5 +275,5 @@ def _marked_gates(runtime: Path) -> list[int]:
 
 def _print_log(warden: Warden) -> None:
     # pytest shows it where a test fails.
-    if warden.log:
+    if warden.log and "PYTEST_CURRENT_TEST" in os.environ:
         print(f"--- the supervisor and the gate said:\n{warden.log}")
