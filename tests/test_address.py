@@ -1,9 +1,18 @@
-"""Addresses of unix sockets are read and written; everything else is an operator's error."""
+"""Addresses of unix sockets are read and written; others are read for who takes them, and else an error."""
 
 import pytest
 from hypothesis import given, strategies as st
 
-from broker.wire.address import MAX_PATH, UnixAddress, make_unix_address, parse_address
+from broker.wire.address import (
+    MAX_PATH,
+    Address,
+    AutolaunchAddress,
+    TcpAddress,
+    UnixAddress,
+    make_unix_address,
+    parse_address,
+    parse_any_address,
+)
 from broker.wire.errors import ConfigError
 
 GUID = "0123456789abcdef0123456789ABCDEF"
@@ -60,6 +69,75 @@ def test_other_addresses_are_refused_with_the_reason(text: str, problem: str) ->
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tcp:host=127.0.0.1,port=1", [TcpAddress("127.0.0.1", 1)]),
+        ("tcp:port=65535,host=a-b.example", [TcpAddress("a-b.example", 65535)]),
+        ("tcp:host=%3a%3A1,port=08,family=ipv6", [TcpAddress("::1", 8, "ipv6")]),
+        (f"tcp:host=h,port=7,family=ipv4,guid={GUID};", [TcpAddress("h", 7, "ipv4", guid=GUID)]),
+        (
+            "nonce-tcp:host=h,port=7,noncefile=/tmp/a%20b",
+            [TcpAddress("h", 7, noncefile=b"/tmp/a b")],
+        ),
+        ("autolaunch:", [AutolaunchAddress()]),
+        (f"autolaunch:guid={GUID}", [AutolaunchAddress(GUID)]),
+        (
+            "unix:path=/a;tcp:host=h,port=7;autolaunch:;unix:runtime=yes;launchd:env=X",
+            [
+                UnixAddress(b"/a"),
+                TcpAddress("h", 7),
+                AutolaunchAddress(),
+                UnixAddress(b"/run/user/1/bus"),
+            ],
+        ),
+    ],
+)
+def test_other_transports_are_read_for_who_takes_them(text: str, expected: list[Address]) -> None:
+    assert parse_any_address(text, runtime_dir="/run/user/1") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "empty"),
+        ("/run/bus", "not a D-Bus address"),
+        ("unix:path=/a,path=/b", "'path' twice"),
+        ("unixexec:path=x;launchd:", "and autolaunch can be .*, not 'unixexec', 'launchd'"),
+        ("tcp:", "needs host="),
+        ("tcp:port=1", "needs host="),
+        ("tcp:host=h", "needs port="),
+        ("nonce-tcp:host=h,port=1", "needs noncefile="),
+        ("tcp:host=h,port=1,noncefile=/n", "'noncefile' in"),
+        ("tcp:host=h,port=1,bind=x", "'bind' in"),
+        ("tcp:host=h,host=i,port=1", "'host' twice"),
+        ("tcp:host=,port=1", "host= is not"),
+        ("tcp:host=a%20b,port=1", "host= is not"),
+        ("tcp:host=a%00b,port=1", "host= is not"),
+        ("tcp:host=%c3%a4,port=1", "host= is not"),
+        (f"tcp:host={'h' * 254},port=1", "host= is not"),
+        ("tcp:host=h,port=", "port= is not between 1 and 65535"),
+        ("tcp:host=h,port=0", "port= is not"),
+        ("tcp:host=h,port=65536", "port= is not"),
+        ("tcp:host=h,port=-1", "port= is not"),
+        ("tcp:host=h,port=%2b1", "port= is not"),
+        ("tcp:host=h,port=000001", "port= is not"),
+        ("tcp:host=h,port=http", "port= is not"),
+        ("tcp:host=h,port=1,family=ip", "ipv4 or ipv6"),
+        ("tcp:host=h,port=1,family=", "ipv4 or ipv6"),
+        ("tcp:host=h,port=1,guid=1", "32 hexadecimal"),
+        ("nonce-tcp:host=h,port=1,noncefile=", "noncefile= is empty"),
+        ("nonce-tcp:host=h,port=1,noncefile=/a%00", "or has a NUL"),
+        ("autolaunch:scope=*", "'scope' in"),
+        ("unix:path=/a;tcp:host=h", "needs port="),
+    ],
+)
+def test_what_nobody_takes_is_refused_with_the_reason(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        parse_any_address(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("path", "guid", "expected"),
     [
         (b"/run/bus", None, "unix:path=/run/bus"),
@@ -91,3 +169,13 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
     except ConfigError:
         return
     assert found
+
+
+@given(st.text("unixtcp-nce:hsort=127,gfamlv46%;é", max_size=40))
+def test_any_text_is_an_address_of_some_kind_or_refused(text: str) -> None:
+    for parse in (parse_address, parse_any_address):
+        try:
+            found = parse(text)
+        except ConfigError:
+            continue
+        assert found

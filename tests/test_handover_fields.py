@@ -46,7 +46,7 @@ FIELDS: Final = {
     "driver.Driver": ("", ""),
     "bus.Bus": (
         "_guid _late _wording address identities name sandboxes speakers tagged",
-        "judges_names_alone links members tells_unique_names",
+        "judges_names_alone links members takes_fds tells_unique_names",
     ),
     "pipe.Pipe": (
         "_queue _reading",

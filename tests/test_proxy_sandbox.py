@@ -1,5 +1,7 @@
 """A group of the proxy: what judges its connections, and in what its bus differs from a gate's."""
 
+import os
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -8,20 +10,27 @@ from broker.gate.control import Listener
 from broker.gate.filter import Filter
 from broker.gate.loop import Loop
 from broker.proxy.arguments import Command, parse_arguments
+from broker.proxy.dial import Place, TcpPlace
 from broker.proxy.judge import ProxyJudge
 from broker.proxy.log import Printer
 from broker.proxy.passage import Passage
 from broker.proxy.sandbox import LIMITS, LoggedFilter, LoggedPassage, ProxyBus, ProxySandbox
 from broker.wire import marshal
+from broker.wire.address import UnixAddress
 from broker.wire.header import MAX_MESSAGE
+from broker.wire.sasl import SaslClient
+from broker.wire.sasl_steps import SteppingSaslClient
 from tests.messages import access, call, driver_call, names
 from tests.modelbus import ME, Dialogue
 
 CHANGE = "type='signal',member='NameOwnerChanged'"
 
+# Where nobody listens: ports of 127.0.0.1 below 1024 that no program of a test has.
+TCP = TcpPlace(socket.AF_INET, ("127.0.0.1", 1))
+
 
 def bus(*, sloppy_names: bool = False) -> ProxyBus:
-    return ProxyBus("bus", "unix:path=/none", sloppy_names=sloppy_names)
+    return ProxyBus("bus", [UnixAddress(b"/none")], sloppy_names=sloppy_names)
 
 
 class Lines(Printer):
@@ -105,7 +114,7 @@ def test_a_message_of_any_legal_size_passes() -> None:
     assert LIMITS.bytes_queued >= MAX_MESSAGE
 
 
-# -- the bus of a group -------------------------------------------------------------------------------
+# -- the bus of a group, and the way to it -------------------------------------------------------------------------------
 
 
 def test_nobody_is_known_but_by_name() -> None:
@@ -140,3 +149,37 @@ def test_sloppy_names(sloppy: bool) -> None:
     assert names(talk.change(":1.77", ":1.77")) == (["signal NameOwnerChanged"] if sloppy else [])
     (answer,) = talk.app(driver_call(5, "NameHasOwner", "s", ":1.77"))
     assert answer.body == (False,)
+
+
+def test_only_a_unix_socket_says_who_we_are() -> None:
+    reached = ProxyBus("bus", [UnixAddress(b"/none"), TCP], sloppy_names=False)
+    with socket.socket(socket.AF_UNIX) as unix, socket.socket(socket.AF_INET) as tcp:
+        assert isinstance(reached.make_client(unix, 0), SaslClient)
+        assert isinstance(reached.make_client(tcp, 0), SteppingSaslClient)
+
+
+@pytest.mark.parametrize(
+    ("places", "address", "takes_fds"),
+    [
+        ([UnixAddress(b"/a"), UnixAddress(b"\0b")], "unix:path=/a;unix:abstract=b", True),
+        ([TCP, UnixAddress(b"/a")], "unix:path=/a", True),
+        ([TCP], "", False),
+    ],
+)
+def test_descriptors_need_a_unix_socket(places: list[Place], address: str, takes_fds: bool) -> None:
+    made = ProxyBus("bus", places, sloppy_names=False)
+    assert (made.address, made.takes_fds) == (address, takes_fds)
+
+
+@pytest.mark.parametrize("places", [[UnixAddress(b"/nonexistent/a")], []])
+def test_nobody_there(loop: Loop, places: list[Place]) -> None:
+    got: list[object] = []
+    made = ProxyBus("bus", [*places, TCP], sloppy_names=False)
+
+    def done(sock: socket.socket | None) -> None:
+        got.append(sock)
+        loop.stop()
+
+    made.connect(loop, made.address, os.getuid(), done)
+    loop.run()
+    assert got == [None]

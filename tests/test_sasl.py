@@ -129,6 +129,14 @@ def test_whoever_starts_anew_negotiates_anew() -> None:
     assert not server.unix_fds
 
 
+def test_descriptors_can_be_left_out_of_it() -> None:
+    server = SaslServer(1000, GUID, takes_fds=False)
+    said = b"\0" + AUTH + b"NEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
+    assert server.feed(said) == OK + ERROR
+    assert server.done
+    assert not server.unix_fds
+
+
 def test_nothing_in_is_nothing_out() -> None:
     server = SaslServer(1000, GUID)
     assert server.feed(b"") == b""
@@ -197,7 +205,7 @@ def _cut(data: bytes, cuts: list[int]) -> list[bytes]:
 
 def test_the_client_keeps_what_follows() -> None:
     client = SaslClient(1000)
-    client.feed(OK + AGREE + b"l\2")
+    assert client.feed(OK + AGREE + b"l\2") == b""
     assert client.done
     assert client.leftover == b"l\2"
 

@@ -5,12 +5,16 @@ that connection can say anything else: a unique name that is not here is a host'
 """
 
 import os
+import socket
 from collections import OrderedDict
 from typing import Final, Protocol
 
+from broker.gate.connector import Done, connect
 from broker.gate.control import BusSpec
 from broker.gate.handover import BusDump
+from broker.gate.loop import Loop
 from broker.wire import errors
+from broker.wire.sasl import Client, SaslClient
 from policy.match import Judge
 from policy.rules import Identity
 
@@ -67,10 +71,20 @@ class Bus:
         # and go; a well-known name is judged as itself alone, whatever else its owner owns.
         self.tells_unique_names = False
         self.judges_names_alone = False
+        # False: no connection to it passes descriptors, and apps are told so in the handshake.
+        self.takes_fds = True
 
     def spec(self) -> BusSpec:
         """Return it as the supervisor knows it."""
         return BusSpec(name=self.name, address=self.address)
+
+    def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
+        """Connect as that user; `address` is the bus's own, or one that it made for a sandbox."""
+        connect(loop, address, uid, done)
+
+    def make_client(self, sock: socket.socket, uid: int) -> Client:
+        """Return who does the handshake on a new connection."""
+        return SaslClient(uid)
 
     def met(self, guid: str) -> None:
         """Take note of who answers at the address.

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from broker.gate.bus import Bus
-from broker.gate.connector import connect
 from broker.gate.contain import contained
 from broker.gate.control import Use
 from broker.gate.filter import Filter
@@ -22,7 +21,7 @@ from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds
 from broker.gate.shortcut import Payers, take_short_way
 from broker.gate.use import connection_use, find_too_far_behind
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
-from broker.wire.sasl import SaslClient, SaslServer
+from broker.wire.sasl import Client, SaslClient, SaslServer
 from policy.match import Judge
 
 if TYPE_CHECKING:
@@ -42,12 +41,12 @@ class Link:
         self._bus: Final = bus
         self._app: Final = Pipe(loop, sock, self._greet_app, self._app_drained)
         self._guid: Final = guid
-        self._server: Final = SaslServer(sandbox.spec.uid, guid)
+        self._server: Final = SaslServer(sandbox.spec.uid, guid, takes_fds=bus.takes_fds)
         # What was said in the handshakes, as long as they last.
         self._said = self._bus_said = b""
         self._bus_sock: socket.socket | None = None
         self._upstream: Pipe | None = None
-        self._client: SaslClient | None = None
+        self._client: Client | None = None
         self._filter: Filter | None = None
         self._closed = False
         self._new_judge: Judge | None = None
@@ -139,7 +138,7 @@ class Link:
         server = spec.upstreams.get(self._bus.name)
         if server is None or server.instance:  # else the bus is being asked for another
             address = self._bus.address if server is None else server.address
-            connect(self._loop, address, spec.uid, self._connected)
+            self._bus.connect(self._loop, address, spec.uid, self._connected)
 
     def _connected(self, sock: socket.socket | None) -> None:
         if self._closed or self._bus_sock is not None:
@@ -157,7 +156,7 @@ class Link:
     def _greet(self) -> None:
         assert self._bus_sock is not None
         self._upstream = Pipe(self._loop, self._bus_sock, self._greet_bus, self._bus_drained)
-        self._client = SaslClient(self.sandbox.spec.uid)
+        self._client = self._bus.make_client(self._bus_sock, self.sandbox.spec.uid)
         self._upstream.write([self._client.start()])
 
     @contained
@@ -167,7 +166,8 @@ class Link:
         data, fds = self._upstream.read()
         close_fds(fds)
         self._bus_said += data
-        self._client.feed(data)
+        if answer := self._client.feed(data):
+            self._upstream.write([answer])
         if not self._client.done:
             return
         # What the bus does not take we cannot pass on.

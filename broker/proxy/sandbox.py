@@ -4,22 +4,30 @@ Peers are hosts here, whoever they are, also other clients of the same socket: x
 names and nothing else.
 """
 
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Final
 
 from broker.gate.budgets import JUDGED_A_TURN
 from broker.gate.bus import Bus
+from broker.gate.connector import Done
 from broker.gate.control import Event, Listener, SandboxLimits, SandboxSpec
 from broker.gate.core import Core, Denial
 from broker.gate.filter import Filter
 from broker.gate.loop import Loop
 from broker.gate.sandbox import Sandbox
 from broker.proxy.arguments import Group
+from broker.proxy.dial import Place, dial
 from broker.proxy.judge import ProxyJudge, copy_judge
+from broker.proxy.keyring import fetch_cookie
 from broker.proxy.log import Printer, Tap
 from broker.proxy.passage import Passage
+from broker.wire.address import UnixAddress, make_unix_address
 from broker.wire.header import MAX_MESSAGE
+from broker.wire.sasl import Client
+from broker.wire.sasl_steps import SteppingSaslClient
 from policy.rules import Identity
 
 # There is one sandbox a process, so that nobody else's share is at stake but the bus's. The reference
@@ -33,15 +41,37 @@ LIMITS: Final = SandboxLimits(
     # More than any app that behaves, and less than keeps a bus from serving others.
     messages_per_second=100_000,
 )
+# As many bytes as the cookies themselves have.
+CHALLENGE_SIZE: Final = 24
 
 
 class ProxyBus(Bus):
-    """The bus of one group, whose peers are nobody in particular."""
+    """The bus of one group, whose peers are nobody in particular.
 
-    def __init__(self, name: str, address: str, *, sloppy_names: bool) -> None:
-        super().__init__(name, address)
+    It may be behind TCP, as it may for xdg-dbus-proxy. A gate's own buses may not.
+    """
+
+    def __init__(self, name: str, places: Sequence[Place], *, sloppy_names: bool) -> None:
+        unix = [place for place in places if isinstance(place, UnixAddress)]
+        super().__init__(name, ";".join(make_unix_address(one.path, one.guid) for one in unix))
+        self._places: Final = tuple(places)
+        self._is_unix: Final = len(unix) == len(places)
+        self.takes_fds = bool(unix)
         self.tells_unique_names = sloppy_names
         self.judges_names_alone = True
+
+    def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
+        """Connect to the first place that answers."""
+        if self._is_unix:
+            super().connect(loop, address, uid, done)
+        else:
+            dial(loop, self._places, uid, LIMITS.handshake_seconds, done)
+
+    def make_client(self, sock: socket.socket, uid: int) -> Client:
+        """Return who does the handshake: on TCP the socket does not say who we are."""
+        if sock.family == socket.AF_UNIX:
+            return super().make_client(sock, uid)
+        return SteppingSaslClient(uid, os.urandom(CHALLENGE_SIZE), fetch_cookie)
 
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
         """Do not remember who is behind a unique name."""

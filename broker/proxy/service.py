@@ -18,10 +18,11 @@ from typing import Final
 from broker.gate.control import Listener
 from broker.gate.loop import READABLE, Loop
 from broker.proxy.arguments import Ask, Command, Group, check_paths, parse_arguments
+from broker.proxy.dial import Place
+from broker.proxy.find import find_places
 from broker.proxy.log import Printer
 from broker.proxy.sandbox import ProxyBus, ProxySandbox
 from broker.proxy.sockets import bind_socket
-from broker.wire.address import make_unix_address, parse_address
 from broker.wire.errors import ConfigError
 from policy.importers.report import cut
 
@@ -103,7 +104,7 @@ def _read_all(fd: int) -> bytes:
 def _serve(command: Command) -> int | None:
     """Serve until the end; return the number of the signal that told us to. Raises ConfigError."""
     check_paths(command.groups)
-    addresses = [_find_bus(group) for group in command.groups]
+    buses = [_find_bus(group) for group in command.groups]
     if command.fd is not None:
         _check_fd(command.fd)
     for group in command.groups:
@@ -117,8 +118,8 @@ def _serve(command: Command) -> int | None:
             ending.watch_signals(stack)
             # Where it was closed before, its number is that of something else by now.
             printer = Printer(None if sys.stdout is None else 1)
-            for group, address in zip(command.groups, addresses, strict=True):
-                sandbox = _open(loop, group, address, printer)
+            for group, places in zip(command.groups, buses, strict=True):
+                sandbox = _open(loop, group, places, printer)
                 stack.callback(sandbox.stop, "stopped")
             if command.fd is not None:
                 ending.watch_fd(command.fd)
@@ -131,16 +132,15 @@ def _serve(command: Command) -> int | None:
     return ending.signal
 
 
-def _find_bus(group: Group) -> str:
-    """Return the address, with all that the environment says put in. Raises ConfigError."""
+def _find_bus(group: Group) -> list[Place]:
+    """Return where the bus is, with all that has to be asked for put in. Raises ConfigError."""
     try:
-        places = parse_address(group.address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
+        return find_places(group.address, os.environ)
     except ConfigError as exc:
         raise ConfigError(f"bus address {cut(group.address)!r}: {exc}") from exc
-    return ";".join(make_unix_address(place.path, place.guid) for place in places)
 
 
-def _open(loop: Loop, group: Group, address: str, printer: Printer) -> ProxySandbox:
+def _open(loop: Loop, group: Group, places: Sequence[Place], printer: Printer) -> ProxySandbox:
     bound = bind_socket(group.path)
     # Clients share connections to servers of one guid: each socket is another server.
     listener = Listener(
@@ -151,7 +151,7 @@ def _open(loop: Loop, group: Group, address: str, printer: Printer) -> ProxySand
         inode=bound.inode,
         guid=os.urandom(16).hex(),
     )
-    bus = ProxyBus("bus", address, sloppy_names=group.sloppy_names)
+    bus = ProxyBus("bus", places, sloppy_names=group.sloppy_names)
     sandbox = ProxySandbox(loop, group, listener, os.geteuid(), bus=bus, printer=printer)
     sandbox.open([bound.sock.detach()])
     return sandbox

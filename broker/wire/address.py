@@ -1,7 +1,10 @@
-"""D-Bus server addresses, of unix sockets. Nothing here looks at the file system or environment."""
+"""D-Bus server addresses: unix sockets, and for the proxy what else xdg-dbus-proxy connects to.
+
+Nothing here looks at the file system or environment.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +17,11 @@ _PLAIN: Final = frozenset(rb"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY
 _ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})|([-0-9A-Za-z_/.\\*])")
 _GUID: Final = re.compile(r"[0-9A-Fa-f]{32}")
 _PLACES: Final = ("path", "abstract", "runtime")
+_FAMILIES: Final = ("ipv4", "ipv6")
+# A name in the DNS has at most 253 characters, a numeric address far fewer.
+_HOST: Final = re.compile(r"[\x21-\x7e]{1,253}")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
+_MAX_PORT: Final = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,27 @@ class UnixAddress:
     guid: str | None = None  # of the server that should be there
 
 
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A TCP server to connect to."""
+
+    host: str  # a name or a numeric address
+    port: int
+    family: str | None = None  # "ipv4" or "ipv6"; else either
+    noncefile: bytes | None = None  # what it holds is said first
+    guid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AutolaunchAddress:
+    """The bus of the X11 display, which is started if there is none."""
+
+    guid: str | None = None
+
+
+Address = UnixAddress | TcpAddress | AutolaunchAddress
+
+
 def parse_address(text: str, *, runtime_dir: str | None = None) -> list[UnixAddress]:
     """Return the sockets to try, in order. Raises ConfigError.
 
@@ -32,10 +61,7 @@ def parse_address(text: str, *, runtime_dir: str | None = None) -> list[UnixAddr
     """
     found = []
     others = []
-    for entry in filter(None, text.split(";")):
-        transport, colon, rest = entry.partition(":")
-        if not colon:
-            raise ConfigError(f"not a D-Bus address: {entry[:80]!r}")
+    for entry, transport, rest in _split(text):
         if transport == "unix":
             found.append(_parse_unix(entry, rest, runtime_dir))
         else:
@@ -43,8 +69,33 @@ def parse_address(text: str, *, runtime_dir: str | None = None) -> list[UnixAddr
     if found:
         return found
     if others:
-        listed = ", ".join(f"{other[:20]!r}" for other in others[:5])
-        raise ConfigError(f"only unix sockets can be connected to, not {listed}")
+        raise ConfigError(f"only unix sockets can be connected to, not {_listed(others)}")
+    raise ConfigError("empty D-Bus address")
+
+
+def parse_any_address(text: str, *, runtime_dir: str | None = None) -> list[Address]:
+    """Return all that can be connected to, in order. Raises ConfigError.
+
+    For who does not prove by the socket who it is: everybody else takes `parse_address`.
+    """
+    found: list[Address] = []
+    others = []
+    for entry, transport, rest in _split(text):
+        match transport:
+            case "unix":
+                found.append(_parse_unix(entry, rest, runtime_dir))
+            case "tcp" | "nonce-tcp":
+                found.append(_parse_tcp(entry, rest, needs_nonce=transport == "nonce-tcp"))
+            case "autolaunch":
+                _, guid = _parse_keys(entry, rest, ())
+                found.append(AutolaunchAddress(guid))
+            case _:
+                others.append(transport)
+    if found:
+        return found
+    if others:
+        allowed = "unix, tcp, nonce-tcp and autolaunch"
+        raise ConfigError(f"only {allowed} can be connected to, not {_listed(others)}")
     raise ConfigError("empty D-Bus address")
 
 
@@ -58,11 +109,26 @@ def make_unix_address(path: bytes | str, guid: str | None = None) -> str:
     return f"unix:{key}={text}" + (f",guid={guid}" if guid else "")
 
 
-def _parse_unix(entry: str, rest: str, runtime_dir: str | None) -> UnixAddress:
+def _split(text: str) -> Iterator[tuple[str, str, str]]:
+    for entry in filter(None, text.split(";")):
+        transport, colon, rest = entry.partition(":")
+        if not colon:
+            raise ConfigError(f"not a D-Bus address: {entry[:80]!r}")
+        yield entry, transport, rest
+
+
+def _listed(transports: list[str]) -> str:
+    return ", ".join(f"{transport[:20]!r}" for transport in transports[:5])
+
+
+def _parse_keys(
+    entry: str, rest: str, known: Collection[str]
+) -> tuple[dict[str, bytes], str | None]:
+    """Return what the keys say, and the guid apart."""
     keys: dict[str, bytes] = {}
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
-        if not equals or key not in (*_PLACES, "guid"):
+        if not equals or key not in (*known, "guid"):
             raise ConfigError(f"{key[:40]!r} in D-Bus address {entry[:80]!r}: cannot connect by it")
         if key in keys:
             raise ConfigError(f"{key!r} twice in D-Bus address {entry[:80]!r}")
@@ -70,10 +136,37 @@ def _parse_unix(entry: str, rest: str, runtime_dir: str | None) -> UnixAddress:
     guid = keys.pop("guid", None)
     if guid is not None and not _GUID.fullmatch(guid.decode("ascii", "replace")):
         raise ConfigError(f"the guid in D-Bus address {entry[:80]!r} is not 32 hexadecimal digits")
+    return keys, guid.decode() if guid is not None else None
+
+
+def _parse_unix(entry: str, rest: str, runtime_dir: str | None) -> UnixAddress:
+    keys, guid = _parse_keys(entry, rest, _PLACES)
     if len(keys) != 1:
         raise ConfigError(f"D-Bus address {entry[:80]!r} needs one of path=, abstract=, runtime=")
     path = _find_path(keys, entry, runtime_dir)
-    return UnixAddress(path, guid.decode() if guid is not None else None)
+    return UnixAddress(path, guid)
+
+
+def _parse_tcp(entry: str, rest: str, *, needs_nonce: bool) -> TcpAddress:
+    known = ("host", "port", "family", "noncefile") if needs_nonce else ("host", "port", "family")
+    keys, guid = _parse_keys(entry, rest, known)
+    for key in known:
+        if key != "family" and key not in keys:
+            raise ConfigError(f"D-Bus address {entry[:80]!r} needs {key}=")
+    host, port, family = (
+        keys[key].decode("ascii", "replace") if key in keys else None
+        for key in ("host", "port", "family")
+    )
+    if host is None or not _HOST.fullmatch(host):
+        raise ConfigError(f"D-Bus address {entry[:80]!r}: host= is not the name of a host")
+    if port is None or not _PORT.fullmatch(port) or not 0 < int(port) <= _MAX_PORT:
+        raise ConfigError(f"D-Bus address {entry[:80]!r}: port= is not between 1 and {_MAX_PORT}")
+    if family not in (None, *_FAMILIES):
+        raise ConfigError(f"D-Bus address {entry[:80]!r}: family= can only be ipv4 or ipv6")
+    noncefile = keys.get("noncefile")
+    if noncefile is not None and (not noncefile or 0 in noncefile):
+        raise ConfigError(f"D-Bus address {entry[:80]!r}: noncefile= is empty, or has a NUL")
+    return TcpAddress(host, int(port), family, noncefile, guid)
 
 
 def _find_path(keys: Mapping[str, bytes], entry: str, runtime_dir: str | None) -> bytes:

@@ -1,4 +1,4 @@
-"""Both halves of the D-Bus authentication dialogue, EXTERNAL only, with no I/O.
+"""Both halves of the D-Bus authentication dialogue on unix sockets, EXTERNAL only, with no I/O.
 
 Feed them what arrived, send what they hand back, until `done`. What came behind the dialogue belongs to the
 message parser and waits in `leftover`. Descriptors must not arrive before that: who receives
@@ -15,7 +15,7 @@ checks it. An error is final: after a PeerProtocolError every call raises it aga
 import enum
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from broker.wire.errors import PeerProtocolError
 
@@ -25,7 +25,7 @@ MAX_DIALOGUE: Final = 16 * 1024
 MAX_REJECTED: Final = 6  # as dbus-daemon's
 
 _PRINTABLE: Final = re.compile(rb"[\x20-\x7e]+")
-_GUID: Final = re.compile(rb"[0-9A-Fa-f]{32}")
+GUID: Final = re.compile(rb"[0-9A-Fa-f]{32}")
 _CRLF: Final = b"\r\n"
 
 
@@ -84,7 +84,7 @@ _PLAIN_VERBS: Final = {
 }
 
 
-class _Lines:
+class Lines:
     """Bytes in, lines without their CR LF out, within MAX_DIALOGUE."""
 
     def __init__(self) -> None:
@@ -117,12 +117,13 @@ class _Lines:
 class SaslServer:
     """The side of the bus. `uid` is who the peer is by SO_PEERCRED: nobody else may it say to be."""
 
-    def __init__(self, uid: int, guid: str) -> None:
+    def __init__(self, uid: int, guid: str, *, takes_fds: bool = True) -> None:
         self.leftover = b""
         self.unix_fds = False
         self._uid: Final = str(uid).encode()
         self._guid: Final = guid.encode()
-        self._lines: Final = _Lines()
+        self._takes_fds: Final = takes_fds
+        self._lines: Final = Lines()
         self._state = State.AUTH
         self._rejected = 0
         self._saw_nul = False
@@ -162,6 +163,8 @@ class SaslServer:
 
     def _answer(self, line: bytes) -> bytes:
         verb = self._parse_verb(line)
+        if verb is Verb.NEGOTIATE_UNIX_FD and not self._takes_fds:
+            verb = Verb.UNKNOWN  # as for who has never heard of it
         self._state, answer = _TRANSITIONS.get((self._state, verb), (self._state, _ERROR))
         if self._state is State.FAILED:
             raise PeerProtocolError(f"no BEGIN in its place: {line[:40]!r}")
@@ -208,6 +211,21 @@ class SaslServer:
             return False
 
 
+class Client(Protocol):
+    """What a link has of the side of a client."""
+
+    done: bool
+    leftover: bytes
+    unix_fds: bool
+    guid: str
+
+    def start(self) -> bytes:
+        """Return what the client says first."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what the server said; return what is to be sent to it. Raises PeerProtocolError."""
+
+
 class SaslClient:
     """The side of a client that says everything at once and then only reads.
 
@@ -221,15 +239,18 @@ class SaslClient:
         self.unix_fds = False
         self.guid = ""
         self._uid: Final = str(uid).encode().hex().encode()
-        self._lines: Final = _Lines()
+        self._lines: Final = Lines()
         self._failed = False
 
     def start(self) -> bytes:
         """Return all that the client has to say."""
         return b"\0AUTH EXTERNAL " + self._uid + b"\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
 
-    def feed(self, data: bytes) -> None:
-        """Take the server's answers. Raises PeerProtocolError, also if it does not let us in."""
+    def feed(self, data: bytes) -> bytes:
+        """Take the server's answers, to which there is nothing to say.
+
+        Raises PeerProtocolError, also if it does not let us in.
+        """
         if self._failed:
             raise PeerProtocolError("authentication failed before")
         assert not self.done
@@ -239,6 +260,7 @@ class SaslClient:
         except PeerProtocolError:
             self._failed = True
             raise
+        return b""
 
     def _take_lines(self) -> None:
         while not self.done:
@@ -251,7 +273,7 @@ class SaslClient:
     def _take(self, line: bytes) -> None:
         command, _, argument = line.partition(b" ")
         if not self.guid:
-            if command != b"OK" or not _GUID.fullmatch(argument):
+            if command != b"OK" or not GUID.fullmatch(argument):
                 raise PeerProtocolError(f"the bus does not let us in: {line[:80]!r}")
             self.guid = argument.decode()
             return
