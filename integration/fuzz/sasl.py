@@ -7,7 +7,8 @@ import re
 from typing import Final, NamedTuple
 
 from broker.wire.errors import PeerProtocolError
-from broker.wire.sasl import MAX_DIALOGUE, SaslClient, SaslServer
+from broker.wire.sasl import MAX_DIALOGUE, Client, SaslClient, SaslServer
+from broker.wire.sasl_steps import CookieError, SteppingSaslClient
 from integration.fuzz.pieces import Choices, cut
 
 _UID: Final = 1000
@@ -16,6 +17,12 @@ _HEX: Final = b"31303030"
 # What a server's answers look like, to the byte.
 _ANSWERS: Final = re.compile(
     rb"((OK " + _GUID.encode() + rb"|ERROR|DATA|AGREE_UNIX_FD|REJECTED EXTERNAL)\r\n)*"
+)
+# What a client says on TCP: each mechanism once at the most, nothing that the server made up, and BEGIN last if at all.
+_SAID: Final = re.compile(
+    rb"\0AUTH EXTERNAL %b\r\n(CANCEL\r\n)?"
+    rb"(AUTH DBUS_COOKIE_SHA1 %b\r\n(DATA [0-9a-f]+\r\n)?(CANCEL\r\n)?)?"
+    rb"(AUTH ANONYMOUS [0-9a-f]+\r\n(CANCEL\r\n)?)?(BEGIN\r\n)?" % (_HEX, _HEX)
 )
 # What has to be in a dialogue that was good: somewhere who it is, and BEGIN on a line of its own.
 _GOOD: Final = re.compile(
@@ -37,7 +44,7 @@ class Outcome(NamedTuple):
 def check(data: bytes) -> None:
     """Hold the invariant."""
     choices = Choices(data)
-    serve = run_server if choices.byte() % 2 else run_client
+    serve = (run_client, run_server, run_steps, run_server)[choices.byte() % 4]
     sizes = list(choices.take(3))
     stream = choices.rest()
     whole = serve([stream])
@@ -71,19 +78,40 @@ def run_server(parts: list[bytes]) -> Outcome:
 
 
 def run_client(parts: list[bytes]) -> Outcome:
-    """Let a client read these pieces."""
-    client = SaslClient(_UID)
+    """Let a client on a unix socket read these pieces."""
+    outcome = _run(SaslClient(_UID), parts)
+    assert outcome.said == SaslClient(_UID).start()
+    return outcome
+
+
+def run_steps(parts: list[bytes]) -> Outcome:
+    """Let a client on TCP read these pieces."""
+    outcome = _run(SteppingSaslClient(_UID, b"random", _fetch_cookie), parts)
+    assert _SAID.fullmatch(outcome.said)
+    assert outcome.said.endswith(b"BEGIN\r\n") == (outcome.state == "done")
+    assert not outcome.unix_fds
+    return outcome
+
+
+def _fetch_cookie(context: str, cookie_id: str) -> str:
+    if context != "context":
+        raise CookieError("no such file")
+    return cookie_id * 2
+
+
+def _run(client: Client, parts: list[bytes]) -> Outcome:
+    said = client.start()
     for number, part in enumerate(parts):
         try:
-            client.feed(part)
+            said += client.feed(part)
         except PeerProtocolError:
             assert not client.done
-            return Outcome("failed", b"", False, b"")
+            return Outcome("failed", said, False, b"")
         if client.done:
             assert re.fullmatch("[0-9A-Fa-f]{32}", client.guid)
             leftover = client.leftover + b"".join(parts[number + 1 :])
-            return Outcome("done", client.guid.encode(), client.unix_fds, leftover)
-    return Outcome("waits", client.guid.encode(), False, b"")
+            return Outcome("done", said, client.unix_fds, leftover)
+    return Outcome("waits", said, client.unix_fds, b"")
 
 
 def seeds() -> list[bytes]:
@@ -102,4 +130,7 @@ def seeds() -> list[bytes]:
         b"\0\7\1\0" + answers,
         b"\0\1\1\1OK " + b"a" * 32 + b"\r\nERROR\r\n",
         b"\0\0\0\0REJECTED EXTERNAL\r\n",
+        b"\2\3\1\0REJECTED DBUS_COOKIE_SHA1 ANONYMOUS\r\nDATA %b\r\nOK %bl\1"
+        % (b"context 7 abc".hex().encode(), _GUID.encode() + b"\r\n"),
+        b"\2\0\0\0DATA\r\nREJECTED DBUS_COOKIE_SHA1 ANONYMOUS\r\nERROR\r\nREJECTED ANONYMOUS\r\n",
     ]
