@@ -176,15 +176,17 @@ def test_a_log_that_nobody_reads_any_more(world: World) -> None:
     path = world.next_path()
     read_end, write_end = os.pipe()
     argv = [*PROGRAMS[OURS], world.bus.address, str(path), "--log"]
-    process = subprocess.Popen(argv, stdout=write_end, env=make_env())
-    os.close(write_end)
-    os.close(read_end)
-    assert wait_until(path.is_socket)
-    with RawClient.connect(f"unix:path={path}") as client:
-        echo(client)
-        echo(client)
-    process.terminate()
-    assert process.wait(10) == -signal.SIGTERM
+    with subprocess.Popen(argv, stdout=write_end, env=make_env()) as process:
+        try:
+            os.close(write_end)
+            os.close(read_end)
+            assert wait_until(lambda: listens(path))
+            with RawClient.connect(f"unix:path={path}") as client:
+                echo(client)
+                echo(client)
+        finally:
+            process.terminate()
+        assert process.wait(10) == -signal.SIGTERM
 
 
 # -- ends ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from broker.gate.handover import Then
 from broker.wire.header import Header
 
 # Messages, as budgets.py counts them, from one question to the next: a question costs the bus as much as two.
-EVERY: Final = 256
+EVERY: Final = 512
 # Messages that a second counts for, of the gate's time or of the bus's: the default budget is 40 % of it.
 BUSY_SECOND: Final = 62_500
 # Who has not read more than this part of `bytes_queued` pays for replies by their number as well.

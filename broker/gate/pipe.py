@@ -107,7 +107,9 @@ class Pipe:
         for item in output:
             self._enqueue(item if isinstance(item, Chunk) else Chunk(item, ()))
         output.clear()
-        self._flush()
+        # The other end that took no more a moment ago: the loop says when it does.
+        if not self._events & WRITABLE or self._is_away:
+            self._flush()
         self.is_behind = was_waiting and bool(self._queue)
 
     def hand_over(self, handler: Callable[[int], None]) -> None:
