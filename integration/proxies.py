@@ -6,14 +6,15 @@ here wait for each answer.
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from integration.buses import Bus, open_bus
-from integration.processes import PYTHON, Process, running
+from integration.processes import PYTHON, Process, make_env, running
 from integration.rawclient import BUS, BUS_PATH, RawClient
 from integration.service import ECHO, PATH, running_service
 
@@ -180,3 +181,19 @@ def echo_error(client: RawClient, name: str, **named: object) -> str:
     if reply.error is None:
         assert reply.values == ("hello",)
     return reply.error or ""
+
+
+def refused(*arguments: str, env: Mapping[str, str] | None = None) -> str:
+    """Run ours where it cannot start; return what it says."""
+    done = subprocess.run(
+        [*PROGRAMS[OURS], *arguments],
+        env=make_env(env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    return line

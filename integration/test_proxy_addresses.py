@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 import struct
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from integration.buses import Bus
-from integration.processes import make_env, wait_until
+from integration.processes import wait_until
 from integration.proxies import (
     OURS,
     PROGRAMS,
@@ -25,6 +24,7 @@ from integration.proxies import (
     THEIRS,
     error_of,
     open_proxy,
+    refused,
 )
 from integration.scripts import echo
 from integration.service import ECHO, PATH
@@ -296,17 +296,7 @@ def test_no_bus_is_launched_where_one_is(kind: str, bus: Bus, folder: Path) -> N
 def test_autolaunch_that_cannot_be_is_refused_at_once(
     folder: Path, env: dict[str, str], problem: str
 ) -> None:
-    done = subprocess.run(
-        [*PROGRAMS[OURS], "autolaunch:", str(folder / "s")],
-        env=make_env(env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
+    line = refused("autolaunch:", str(folder / "s"), env=env)
     assert line.startswith("buswarden proxy: bus address 'autolaunch:': autolaunch: ")
     assert problem in line
     assert not (folder / "s").exists()

@@ -20,6 +20,7 @@ from integration.proxies import (
     Scene,
     World,
     open_proxy,
+    refused,
 )
 from integration.rawclient import RawClient, connect_socket
 from integration.scripts import echo
@@ -31,22 +32,6 @@ FAILED = "org.freedesktop.DBus.Error.Failed"
 @pytest.fixture
 def scene(world: World) -> Scene:
     return Scene(kind=OURS, world=world)
-
-
-def refused(*arguments: str) -> str:
-    """Run it where it cannot start; return what it says."""
-    done = subprocess.run(
-        [*PROGRAMS[OURS], *arguments],
-        env=make_env(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
-    return line
 
 
 # -- addresses, sockets, arguments --------------------------------------------------------------------

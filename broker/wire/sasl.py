@@ -12,10 +12,11 @@ checks it. An error is final: after a PeerProtocolError every call raises it aga
 # Sender and receiver agree on every byte only if neither is generous: there is no case folding, and
 # no trimming at the front of a line.
 
+import abc
 import enum
 import re
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Final
 
 from broker.wire.errors import PeerProtocolError
 
@@ -211,27 +212,8 @@ class SaslServer:
             return False
 
 
-class Client(Protocol):
-    """What a link has of the side of a client."""
-
-    done: bool
-    leftover: bytes
-    unix_fds: bool
-    guid: str
-
-    def start(self) -> bytes:
-        """Return what the client says first."""
-
-    def feed(self, data: bytes) -> bytes:
-        """Take what the server said; return what is to be sent to it. Raises PeerProtocolError."""
-
-
-class SaslClient:
-    """The side of a client that says everything at once and then only reads.
-
-    What follows BEGIN may be sent with it, but for descriptors: dbus-daemon loses those that arrive while
-    it authenticates.
-    """
+class Client(abc.ABC):
+    """The side of a client: lines in, what it says to them out. An error is final."""
 
     def __init__(self, uid: int) -> None:
         self.done = False
@@ -242,42 +224,58 @@ class SaslClient:
         self._lines: Final = Lines()
         self._failed = False
 
+    @abc.abstractmethod
     def start(self) -> bytes:
-        """Return all that the client has to say."""
-        return b"\0AUTH EXTERNAL " + self._uid + b"\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
+        """Return what the client says first."""
 
     def feed(self, data: bytes) -> bytes:
-        """Take the server's answers, to which there is nothing to say.
+        """Take what the server said; return what is to be sent to it.
 
         Raises PeerProtocolError, also if it does not let us in.
         """
         if self._failed:
             raise PeerProtocolError("authentication failed before")
         assert not self.done
+        self._failed = True  # until all of it is taken
         self._lines.feed(data)
-        try:
-            self._take_lines()
-        except PeerProtocolError:
-            self._failed = True
-            raise
-        return b""
+        out = self._take_lines()
+        self._failed = False
+        return out
 
-    def _take_lines(self) -> None:
-        while not self.done:
-            line = self._lines.next_line()
-            if line is None:
-                return
-            self._take(line)
-        self.leftover = self._lines.take_rest()
+    def _take_lines(self) -> bytes:
+        out = b""
+        while not self.done and (line := self._lines.next_line()) is not None:
+            if answer := self._answer(line):
+                out += answer + _CRLF
+        if self.done:
+            self.leftover = self._lines.take_rest()
+        return out
 
-    def _take(self, line: bytes) -> None:
+    @abc.abstractmethod
+    def _answer(self, line: bytes) -> bytes:
+        """Return what is said to a line, b"" for nothing. Raises PeerProtocolError."""
+
+
+class SaslClient(Client):
+    """The side of a client that says everything at once and then only reads.
+
+    What follows BEGIN may be sent with it, but for descriptors: dbus-daemon loses those that arrive while
+    it authenticates.
+    """
+
+    def start(self) -> bytes:
+        """Return all that the client has to say."""
+        return b"\0AUTH EXTERNAL " + self._uid + b"\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
+
+    def _answer(self, line: bytes) -> bytes:
         command, _, argument = line.partition(b" ")
         if not self.guid:
             if command != b"OK" or not GUID.fullmatch(argument):
                 raise PeerProtocolError(f"the bus does not let us in: {line[:80]!r}")
             self.guid = argument.decode()
-            return
+            return b""
         if command not in (b"AGREE_UNIX_FD", b"ERROR"):
             raise PeerProtocolError(f"the bus answers NEGOTIATE_UNIX_FD with {line[:80]!r}")
         self.unix_fds = command == b"AGREE_UNIX_FD"
         self.done = True
+        return b""

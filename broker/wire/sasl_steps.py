@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.wire.errors import BrokerError, PeerProtocolError
-from broker.wire.sasl import GUID, Lines
+from broker.wire.sasl import GUID, Client
 
 _MECHANISMS: Final = (b"EXTERNAL", b"DBUS_COOKIE_SHA1", b"ANONYMOUS")
 # What ANONYMOUS may say about who it is, for the log of the bus.
@@ -23,7 +23,6 @@ _TRACE: Final = b"buswarden"
 _CONTEXT: Final = re.compile(rb"[\x21-\x2d\x30-\x5b\x5d-\x7e]{1,128}")
 _COOKIE_ID: Final = re.compile(rb"[0-9]{1,20}")
 _CHALLENGE: Final = re.compile(rb"[\x21-\x7e]+")
-_CRLF: Final = b"\r\n"
 
 # Context, id of the cookie: returns the cookie. Raises CookieError.
 FetchCookie = Callable[[str, str], str]
@@ -41,54 +40,23 @@ class State(enum.Enum):
     REJECTED = enum.auto()  # said CANCEL
 
 
-class SteppingSaslClient:
+class SteppingSaslClient(Client):
     """Tries one mechanism after the other.
 
     `challenge` is random, and new for each connection: a cookie is only ever hashed together with it.
     """
 
     def __init__(self, uid: int, challenge: bytes, fetch_cookie: FetchCookie) -> None:
-        self.done = False
-        self.leftover = b""
-        self.unix_fds = False
-        self.guid = ""
-        self._uid: Final = str(uid).encode().hex().encode()
+        super().__init__(uid)
         self._challenge: Final = challenge.hex().encode()
         self._fetch_cookie: Final = fetch_cookie
-        self._lines: Final = Lines()
         self._state = State.OK
         self._tried = 0  # of _MECHANISMS
         self._reasons: Final[list[str]] = []  # why not, a mechanism each
-        self._failed = False
 
     def start(self) -> bytes:
         """Return what the client says first."""
-        return b"\0" + self._try_next(_MECHANISMS[:1]) + _CRLF
-
-    def feed(self, data: bytes) -> bytes:
-        """Take what the server said; return what is to be sent to it.
-
-        Raises PeerProtocolError, also if it does not let us in.
-        """
-        if self._failed:
-            raise PeerProtocolError("authentication failed before")
-        assert not self.done
-        self._lines.feed(data)
-        try:
-            return self._take_lines()
-        except PeerProtocolError:
-            self._failed = True
-            raise
-
-    def _take_lines(self) -> bytes:
-        out = b""
-        while not self.done:
-            line = self._lines.next_line()
-            if line is None:
-                return out
-            out += self._answer(line) + _CRLF
-        self.leftover = self._lines.take_rest()
-        return out
+        return b"\0" + self._try_next(_MECHANISMS[:1]) + b"\r\n"
 
     def _answer(self, line: bytes) -> bytes:
         command, _, argument = line.partition(b" ")
