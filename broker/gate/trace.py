@@ -37,23 +37,27 @@ KnownNote = Callable[[bytes, int, int], None]
 
 def parse_from_app(sandbox: str, data: bytes, pos: int) -> Header:
     """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
-    if _rings is not None:
-        Note(next(_numbers), time.time(), FROM_APP, sandbox).write(_rings, next(_judged), data, pos)
-    return parse_header(data, pos)
+    return _parse(sandbox, FROM_APP, data, pos)
 
 
 def parse_from_bus(sandbox: str, data: bytes, pos: int) -> Header:
     """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
+    return _parse(sandbox, FROM_BUS, data, pos)
+
+
+def _parse(sandbox: str, direction: int, data: bytes, pos: int) -> Header:
     if _rings is not None:
-        Note(next(_numbers), time.time(), FROM_BUS, sandbox).write(_rings, next(_judged), data, pos)
+        note = Note(next(_numbers), time.time(), direction, sandbox)
+        note.write(_rings, next(_judged), data, pos)
     return parse_header(data, pos)
 
 
 def make_known_note(sandbox: str, direction: int) -> KnownNote:
     """Return what writes down messages of a sandbox that are known. It has to be fast: see shortcut.py."""
     name = make_name(sandbox)
-    slot, room = known_slot(name)
-    pack_into, name_size, now = slot.pack_into, len(name), time.time
+    name_size = len(name)
+    slot, room = known_slot(name_size)
+    pack_into, now = slot.pack_into, time.time
 
     def note(data: bytes, pos: int, size: int) -> None:
         if _rings is not None:

@@ -6,6 +6,7 @@ machine. A judged one's number is written last and taken away first: what was ha
 shown. Of a known one everything is written at once, which is the fastest way; it may be half of the one before it.
 """
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -64,13 +65,14 @@ def make_name(sandbox: str) -> bytes:
     return sandbox.encode("ascii", "replace")[:_MAX_NAME]
 
 
-def known_slot(name: bytes) -> tuple[struct.Struct, int]:
-    """Return the form of a known message's slot for a sandbox, and how much of a header fits.
+@functools.cache  # there are as many as a name may have bytes, and each connection asks
+def known_slot(name_size: int) -> tuple[struct.Struct, int]:
+    """Return the form of a known message's slot with a name of that size, and how much of a header fits.
 
     Its values: number, time, direction, length of the name, length of the header, name, header.
     """
-    room = SLOT - _TEXT_AT - len(name)
-    return struct.Struct(f"QdBBH{len(name)}s{room}s"), room
+    room = SLOT - _TEXT_AT - name_size
+    return struct.Struct(f"QdBBH{name_size}s{room}s"), room
 
 
 def read_rings(data: bytes) -> list[Entry]:
