@@ -114,6 +114,8 @@ def call(
     member: str = "Do",
 ) -> str:
     """Call `receiver` by some name of its; return PASSED if it got the call, and its caller the reply, or the error."""
+    # Each connection is told for itself who owns a name by now, and this one maybe not yet.
+    settle(sender)
     serial = sender.start_call(destination, path, interface, member, "s", ("hello",))
     settle(sender)
     got = [each for each in arrivals(receiver) if each.header.type == MessageType.METHOD_CALL]
@@ -138,6 +140,7 @@ def call(
 
 def mute_call(sender: RawClient, receiver: RawClient, destination: str, **named: Any) -> bool:
     """Send a call that wants no reply; return whether it arrived. Nothing may come back."""
+    settle(sender)
     member = named.get("member", "Do")
     sender.start_call(destination, PATH, INTERFACE, member, flags=Flag.NO_REPLY_EXPECTED)
     return _went(sender, receiver, MessageType.METHOD_CALL, member)
@@ -153,6 +156,7 @@ def signal(
     member: str = "Done",
 ) -> bool:
     """Emit a signal; return whether it arrived. Nothing may come back."""
+    settle(sender)
     sender.emit(path, interface, member, "s", ("news",), destination=destination)
     return _went(sender, receiver, MessageType.SIGNAL, member)
 
