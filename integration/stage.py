@@ -169,7 +169,8 @@ def listen(client: RawClient) -> RawClient:
 
 def told(client: RawClient) -> list[tuple[str, str, str]]:
     """Return, and take, the owner changes that the bus told a connection."""
-    settle(client)
+    # Who owns the names of a pattern takes two answers: which there are, then whose they are.
+    settle(client, client)
     changes = [each.values for each in client.queue if each.header.member == "NameOwnerChanged"]
     client.queue.clear()
     return [(str(name), str(old), str(new)) for name, old, new in changes]
