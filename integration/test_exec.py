@@ -1,6 +1,7 @@
 """`buswarden exec` with real bubblewrap: what the command reaches, and that neither end outlives the other."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,6 +85,26 @@ def test_a_socket_in_a_directory_that_is_visible_is_covered(warden: Warden) -> N
         argv = ["exec", "--share", str(directory), "--", "test", "-c", str(directory / "s")]
         outcome = warden.cli(*argv)
     assert outcome.ok, "it is not the null device"
+
+
+def test_a_socket_that_goes_while_it_is_being_covered(
+    warden: Warden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = warden.runtime.parent / "goes" / "s", warden.runtime.parent / "bin"
+    path.parent.mkdir()
+    folder.mkdir()
+    real = shutil.which("bwrap")
+    (folder / "bwrap").write_text(f'#!/bin/sh\nrm -f {path}\nexec {real} "$@"\n')
+    (folder / "bwrap").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        argv = ["exec", "--share", str(path.parent), "--", "sh", "-c", "exit 41"]
+        outcome = warden.cli(*argv)
+    assert outcome.code == 41, outcome.err
+    assert "trying again" in outcome.err
+    wait_for(lambda: not warden.list_sandboxes())
 
 
 def test_the_network_goes_when_a_bus_has_an_abstract_socket(warden: Warden) -> None:

@@ -57,7 +57,7 @@ def test_no_bubblewrap_is_an_error_of_the_operator(monkeypatch: pytest.MonkeyPat
 
 
 def fake_bubblewrap(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a `bwrap` into PATH that does what the script says: options are $2 sync fd, $4 info fd."""
+    """Put a `bwrap` into PATH that does what the script says: options are $2 sync fd, $4 status fd."""
     path = folder / "bwrap"
     path.write_text(f"#!{sys.executable}\nimport os, signal, sys\n{script}\n")
     path.chmod(0o700)
@@ -86,6 +86,30 @@ def test_the_exit_status_is_passed_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("said", "started"),
+    [
+        pytest.param("", False, id="nothing"),
+        pytest.param('{"child-pid": 7}', False, id="set-up"),
+        pytest.param("nonsense", False, id="nonsense"),
+        pytest.param('{"child-pid": 7}\\n{"exit-code": 1}', True, id="exit-code"),
+    ],
+)
+def test_failing_is_told_from_a_command_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, started: bool
+) -> None:
+    fake_bubblewrap(tmp_path, monkeypatch, f"os.write(int(sys.argv[4]), b'{said}\\n')\nsys.exit(1)")
+    read_end, write_end = os.pipe()
+    plan = Plan(argv=(), environ={}, cwd="/")
+    if started:
+        assert launch.run_sandbox(plan, close_notify=write_end) == 1
+    else:
+        with pytest.raises(launch.NotStartedError):
+            launch.run_sandbox(plan, close_notify=write_end)
+    os.close(read_end)
+
+
+@pytest.mark.slow
 def test_a_signal_reaches_the_command_and_not_bubblewrap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +123,7 @@ if os.fork() == 0:
     for _ in range(500):
         os.kill(parent, signal.SIGWINCH)
         time.sleep(0.01)
-os.write(int(sys.argv[4]), b'{"child-pid": %d}' % os.getpid())
+os.write(int(sys.argv[4]), b'{"child-pid": %d}\\n' % os.getpid())
 sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
     fake_bubblewrap(tmp_path, monkeypatch, script)

@@ -20,11 +20,13 @@ from broker.cli.options import (
     identity_options,
 )
 from broker.cli.output import print_error
-from broker.sandbox.launch import find_bubblewrap, find_host, run_sandbox
+from broker.sandbox.launch import NotStartedError, find_bubblewrap, find_host, run_sandbox
 from broker.sandbox.plan import Wish, addresses_in, make_plan
 from policy.snaps import SNAP_TYPE
 
 DEFAULT_TYPE: Final = "org.buswarden.Exec"
+# Sockets that are to be hidden come and go: so often one may go while it is being hidden.
+ATTEMPTS: Final = 5
 RuleTexts = tuple[tuple[bool, str], ...]
 
 
@@ -94,6 +96,18 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
             raise click.UsageError("--snap says what --type and --component are")
         # As for a snap's commands: the app of the snap's own name is the one without a second name.
         new = replace(new, type=SNAP_TYPE, app=snap, component=app or snap, receive_from_host=False)
+    for _ in range(ATTEMPTS):
+        status = _run_once(settings, new, command, share)
+        if status is not None:
+            return status
+        print_error("a socket was gone before it could be hidden: trying again")
+    return 1
+
+
+def _run_once(
+    settings: Settings, new: NewSandbox, command: tuple[str, ...], shared: tuple[str, ...]
+) -> int | None:
+    """Run the command in a sandbox of its own; None: it did not start, and might now."""
     read_end, write_end = os.pipe()
     try:
         made = ask(settings, partial(_make, new=new, close_notify=read_end))
@@ -102,7 +116,7 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
         raise
     finally:
         os.close(read_end)
-    return _run(made, command, share, write_end)
+    return _run(made, command, shared, write_end)
 
 
 async def _make(client: Client, *, new: NewSandbox, close_notify: int) -> Made:
@@ -115,7 +129,9 @@ async def _make(client: Client, *, new: NewSandbox, close_notify: int) -> Made:
     )
 
 
-def _run(made: Made, command: tuple[str, ...], shared: tuple[str, ...], close_notify: int) -> int:
+def _run(
+    made: Made, command: tuple[str, ...], shared: tuple[str, ...], close_notify: int
+) -> int | None:
     addresses = (*made.bus_addresses, *addresses_in(os.environ))
     dirs = (made.runtime_dir, os.environ.get("XDG_RUNTIME_DIR") or made.runtime_dir)
     host = find_host(bus_addresses=addresses, runtime_dirs=dirs)
@@ -127,7 +143,12 @@ def _run(made: Made, command: tuple[str, ...], shared: tuple[str, ...], close_no
         print_error(f"{command[0]} has no network: a bus can be reached by {plan.no_network}")
     if plan.cwd != host.cwd:
         print_error(f"{host.cwd} is not there in the sandbox: {command[0]} starts in {plan.cwd}")
-    return run_sandbox(plan, close_notify=close_notify)
+    try:
+        return run_sandbox(plan, close_notify=close_notify)
+    except NotStartedError:
+        # No file can be made in the sandbox to hide it behind.
+        left = find_host(bus_addresses=addresses, runtime_dirs=dirs).sockets
+        return 1 if set(host.sockets) <= set(left) else None
 
 
 def _check_command(name: str) -> None:

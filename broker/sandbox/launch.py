@@ -34,6 +34,10 @@ _MAX_INFO: Final = 65536  # bytes: it takes some 200
 _ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON in the flags column
 
 
+class NotStartedError(Exception):
+    """Bubblewrap could not set the sandbox up, and has said why: the command has not run."""
+
+
 def find_bubblewrap() -> str:
     """Return its path. Raises ConfigError."""
     path = shutil.which("bwrap")
@@ -60,10 +64,11 @@ def find_host(*, bus_addresses: Iterable[str], runtime_dirs: Iterable[str]) -> H
 def run_sandbox(plan: Plan, *, close_notify: int) -> int:
     """Run it to its end and return its exit status as a shell would give it.
 
-    `close_notify` is the write end of the pipe; it is closed here once the sandbox holds it.
+    `close_notify` is the write end of the pipe; it is closed here once the sandbox holds it. Raises
+    NotStartedError.
     """
     info_read, info_write = os.pipe()
-    argv = [find_bubblewrap(), "--sync-fd", str(close_notify), "--info-fd", str(info_write)]
+    argv = [find_bubblewrap(), "--sync-fd", str(close_notify), "--json-status-fd", str(info_write)]
     try:
         # Started by this very thread, as PR_SET_PDEATHSIG (--die-with-parent) fires when the thread
         # that forked is gone: a thread of a pool would end the sandbox when it idles out. A process
@@ -80,8 +85,15 @@ def run_sandbox(plan: Plan, *, close_notify: int) -> int:
     finally:
         os.close(close_notify)
         os.close(info_write)
-    with _signals_forwarded(process, info_read):
-        status = process.wait()
+    try:
+        with _signals_forwarded(process, info_read):
+            status = process.wait()
+        # It says how the command ended if there was one, and fails with 1 if not.
+        if status == 1 and not _has_exit_code(info_read):
+            raise NotStartedError
+    finally:
+        # Not earlier: it would be the end of bubblewrap to write to nobody.
+        os.close(info_read)
     return status if status >= 0 else 128 - status
 
 
@@ -108,15 +120,28 @@ def _signals_forwarded(process: subprocess.Popen[bytes], info_fd: int) -> Iterat
 def _read_init(info_fd: int) -> int | None:
     """Return the pid, outside, of the sandbox's first process; None if bubblewrap failed."""
     text = b""
-    try:
-        # Not to the end of the file, which would trust every process inside to close its copy.
-        while (data := os.read(info_fd, 4096)) and len(text) < _MAX_INFO:
-            text += data
-            with contextlib.suppress(ValueError, KeyError):
-                return int(json.loads(text)["child-pid"])
-    finally:
-        os.close(info_fd)
+    # A document a line. Not to the end of the file, which would trust every process inside to close its copy.
+    while (data := os.read(info_fd, 1)) and len(text) < _MAX_INFO:
+        text += data
+        if data == b"\n":
+            return _find_number(text, "child-pid")
     return None
+
+
+def _has_exit_code(info_fd: int) -> bool:
+    os.set_blocking(info_fd, False)
+    try:
+        text = os.read(info_fd, _MAX_INFO)
+    except BlockingIOError:
+        return False
+    return any(_find_number(line, "exit-code") is not None for line in text.splitlines())
+
+
+def _find_number(line: bytes, key: str) -> int | None:
+    try:
+        return int(json.loads(line)[key])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _command_of(init: int | None) -> int | None:
