@@ -10,8 +10,10 @@ from typing import Any, Self
 
 import pytest
 
+from broker.wire.marshal import make_call
+from integration.apps import ANSWER_TIMEOUT
 from integration.buses import CONTAINERS1_DAEMON, Bus, open_bus, open_containers1_daemon
-from integration.rawclient import BUS, BUS_PATH, CallError, RawClient
+from integration.rawclient import BUS, BUS_PATH, CallError, RawClient, connect_socket
 from integration.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
@@ -145,6 +147,45 @@ def test_stopping_reaches_the_bus(labelled: Warden, service: Service) -> None:
     assert service.app_of(client.unique_name)[0] == TYPE
     client.close()
     wait_for(lambda: service.count() == 0)
+
+
+def test_who_is_on_the_way_when_it_stops_listening_gets_there(
+    labelled: Warden, service: Service
+) -> None:
+    sandbox = labelled.add_server()
+    with connect_socket(sandbox.address) as sock:
+        sock.settimeout(ANSWER_TIMEOUT)
+        sock.sendall(b"\0AUTH EXTERNAL\r\n")
+        assert sock.recv(100).startswith(b"DATA")
+        labelled.stop_listening(sandbox)
+        hello = make_call(1, destination=BUS, path=BUS_PATH, interface=BUS, member="Hello")
+        sock.sendall(b"DATA\r\nBEGIN\r\n" + hello)
+        said = b""
+        while b":1." not in said:
+            said += (part := sock.recv(1000))
+            assert part, said
+        assert service.count() == 1
+    wait_for(lambda: service.count() == 0)
+
+
+def test_connections_on_another_bus_outlive_a_server_that_nobody_uses(
+    labelling: Bus, service: Service, folder: Path
+) -> None:
+    (folder / "other").mkdir()
+    with open_bus("dbus-daemon", folder / "other") as other:
+        more = ["--bus", f"other={other.address}"]
+        with open_warden(labelling, folder / "run", *more) as warden:
+            warden.host.add_match("interface='org.buswarden.Broker1',member='SandboxEnded'")
+            sandbox = warden.add_server(Buses=Variant("as", ["session", "other"]))
+            with contextlib.closing(
+                RawClient.connect(warden.show(sandbox)["addresses"]["other"])
+            ) as client:
+                warden.stop_listening(sandbox)
+                wait_for(lambda: service.count() == 0)
+                assert client.driver("GetId")
+                assert [one["id"] for one in warden.list_sandboxes()] == [sandbox.id]
+            ended = warden.host.wait_signal("SandboxEnded").values
+            assert ended == (sandbox.path, "last-connection")
 
 
 def test_pipes_end_it_on_the_bus_while_no_supervisor_is_there(

@@ -1,5 +1,6 @@
 """A gate with a control socket, whose own connection to the bus leads to a bus of the test's."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from broker.gate import ownlink
 from broker.gate.control import (
     AddSandbox,
     Answer,
+    BusSpec,
     Done,
     Envelope,
     Listener,
@@ -33,6 +35,7 @@ from policy.rules import AccessList
 from tests.fake_own_bus import OwnBus
 from tests.test_server import APP, BUS, Supervisor
 
+OTHER = BusSpec(name="other", address=BUS.address)
 ADD = CallBus(
     bus="session",
     uid=os.geteuid(),
@@ -82,19 +85,36 @@ class Stage(Supervisor):
         instance, _, address = unpack(called.signature, called.body)
         return Upstream(instance=instance, address=address)
 
-    def add_labelled(self, upstream: Upstream, id_: str = "c0") -> Answer:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.bind(str(self.folder / id_))
-            sock.listen()
+    def add_labelled(
+        self, upstream: Upstream, id_: str = "c0", buses: tuple[str, ...] = ("session",)
+    ) -> Answer:
+        """Add a sandbox that the first of the buses labels; for the others it has a socket `ID-BUS`."""
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in buses]
+            for sock, bus in zip(socks, buses, strict=True):
+                sock.bind(str(self.folder / (id_ if bus == "session" else f"{id_}-{bus}")))
+                sock.listen()
             spec = SandboxSpec(
                 id=id_,
                 identity=APP,
                 uid=os.getuid(),
-                listeners=(Listener(bus="session", fd=0),),
+                listeners=tuple(Listener(bus=bus, fd=fd) for fd, bus in enumerate(buses)),
                 access=AccessList(),
                 upstreams={"session": upstream},
             )
-            return self.call(AddSandbox(spec), (sock.fileno(),))
+            return self.call(AddSandbox(spec), tuple(sock.fileno() for sock in socks))
+
+    @contextlib.contextmanager
+    def client(self, name: str) -> Iterator[socket.socket]:
+        """Have somebody connect to a sandbox's socket, and say nothing."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.folder / name))
+            self.go_on()
+            yield sock
+
+    def asked(self) -> list[str]:
+        """Return what the bus was called for."""
+        return [member for member, _ in self.bus.driver.asked]
 
     def upstreams(self, id_: str = "c0") -> dict[str, Upstream]:
         snapshot = self.call(TakeSnapshot())
@@ -120,7 +140,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     bus = OwnBus()
     monkeypatch.setattr(ownlink, "connect", bus.connect)
     stage = Stage(tmp_path, bus)
-    assert stage.ask(SetBuses((BUS,))) == Done()
+    assert stage.ask(SetBuses((BUS, OTHER))) == Done()
     yield stage
     stage.close()
     bus.close()

@@ -12,7 +12,7 @@ import pytest
 GATE: Final = Path(__file__).resolve().parent.parent / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
-_about _account _app _buses _clock _core _driver _drained _emit _ended _full _incoming _judging _loop _methods _most
+_about _account _app _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _loop _methods _most
 _outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd finishers
 from_app id identity limits sandbox sock
 """
@@ -25,7 +25,7 @@ _judged_uniques app_calls app_mute app_replies app_reply_at app_signals bus_call
 bus_signals judge match_count to_app to_bus
 """
 LINK: Final = """
-_bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
+bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
 """
 SANDBOX: Final = """
 _close_pipe _guid _listening _throttled_count _waiting complaints denied_count is_throttled links messages spec
@@ -57,8 +57,11 @@ FIELDS: Final = {
     "budgets.MessageBudget": ("_filled left", ""),
     "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),
     "reports.Reports": ("left unreported", ""),
-    "sandbox.Sandbox": (SANDBOX, "_is_over _judges bytes_held"),
-    "server.Gate": ("_asked _control _kept _own _reader _sandboxes _supervisor", "_manager"),
+    "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over"),
+    "server.Gate": (
+        "_asked _control _kept _own _reader _sandboxes _supervisor",
+        "_manager _upstreams",
+    ),
 }
 
 

@@ -68,12 +68,44 @@ def test_stopping_reaches_the_bus(stage: Stage) -> None:
 
 def test_stop_listening_reaches_the_bus(stage: Stage) -> None:
     upstream = stage.make()
-    stage.add_labelled(upstream)
-    assert stage.call(StopListening("c0")) == Done()
-    stage.go_on()
-    members = [member for member, _ in stage.bus.driver.asked]
-    assert members == ["AddServer", "StopListening", "StopInstance"]
+    stage.add_labelled(upstream, buses=("session", "other"))
+    with stage.client("c0-other") as client:
+        assert stage.call(StopListening("c0")) == Done()
+        stage.go_on()
+        assert stage.asked() == ["AddServer", "StopListening"]
+        # Nobody was left there: the bus ends it, and the connection on the other bus goes on.
+        stage.bus.emit_removed(upstream.instance)
+        stage.go_on()
+        assert stage.upstreams() == {}
+        assert stage.events == []
+        client.close()
+        stage.go_on()
+    stage.take()
     assert stage.events == [Ended("c0", "last-connection")]
+    assert "StopInstance" not in stage.asked()
+
+
+def test_the_bus_listens_for_who_is_on_the_way(stage: Stage) -> None:
+    stage.add_labelled(stage.make())
+    with stage.client("c0"):
+        assert stage.call(StopListening("c0")) == Done()
+        stage.go_on()
+        assert stage.asked() == ["AddServer"]
+    stage.go_on()
+    stage.take()
+    assert stage.asked() == ["AddServer", "StopInstance"]
+    assert stage.events == [Ended("c0", "last-connection")]
+
+
+def test_somebody_ends_the_instance_of_a_sandbox_that_takes_no_more(stage: Stage) -> None:
+    upstream = stage.make()
+    stage.add_labelled(upstream)
+    with stage.client("c0"):
+        stage.call(StopListening("c0"))
+        stage.bus.emit_removed(upstream.instance)
+        stage.go_on()
+    stage.take()
+    assert stage.events == [Ended("c0", "instance-removed")]
 
 
 def test_an_instance_that_the_bus_removes_ends_its_sandbox(stage: Stage) -> None:

@@ -38,7 +38,7 @@ class Link:
     ) -> None:
         self._loop: Final = loop
         self.sandbox: Final = sandbox
-        self._bus: Final = bus
+        self.bus: Final = bus
         self._app: Final = Pipe(loop, sock, self._greet_app, self._app_drained)
         self._guid: Final = guid
         self._server: Final = SaslServer(sandbox.spec.uid, guid, takes_fds=bus.takes_fds)
@@ -103,8 +103,8 @@ class Link:
         for item in (*core.to_bus, *core.to_app):
             if not isinstance(item, bytes):
                 close_fds(item.fds)
-        self._bus.members.discard(core)
-        self._bus.links.discard(self)
+        self.bus.members.discard(core)
+        self.bus.links.discard(self)
 
     def _too_slow(self) -> None:
         seconds = self.sandbox.limits.handshake_seconds
@@ -135,10 +135,10 @@ class Link:
 
     def _connect(self) -> None:
         spec = self.sandbox.spec
-        server = spec.upstreams.get(self._bus.name)
+        server = spec.upstreams.get(self.bus.name)
         if server is None or server.instance:  # else the bus is being asked for another
-            address = self._bus.address if server is None else server.address
-            self._bus.connect(self._loop, address, spec.uid, self._connected)
+            address = self.bus.address if server is None else server.address
+            self.bus.connect(self._loop, address, spec.uid, self._connected)
 
     def _connected(self, sock: socket.socket | None) -> None:
         if self._closed or self._bus_sock is not None:
@@ -146,7 +146,7 @@ class Link:
                 sock.close()
             return
         if sock is None:
-            self.sandbox.complaints.add("bus-unreachable", self._bus.name)
+            self.sandbox.complaints.add("bus-unreachable", self.bus.name)
             self.close("the bus cannot be reached")
             return
         self._bus_sock = sock
@@ -156,7 +156,7 @@ class Link:
     def _greet(self) -> None:
         assert self._bus_sock is not None
         self._upstream = Pipe(self._loop, self._bus_sock, self._greet_bus, self._bus_drained)
-        self._client = self._bus.make_client(self._bus_sock, self.sandbox.spec.uid)
+        self._client = self.bus.make_client(self._bus_sock, self.sandbox.spec.uid)
         self._upstream.write([self._client.start()])
 
     @contained
@@ -172,8 +172,8 @@ class Link:
             return
         # What the bus does not take we cannot pass on.
         takes_fds = self._server.unix_fds and self._client.unix_fds
-        if self._bus.name not in self.sandbox.spec.upstreams:  # whose guids are their own
-            self._bus.met(self._client.guid)
+        if self.bus.name not in self.sandbox.spec.upstreams:  # whose guids are their own
+            self.bus.met(self._client.guid)
         judging = self._judge_with(self._upstream, app_takes_fds=takes_fds)
         self._said = self._bus_said = b""
         if self._client.leftover:
@@ -184,9 +184,9 @@ class Link:
 
     def _judge_with(self, upstream: Pipe, *, app_takes_fds: bool) -> Filter:
         """Have messages judged from now on."""
-        judging = self._filter = self.sandbox.make_filter(self._bus, app_takes_fds=app_takes_fds)
-        self._bus.members.add(judging.core)
-        self._bus.links.add(self)
+        judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
+        self.bus.members.add(judging.core)
+        self.bus.links.add(self)
         self._app.readable = self._judge_app
         upstream.readable = self._judge_bus
         self._meter = Meter(judging, budget := self.sandbox.messages)
@@ -345,7 +345,7 @@ class Link:
     def dump(self, fds: Fds) -> LinkDump:
         """Return all of it, descriptors as indexes."""
         return LinkDump(
-            bus=self._bus.name,
+            bus=self.bus.name,
             guid=self._guid,
             app=self._app.dump(fds),
             said=self._said,
@@ -372,7 +372,7 @@ class Link:
                 judging = self._judge_with(self._upstream, app_takes_fds=dump.filter.app_takes_fds)
                 judging.load(dump.filter, fds)
                 if judging.core.unique_name:
-                    self._bus.speaks(judging.core.unique_name, judging.core.judge)
+                    self.bus.speaks(judging.core.unique_name, judging.core.judge)
                 return
             self._client = SaslClient(self.sandbox.spec.uid)
             self._client.feed(self._bus_said)

@@ -52,7 +52,7 @@ class Host(Protocol):
     def answer(self, asked: int, answer: Called | Refused) -> None:
         """Answer the supervisor's request of that number."""
 
-    def instance_removed(self, sandbox: str) -> None:
+    def instance_removed(self, sandbox: str, bus: str) -> None:
         """The bus ended what it had made for a sandbox."""
 
     def upstream_lost(self, sandbox: str, bus: str) -> None:
@@ -306,7 +306,7 @@ class OwnLink:
 
     def _take_reply(self, call: OwnCallDump, header: Header, body: bytes) -> None:
         if call.removed:
-            self._host.instance_removed(call.removed)
+            self._host.instance_removed(call.removed, self.bus.name)
             return
         reader = Reader(body, little=header.little)
         if header.type == MessageType.ERROR:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 from broker.gate.core import Chunk, Output
@@ -259,3 +260,14 @@ def close_fds(fds: Sequence[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def unlink_socket(name: str, device: int, inode: int) -> None:
+    """Remove a socket's file, if it is still that one; no name: it has none."""
+    if not name:
+        return
+    with contextlib.suppress(OSError):
+        path = Path(name)
+        found = path.lstat()
+        if (found.st_dev, found.st_ino) == (device, inode):
+            path.unlink()

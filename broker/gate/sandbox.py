@@ -8,7 +8,6 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -30,7 +29,7 @@ from broker.gate.filter import Filter
 from broker.gate.handover import Fds, SandboxDump
 from broker.gate.link import Link
 from broker.gate.loop import READABLE, Loop
-from broker.gate.pipe import adopt, close_fds
+from broker.gate.pipe import adopt, close_fds, unlink_socket
 from broker.gate.reports import Reports
 from broker.gate.upstream import Upstream
 from policy.match import Judge
@@ -54,7 +53,7 @@ class Sandbox:
         spec: SandboxSpec,
         buses: dict[str, Bus],
         emit: Callable[[Event], None],
-        ended: Callable[["Sandbox"], None],
+        changed: Callable[["Sandbox"], None],
     ) -> None:
         self._loop: Final = loop
         self.spec = spec
@@ -72,13 +71,13 @@ class Sandbox:
         self.links: Final[dict[Link, None]] = {}  # a set with an order
         self._buses: Final = buses
         self._emit: Final = emit
-        self._ended: Final = ended
+        self._changed: Final = changed  # a connection has a name or has left, or all is over
         self._judges: dict[str, Judge] = {}
         self._listening: Final[dict[int, tuple[socket.socket, Listener]]] = {}
         self._close_pipe = -1
         self._reports: Final = Reports(loop, spec.id, emit)
         self._guid = GUID
-        self._is_over = False
+        self.is_over = False
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -110,15 +109,15 @@ class Sandbox:
         for fd, (sock, listener) in list(self._listening.items()):
             self._loop.remove(fd)
             sock.close()
-            _unlink(listener)
+            unlink_socket(listener.path, listener.device, listener.inode)
         self._listening.clear()
         self._end_if_done("last-connection")
 
     def stop(self, reason: str) -> None:
         """End it, connections and all."""
-        if self._is_over:
+        if self.is_over:
             return
-        self._is_over = True
+        self.is_over = True
         self.stop_listening()
         for link in list(self.links):
             link.close(reason)
@@ -129,7 +128,7 @@ class Sandbox:
         self._reports.tell_rest()
         self.complaints.tell()
         self._emit(Ended(self.id, reason))
-        self._ended(self)
+        self._changed(self)
 
     def _close_notify(self, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -138,7 +137,7 @@ class Sandbox:
             self.stop("close-notify")
 
     def _end_if_done(self, reason: str) -> None:
-        if not self._is_over and not self._listening and not self.links:
+        if not self.is_over and not self._listening and not self.links:
             self.stop(reason)
 
     # -- rules -----------------------------------------------------------------------------------
@@ -170,10 +169,15 @@ class Sandbox:
         upstreams = {b: u for b, u in self.spec.upstreams.items() if b != bus}
         upstreams |= {bus: upstream} if upstream is not None else {}
         self.spec = msgspec.structs.replace(self.spec, upstreams=upstreams)
-        for link in [link for link in self.links if link.filter is None]:
+        for link in [one for one in self.links if one.filter is None and one.bus.name == bus]:
             link.resume()
 
     # -- connections -------------------------------------------------------------------------------
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether it takes connections."""
+        return bool(self._listening)
 
     def _readable(self, fd: int, _events: int) -> None:
         self._accept(fd)
@@ -243,6 +247,7 @@ class Sandbox:
         for link in self.links:
             if link.filter is not None and link.filter.core is core:
                 link.said_hello()
+        self._changed(self)
 
     def link_closed(self, link: Link) -> None:
         """Forget a connection."""
@@ -253,6 +258,8 @@ class Sandbox:
             core.bus.gone(core.unique_name)
             self._emit(Gone(self.id, core.bus.name, core.unique_name))
         self._end_if_done("last-connection")
+        if not self.is_over:
+            self._changed(self)
 
     # -- budgets -----------------------------------------------------------------------------------
 
@@ -278,7 +285,7 @@ class Sandbox:
 
         All at once would be a burst of a read each, for which everybody else would have to wait.
         """
-        if self._is_over:
+        if self.is_over:
             return
         if wait := self.messages.pause():
             self._loop.call_later(wait, self._waited)
@@ -387,14 +394,3 @@ class Sandbox:
             self._loop.next_turn(self._waited)
         for link in list(self.links):
             link.resume()
-
-
-def _unlink(listener: Listener) -> None:
-    """Remove the socket's file, if it is still the one that we were given."""
-    if not listener.path:
-        return
-    with contextlib.suppress(OSError):
-        path = Path(listener.path)
-        found = path.lstat()
-        if (found.st_dev, found.st_ino) == (listener.device, listener.inode):
-            path.unlink()

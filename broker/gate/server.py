@@ -50,11 +50,11 @@ from broker.gate.handover import VERSION, Fds, HandoverError, Opening, SandboxDu
 from broker.gate.kept import Kept
 from broker.gate.loop import READABLE, Loop
 from broker.gate.managed import Manager
-from broker.gate.own import Own
 from broker.gate.pipe import Closed, Pipe, adopt, close_fds
 from broker.gate.sandbox import Sandbox
 from broker.gate.takeover import Channel, hand_over, leave
-from broker.gate.upstream import CallBus, Called, SetUpstream, Upstream, UpstreamLost
+from broker.gate.upstream import CallBus, Called, SetUpstream
+from broker.gate.upstreams import Upstreams
 from broker.wire import errors
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 
@@ -72,7 +72,8 @@ class Gate:
         self._manager: Final = manager or Manager({})
         self._buses: Final[dict[str, Bus]] = {}
         self._sandboxes: Final[dict[str, Sandbox]] = {}
-        self._own: Final = Own(loop, self)
+        self._upstreams: Final = Upstreams(loop, self._sandboxes, self._emit, self._answer_late)
+        self._own: Final = self._upstreams.own
         self._kept = Kept()
         self._supervisor: Pipe | None = None
         self._reader = FrameReader()
@@ -180,6 +181,9 @@ class Gate:
             answer = Refused(exc.dbus_name, str(exc))
         self._write(Envelope(serial=envelope.serial, body=answer, fds=len(given)), given)
 
+    def _answer_late(self, asked: int, answer: Called | Refused) -> None:
+        self._write(Envelope(serial=asked, body=answer))
+
     def _lend(self, request: TakeListeners) -> tuple[Listeners, Sequence[int]]:
         """Return duplicates of what sandboxes listen on. Raises CallRefusedError."""
         sandboxes = [one for id_ in request.sandboxes if (one := self._sandboxes.get(id_))]
@@ -202,8 +206,8 @@ class Gate:
                 self._set_access(request)
             case StopListening():
                 sandbox = self._find(request.sandbox)
-                self._own.stop_listening(sandbox.spec.uid, sandbox.spec.upstreams)
                 sandbox.stop_listening()
+                self._sandbox_changed(sandbox)
             case StopSandbox():
                 self._find(request.sandbox).stop("stopped")
             case WhoIs():
@@ -223,7 +227,8 @@ class Gate:
             case Shutdown():
                 self._shut_down()
             case SetUpstream():
-                self._set_upstream(request)
+                self._bus(request.bus)
+                self._upstreams.set(self._find(request.sandbox), request.bus, request.upstream)
             case Confirm() | StartNext() | TakeListeners() | HandOver() | CallBus():  # done by now
                 pass
             case _:
@@ -240,7 +245,7 @@ class Gate:
             wanted.append(spec.close_notify)
         if sorted(wanted) != list(range(len(fds))):
             raise CallRefusedError(errors.INVALID_ARGS, "the descriptors do not fit the sandbox")
-        sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_ended)
+        sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
         try:
             for listener in spec.listeners:
                 sandbox.judge(listener.bus)
@@ -275,9 +280,10 @@ class Gate:
             raise CallRefusedError(errors.INVALID_ARGS, f"no bus {name[:40]!r}")
         return bus
 
-    def _sandbox_ended(self, sandbox: Sandbox) -> None:
-        self._sandboxes.pop(sandbox.id, None)
-        self._own.stop(sandbox.spec.uid, sandbox.spec.upstreams)
+    def _sandbox_changed(self, sandbox: Sandbox) -> None:
+        if sandbox.is_over:
+            self._sandboxes.pop(sandbox.id, None)
+        self._upstreams.follow(sandbox)
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(
@@ -291,34 +297,6 @@ class Gate:
         if sandbox is not None:
             return self._find(sandbox).taken()
         return sum((one.taken() for one in self._sandboxes.values()), Use())
-
-    # -- buses that have Containers1 ------------------------------------------------------------------
-
-    def _set_upstream(self, request: SetUpstream) -> None:
-        sandbox = self._find(request.sandbox)
-        self._bus(request.bus)
-        if (upstream := request.upstream) is not None:
-            self._own.claim(sandbox.id, sandbox.spec.uid, {request.bus: upstream})
-        sandbox.set_upstream(request.bus, upstream)
-
-    def answer(self, asked: int, answer: Called | Refused) -> None:
-        """Answer the supervisor's request of that number, later than others."""
-        self._write(Envelope(serial=asked, body=answer))
-
-    def instance_removed(self, sandbox: str) -> None:
-        """The bus ended what it had made for a sandbox, of itself or because somebody asked it to."""
-        if (found := self._sandboxes.get(sandbox)) is not None:
-            found.stop(
-                "instance-removed"
-                if any(bus for bus, _ in found.descriptors())
-                else "last-connection"
-            )
-
-    def upstream_lost(self, sandbox: str, bus: str) -> None:
-        """A bus has forgotten a sandbox: what connects there waits for the supervisor to have it made again."""
-        if (found := self._sandboxes.get(sandbox)) is not None:
-            found.set_upstream(bus, Upstream())
-            self._emit(UpstreamLost(sandbox, bus))
 
     # -- handing over ---------------------------------------------------------------------------------
 
@@ -380,7 +358,7 @@ class Gate:
     def add_empty(self, dump: SandboxDump) -> Sandbox:
         """Return a new sandbox, for one that was there."""
         spec = dump.spec
-        sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_ended)
+        sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
 
