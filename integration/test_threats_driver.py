@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from broker.wire.header import Flag
+from broker.wire.header import Flag, MessageType
+from integration.messages import make_header, make_message
 from integration.rawclient import BUS, BUS_PATH, RawClient
 from integration.stage import DENIED, ERROR, INTERFACE, NO_OWNER, Stage, refusal, settle
 from integration.threats import Scene
@@ -32,6 +33,23 @@ def stage(scene: Scene) -> Stage:
 def error_of(client: RawClient, member: str, signature: str = "", *values: Any) -> str | None:
     """Return the name of the bus's error, None if there is none."""
     return client.call(BUS, BUS_PATH, BUS, member, signature, values).error
+
+
+def driver_message(
+    serial: int, member: str, signature: str = "", *values: Any, flags: int = 0
+) -> bytes:
+    """Return a call to the bus with a serial of the test's choice."""
+    header = make_header(
+        MessageType.METHOD_CALL,
+        serial,
+        flags=flags,
+        path=BUS_PATH,
+        interface=BUS,
+        member=member,
+        destination=BUS,
+        signature=signature,
+    )
+    return make_message(header, values)
 
 
 def test_d1_only_what_is_listed(stage: Stage) -> None:
@@ -87,6 +105,28 @@ def test_d2_lists_have_only_what_may_be_seen(stage: Stage) -> None:
     queue = [host.unique_name, app.unique_name]
     assert app.driver("ListQueuedOwners", "s", mine) == (queue,)
     assert hidden not in app.driver("ListActivatableNames")[0]
+
+
+def test_d2_a_list_that_nobody_waits_for_is_no_other_calls_answer(stage: Stage) -> None:
+    hidden, mine = stage.name(), stage.name()
+    other, app = stage.host(hidden), stage.app(f"own:{mine}")
+    # dbus-daemon answers calls to itself that want no reply.
+    for member, signature, values, body in (
+        ("GetId", "", (), app.driver("GetId")),
+        ("RequestName", "su", (mine, 0), (1,)),
+    ):
+        serial = app.next_serial()
+        questions = (
+            driver_message(serial, "ListNames", flags=Flag.NO_REPLY_EXPECTED),
+            driver_message(serial, "GetConnectionUnixUser", "s", BUS, flags=1),
+            driver_message(serial, member, signature, *values),
+        )
+        app.send_raw(b"".join(questions))
+        assert app.wait_reply(serial).values == body
+    assert hidden not in str(app.queue)
+    stage.set_rules(app)
+    settle(app)
+    assert other.driver("NameHasOwner", "s", mine) == (False,)
 
 
 def test_d3_hidden_names_have_no_owner(stage: Stage) -> None:

@@ -145,9 +145,9 @@ class Judge:
         """Judge whether the other end's existence may be known."""
         return self._see.judge(names, _Question(None, None, None, peer))
 
-    def start(self, name: str, peer: Identity | None) -> Verdict:
-        """Judge whether the service of this name may be started: if anything may be sent to it."""
-        return self._start.judge((name,), _Question(None, None, None, peer))
+    def start(self, names: Collection[str], peer: Identity | None) -> Verdict:
+        """Judge whether the service of these names may be started: if anything may be sent to it."""
+        return self._start.judge(names, _Question(None, None, None, peer))
 
 
 class _Question(NamedTuple):

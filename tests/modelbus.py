@@ -71,6 +71,8 @@ class ModelBus:
         self.calls: Final[list[Message]] = []  # to others, and those the driver does not know
         self.seen: Final[list[Message]] = []
         self.refuse: Final[dict[str, tuple[str, str]]] = {}  # driver method -> error
+        # As dbus-daemon does: calls to the driver, and with an error whatever it cannot pass on.
+        self.answers_mute = False
         self._serial = 0
 
     def serial(self) -> int:
@@ -84,7 +86,8 @@ class ModelBus:
         assert header.sender is None
         assert not header.has_unknown or header.destination != DRIVER
         if header.type != MessageType.METHOD_CALL:
-            return b""
+            absent = header.destination is not None and not self._is_there(header.destination)
+            return self._error(header, *self._absent_call(header)) if absent else b""
         if header.destination not in (None, DRIVER):
             if not self._is_there(header.destination or ""):
                 return self._error(header, *self._absent_call(header))
@@ -151,7 +154,7 @@ class ModelBus:
         return errors.SERVICE_UNKNOWN, text
 
     def _return(self, header: Header, signature: str = "", *values: Value) -> bytes:
-        if header.flags & Flag.NO_REPLY_EXPECTED:
+        if header.flags & Flag.NO_REPLY_EXPECTED and not self.answers_mute:
             return b""
         return marshal.make_return(
             self.serial(),
@@ -163,7 +166,8 @@ class ModelBus:
         )
 
     def _error(self, header: Header, name: str, text: str) -> bytes:
-        if header.flags & Flag.NO_REPLY_EXPECTED:
+        is_mute = header.type != MessageType.METHOD_CALL or header.flags & Flag.NO_REPLY_EXPECTED
+        if is_mute and not self.answers_mute:
             return b""
         return marshal.make_error(
             self.serial(),
@@ -191,6 +195,8 @@ class ModelBus:
         return self._return(header)
 
     def _do_removematch(self, header: Header, message: Message) -> bytes:
+        if str(message.body[0]) not in self.matches:
+            return self._error(header, errors.MATCH_RULE_NOT_FOUND, "not found")
         self.matches.remove(str(message.body[0]))
         return self._return(header)
 

@@ -169,8 +169,9 @@ def test_reply_of_the_bus_in_another_form_ends_the_connection() -> None:
     talk = Dialogue()
     talk.paused = True
     talk.app(driver_call(2, "ListNames"))
+    (serial,) = talk.core.pending
     with pytest.raises(PeerProtocolError, match="instead of"):
-        talk.deliver(make_return(9, reply_serial=2, sender=DRIVER, destination=ME))
+        talk.deliver(make_return(9, reply_serial=serial, sender=DRIVER, destination=ME))
 
 
 def test_owner_change_in_another_form_is_dropped() -> None:

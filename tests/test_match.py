@@ -44,7 +44,7 @@ def test_no_rules_is_no_access() -> None:
     assert not nobody.receive({":1.7"}, "/p", "org.i", "M", None, broadcast=False).allowed
     assert not nobody.own("org.x").allowed
     assert not nobody.see({"org.x"}, None).allowed
-    assert not nobody.start("org.x", None).allowed
+    assert not nobody.start(("org.x",), None).allowed
     assert not nobody.any_send
     assert not nobody.owner_matters
 
@@ -211,7 +211,7 @@ def test_sight(rules: list[str], peer: Identity | None, allowed: bool) -> None:
     ],
 )
 def test_starting_is_part_of_sending(rules: list[str], allowed: bool) -> None:
-    assert judge(*rules).start("org.x", None).allowed is allowed
+    assert judge(*rules).start(("org.x",), None).allowed is allowed
 
 
 def test_names_used_are_those_of_this_bus() -> None:

@@ -68,7 +68,7 @@ def answers(access: AccessList, question: Question) -> dict[str, bool]:
         "hear": one.receive(names, path, interface, member, peer, broadcast=True),
         "own": one.own(name),
         "see": one.see(names, peer),
-        "start": one.start(name, peer),
+        "start": one.start((name,), peer),
     }
     for verdict in verdicts.values():
         assert verdict.reason

@@ -13,7 +13,7 @@ from tests.modelbus import Dialogue
 OWNERS = {"org.a": ":1.2", "org.b": ":1.3"}
 MATCH = (
     "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
-    "member='NameOwnerChanged'"
+    "member='NameOwnerChanged',path_namespace='/org/freedesktop/DBus'"
 )
 
 

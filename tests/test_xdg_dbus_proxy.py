@@ -70,7 +70,7 @@ def test_see_is_no_more_than_sight() -> None:
     one = judge("--see=org.a")
     assert one.see(("org.a",), None).allowed
     assert not one.send(("org.a",), "/", "x.Y", "M", None).allowed
-    assert not one.start("org.a", None).allowed
+    assert not one.start(("org.a",), None).allowed
     assert not one.own("org.a").allowed
 
 
@@ -78,7 +78,7 @@ def test_talk_sends_hears_and_starts() -> None:
     one = judge("--talk=org.a")
     assert one.see(("org.a",), None).allowed
     assert one.send(("org.a",), "/", None, "M", None).allowed
-    assert one.start("org.a", None).allowed
+    assert one.start(("org.a",), None).allowed
     assert one.receive(("org.a",), "/", "x.Y", "S", None, broadcast=True).allowed
     assert not one.receive(("org.b",), "/", "x.Y", "S", None, broadcast=True).allowed
     assert one.receive(("org.b",), "/", "x.Y", "S", None, broadcast=False).allowed
@@ -97,7 +97,7 @@ def test_own_talks_as_well() -> None:
 def test_call_makes_visible_and_broadcast_hears_only_what_it_says() -> None:
     one = judge("--call=org.a=x.Y.M", "--broadcast=org.b=@/b/*")
     assert one.see(("org.a",), None).allowed
-    assert one.start("org.a", None).allowed
+    assert one.start(("org.a",), None).allowed
     assert not one.receive(("org.a",), "/", "x.Y", "S", None, broadcast=True).allowed
     assert one.see(("org.b",), None).allowed
     assert one.receive(("org.b",), "/b", "x.Y", "S", None, broadcast=True).allowed
@@ -306,7 +306,7 @@ def answers(access: AccessList, question: Question) -> list[bool]:
         one.receive((name,), path, interface, member, peer, broadcast=True),
         one.own(name),
         one.see((name,), peer),
-        one.start(name, peer),
+        one.start((name,), peer),
     ]
     return [verdict.allowed for verdict in verdicts]
 

@@ -139,7 +139,7 @@ class Core:
         self.to_app: Final[Output] = []
         # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
         self.pending: Final[dict[int, Target | Special]] = {}
-        # Serials of the gate's range that calls of the app have: they wait under another.
+        # Serials of the app's calls that wait under another: one of the gate's.
         self.lent: Final[set[int]] = set()
         # Calls to the app that wait for its reply: (caller, serial).
         self.asked: Final[set[tuple[str, int]]] = set()
@@ -204,7 +204,7 @@ class Core:
 
     def waits(self, serial: int) -> bool:
         """Say whether a call of the app with this serial waits for its reply."""
-        return serial in (self.pending if serial < OWN_SERIALS else self.lent)
+        return serial in self.lent or (serial < OWN_SERIALS and serial in self.pending)
 
     def own_serial(self) -> int:
         """Return a serial that no waiting call has."""

@@ -8,9 +8,19 @@ from dataclasses import replace
 from typing import Final
 
 from broker.gate.arguments import arguments, bus_name, results
-from broker.gate.bus import DRIVER
+from broker.gate.bus import DRIVER, DRIVER_PATH
 from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Special, Target
 from broker.gate.handover import Then
+from broker.gate.methods import (
+    HAS_NAME,
+    INTROSPECTABLE,
+    LOOK_UPS,
+    NEVER_INTERFACES,
+    NEVER_MEMBERS,
+    PEER,
+    PROPERTIES,
+    REQUEST_NAME_FLAGS,
+)
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
 from broker.wire import errors, marshal
@@ -19,51 +29,6 @@ from broker.wire.header import Flag, Header, MessageType, serialise_header
 from broker.wire.marshal import Value
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from broker.wire.names import is_well_known_name
-
-PEER: Final = "org.freedesktop.DBus.Peer"
-INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-
-# No rule allows these: they reach beyond one connection (the stock session buses would let them through).
-NEVER_INTERFACES: Final = frozenset(
-    {
-        "org.freedesktop.DBus.Monitoring",
-        "org.freedesktop.DBus.Debug.Stats",
-        "org.freedesktop.DBus.Containers1",
-    }
-)
-# The bus takes calls without an interface, so their members count too.
-NEVER_MEMBERS: Final = frozenset(
-    {
-        "BecomeMonitor",
-        "UpdateActivationEnvironment",
-        "GetStats",
-        "GetConnectionStats",
-        "GetAllMatchRules",
-        "AddServer",
-        "StopInstance",
-        "StopListening",
-        "GetConnectionInstance",
-        "GetInstanceInfo",
-        "RequestHeader",
-    }
-)
-# Flags of RequestName that the specification has.
-REQUEST_NAME_FLAGS: Final = 7
-# Answers of RequestName by which the app has the name, or waits in its queue, or has it already.
-HAS_NAME: Final = (1, 2, 4)
-
-_LOOK_UPS: Final = frozenset(
-    {
-        "GetNameOwner",
-        "NameHasOwner",
-        "GetConnectionUnixProcessID",
-        "GetConnectionUnixUser",
-        "GetConnectionCredentials",
-        "GetConnectionSELinuxSecurityContext",
-        "GetAdtAuditSessionData",
-    }
-)
 
 
 class Driver:
@@ -85,7 +50,7 @@ class Driver:
             "ReleaseName": self._release_name,
             "ListQueuedOwners": self._list_queued,
         }
-        self._methods.update(dict.fromkeys(_LOOK_UPS, self._look_up))
+        self._methods.update(dict.fromkeys(LOOK_UPS, self._look_up))
         core.finishers["hello"] = self._greeted
         core.finishers["add-match"] = self._added_match
         core.finishers["list"] = self._listed
@@ -206,7 +171,10 @@ class Driver:
         core = self._core
         serial = header.serial
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
-        if serial >= OWN_SERIALS:
+        # dbus-daemon answers also what wants no reply, and with an error what it cannot pass on: what comes
+        # under a serial of the app's, once it has said Hello, may be about anything that had it.
+        is_safe = not core.unique_name or (then is None and wants_reply)
+        if serial >= OWN_SERIALS or not is_safe:
             serial = core.own_serial()
             if wants_reply:
                 then = core.translated(header.serial, then)
@@ -243,7 +211,7 @@ class Driver:
 
     def _add_match(self, header: Header, data: bytes) -> bool:
         core = self._core
-        rule = parse_match_rule(str(arguments(header, data, "s")[0]))
+        rule = _match_rule(header, data)
         limit = core.sandbox.limits.match_rules
         if core.match_count >= limit:
             raise CallRefusedError(
@@ -262,7 +230,7 @@ class Driver:
         self._core.deliver(data, fds)
 
     def _remove_match(self, header: Header, data: bytes) -> bool:
-        rule = parse_match_rule(str(arguments(header, data, "s")[0]))
+        rule = _match_rule(header, data)
         if rule not in self._core.matches:
             raise CallRefusedError(
                 errors.MATCH_RULE_NOT_FOUND,
@@ -322,7 +290,10 @@ class Driver:
     def _may_start(self, name: str, target: Target | None) -> bool:
         core = self._core
         owner = target.owner if target is not None else ""
-        return core.judge.start(name, core.bus.identities.get(owner)).allowed
+        names = {name}
+        if owner and not core.bus.judges_names_alone:
+            names |= self._owners.names_of(owner)
+        return core.judge.start(names, core.bus.identities.get(owner)).allowed
 
     def _list(self, header: Header, _data: bytes) -> bool:
         if self._owners.waiting:
@@ -397,3 +368,13 @@ class Driver:
         raise CallRefusedError(
             errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
         )
+
+
+def _match_rule(header: Header, data: bytes) -> MatchRule:
+    """Return the rule of AddMatch or RemoveMatch. Raises CallRefusedError, PeerProtocolError."""
+    rule = parse_match_rule(str(arguments(header, data, "s")[0]))
+    if rule.sender == DRIVER and rule.path_namespace == DRIVER_PATH:
+        # The bus speaks from that path alone, so it says the same. The gate's own rules are written the other
+        # way: an app cannot take one of them away, whatever it asks for and however the bus answers.
+        return replace(rule, path=DRIVER_PATH, path_namespace=None)
+    return rule

@@ -37,8 +37,12 @@ class Incoming:
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            if self._owners.waiting and self._is_list(header):
+                return False
             self._reply(header, data, fds)
         elif header.type == MessageType.SIGNAL and header.sender in (DRIVER, None):
+            if self._owners.waiting and header.member == "NameOwnerChanged":
+                return False
             self._core.sandbox.close_fds(fds)
             self._driver_signal(header, data)
         elif header.type in (MessageType.METHOD_CALL, MessageType.SIGNAL):
@@ -50,6 +54,14 @@ class Incoming:
         return True
 
     # -- replies -----------------------------------------------------------------------------------
+
+    def _is_list(self, header: Header) -> bool:
+        """Say whether it is a list of names for the app: what may be seen depends on all names of an owner."""
+        entry = self._core.pending.get(header.reply_serial or 0)
+        if not isinstance(entry, Special):
+            return False
+        then = entry.then.after if entry.then.kind == "translate" else entry.then
+        return then is not None and then.kind == "list"
 
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core

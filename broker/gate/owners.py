@@ -18,9 +18,10 @@ from broker.wire.header import Flag, Header, MessageType
 from broker.wire.marshal import Value
 from policy.match import NamesUsed
 
+# With a path_namespace, where no rule of an app has one: see driver.py. As canonical() would write it.
 _OWNER_CHANGED: Final = (
     "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
-    "member='NameOwnerChanged'"
+    "member='NameOwnerChanged',path_namespace='/org/freedesktop/DBus'"
 )
 _LOOK_UPS: Final = (
     "GetNameOwner",

@@ -9,9 +9,10 @@
 import os
 import select
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
-from broker.gate.core import OWN_SERIALS, REPLY_SERIAL, Core, Denial, Output
+from broker.gate.core import OWN_SERIALS, REPLY_SERIAL, Core, Denial, Output, Special
 from broker.wire.header import Header, MessageType, parse_header
 
 # A pipe that has room at all takes so much at once (PIPE_BUF), and a line is not cut in two.
@@ -91,8 +92,10 @@ class Tap:
         own = OWN_SERIALS <= header.serial < REPLY_SERIAL
         if arrow == "->" and own and header.serial in self._core.pending:
             entry = self._core.pending[header.serial]
-            if getattr(entry, "is_own", False):
+            if isinstance(entry, Special) and entry.is_own:
                 return
+            if isinstance(entry, Special) and entry.then.kind == "translate":
+                header = replace(header, serial=int(entry.then.values[0]))
         peer = (header.destination if arrow == "->" else header.sender) or "*"
         self._print("allowed", arrow, f"{peer} {describe(header)}")
 

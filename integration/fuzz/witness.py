@@ -10,7 +10,7 @@ from typing import Final
 
 from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER, Bus
 from broker.gate.core import OWN_SERIALS, REPLY_SERIAL
-from broker.gate.driver import NEVER_INTERFACES, NEVER_MEMBERS
+from broker.gate.methods import NEVER_INTERFACES, NEVER_MEMBERS
 from broker.gate.outgoing import CONTAINER_INSTANCE, INSTANCE_PATH
 from broker.wire.header import Field, Flag, Header, MessageType
 from broker.wire.matchrule import parse_match_rule
@@ -135,8 +135,8 @@ class Witness:
 
     # -- what comes out --------------------------------------------------------------------------
 
-    def to_bus(self, message: Message) -> None:
-        """Check a message that the filter passes to the bus."""
+    def to_bus(self, message: Message, *, is_own: bool) -> None:
+        """Check a message that the filter passes to the bus; `is_own`: a call of the gate's own."""
         header = message.header
         assert header.sender is None
         assert self._stamps_are_right(message)
@@ -152,7 +152,8 @@ class Witness:
         elif header.destination in (ABSENT, ABSENT_UNIQUE) and header.serial >= OWN_SERIALS:
             assert header.member == "Ping"
         elif header.type == MessageType.METHOD_CALL and header.destination in (None, DRIVER):
-            self._driver_call(message)
+            if not is_own:
+                self._driver_call(message)
         else:
             assert header.type in (MessageType.METHOD_CALL, MessageType.SIGNAL)
             assert header.destination != DRIVER
@@ -198,8 +199,6 @@ class Witness:
     def _driver_call(self, message: Message) -> None:
         header = message.header
         interface, member = header.interface, header.member or ""
-        if header.serial >= OWN_SERIALS:  # the gate's own, or of an app with such serials
-            return
         if header.destination is None:
             assert interface in (None, PEER)
             assert member in {"Ping", "GetMachineId"}
@@ -219,7 +218,7 @@ class Witness:
             assert self.judge.own(str(message.body[0])).allowed
         elif member == "StartServiceByName":
             name = str(message.body[0])
-            assert self.judge.start(name, self.names_of(name)[1]).allowed
+            assert self.judge.start(*self.names_of(name)).allowed
         else:
             assert member not in NEVER_MEMBERS
             assert self._rule_allows(header)
@@ -233,6 +232,10 @@ class Witness:
         header = message.header
         if header.type in REPLIES:
             self._reply(header)
+            if header.sender == DRIVER and header.signature == "as" and self.in_order:
+                (names,) = message.body
+                assert isinstance(names, tuple)
+                assert all(self.sees(str(name)) for name in names), "a name that is not to be seen"
         elif header.sender in (None, DRIVER):
             self._driver_signal(message)
         else:

@@ -5,7 +5,7 @@ from typing import Final
 
 from broker.gate.bus import DRIVER, Bus
 from broker.gate.control import SandboxLimits
-from broker.gate.core import MAX_CALLERS, MAX_REMEMBERED, OWN_SERIALS, Chunk, Output, Special
+from broker.gate.core import MAX_CALLERS, MAX_REMEMBERED, Chunk, Output, Special
 from broker.gate.filter import Filter
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
@@ -58,6 +58,7 @@ class WatchedBus(ModelBus):
     def __init__(self, owners: dict[str, str], notice: Callable[[str, str, str], None]) -> None:
         super().__init__(owners)
         self.uniques.update(PEERS)
+        self.answers_mute = True
         self._notice: Final = notice
 
     def change(self, name: str, new: str) -> bytes:
@@ -224,7 +225,8 @@ class World:
             self.witness.to_app(message)
             self.got.append(message)
         for message in self._messages(core.to_bus):
-            self.witness.to_bus(message)
+            entry = core.pending.get(message.header.serial)
+            self.witness.to_bus(message, is_own=isinstance(entry, Special) and entry.is_own)
             self.sent.append(message)
             self._late.append(message)
 
@@ -263,7 +265,6 @@ class World:
         assert len(core.requested_names) <= LIMITS.names
         assert self.filter.tracked_names <= LIMITS.tracked_names
         assert len(core.callers) <= MAX_CALLERS
-        assert all(serial >= OWN_SERIALS for serial in core.lent)
         tables = (core.app_calls, core.app_mute, core.app_signals, core.bus_calls, core.bus_replies)
         assert all(len(table) <= MAX_REMEMBERED for table in tables)
         assert self.host.bytes_held == self.filter.from_app.held
