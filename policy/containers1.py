@@ -225,5 +225,11 @@ def _make_peer(peer: Peer) -> tuple[Flag, str]:
             return Flag.PEER_APP, f"{peer.type}/{peer.app}{component}"
 
 
+def on_the_wire(entry: Usos) -> Usos:
+    """Return an entry as it can be sent: without a path it has every path, for an empty text is no object path."""
+    flags, name, path, interface = entry
+    return entry if path else (flags | int(Flag.PATH_SUBTREE), name, "/", interface)
+
+
 def _cut(text: str) -> str:
     return repr(text[:80])

@@ -52,9 +52,11 @@ def test_the_gates_reasons_are_ours() -> None:
 
 def test_the_page_has_the_table_and_the_picture_of_today() -> None:
     page = lifetime_picture.PAGE.read_text(encoding="utf-8")
-    assert page == lifetime_picture.make_page(page), "run python -m tests.lifetime_picture"
+    assert page == lifetime_picture.make_page(page), (
+        "run .venv/bin/python -m tests.lifetime_picture"
+    )
     picture = lifetime_picture.PICTURE.read_text(encoding="utf-8")
-    assert picture == lifetime_picture.make_svg(), "run python -m tests.lifetime_picture"
+    assert picture == lifetime_picture.make_svg(), "run .venv/bin/python -m tests.lifetime_picture"
 
 
 def test_the_picture_has_an_arrow_for_each_way() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from policy.containers1 import Flag, Usos, make_usos, parse_usos
+from broker.bus.values import pack
+from policy.containers1 import Flag, Usos, make_usos, on_the_wire, parse_usos
 from policy.rules import Access, Peer, Rule
 from policy.text import format_rule, parse_rule
 
@@ -112,6 +113,14 @@ def test_what_cannot_be_said_is_listed(text: str, reason: str) -> None:
     assert said == [(1, "org.x", "", "")]
     assert [each for each, _ in unsaid] == [rule]
     assert reason in unsaid[0][1]
+
+
+def test_what_is_printed_can_be_sent() -> None:
+    for text in ("send:org.x", "receive:", "send:org.x@/a{,/**}", "own:org.x"):
+        (entry,), _ = make_usos([parse_rule(text)])
+        sent = on_the_wire(entry)
+        assert pack("a(usos)", [[sent]])
+        assert parse_usos([sent], origin="") == (parse_rule(text),)
 
 
 def test_the_examples_in_the_manual_are_what_they_say() -> None:

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
+from policy.containers1 import on_the_wire
 from policy.exporters.xdg_dbus_proxy import export_options
 from policy.interface import Entry, PeerBySystem
 from policy.library import SECTIONS, Known
@@ -45,7 +46,7 @@ def usos_facts(access: AccessList) -> dict[str, Any]:
             {"deny": rule.deny, "rule": format_rule(rule), "reason": reason}
             for rule, reason in made.unsaid
         ]
-        facts[bus] = {"usos": made.entries, "unsaid": unsaid}
+        facts[bus] = {"usos": [on_the_wire(entry) for entry in made.entries], "unsaid": unsaid}
     return facts
 
 

@@ -120,7 +120,11 @@ def run_machine(seconds: int) -> tuple[Finding | None, str]:
 
 def _finding(name: str, said: str) -> Finding:
     kept = re.findall(r"Test unit written to (\S+)", said)
-    again = f"python -m integration.fuzz --replay {name} {kept[-1]}" if kept else f"see {name}.log"
+    again = (
+        f".venv/bin/python -m integration.fuzz --replay {name} {kept[-1]}"
+        if kept
+        else f"see {name}.log"
+    )
     return Finding(name=name, text=_last_error(said), again=again)
 
 
