@@ -5,6 +5,7 @@ import pytest
 from broker.gate.bus import DRIVER
 from broker.gate.control import SandboxLimits
 from broker.wire import errors
+from broker.wire.marshal import make_error
 from broker.wire.matchrule import parse_match_rule
 from tests.messages import NO_REPLY, access, call, driver_call
 from tests.modelbus import Dialogue
@@ -69,6 +70,21 @@ def test_an_app_cannot_take_away_what_the_gate_follows_names_by(flags: int) -> N
     talk.clear()
     assert [message.text for message in talk.app(call(60, ":1.9"))] == ["error ServiceUnknown"]
     assert talk.arrived == []
+
+
+def test_a_serial_is_taken_while_its_call_waits_under_another() -> None:
+    talk = Dialogue(access("send:org.a"), owners=HIDDEN)
+    talk.app(call(2, "org.a"))  # so that the next one is known
+    talk.clear()
+    talk.paused = True
+    talk.app(driver_call(3, "ListNames"))
+    (refused,) = talk.app(call(3, "org.a"))
+    assert refused.text == "error AccessDenied"
+    assert talk.deliver(make_error(9, reply_serial=3, name="a.b", text="c", sender=DRIVER)) == []
+    (listed,) = talk.resume()
+    assert listed.header.reply_serial == 3
+    assert talk.app(call(3, "org.a")) == []
+    assert [message.header.serial for message in talk.arrived] == [3]
 
 
 def test_a_rule_like_the_gates_own_is_written_otherwise() -> None:

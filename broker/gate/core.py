@@ -30,15 +30,12 @@ from policy.rules import Identity
 
 OWN_SERIALS: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
-# Replies that the gate makes itself carry this one: no bus uses it.
-REPLY_SERIAL: Final = 0xFFFFFFFF
-# Whoever called the app may be seen by it. How many are remembered.
-MAX_CALLERS: Final = 1024
+REPLY_SERIAL: Final = 0xFFFFFFFF  # of replies that the gate makes itself: no bus uses it
+MAX_CALLERS: Final = 1024  # that are remembered: whoever called the app may be seen by it
 # Remembered verdicts a table, and the longest header worth remembering: 256 KiB at the most.
 MAX_REMEMBERED: Final = 512
 MAX_REMEMBERED_BYTES: Final = 512
-# Changes of owner that one waiting call is followed through.
-MAX_FORMER_OWNERS: Final = 64
+MAX_FORMER_OWNERS: Final = 64  # that one waiting call is followed through
 
 
 class Chunk(NamedTuple):
@@ -49,7 +46,6 @@ class Chunk(NamedTuple):
 
 
 Remembered = TypeVar("Remembered")
-
 Output = list[bytes | Chunk]
 
 
@@ -83,6 +79,7 @@ class Special:
 
 
 DRIVER_TARGET: Final = Target(DRIVER)
+NOBODY: Final = Target("")  # may reply: the call waits under another serial
 
 
 class Denial(NamedTuple):
@@ -139,7 +136,7 @@ class Core:
         self.to_app: Final[Output] = []
         # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
         self.pending: Final[dict[int, Target | Special]] = {}
-        # Serials of the app's calls that wait under another: one of the gate's.
+        # Serials of the gate's range that calls of the app have: they wait under another.
         self.lent: Final[set[int]] = set()
         # Calls to the app that wait for its reply: (caller, serial).
         self.asked: Final[set[tuple[str, int]]] = set()
@@ -150,16 +147,15 @@ class Core:
         self.name_requests = 0  # so far
         self.callers: Final[OrderedDict[str, None]] = OrderedDict()
         self.counts_callers = False  # it is being asked which of them are still there
-        # Remembered verdicts. Outer key: the first header word (byte order, type, flags, version), so
-        # an unusual one has no table; inner key: length and bytes of the field array.
+        # Remembered verdicts, by the first header word (byte order, type, flags, version), then the field array.
         self.app_calls: Final[dict[bytes, Target]] = {}  # -> who may reply
         self.app_mute: Final[dict[bytes, bool]] = {}  # calls that want no reply
         self.app_signals: Final[dict[bytes, bool]] = {}
         self.bus_calls: Final[dict[bytes, str]] = {}  # -> caller
         self.bus_mute: Final[dict[bytes, bool]] = {}
         self.bus_signals: Final[dict[bytes, bool]] = {}
-        # Replies of one sender have one shape: the field array without the four bytes of
-        # REPLY_SERIAL. Length of the array -> where those are; shape -> sender (destination).
+        # Replies of one sender have one shape, the field array without the four bytes of REPLY_SERIAL:
+        # length of the array -> where those are; shape -> sender (destination).
         self.bus_reply_at: Final[dict[int, int]] = {}
         self.bus_replies: Final[dict[bytes, str]] = {}
         self.app_reply_at: Final[dict[int, int]] = {}
@@ -204,7 +200,7 @@ class Core:
 
     def waits(self, serial: int) -> bool:
         """Say whether a call of the app with this serial waits for its reply."""
-        return serial in self.lent or (serial < OWN_SERIALS and serial in self.pending)
+        return serial in (self.pending if serial < OWN_SERIALS else self.lent)
 
     def own_serial(self) -> int:
         """Return a serial that no waiting call has."""
@@ -274,13 +270,18 @@ class Core:
         self.finishers[then.kind](then, reply, data, fds)
 
     def translated(self, serial: int, after: Then | None = None) -> Then:
-        """Say that the reply is to be given the app's own serial back."""
-        self.lent.add(serial)
+        """Say that the reply is to be given the app's own serial back, which no other call has meanwhile."""
+        if serial < OWN_SERIALS:
+            self.pending[serial] = NOBODY
+        else:
+            self.lent.add(serial)
         return Then("translate", (serial,), after)
 
     def _translate(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
         (serial,) = then.values
         assert isinstance(serial, int)
+        if serial < OWN_SERIALS:
+            self.pending.pop(serial, None)
         self.lent.discard(serial)
         at = reply.reply_serial_at
         order: Literal["little", "big"] = "little" if reply.little else "big"

@@ -93,6 +93,8 @@ class Incoming:
     def _may_answer(self, entry: Target | Special, sender: str) -> bool:
         """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
         target = entry.target if isinstance(entry, Special) else entry
+        if not (target.owner or target.name):  # NOBODY
+            return False
         return sender in (DRIVER, target.owner) or sender in target.former
 
     # -- signals of the bus itself -----------------------------------------------------------------

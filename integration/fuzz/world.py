@@ -5,7 +5,15 @@ from typing import Final
 
 from broker.gate.bus import DRIVER, Bus
 from broker.gate.control import SandboxLimits
-from broker.gate.core import MAX_CALLERS, MAX_REMEMBERED, Chunk, Output, Special
+from broker.gate.core import (
+    MAX_CALLERS,
+    MAX_REMEMBERED,
+    OWN_SERIALS,
+    Chunk,
+    Output,
+    Special,
+    Target,
+)
 from broker.gate.filter import Filter
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
@@ -258,13 +266,16 @@ class World:
     def _check_tables(self) -> None:
         core = self.filter.core
         own = sum(isinstance(entry, Special) and entry.is_own for entry in core.pending.values())
-        assert len(core.pending) - own <= LIMITS.pending_calls
+        plain = [entry for entry in core.pending.values() if isinstance(entry, Target)]
+        lent = sum(not (entry.owner or entry.name) for entry in plain)
+        assert len(core.pending) - own - lent <= LIMITS.pending_calls
         assert len(core.pending) == len(self.witness.waiting) or not self.is_settled
         assert len(core.asked) <= LIMITS.pending_calls
         assert sum(core.matches.values()) == core.match_count <= LIMITS.match_rules
         assert len(core.requested_names) <= LIMITS.names
         assert self.filter.tracked_names <= LIMITS.tracked_names
         assert len(core.callers) <= MAX_CALLERS
+        assert all(serial >= OWN_SERIALS for serial in core.lent)
         tables = (core.app_calls, core.app_mute, core.app_signals, core.bus_calls, core.bus_replies)
         assert all(len(table) <= MAX_REMEMBERED for table in tables)
         assert self.host.bytes_held == self.filter.from_app.held
