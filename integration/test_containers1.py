@@ -296,6 +296,31 @@ def test_a_bus_that_starts_anew_labels_again(folder: Path) -> None:
         assert service.app_of(client.unique_name)[0] == TYPE
 
 
+def test_two_buses_that_start_anew_make_one_server_each(folder: Path) -> None:
+    folders = [folder / name for name in ("one", "two")]
+    for one in folders:
+        one.mkdir()
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(contextlib.ExitStack())
+        host = stack.enter_context(open_bus("dbus-daemon", folder))
+        buses = [first.enter_context(open_containers1_daemon(one)) for one in folders]
+        more = [arg for n, bus in enumerate(buses) for arg in ("--bus", f"b{n}={bus.address}")]
+        warden = stack.enter_context(open_warden(host, folder / "run", *more, orderly=False))
+        keep, both = Variant("b", True), Variant("as", ["b0", "b1"])
+        sandboxes = [warden.add_server(KeepAfterCreator=keep, Buses=both) for _ in range(3)]
+        first.close()
+        for one in folders:
+            (one / "services").rmdir()
+            stack.enter_context(open_containers1_daemon(one))
+        wait_for(lambda: all(len(warden.show(one)["instances"]) == 2 for one in sandboxes))
+        services = [stack.enter_context(Service(bus)) for bus in buses]
+        time.sleep(1)  # one too many would be made now
+        assert [service.count() for service in services] == [3, 3]
+        for sandbox in sandboxes:
+            warden.stop_instance(sandbox)
+        assert [service.count() for service in services] == [0, 0]
+
+
 def test_the_gate_engine_can_be_asked_for(labelling: Bus, service: Service, folder: Path) -> None:
     with open_warden(labelling, folder / "run", "--engine", "gate") as warden:
         sandbox = warden.add_server()

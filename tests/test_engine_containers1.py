@@ -1,112 +1,34 @@
-"""The engine for buses that label, with the gate and the bus in this process."""
+"""The engine for buses that label: what it asks of them for a new sandbox, and while there is one."""
 
 import logging
-import socket
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import msgspec
 import pytest
 import trio
 
-from broker.bus.values import Variant, pack, unpack
+from broker.bus.values import Variant, pack
 from broker.engines.base import EngineLostError
-from broker.engines.containers1 import Containers1Engine, _Ears
 from broker.engines.process import GateError
 from broker.gate.control import (
     AddSandbox,
     Answer,
-    BusSpec,
     Done,
-    Ended,
-    Listener,
     Request,
-    SandboxSpec,
     SetAccess,
-    Snapshot,
     StopSandbox,
 )
-from broker.gate.upstream import CallBus, Called, SetUpstream, Upstream, UpstreamLost
+from broker.gate.upstream import CallBus
 from broker.wire.errors import (
     ACCESS_DENIED,
-    DISCONNECTED,
     LIMITS_EXCEEDED,
-    NO_REPLY,
     CallRefusedError,
 )
 from policy.rules import AccessList, Identity
 from policy.text import parse_rule
 from tests.fake_driver import FakeDriver
-from tests.records import make_record, make_state
-from tests.test_engine_link import Told
+from tests.labels_stage import NO_FDS, Engine, fd, make_spec, reachable
 
-BUSES = tuple(BusSpec(name=name, address="unix:path=/nowhere") for name in ("session", "other"))
-NO_FDS: list[int] = []
-
-
-class Engine(Containers1Engine):
-    """With a gate that does what it is asked, and a bus for each name that is in `drivers`."""
-
-    def __init__(self, *, is_required: bool = False, **drivers: FakeDriver) -> None:
-        super().__init__(control=Path("/none"), buses=BUSES, is_required=is_required)
-        self.drivers = drivers
-        self.asked: list[Request] = []
-        self.refuse: Exception | None = None
-        self.gone = False
-
-    async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
-        await trio.lowlevel.checkpoint()
-        self.asked.append(request)
-        if isinstance(request, CallBus):
-            return self._drive(request)
-        if self.refuse is not None:
-            raise self.refuse
-        return Done()
-
-    def _drive(self, request: CallBus) -> Called:
-        driver = self.drivers.get(request.bus)
-        if self.gone or driver is None:
-            raise CallRefusedError(DISCONNECTED, "it cannot be reached")
-        result = driver.answer(request.member, unpack(request.signature, request.body))
-        if result is None:
-            raise CallRefusedError(NO_REPLY, "it did not answer")
-        signature, values = result
-        return Called(signature=signature, body=pack(signature, values), little=True)
-
-    def requests(self, kind: type[Any]) -> list[Any]:
-        return [one for one in self.asked if isinstance(one, kind)]
-
-
-@pytest.fixture(autouse=True)
-def _reachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(address: str) -> None:
-        if "/nowhere" in address:
-            raise CallRefusedError(DISCONNECTED, "cannot be reached")
-
-    monkeypatch.setattr("broker.engines.labels._check_reachable", check)
-
-
-def make_spec(number: int = 0, *buses: str, **changes: Any) -> SandboxSpec:
-    spec = make_state(make_record(number=number)).spec
-    listeners = tuple(Listener(bus=bus, fd=0) for bus in buses or ("session",))
-    return msgspec.structs.replace(spec, listeners=listeners, **changes)
-
-
-@pytest.fixture
-def fd() -> Any:
-    with socket.socket(socket.AF_UNIX) as sock:
-        yield sock.fileno()
-
-
-@asynccontextmanager
-async def remaking(engine: Engine) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
-        yield
-        await trio.testing.wait_all_tasks_blocked(0.001)
-        nursery.cancel_scope.cancel()
+__all__ = ["fd", "reachable"]
 
 
 async def test_a_sandbox_gets_a_server_of_the_bus(fd: int) -> None:
@@ -288,84 +210,6 @@ async def test_stop_waits_for_the_bus(fd: int) -> None:
     assert isinstance(engine.asked[-2], StopSandbox)
     assert engine.drivers["session"].asked[-1][0] == "Ping"
     engine.held.close()
-
-
-def test_the_snapshot_brings_back_what_belongs_together() -> None:
-    engine, told = Engine(session=FakeDriver()), Told()
-    upstream = Upstream(instance="/i", address="unix:path=/i")
-    state = msgspec.structs.replace(
-        make_state(make_record()), spec=make_spec(upstreams={"session": upstream})
-    )
-    snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
-    ears = _Ears(engine, told)
-    ears.take_snapshot(snapshot)
-    assert engine.instances("c0") == {"session": "/i"}
-    assert told.order == [snapshot]
-    ears.take_event(Ended("c0", "stopped"))
-    assert engine.instances("c0") == {}
-    assert len(told.order) == 2
-
-
-async def test_a_server_that_is_lost_is_made_again(fd: int) -> None:
-    engine, told = Engine(session=FakeDriver()), Told()
-    await engine.add(make_spec(), [fd])
-    before = engine.instances("c0")
-    async with remaking(engine):
-        _Ears(engine, told).take_event(UpstreamLost("c0", "session"))
-        assert engine.instances("c0") == {}
-    (request,) = engine.requests(SetUpstream)
-    assert request.upstream.instance == engine.instances("c0")["session"]
-    assert engine.instances("c0") != before
-    assert told.order == []
-    engine.held.close()
-
-
-async def test_a_bus_that_is_not_there_is_waited_for(
-    fd: int, autojump_clock: trio.testing.MockClock
-) -> None:
-    engine = Engine(session=FakeDriver())
-    await engine.add(make_spec(), [fd])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
-        engine.gone = True
-        engine.lose(UpstreamLost("c0", "session"))
-        await trio.sleep(30)
-        assert engine.requests(SetUpstream) == []
-        engine.gone = False
-        await trio.sleep(6)
-        assert len(engine.requests(SetUpstream)) == 1
-        nursery.cancel_scope.cancel()
-    engine.held.close()
-
-
-@pytest.mark.parametrize("is_required", [False, True])
-async def test_a_bus_that_comes_back_without_it(
-    fd: int, is_required: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine = Engine(is_required=is_required, session=FakeDriver())
-    await engine.add(make_spec(), [fd])
-    engine.drivers["session"] = FakeDriver(mode="none")
-    async with remaking(engine):
-        engine.lose(UpstreamLost("c0", "session"))
-    if is_required:
-        assert engine.requests(StopSandbox) == [StopSandbox("c0")]
-        assert "does not take it again" in caplog.text
-    else:
-        assert engine.requests(SetUpstream) == [SetUpstream("c0", "session", None)]
-    engine.held.close()
-
-
-async def test_a_new_gate_has_its_servers_made_when_it_has_the_sandbox() -> None:
-    engine = Engine(session=FakeDriver())
-
-    class Missing(Told):
-        def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
-            return [(make_spec(), [3])]
-
-    async with remaking(engine):
-        ((spec, fds),) = _Ears(engine, Missing()).missing()
-        assert (spec.upstreams, fds) == ({"session": Upstream()}, [3])
-    assert engine.instances("c0") == {"session": "/org/freedesktop/DBus/Containers1/c100"}
 
 
 async def test_a_gate_that_says_something_else() -> None:

@@ -139,6 +139,21 @@ def test_a_bus_that_goes_away_leaves_its_sandboxes_waiting(stage: Stage) -> None
     assert isinstance(stage.call(SetUpstream("c0", "session", Upstream(instance="/x"))), Refused)
 
 
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_server_that_is_replaced_is_ended(stage: Stage, is_replaced: bool) -> None:
+    first, second = stage.make(), stage.make()
+    stage.add_labelled(first)
+    after = second if is_replaced else None
+    assert stage.call(SetUpstream("c0", "session", after)) == Done()
+    stage.go_on()
+    assert stage.stopped() == [first.instance]
+    stage.bus.emit_removed(first.instance)
+    stage.go_on()
+    assert stage.upstreams() == ({"session": second} if is_replaced else {})
+    assert isinstance(stage.call(SetUpstream("c0", "session", Upstream(instance="/x"))), Refused)
+    assert stage.stopped() == [first.instance]
+
+
 def test_a_bus_that_ends_in_order_leaves_its_sandboxes_waiting(stage: Stage) -> None:
     upstream = stage.make()
     stage.add_labelled(upstream)

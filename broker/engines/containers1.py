@@ -11,7 +11,6 @@ served by the gate alone, and the log says so.
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from broker.engines.dialect import describe
 from broker.engines.gate import SHUTDOWN_TIMEOUT, GateEngine
 from broker.engines.labels import UNDO_TIMEOUT, Labels
 from broker.engines.process import GateError
+from broker.engines.upkeep import LOST, Upkeep
 from broker.gate.control import BusSpec, Ended, Event, SandboxSpec, Snapshot
 from broker.gate.upstream import (
     CONTAINERS1,
@@ -45,8 +45,6 @@ from broker.wire.errors import (
 from policy.rules import AccessList
 
 LOGGER: Final = logging.getLogger(__name__)
-# Servers that are asked for at the same time when a bus has started anew.
-MAX_REMAKING: Final = 16
 FIRST_PAUSE: Final = 0.1  # seconds, before a bus that is not there is asked again; it doubles
 LONGEST_PAUSE: Final = 5.0
 _GONE: Final = (DISCONNECTED, NO_REPLY)
@@ -67,9 +65,7 @@ class Containers1Engine(GateEngine):
         self._is_required: Final = is_required
         self._has_sandboxes = False
         self._labels: Final = Labels(self._call)
-        self._specs: Final[dict[str, SandboxSpec]] = {}  # of sandboxes that a bus has a server for
-        # Cannot grow without bound: one for each sandbox and bus.
-        self._lost_in, self._lost = trio.open_memory_channel[tuple[str, str]](math.inf)
+        self._upkeep: Final = Upkeep()
 
     @property
     def name(self) -> str:
@@ -82,8 +78,7 @@ class Containers1Engine(GateEngine):
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
         """Return the paths of the buses' own instances, by bus."""
-        spec = self._specs.get(sandbox)
-        return describe(spec.upstreams) if spec is not None else {}
+        return describe(self._upkeep.upstreams(sandbox))
 
     async def keep_connected(
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -113,10 +108,10 @@ class Containers1Engine(GateEngine):
                 if upstream is not None:
                     upstreams[listener.bus] = upstream
             whole = msgspec.structs.replace(spec, upstreams=upstreams)
-            self._remember(whole)
+            self._upkeep.keep(whole)
             await super().add(whole, fds)
         except BaseException:
-            self._specs.pop(spec.id, None)
+            self._upkeep.forget(spec.id)
             # If we cannot, the gate does when we are gone.
             with trio.move_on_after(UNDO_TIMEOUT, shield=True):
                 await self._labels.unmake(spec.uid, upstreams)
@@ -124,18 +119,17 @@ class Containers1Engine(GateEngine):
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
         await super().set_access(sandbox, access)
-        if (spec := self._specs.get(sandbox)) is not None:
-            spec = self._specs[sandbox] = msgspec.structs.replace(spec, access=access)
+        if (spec := self._upkeep.change_access(sandbox, access)) is not None:
             for bus, instance in describe(spec.upstreams).items():
                 await self._labels.tell_access(spec, bus, instance)
 
     async def stop_listening(self, sandbox: str) -> None:
-        spec = self._specs.get(sandbox)
+        spec = self._upkeep.get(sandbox)
         await super().stop_listening(sandbox)
         await self._labels.wait(spec)
 
     async def stop(self, sandbox: str) -> None:
-        spec = self._specs.get(sandbox)
+        spec = self._upkeep.get(sandbox)
         await super().stop(sandbox)
         await self._labels.wait(spec)
 
@@ -183,63 +177,44 @@ class Containers1Engine(GateEngine):
 
     def learn(self, snapshot: Snapshot) -> None:
         """Take from the gate which sandboxes have servers."""
-        self._specs.clear()
         self._has_sandboxes = bool(snapshot.sandboxes)
-        for state in snapshot.sandboxes:
-            self._remember(state.spec)
+        self._upkeep.learn(snapshot)
 
     def lose(self, event: UpstreamLost) -> None:
         """Have a server made again."""
-        spec = self._specs.get(event.sandbox)
+        spec = self._upkeep.get(event.sandbox)
         if spec is not None:
             self._labels.forget(event.bus, spec.uid)
-            self._remember(_with(spec, event.bus, Upstream()))
+            self._upkeep.change(event.sandbox, event.bus, LOST)
 
     def restored(self, spec: SandboxSpec) -> SandboxSpec:
         """Return a sandbox as a new gate is to have it: its buses will be asked once it has it."""
         # What is sure not to label need not be asked again, while connections wait for the answer.
         buses = [listener.bus for listener in spec.listeners]
-        upstreams = {bus: Upstream() for bus in buses if self._labels.may_label(bus, spec.uid)}
+        upstreams = {bus: LOST for bus in buses if self._labels.may_label(bus, spec.uid)}
         spec = msgspec.structs.replace(spec, upstreams=upstreams)
-        self._remember(spec)
+        self._upkeep.keep(spec)
         return spec
 
     def forget(self, sandbox: str) -> None:
         """It has ended."""
-        self._specs.pop(sandbox, None)
-
-    def _remember(self, spec: SandboxSpec) -> None:
-        if not spec.upstreams:
-            return
-        self._specs[spec.id] = msgspec.structs.replace(spec, listeners=(), record=b"")
-        for bus, upstream in spec.upstreams.items():
-            if not upstream.instance:
-                self._lost_in.send_nowait((spec.id, bus))
+        self._upkeep.forget(sandbox)
 
     async def _remake_lost(self) -> None:
-        slots = trio.Semaphore(MAX_REMAKING)
-
-        async def remake(sandbox: str, bus: str) -> None:
-            try:
-                await self._remake(sandbox, bus)
-            except EngineLostError as exc:  # the next snapshot says what is lost
-                LOGGER.info("%s: %s", sandbox, exc)
-            finally:
-                slots.release()
-
-        async with trio.open_nursery() as nursery:
-            async for sandbox, bus in self._lost:
-                await slots.acquire()
-                nursery.start_soon(remake, sandbox, bus)
+        await self._upkeep.see_to_lost(self._remake)
 
     async def _remake(self, sandbox: str, bus: str) -> None:
         pause = FIRST_PAUSE
-        while (spec := self._specs.get(sandbox)) is not None and _is_lost(spec, bus):
+        while (spec := self._upkeep.get(sandbox)) and self._upkeep.is_lost(sandbox, bus):
             try:
                 upstream = await self._labels.make(spec, bus)
                 if upstream is None and self._is_required:
                     raise CallRefusedError(NOT_SUPPORTED, f"it has no {CONTAINERS1} any more")
                 await self._ask(SetUpstream(sandbox, bus, upstream))
+            except EngineLostError as exc:  # the next snapshot says what is lost
+                LOGGER.info("%s: %s", sandbox, exc)
+                await trio.sleep(pause)
+                continue
             except CallRefusedError as exc:
                 if exc.dbus_name in _GONE:
                     await trio.sleep(pause)
@@ -248,8 +223,7 @@ class Containers1Engine(GateEngine):
                 if not await self._do_without(spec, bus, exc):
                     return
                 upstream = None
-            if sandbox in self._specs:
-                self._specs[sandbox] = _with(self._specs[sandbox], bus, upstream)
+            self._upkeep.change(sandbox, bus, upstream)
 
     async def _do_without(self, spec: SandboxSpec, bus: str, exc: CallRefusedError) -> bool:
         """Serve it by the gate alone, or end it if that will not do; say which."""
@@ -293,14 +267,3 @@ class _Ears:
     def lost(self, sandbox: str) -> None:
         self._engine.forget(sandbox)
         self._listener.lost(sandbox)
-
-
-def _with(spec: SandboxSpec, bus: str, upstream: Upstream | None) -> SandboxSpec:
-    upstreams = {name: one for name, one in spec.upstreams.items() if name != bus}
-    upstreams |= {bus: upstream} if upstream is not None else {}
-    return msgspec.structs.replace(spec, upstreams=upstreams)
-
-
-def _is_lost(spec: SandboxSpec, bus: str) -> bool:
-    upstream = spec.upstreams.get(bus)
-    return upstream is not None and not upstream.instance

@@ -29,9 +29,12 @@ class Upstreams:
         self._answer: Final = answer
 
     def set(self, sandbox: Sandbox, bus: str, upstream: Upstream | None) -> None:
-        """Have a sandbox's connections to a bus made there. Raises CallRefusedError."""
+        """Have a sandbox's connections to a bus made there, and end the server before. Raises CallRefusedError."""
+        uid, before = sandbox.spec.uid, sandbox.spec.upstreams.get(bus)
         if upstream is not None:
-            self.own.claim(sandbox.id, sandbox.spec.uid, {bus: upstream})
+            self.own.claim(sandbox.id, uid, {bus: upstream})
+        if before is not None:  # nobody else ever would
+            self.own.stop(uid, {bus: before})
         sandbox.set_upstream(bus, upstream)
         self.follow(sandbox)
 

@@ -1,0 +1,153 @@
+"""The engine for buses that label: what they lose, and what a supervisor that is new finds."""
+
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+import trio
+
+from broker.engines.base import EngineLostError
+from broker.engines.containers1 import _Ears
+from broker.gate.control import (
+    Ended,
+    SandboxSpec,
+    Snapshot,
+    StopSandbox,
+)
+from broker.gate.upstream import SetUpstream, Upstream, UpstreamLost
+from tests.fake_driver import FakeDriver
+from tests.labels_stage import Engine, fd, make_spec, reachable, remaking
+from tests.records import make_record, make_state
+from tests.test_engine_link import Told
+
+__all__ = ["fd", "reachable"]
+
+
+def test_the_snapshot_brings_back_what_belongs_together() -> None:
+    engine, told = Engine(session=FakeDriver()), Told()
+    upstream = Upstream(instance="/i", address="unix:path=/i")
+    state = msgspec.structs.replace(
+        make_state(make_record()), spec=make_spec(upstreams={"session": upstream})
+    )
+    snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
+    ears = _Ears(engine, told)
+    ears.take_snapshot(snapshot)
+    assert engine.instances("c0") == {"session": "/i"}
+    assert told.order == [snapshot]
+    ears.take_event(Ended("c0", "stopped"))
+    assert engine.instances("c0") == {}
+    assert len(told.order) == 2
+
+
+async def test_a_server_that_is_lost_is_made_again(fd: int) -> None:
+    engine, told = Engine(session=FakeDriver()), Told()
+    await engine.add(make_spec(), [fd])
+    before = engine.instances("c0")
+    async with remaking(engine):
+        _Ears(engine, told).take_event(UpstreamLost("c0", "session"))
+        assert engine.instances("c0") == {}
+    (request,) = engine.requests(SetUpstream)
+    assert request.upstream.instance == engine.instances("c0")["session"]
+    assert engine.instances("c0") != before
+    assert told.order == []
+    engine.held.close()
+
+
+async def test_two_buses_that_are_lost_at_once(fd: int) -> None:
+    engine = Engine(session=FakeDriver(), other=FakeDriver())
+    await engine.add(make_spec(0, "session", "other"), [fd])
+    async with remaking(engine):
+        for bus in ("session", "other", "session"):
+            engine.lose(UpstreamLost("c0", bus))
+    assert [driver.made for driver in engine.drivers.values()] == [2, 2]
+    assert sorted(one.bus for one in engine.requests(SetUpstream)) == ["other", "session"]
+    assert set(engine.instances("c0")) == {"session", "other"}
+    engine.held.close()
+
+
+async def test_a_snapshot_while_a_bus_is_waited_for(
+    fd: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    engine = Engine(session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    state = make_state(make_record())
+    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": Upstream()}))
+    snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,))
+    engine.gone = True
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._remake_lost)
+        engine.lose(UpstreamLost("c0", "session"))
+        for _ in range(3):
+            await trio.sleep(1)
+            engine.learn(snapshot)
+        engine.gone = False
+        await trio.sleep(60)
+        nursery.cancel_scope.cancel()
+    assert engine.drivers["session"].made == 2
+    assert len(engine.requests(SetUpstream)) == 1
+    engine.held.close()
+
+
+async def test_a_gate_that_is_not_there_is_asked_again(
+    fd: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    engine = Engine(session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    engine.refuse = EngineLostError("there is no gate")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._remake_lost)
+        engine.lose(UpstreamLost("c0", "session"))
+        await trio.sleep(3)
+        engine.refuse = None
+        await trio.sleep(3)
+        nursery.cancel_scope.cancel()
+    assert set(engine.instances("c0")) == {"session"}
+    engine.held.close()
+
+
+async def test_a_bus_that_is_not_there_is_waited_for(
+    fd: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    engine = Engine(session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._remake_lost)
+        engine.gone = True
+        engine.lose(UpstreamLost("c0", "session"))
+        await trio.sleep(30)
+        assert engine.requests(SetUpstream) == []
+        engine.gone = False
+        await trio.sleep(6)
+        assert len(engine.requests(SetUpstream)) == 1
+        nursery.cancel_scope.cancel()
+    engine.held.close()
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+async def test_a_bus_that_comes_back_without_it(
+    fd: int, is_required: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(is_required=is_required, session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    engine.drivers["session"] = FakeDriver(mode="none")
+    async with remaking(engine):
+        engine.lose(UpstreamLost("c0", "session"))
+    if is_required:
+        assert engine.requests(StopSandbox) == [StopSandbox("c0")]
+        assert "does not take it again" in caplog.text
+    else:
+        assert engine.requests(SetUpstream) == [SetUpstream("c0", "session", None)]
+    engine.held.close()
+
+
+async def test_a_new_gate_has_its_servers_made_when_it_has_the_sandbox() -> None:
+    engine = Engine(session=FakeDriver())
+
+    class Missing(Told):
+        def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
+            return [(make_spec(), [3])]
+
+    async with remaking(engine):
+        ((spec, fds),) = _Ears(engine, Missing()).missing()
+        assert (spec.upstreams, fds) == ({"session": Upstream()}, [3])
+    assert engine.instances("c0") == {"session": "/org/freedesktop/DBus/Containers1/c100"}
