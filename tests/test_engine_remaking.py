@@ -9,12 +9,15 @@ import trio
 from broker.engines.base import EngineLostError
 from broker.engines.containers1 import _Ears
 from broker.gate.control import (
+    Answer,
     Ended,
+    Request,
     SandboxSpec,
     Snapshot,
     StopSandbox,
 )
 from broker.gate.upstream import SetUpstream, Upstream, UpstreamLost
+from broker.wire.errors import DISCONNECTED, NOT_CONTAINER, CallRefusedError
 from tests.fake_driver import FakeDriver
 from tests.labels_stage import Engine, fd, make_spec, reachable, remaking
 from tests.records import make_record, make_state
@@ -102,6 +105,89 @@ async def test_a_gate_that_is_not_there_is_asked_again(
         await trio.sleep(3)
         nursery.cancel_scope.cancel()
     assert set(engine.instances("c0")) == {"session"}
+    engine.held.close()
+
+
+class Interrupted(Engine):
+    """In which something happens before the first answer to SetUpstream gets to whoever asked."""
+
+    def happen(self, request: SetUpstream) -> None:
+        """Overridden."""
+
+    async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
+        answer = await super()._request(request, fds)
+        if isinstance(request, SetUpstream) and len(self.requests(SetUpstream)) == 1:
+            self.happen(request)
+        return answer
+
+
+async def test_a_server_that_is_lost_again_at_once_is_made_again_at_once(fd: int) -> None:
+    class LostAgain(Interrupted):
+        def happen(self, request: SetUpstream) -> None:
+            self.lose(UpstreamLost(request.sandbox, request.bus))
+
+    engine = LostAgain(session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    async with remaking(engine):
+        engine.lose(UpstreamLost("c0", "session"))
+    first, second = engine.requests(SetUpstream)
+    assert engine.instances("c0") == {"session": second.upstream.instance}
+    assert first.upstream.instance != second.upstream.instance
+    engine.held.close()
+
+
+async def test_a_server_that_the_gate_refuses_is_ended_and_made_again(
+    fd: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Refusing(Interrupted):
+        def happen(self, request: SetUpstream) -> None:
+            raise CallRefusedError(DISCONNECTED, "it does not have that any more")
+
+    engine = Refusing(session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._remake_lost)
+        engine.lose(UpstreamLost("c0", "session"))
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    first, second = engine.requests(SetUpstream)
+    assert engine.instances("c0") == {"session": second.upstream.instance}
+    assert first.upstream.instance not in engine.drivers["session"].instances
+    engine.held.close()
+
+
+async def test_a_server_for_a_sandbox_that_has_ended_is_ended(fd: int) -> None:
+    class Ending(Interrupted):
+        def happen(self, request: SetUpstream) -> None:
+            self.forget(request.sandbox)
+            raise CallRefusedError(NOT_CONTAINER, "no sandbox")
+
+    engine = Ending(session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    before = set(engine.instances("c0").values())
+    async with remaking(engine):
+        engine.lose(UpstreamLost("c0", "session"))
+    assert set(engine.drivers["session"].instances) == before
+    assert len(engine.requests(SetUpstream)) == 1
+    engine.held.close()
+
+
+async def test_a_server_that_a_snapshot_has_is_in_use(fd: int) -> None:
+    class Asking(Interrupted):
+        def happen(self, request: SetUpstream) -> None:
+            assert request.upstream is not None
+            spec = make_spec(upstreams={"session": msgspec.structs.replace(request.upstream)})
+            state = msgspec.structs.replace(make_state(make_record()), spec=spec)
+            self.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
+            raise CallRefusedError(DISCONNECTED, "somebody has that already")
+
+    engine = Asking(session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    async with remaking(engine):
+        engine.lose(UpstreamLost("c0", "session"))
+    (request,) = engine.requests(SetUpstream)
+    assert engine.instances("c0") == {"session": request.upstream.instance}
+    assert request.upstream.instance in engine.drivers["session"].instances
     engine.held.close()
 
 

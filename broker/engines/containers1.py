@@ -9,7 +9,6 @@ Whoever says that this engine is to be used wants labels or nothing; if nobody s
 served by the gate alone, and the log says so.
 """
 
-import contextlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,9 +111,7 @@ class Containers1Engine(GateEngine):
             await super().add(whole, fds)
         except BaseException:
             self._upkeep.forget(spec.id)
-            # If we cannot, the gate does when we are gone.
-            with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-                await self._labels.unmake(spec.uid, upstreams)
+            await self._undo(spec.uid, upstreams)
             raise
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
@@ -207,34 +204,54 @@ class Containers1Engine(GateEngine):
         pause = FIRST_PAUSE
         while (spec := self._upkeep.get(sandbox)) and self._upkeep.is_lost(sandbox, bus):
             try:
-                upstream = await self._labels.make(spec, bus)
-                if upstream is None and self._is_required:
-                    raise CallRefusedError(NOT_SUPPORTED, f"it has no {CONTAINERS1} any more")
-                await self._ask(SetUpstream(sandbox, bus, upstream))
-            except EngineLostError as exc:  # the next snapshot says what is lost
-                LOGGER.info("%s: %s", sandbox, exc)
+                await self._make_again(spec, bus)
+            except (CallRefusedError, EngineLostError) as exc:  # there is no bus, or no gate
+                LOGGER.debug("%s: %s", sandbox, exc)
                 await trio.sleep(pause)
-                continue
-            except CallRefusedError as exc:
-                if exc.dbus_name in _GONE:
-                    await trio.sleep(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE)
-                    continue
-                if not await self._do_without(spec, bus, exc):
-                    return
-                upstream = None
-            self._upkeep.change(sandbox, bus, upstream)
+                pause = min(2 * pause, LONGEST_PAUSE)
 
-    async def _do_without(self, spec: SandboxSpec, bus: str, exc: CallRefusedError) -> bool:
-        """Serve it by the gate alone, or end it if that will not do; say which."""
-        with contextlib.suppress(CallRefusedError):  # it ended meanwhile
-            if self._is_required:
-                LOGGER.error("%s: bus %s does not take it again: %s: ended", spec.id, bus, exc)
-                await self.stop(spec.id)
-                return False
+    async def _make_again(self, spec: SandboxSpec, bus: str) -> None:
+        """Have it served again, or end it. Raises CallRefusedError and EngineLostError: not yet."""
+        try:
+            upstream = await self._labels.make(spec, bus)
+            if upstream is None and self._is_required:
+                raise CallRefusedError(NOT_SUPPORTED, f"it has no {CONTAINERS1} any more")
+            await self._set_upstream(spec, bus, upstream)
+        except CallRefusedError as exc:
+            if exc.dbus_name in _GONE or self._upkeep.get(spec.id) is None:
+                raise
+            await self._do_without(spec, bus, exc)
+
+    async def _set_upstream(self, spec: SandboxSpec, bus: str, upstream: Upstream | None) -> None:
+        """Have the gate use it. Raises CallRefusedError and EngineLostError: it is lost as before."""
+        # Known before it is asked for: if it is lost again before the answer gets here, it is lost.
+        self._upkeep.change(spec.id, bus, upstream)
+        try:
+            await self._ask(SetUpstream(spec.id, bus, upstream))
+        except (CallRefusedError, EngineLostError) as exc:
+            known = self._upkeep.upstreams(spec.id).get(bus)
+            if known is upstream:
+                self._upkeep.change(spec.id, bus, LOST)
+            # If a snapshot has come meanwhile and has it, it is in use.
+            is_in_use = known is not upstream and known == upstream
+            if upstream is not None and isinstance(exc, CallRefusedError) and not is_in_use:
+                await self._undo(spec.uid, {bus: upstream})
+            raise
+
+    async def _do_without(self, spec: SandboxSpec, bus: str, exc: CallRefusedError) -> None:
+        """Serve it by the gate alone, or end it if that will not do."""
+        if self._is_required:
+            LOGGER.error("%s: bus %s does not take it again: %s: ended", spec.id, bus, exc)
+            await self.stop(spec.id)
+            self._upkeep.forget(spec.id)
+        else:
             LOGGER.warning("%s: the gate alone serves it on bus %s: %s", spec.id, bus, exc)
-            await self._ask(SetUpstream(spec.id, bus, None))
-        return True
+            await self._set_upstream(spec, bus, None)
+
+    async def _undo(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+        # If we cannot, the gate does when we are gone.
+        with trio.move_on_after(UNDO_TIMEOUT, shield=True):
+            await self._labels.unmake(uid, upstreams)
 
     @property
     def _bus_names(self) -> Iterable[str]:
