@@ -14,7 +14,7 @@ from broker.bus.values import pack, unpack
 from broker.engines.containers1 import Containers1Engine
 from broker.gate.control import Answer, BusSpec, Done, Listener, Request, SandboxSpec
 from broker.gate.upstream import CallBus, Called
-from broker.wire.errors import DISCONNECTED, NO_REPLY, CallRefusedError
+from broker.wire.errors import DISCONNECTED, FAILED, NO_REPLY, CallRefusedError
 from tests.fake_driver import FakeDriver
 from tests.records import make_record, make_state
 
@@ -59,7 +59,7 @@ class Engine(Containers1Engine):
 def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(address: str) -> None:
         if "/nowhere" in address:
-            raise CallRefusedError(DISCONNECTED, "cannot be reached")
+            raise CallRefusedError(FAILED, "cannot be reached")
 
     monkeypatch.setattr("broker.engines.labels._check_reachable", check)
 

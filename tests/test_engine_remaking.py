@@ -18,7 +18,7 @@ from broker.gate.control import (
 )
 from broker.gate.upstream import SetUpstream, Upstream, UpstreamLost
 from broker.wire.errors import DISCONNECTED, NOT_CONTAINER, CallRefusedError
-from tests.fake_driver import FakeDriver
+from tests.fake_driver import FakeDriver, Result
 from tests.labels_stage import Engine, fd, make_spec, reachable, remaking
 from tests.records import make_record, make_state
 from tests.test_engine_link import Told
@@ -192,7 +192,7 @@ async def test_a_server_that_a_snapshot_has_is_in_use(fd: int) -> None:
 
 
 async def test_a_bus_that_is_not_there_is_waited_for(
-    fd: int, autojump_clock: trio.testing.MockClock
+    fd: int, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine(session=FakeDriver())
     await engine.add(make_spec(), [fd])
@@ -206,6 +206,39 @@ async def test_a_bus_that_is_not_there_is_waited_for(
         await trio.sleep(6)
         assert len(engine.requests(SetUpstream)) == 1
         nursery.cancel_scope.cancel()
+    assert caplog.text.count("c0: its connections to bus session wait: it cannot be reached") == 1
+    engine.held.close()
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+async def test_a_server_that_cannot_be_reached_is_done_without(
+    fd: int, is_required: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(is_required=is_required, session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    driver = engine.drivers["session"] = FakeDriver(mode="unreachable")
+    async with remaking(engine):
+        engine.lose(UpstreamLost("c0", "session"))
+    assert (driver.made, driver.instances) == (1, {})
+    assert "cannot be reached" in caplog.text
+    given_up = [StopSandbox("c0")] if is_required else [SetUpstream("c0", "session", None)]
+    assert engine.requests(StopSandbox) + engine.requests(SetUpstream) == given_up
+    engine.held.close()
+
+
+async def test_a_bus_that_goes_as_it_makes_a_server_is_waited_for(fd: int) -> None:
+    class Going(FakeDriver):
+        def answer(self, member: str, values: list[object]) -> Result | None:
+            result = super().answer(member, values)
+            engine.gone = member == "AddServer"
+            return result
+
+    engine = Engine(is_required=True, session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    engine.drivers["session"] = Going(mode="unreachable")
+    async with remaking(engine):
+        engine.lose(UpstreamLost("c0", "session"))
+    assert engine.requests(StopSandbox) == engine.requests(SetUpstream) == []
     engine.held.close()
 
 

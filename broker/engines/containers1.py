@@ -22,7 +22,7 @@ import trio
 from broker.engines.base import EngineLostError, Listener
 from broker.engines.dialect import describe
 from broker.engines.gate import SHUTDOWN_TIMEOUT, GateEngine
-from broker.engines.labels import UNDO_TIMEOUT, Labels
+from broker.engines.labels import Labels
 from broker.engines.process import GateError
 from broker.engines.upkeep import LOST, Upkeep
 from broker.gate.control import BusSpec, Ended, Event, SandboxSpec, Snapshot
@@ -111,7 +111,8 @@ class Containers1Engine(GateEngine):
             await super().add(whole, fds)
         except BaseException:
             self._upkeep.forget(spec.id)
-            await self._undo(spec.uid, upstreams)
+            for bus, upstream in upstreams.items():
+                await self._labels.unmake(spec.uid, bus, upstream)
             raise
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
@@ -206,7 +207,8 @@ class Containers1Engine(GateEngine):
             try:
                 await self._make_again(spec, bus)
             except (CallRefusedError, EngineLostError) as exc:  # there is no bus, or no gate
-                LOGGER.debug("%s: %s", sandbox, exc)
+                if pause == FIRST_PAUSE and self._upkeep.is_lost(sandbox, bus):
+                    LOGGER.warning("%s: its connections to bus %s wait: %s", sandbox, bus, exc)
                 await trio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -235,7 +237,7 @@ class Containers1Engine(GateEngine):
             # If a snapshot has come meanwhile and has it, it is in use.
             is_in_use = known is not upstream and known == upstream
             if upstream is not None and isinstance(exc, CallRefusedError) and not is_in_use:
-                await self._undo(spec.uid, {bus: upstream})
+                await self._labels.unmake(spec.uid, bus, upstream)
             raise
 
     async def _do_without(self, spec: SandboxSpec, bus: str, exc: CallRefusedError) -> None:
@@ -247,11 +249,6 @@ class Containers1Engine(GateEngine):
         else:
             LOGGER.warning("%s: the gate alone serves it on bus %s: %s", spec.id, bus, exc)
             await self._set_upstream(spec, bus, None)
-
-    async def _undo(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
-        # If we cannot, the gate does when we are gone.
-        with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-            await self._labels.unmake(uid, upstreams)
 
     @property
     def _bus_names(self) -> Iterable[str]:

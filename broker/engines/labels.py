@@ -6,7 +6,7 @@ Nothing of it is remembered but what each bus understands, and that it does not 
 import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
@@ -126,26 +126,31 @@ class Labels:
         try:
             address = read_address(called)
             _check_reachable(address)
-        except CallRefusedError:
-            if instance:
-                with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-                    await self.unmake(spec.uid, {bus: dialect.upstream(instance, "")})
+        except CallRefusedError as exc:
+            if instance and await self.unmake(spec.uid, bus, dialect.upstream(instance, "")):
+                # It went away meanwhile, and is to be waited for: there is nothing wrong with what it makes.
+                raise CallRefusedError(DISCONNECTED, str(exc)) from exc
             raise
         return dialect.upstream(instance, address)
 
-    async def unmake(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
-        """End what was made for a sandbox that did not come about."""
-        for bus, upstream in upstreams.items():
-            request = CallBus(
-                bus=bus,
-                uid=uid,
-                interface=CONTAINERS1,
-                member=upstream.stop,
-                signature="o",
-                body=pack("o", [upstream.instance]),
-            )
-            with contextlib.suppress(CallRefusedError, EngineLostError):
+    async def unmake(self, uid: int, bus: str, upstream: Upstream) -> bool:
+        """End what was made and is not used; say whether that bus is gone. If we cannot, the gate does."""
+        request = CallBus(
+            bus=bus,
+            uid=uid,
+            interface=CONTAINERS1,
+            member=upstream.stop,
+            signature="o",
+            body=pack("o", [upstream.instance]),
+        )
+        with trio.move_on_after(UNDO_TIMEOUT, shield=True):
+            try:
                 await self._call(request)
+            except CallRefusedError as exc:
+                return exc.dbus_name == DISCONNECTED
+            except EngineLostError:
+                pass
+        return False
 
     async def tell_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
         """Tell a bus that has rules of its own that they have changed."""
@@ -194,4 +199,4 @@ def _check_reachable(address: str) -> None:
                 problem = exc.strerror or str(exc)
             else:
                 return
-    raise CallRefusedError(DISCONNECTED, f"the socket that it made cannot be reached: {problem}")
+    raise CallRefusedError(FAILED, f"the socket that it made cannot be reached: {problem}")
