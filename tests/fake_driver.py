@@ -28,7 +28,7 @@ def _method(name: str, takes: Sequence[str] = (), gives: Sequence[str] = ()) -> 
 
 @dataclass
 class FakeDriver:
-    """What it has. In `mode` "silent" it does not answer AddServer; "nonsense", "refuse" and "unreachable" are said below."""
+    """What it has. In `mode` "hangs" it answers nothing, "silent" not AddServer; "nonsense", "refuse" and "unreachable" are said below."""
 
     mode: str = "good"
     add: str = "AddServer"
@@ -59,6 +59,8 @@ class FakeDriver:
         """Return signature and values; None: no answer. Raises CallRefusedError."""
         self.asked.append((member, values))
         match member:
+            case "Introspect" if self.mode == "hangs":
+                return None
             case "Introspect":
                 return "s", [self.xml]
             case "Get" if self.mode == "nonsense-arguments":

@@ -40,6 +40,9 @@ class FakeEngine:
     def instances(self, sandbox: str) -> Mapping[str, str]:
         return dict.fromkeys(self.labelled, f"/bus/{sandbox}")
 
+    def bus_restarted(self, bus: str) -> None:
+        self.done.append(("bus_restarted", bus))
+
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
         await self._do("add", spec.id, str(len(fds)))
         self.specs[spec.id] = spec

@@ -259,6 +259,26 @@ async def test_a_bus_that_comes_back_without_it(
     engine.held.close()
 
 
+@pytest.mark.parametrize("is_required", [False, True])
+async def test_a_bus_that_comes_back_and_hangs(
+    fd: int, is_required: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    engine = Engine(is_required=is_required, session=FakeDriver())
+    await engine.add(make_spec(), [fd])
+    driver = engine.drivers["session"] = FakeDriver(mode="hangs")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._remake_lost)
+        engine.lose(UpstreamLost("c0", "session"))
+        await trio.sleep(60)
+        assert engine.requests(StopSandbox) == []
+        driver.mode = "good"
+        await trio.sleep(300)
+        nursery.cancel_scope.cancel()
+    # Who must have labels waits; else connections are not to wait.
+    assert [one.upstream is not None for one in engine.requests(SetUpstream)] == [is_required]
+    engine.held.close()
+
+
 async def test_a_new_gate_has_its_servers_made_when_it_has_the_sandbox() -> None:
     engine = Engine(session=FakeDriver())
 

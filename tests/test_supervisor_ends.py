@@ -147,3 +147,9 @@ async def test_a_bus_that_is_gone_ends_what_has_no_other(world: World) -> None:
     await world.do_jobs()
     assert world.announcer.reasons == {only: "bus-gone"}
     assert world.stored() == [both]
+
+
+def test_the_engine_is_told_of_a_bus_that_started_anew(world: World) -> None:
+    for id_ in ("a" * 32, "a" * 32, "b" * 32):
+        world.supervisor.bus_back("session", id_)
+    assert world.engine.done.count(("bus_restarted", "session")) == 1

@@ -58,6 +58,9 @@ class Engine(Protocol):
     def instances(self, sandbox: str) -> Mapping[str, str]:
         """Return the paths that the buses themselves know a sandbox by, by bus."""
 
+    def bus_restarted(self, bus: str) -> None:
+        """What was known of that bus holds no more: it started anew."""
+
     @property
     def held(self) -> Held:
         """What it listens on, a second time: closed by the engine."""

@@ -46,7 +46,6 @@ from policy.rules import AccessList
 LOGGER: Final = logging.getLogger(__name__)
 FIRST_PAUSE: Final = 0.1  # seconds, before a bus that is not there is asked again; it doubles
 LONGEST_PAUSE: Final = 5.0
-_GONE: Final = (DISCONNECTED, NO_REPLY)
 
 
 class Containers1Engine(GateEngine):
@@ -131,6 +130,9 @@ class Containers1Engine(GateEngine):
         await super().stop(sandbox)
         await self._labels.wait(spec)
 
+    def bus_restarted(self, bus: str) -> None:
+        self._labels.forget(bus)
+
     # -- what a bus has ---------------------------------------------------------------------------------
 
     async def _look_at_buses(self) -> None:
@@ -189,7 +191,8 @@ class Containers1Engine(GateEngine):
         """Return a sandbox as a new gate is to have it: its buses will be asked once it has it."""
         # What is sure not to label need not be asked again, while connections wait for the answer.
         buses = [listener.bus for listener in spec.listeners]
-        upstreams = {bus: LOST for bus in buses if self._labels.may_label(bus, spec.uid)}
+        may_label = partial(self._labels.may_label, uid=spec.uid)
+        upstreams = {bus: LOST for bus in buses if self._is_required or may_label(bus)}
         spec = msgspec.structs.replace(spec, upstreams=upstreams)
         self._upkeep.keep(spec)
         return spec
@@ -220,7 +223,9 @@ class Containers1Engine(GateEngine):
                 raise CallRefusedError(NOT_SUPPORTED, f"it has no {CONTAINERS1} any more")
             await self._set_upstream(spec, bus, upstream)
         except CallRefusedError as exc:
-            if exc.dbus_name in _GONE or self._upkeep.get(spec.id) is None:
+            # Who must have labels can only wait for a bus that does not answer.
+            is_slow = exc.dbus_name == NO_REPLY and self._is_required
+            if exc.dbus_name == DISCONNECTED or is_slow or self._upkeep.get(spec.id) is None:
                 raise
             await self._do_without(spec, bus, exc)
 

@@ -105,6 +105,9 @@ class GateEngine:
         """Return the paths of the buses' own instances, by bus."""
         return {}
 
+    def bus_restarted(self, bus: str) -> None:
+        """It is another one: nothing that was known of it holds. The gate notices by itself."""
+
     @property
     def pid(self) -> int:
         """The process that serves now, or served last."""

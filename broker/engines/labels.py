@@ -1,12 +1,14 @@
 """Talking to buses that have Containers1 themselves: what they understand, and the servers that they make.
 
-Nothing of it is remembered but what each bus understands, and that it does not answer.
+Nothing of it is remembered but what each bus understands, and for a while that it did not say so. One that
+fails is asked again after a pause that grows; who wants something of it before is told at once what was wrong.
 """
 
 import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -44,6 +46,40 @@ INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 PEER: Final = "org.freedesktop.DBus.Peer"
 UNDO_TIMEOUT: Final = 2.0  # seconds
+# Before a bus that did not answer is asked again: each time is CALL_SECONDS for who waits for it.
+FIRST_PAUSE: Final = 5.0  # seconds; it doubles
+LONGEST_PAUSE: Final = 300.0
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of a bus, for one user."""
+
+    dialect: Dialect | None = None
+    is_asked: bool = False
+    why: CallRefusedError | None = None  # it did not answer, or not as it should
+    until: float = 0.0
+    pause: float = FIRST_PAUSE
+
+    @property
+    def is_pausing(self) -> bool:
+        """Whether it is not to be asked for anything now."""
+        return self.why is not None and trio.current_time() < self.until
+
+    def check(self) -> None:
+        """Raise what went wrong, as long as it is not to be asked again."""
+        if self.why is not None and self.is_pausing:
+            raise CallRefusedError(self.why.dbus_name, str(self.why))
+
+    def went_wrong(self, exc: CallRefusedError) -> None:
+        """Wait before it is asked again."""
+        if not self.is_pausing:  # else others were waiting at the same time
+            self.why, self.until = exc, trio.current_time() + self.pause
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def went_well(self) -> None:
+        """Ask as often as there is something to ask."""
+        self.why, self.pause = None, FIRST_PAUSE
 
 
 class Labels:
@@ -51,33 +87,46 @@ class Labels:
 
     def __init__(self, call: Callable[[CallBus], Awaitable[Called]]) -> None:
         self._call: Final = call
-        # By bus and user; None: it has no Containers1, or none that works.
-        self._dialects: Final[dict[tuple[str, int], Dialect | None]] = {}
+        self._known: Final[dict[tuple[str, int], _Known]] = {}  # by bus and user
 
     def has(self, bus: str) -> bool:
-        """Say whether that bus is known to label."""
-        return any(one is not None for (name, _), one in self._dialects.items() if name == bus)
+        """Say whether that bus labels, by what it said last."""
+        return any(
+            known.dialect is not None and not known.is_pausing
+            for (name, _), known in self._known.items()
+            if name == bus
+        )
 
     def may_label(self, bus: str, uid: int) -> bool:
-        """Say whether it does, or was not asked yet."""
-        return self._dialects.get((bus, uid), ...) is not None
+        """Say whether it does, or is to be asked."""
+        known = self._known.get((bus, uid), _Known())
+        return not known.is_pausing and (known.dialect is not None or not known.is_asked)
 
-    def forget(self, bus: str, uid: int) -> None:
-        """It may be another bus now."""
-        self._dialects.pop((bus, uid), None)
+    def forget(self, bus: str, uid: int | None = None) -> None:
+        """It may be another bus now, for that user or for all."""
+        for (name, user), known in self._known.items():
+            if name == bus and uid in (None, user):
+                known.is_asked = False
+                known.went_well()
 
     async def dialect(self, bus: str, uid: int) -> Dialect | None:
-        """Return how the bus is talked to, asked once a connection. Raises CallRefusedError."""
-        key = (bus, uid)
-        if key not in self._dialects:
+        """Return how the bus is talked to, asked once a connection; None: it has no Containers1. Raises CallRefusedError."""
+        known = self._known.setdefault((bus, uid), _Known())
+        known.check()
+        if not known.is_asked:
             try:
-                self._dialects[key] = await self._ask_dialect(bus, uid)
+                known.dialect = await self._ask_dialect(bus, uid)
             except CallRefusedError as exc:
-                # It would keep everybody waiting again. A bus that is not there will be another.
+                # A bus that is not there will be another, and keeps nobody waiting.
                 if exc.dbus_name != DISCONNECTED:
-                    self._dialects[key] = None
+                    known.dialect = None
+                    known.went_wrong(exc)
                 raise
-        return self._dialects[key]
+            known.is_asked = True
+            known.went_well()
+            if known.dialect is None:
+                LOGGER.info("bus %s has no %s for user %d", bus, CONTAINERS1, uid)
+        return known.dialect
 
     async def _ask_dialect(self, bus: str, uid: int) -> Dialect | None:
         called = await self._call(
@@ -118,10 +167,11 @@ class Labels:
             called = await self._call(request)
         except CallRefusedError as exc:
             if exc.dbus_name == NO_REPLY:
-                self._dialects[bus, spec.uid] = None
+                self._known[bus, spec.uid].went_wrong(exc)
             elif exc.dbus_name in (UNKNOWN_METHOD, UNKNOWN_INTERFACE):  # it started anew
                 self.forget(bus, spec.uid)
             raise
+        self._known[bus, spec.uid].went_well()
         instance = read_instance(called)
         try:
             address = read_address(called)
@@ -154,7 +204,7 @@ class Labels:
 
     async def tell_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
         """Tell a bus that has rules of its own that they have changed."""
-        dialect = self._dialects.get((bus, spec.uid))
+        dialect = self._known.get((bus, spec.uid), _Known()).dialect
         if dialect is None or "Allow" not in dialect.arguments:
             return
         if not dialect.set_access:

@@ -283,6 +283,8 @@ class Supervisor:
         """There is a new connection to a bus, with a watch over nobody. If it is another bus, all have left it."""
         self._gone_buses.discard(bus)
         is_same = self._bus_ids.meet(bus, id_)
+        if not is_same:
+            self._outside.engine.bus_restarted(bus)
         self.vigil.bus_back(bus, is_same=is_same)
         self.tags.bus_back(bus, is_same=is_same)
 
