@@ -329,6 +329,31 @@ def test_the_gate_engine_can_be_asked_for(labelling: Bus, service: Service, fold
         assert warden.show(sandbox)["engines"] == {"session": "gate"}
 
 
+def test_labels_are_kept_by_the_gate_engine_until_the_bus_starts_anew(folder: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(contextlib.ExitStack())
+        bus = first.enter_context(open_containers1_daemon(folder))
+        labelling = stack.enter_context(open_warden(bus, folder / "run", orderly=False))
+        sandbox = labelling.add_server(KeepAfterCreator=Variant("b", True))
+        instance = instance_of(labelling, sandbox)
+        labelling.kill()
+        opening = open_warden(bus, folder / "run", "--engine", "gate", orderly=False)
+        plain = stack.enter_context(opening)
+        assert instance_of(plain, sandbox) == instance
+        assert plain.show(sandbox)["engines"] == {"session": "containers1"}
+        with Service(bus) as service:
+            assert service.credentials_of(plain.connect(sandbox).unique_name) == instance
+        first.close()
+        (folder / "services").rmdir()
+        stack.enter_context(open_containers1_daemon(folder))
+        client = stack.enter_context(sandbox.connect())
+        assert client.unique_name.startswith(":")
+        plain.host.close()
+        plain.host = stack.enter_context(RawClient.connect(bus.address))
+        wait_for(lambda: plain.host.driver("NameHasOwner", "s", NAME) == (True,))
+        assert plain.show(sandbox)["engines"] == {"session": "gate"}
+
+
 def test_by_itself_each_bus_has_the_engine_that_it_can(
     labelling: Bus, service: Service, folder: Path
 ) -> None:

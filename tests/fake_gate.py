@@ -12,6 +12,8 @@ import stat
 import sys
 from collections.abc import Sequence
 
+import msgspec
+
 from broker.gate.control import (
     PROTOCOL,
     AddSandbox,
@@ -36,7 +38,7 @@ from broker.gate.control import (
     WhoIs,
     make_frame,
 )
-from broker.gate.upstream import CallBus
+from broker.gate.upstream import CallBus, SetUpstream
 from broker.wire.errors import NOT_CONTAINER, UNKNOWN_METHOD
 
 
@@ -74,6 +76,11 @@ class FakeGate:
                 return [], Refused(UNKNOWN_METHOD, "this bus is no bus")
             case TakeListeners():
                 return [], Listeners(())
+            case SetUpstream(sandbox, bus, upstream):
+                upstreams = {bus: upstream} if upstream is not None else {}
+                spec = msgspec.structs.replace(self.sandboxes[sandbox], upstreams=upstreams)
+                self.sandboxes[sandbox] = spec
+                return [], Done()
             case _:
                 return [], Done()
 

@@ -31,6 +31,7 @@ class Engine(Containers1Engine):
         self.asked: list[Request] = []
         self.refuse: Exception | None = None
         self.gone = False
+        self._looked.set()
 
     async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
         await trio.lowlevel.checkpoint()
@@ -79,7 +80,7 @@ def fd() -> Any:
 @asynccontextmanager
 async def remaking(engine: Engine) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
         yield
         await trio.testing.wait_all_tasks_blocked(0.001)
         nursery.cancel_scope.cancel()

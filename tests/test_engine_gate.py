@@ -1,18 +1,22 @@
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
+import trio.testing
 
 from broker.engines import gate as gate_module
 from broker.engines.base import EngineLostError
+from broker.engines.ears import Ears
 from broker.engines.gate import GateEngine
 from broker.engines.process import GateError
-from broker.gate.control import BusSpec
+from broker.gate.control import Answer, BusSpec, Done, Request, Snapshot
+from broker.gate.upstream import SetUpstream, Upstream, UpstreamLost
 from broker.wire.errors import CallRefusedError
 from tests import fake_gate
 from tests.records import make_record, make_state
@@ -85,6 +89,58 @@ async def test_a_gate_outlives_us_and_is_found_again(tmp_path: Path) -> None:
     assert not is_running(pid)
     bury(pid)
     assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+@pytest.mark.parametrize("upstream", [Upstream(), Upstream(instance="/i", address="unix:path=/i")])
+async def test_what_another_engine_left_is_known_or_given_up(
+    tmp_path: Path, upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = msgspec.structs.replace(SPEC, upstreams={"session": upstream})
+    async with kept(make_engine(tmp_path)) as engine:
+        await engine.add(spec, [])
+    async with kept(make_engine(tmp_path)) as engine:
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert dict(engine.instances("c0")) == ({"session": "/i"} if upstream.instance else {})
+        assert ("c0: bus session lost what labelled it" in caplog.text) == (not upstream.instance)
+        assert engine.serving("session") == "gate"
+    told = Told()
+    async with kept(make_engine(tmp_path), told) as engine:
+        (snapshot,) = told.order
+        assert isinstance(snapshot, Snapshot)
+        (state,) = snapshot.sandboxes
+        assert state.spec.upstreams == (spec.upstreams if upstream.instance else {})
+        await engine.shutdown()
+    bury(engine.pid)
+
+
+async def test_a_server_that_is_lost_is_given_up(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Asked(GateEngine):
+        def __init__(self) -> None:
+            super().__init__(control=tmp_path, buses=BUSES)
+            self.asked: list[Request] = []
+
+        async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
+            await trio.lowlevel.checkpoint()
+            self.asked.append(request)
+            if len(self.asked) == 1:
+                raise EngineLostError("try again")
+            return Done()
+
+    engine, told = Asked(), Told()
+    ears = Ears(engine, told)
+    server = Upstream(instance="/i", address="unix:path=/i")
+    spec = msgspec.structs.replace(SPEC, upstreams={"session": server})
+    state = msgspec.structs.replace(make_state(make_record()), spec=spec)
+    ears.take_snapshot(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        ears.take_event(UpstreamLost("c0", "session"))
+        await trio.sleep(60)
+        nursery.cancel_scope.cancel()
+    assert engine.asked == [SetUpstream("c0", "session", None)] * 2
+    assert len(told.order) == 1
 
 
 async def test_a_gate_that_somebody_else_started_is_left_running(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import trio
 
 from broker.engines import gate as gate_module
 from broker.engines.base import EngineLostError
-from broker.engines.held import PIPE
+from broker.engines.held import PIPE, batches
 from broker.engines.process import GateError, GateProcess
 from broker.gate.control import Listener, Listeners, SandboxSpec, TakeListeners
 from broker.wire.errors import CallRefusedError
@@ -61,9 +61,9 @@ class Restoring(Told):
 
 def test_descriptors_are_asked_for_a_frame_at_a_time() -> None:
     states = [make_state(make_record(number)) for number in range(450)]
-    batches = list(gate_module._batches(iter(states)))
-    assert [name for batch in batches for name in batch] == [state.spec.id for state in states]
-    assert [len(batch) for batch in batches] == [200, 200, 50]
+    found = list(batches(iter(states)))
+    assert [name for batch in found for name in batch] == [state.spec.id for state in states]
+    assert [len(batch) for batch in found] == [200, 200, 50]
 
 
 async def test_a_dead_gate_is_replaced_and_given_back_what_it_had(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from broker.engines.base import EngineLostError
-from broker.engines.containers1 import _Ears
+from broker.engines.ears import Ears
 from broker.gate.control import (
     Answer,
     Ended,
@@ -33,7 +33,7 @@ def test_the_snapshot_brings_back_what_belongs_together() -> None:
         make_state(make_record()), spec=make_spec(upstreams={"session": upstream})
     )
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
-    ears = _Ears(engine, told)
+    ears = Ears(engine, told)
     ears.take_snapshot(snapshot)
     assert engine.instances("c0") == {"session": "/i"}
     assert told.order == [snapshot]
@@ -47,7 +47,7 @@ async def test_a_server_that_is_lost_is_made_again(fd: int) -> None:
     await engine.add(make_spec(), [fd])
     before = engine.instances("c0")
     async with remaking(engine):
-        _Ears(engine, told).take_event(UpstreamLost("c0", "session"))
+        Ears(engine, told).take_event(UpstreamLost("c0", "session"))
         assert engine.instances("c0") == {}
     (request,) = engine.requests(SetUpstream)
     assert request.upstream.instance == engine.instances("c0")["session"]
@@ -78,7 +78,7 @@ async def test_a_snapshot_while_a_bus_is_waited_for(
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,))
     engine.gone = True
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
         engine.lose(UpstreamLost("c0", "session"))
         for _ in range(3):
             await trio.sleep(1)
@@ -98,7 +98,7 @@ async def test_a_gate_that_is_not_there_is_asked_again(
     await engine.add(make_spec(), [fd])
     engine.refuse = EngineLostError("there is no gate")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
         engine.lose(UpstreamLost("c0", "session"))
         await trio.sleep(3)
         engine.refuse = None
@@ -146,7 +146,7 @@ async def test_a_server_that_the_gate_refuses_is_ended_and_made_again(
     engine = Refusing(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
         engine.lose(UpstreamLost("c0", "session"))
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
@@ -197,7 +197,7 @@ async def test_a_bus_that_is_not_there_is_waited_for(
     engine = Engine(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
         engine.gone = True
         engine.lose(UpstreamLost("c0", "session"))
         await trio.sleep(30)
@@ -267,7 +267,7 @@ async def test_a_bus_that_comes_back_and_hangs(
     await engine.add(make_spec(), [fd])
     driver = engine.drivers["session"] = FakeDriver(mode="hangs")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._remake_lost)
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
         engine.lose(UpstreamLost("c0", "session"))
         await trio.sleep(60)
         assert engine.requests(StopSandbox) == []
@@ -279,6 +279,21 @@ async def test_a_bus_that_comes_back_and_hangs(
     engine.held.close()
 
 
+def test_who_must_have_labels_is_told_of_sandboxes_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    upstream = Upstream(instance="/i", address="unix:path=/i")
+    spec = make_spec(0, "session", "other", upstreams={"session": upstream})
+    state = msgspec.structs.replace(make_state(make_record()), spec=spec)
+    snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
+    Engine(session=FakeDriver()).learn(snapshot)
+    assert caplog.text == ""
+    Engine(is_required=True, session=FakeDriver()).learn(snapshot)
+    (line,) = caplog.messages
+    assert "c0" in line
+    assert "not labelled on bus other" in line
+
+
 async def test_a_new_gate_has_its_servers_made_when_it_has_the_sandbox() -> None:
     engine = Engine(session=FakeDriver())
 
@@ -287,6 +302,6 @@ async def test_a_new_gate_has_its_servers_made_when_it_has_the_sandbox() -> None
             return [(make_spec(), [3])]
 
     async with remaking(engine):
-        ((spec, fds),) = _Ears(engine, Missing()).missing()
+        ((spec, fds),) = Ears(engine, Missing()).missing()
         assert (spec.upstreams, fds) == ({"session": Upstream()}, [3])
     assert engine.instances("c0") == {"session": "/org/freedesktop/DBus/Containers1/c100"}

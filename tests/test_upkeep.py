@@ -30,8 +30,8 @@ def test_a_sandbox_without_servers_is_not_known() -> None:
 async def test_what_is_lost_again_meanwhile_is_seen_to_once() -> None:
     upkeep, seen = Upkeep(), []
 
-    async def mend(sandbox: str, bus: str) -> None:
-        seen.append((sandbox, bus))
+    async def mend(spec: SandboxSpec, bus: str) -> None:
+        seen.append((spec.id, bus))
         await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
@@ -49,10 +49,10 @@ async def test_what_is_lost_again_meanwhile_is_seen_to_once() -> None:
 async def test_what_was_seen_to_can_be_lost_again() -> None:
     upkeep, seen = Upkeep(), []
 
-    async def mend(sandbox: str, bus: str) -> None:
+    async def mend(spec: SandboxSpec, bus: str) -> None:
         await trio.lowlevel.checkpoint()
-        seen.append(sandbox)
-        upkeep.change(sandbox, bus, SERVER)
+        seen.append(spec.id)
+        upkeep.change(spec.id, bus, SERVER)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(upkeep.see_to_lost, mend)
@@ -67,7 +67,7 @@ async def test_what_was_seen_to_can_be_lost_again() -> None:
 async def test_one_bus_does_not_keep_another_waiting() -> None:
     upkeep, seen = Upkeep(), []
 
-    async def mend(_sandbox: str, bus: str) -> None:
+    async def mend(_spec: SandboxSpec, bus: str) -> None:
         seen.append(bus)
         await trio.sleep_forever()
 

@@ -11,7 +11,7 @@ served by the gate alone, and the log says so.
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,8 +24,8 @@ from broker.engines.dialect import describe
 from broker.engines.gate import SHUTDOWN_TIMEOUT, GateEngine
 from broker.engines.labels import Labels
 from broker.engines.process import GateError
-from broker.engines.upkeep import LOST, Upkeep
-from broker.gate.control import BusSpec, Ended, Event, SandboxSpec, Snapshot
+from broker.engines.upkeep import LOST
+from broker.gate.control import BusSpec, SandboxSpec, Snapshot
 from broker.gate.upstream import (
     CONTAINERS1,
     CallBus,
@@ -44,8 +44,6 @@ from broker.wire.errors import (
 from policy.rules import AccessList
 
 LOGGER: Final = logging.getLogger(__name__)
-FIRST_PAUSE: Final = 0.1  # seconds, before a bus that is not there is asked again; it doubles
-LONGEST_PAUSE: Final = 5.0
 
 
 class Containers1Engine(GateEngine):
@@ -63,7 +61,7 @@ class Containers1Engine(GateEngine):
         self._is_required: Final = is_required
         self._has_sandboxes = False
         self._labels: Final = Labels(self._call)
-        self._upkeep: Final = Upkeep()
+        self._looked: Final = trio.Event()  # at the buses
 
     @property
     def name(self) -> str:
@@ -74,15 +72,11 @@ class Containers1Engine(GateEngine):
         """Return the engine that new sandboxes are served by on that bus."""
         return "containers1" if self._labels.has(bus) else "gate"
 
-    def instances(self, sandbox: str) -> Mapping[str, str]:
-        """Return the paths of the buses' own instances, by bus."""
-        return describe(self._upkeep.upstreams(sandbox))
-
     async def keep_connected(
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Have a gate, until `shutdown` or cancelled. Raises GateError, also if a bus does not label and must."""
-        keep_gate = partial(super().keep_connected, _Ears(self, listener))
+        keep_gate = partial(super().keep_connected, listener)
         async with trio.open_nursery() as nursery:
             await nursery.start(keep_gate)
             try:
@@ -92,7 +86,7 @@ class Containers1Engine(GateEngine):
                     with trio.move_on_after(2 * SHUTDOWN_TIMEOUT, shield=True):
                         await self.shutdown()
                 raise
-            nursery.start_soon(self._remake_lost)
+            self._looked.set()
             task_status.started()
             while await self._wait_link() is not None:
                 await self._link_changed.wait()
@@ -176,16 +170,17 @@ class Containers1Engine(GateEngine):
     # -- losing them --------------------------------------------------------------------------------------
 
     def learn(self, snapshot: Snapshot) -> None:
-        """Take from the gate which sandboxes have servers."""
+        super().learn(snapshot)
         self._has_sandboxes = bool(snapshot.sandboxes)
-        self._upkeep.learn(snapshot)
+        for state in snapshot.sandboxes if self._is_required else ():
+            buses = {one.bus for one in state.spec.listeners} - set(state.spec.upstreams)
+            for bus in sorted(buses):
+                LOGGER.warning("%s: it is older, and not labelled on bus %s", state.spec.id, bus)
 
     def lose(self, event: UpstreamLost) -> None:
-        """Have a server made again."""
-        spec = self._upkeep.get(event.sandbox)
-        if spec is not None:
+        if (spec := self._upkeep.get(event.sandbox)) is not None:
             self._labels.forget(event.bus, spec.uid)
-            self._upkeep.change(event.sandbox, event.bus, LOST)
+        super().lose(event)
 
     def restored(self, spec: SandboxSpec) -> SandboxSpec:
         """Return a sandbox as a new gate is to have it: its buses will be asked once it has it."""
@@ -197,31 +192,14 @@ class Containers1Engine(GateEngine):
         self._upkeep.keep(spec)
         return spec
 
-    def forget(self, sandbox: str) -> None:
-        """It has ended."""
-        self._upkeep.forget(sandbox)
-
-    async def _remake_lost(self) -> None:
-        await self._upkeep.see_to_lost(self._remake)
-
-    async def _remake(self, sandbox: str, bus: str) -> None:
-        pause = FIRST_PAUSE
-        while (spec := self._upkeep.get(sandbox)) and self._upkeep.is_lost(sandbox, bus):
-            try:
-                await self._make_again(spec, bus)
-            except (CallRefusedError, EngineLostError) as exc:  # there is no bus, or no gate
-                if pause == FIRST_PAUSE and self._upkeep.is_lost(sandbox, bus):
-                    LOGGER.warning("%s: its connections to bus %s wait: %s", sandbox, bus, exc)
-                await trio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-
-    async def _make_again(self, spec: SandboxSpec, bus: str) -> None:
-        """Have it served again, or end it. Raises CallRefusedError and EngineLostError: not yet."""
+    async def _mend(self, spec: SandboxSpec, bus: str) -> None:
+        """Have the bus make another server, or do without."""
+        await self._looked.wait()
         try:
             upstream = await self._labels.make(spec, bus)
-            if upstream is None and self._is_required:
+            if upstream is None:
                 raise CallRefusedError(NOT_SUPPORTED, f"it has no {CONTAINERS1} any more")
-            await self._set_upstream(spec, bus, upstream)
+            await self._use(spec, bus, upstream)
         except CallRefusedError as exc:
             # Who must have labels can only wait for a bus that does not answer.
             is_slow = exc.dbus_name == NO_REPLY and self._is_required
@@ -229,19 +207,13 @@ class Containers1Engine(GateEngine):
                 raise
             await self._do_without(spec, bus, exc)
 
-    async def _set_upstream(self, spec: SandboxSpec, bus: str, upstream: Upstream | None) -> None:
-        """Have the gate use it. Raises CallRefusedError and EngineLostError: it is lost as before."""
-        # Known before it is asked for: if it is lost again before the answer gets here, it is lost.
-        self._upkeep.change(spec.id, bus, upstream)
+    async def _use(self, spec: SandboxSpec, bus: str, upstream: Upstream) -> None:
+        """Have the gate use a server that was made. Raises CallRefusedError and EngineLostError."""
         try:
-            await self._ask(SetUpstream(spec.id, bus, upstream))
-        except (CallRefusedError, EngineLostError) as exc:
-            known = self._upkeep.upstreams(spec.id).get(bus)
-            if known is upstream:
-                self._upkeep.change(spec.id, bus, LOST)
-            # If a snapshot has come meanwhile and has it, it is in use.
-            is_in_use = known is not upstream and known == upstream
-            if upstream is not None and isinstance(exc, CallRefusedError) and not is_in_use:
+            await self._upkeep.set_upstream(SetUpstream(spec.id, bus, upstream), self._ask)
+        except CallRefusedError:
+            # A snapshot that came meanwhile may have it: then it is in use.
+            if self._upkeep.upstreams(spec.id).get(bus) != upstream:
                 await self._labels.unmake(spec.uid, bus, upstream)
             raise
 
@@ -250,39 +222,11 @@ class Containers1Engine(GateEngine):
         if self._is_required:
             LOGGER.error("%s: bus %s does not take it again: %s: ended", spec.id, bus, exc)
             await self.stop(spec.id)
-            self._upkeep.forget(spec.id)
+            self.forget(spec.id)
         else:
             LOGGER.warning("%s: the gate alone serves it on bus %s: %s", spec.id, bus, exc)
-            await self._set_upstream(spec, bus, None)
+            await self._upkeep.set_upstream(SetUpstream(spec.id, bus, None), self._ask)
 
     @property
     def _bus_names(self) -> Iterable[str]:
         return [bus.name for bus in self._buses]
-
-
-class _Ears:
-    """Between the gate and the listener: what is about servers is ours."""
-
-    def __init__(self, engine: Containers1Engine, listener: Listener) -> None:
-        self._engine: Final = engine
-        self._listener: Final = listener
-
-    def take_event(self, event: Event) -> None:
-        if isinstance(event, UpstreamLost):
-            self._engine.lose(event)
-            return
-        self._listener.take_event(event)
-        if isinstance(event, Ended):
-            self._engine.forget(event.sandbox)
-
-    def take_snapshot(self, snapshot: Snapshot) -> None:
-        self._engine.learn(snapshot)
-        self._listener.take_snapshot(snapshot)
-
-    def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
-        missing = self._listener.missing()
-        return [(self._engine.restored(spec), fds) for spec, fds in missing]
-
-    def lost(self, sandbox: str) -> None:
-        self._engine.forget(sandbox)
-        self._listener.lost(sandbox)

@@ -11,7 +11,7 @@ anybody else's request: these wait meanwhile, so that a gate which dies is a pau
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,23 +19,23 @@ import trio
 
 from broker.engines.base import EngineLostError, Listener
 from broker.engines.crash import last_crash
-from broker.engines.held import PIPE, Held
+from broker.engines.dialect import describe
+from broker.engines.ears import Ears
+from broker.engines.held import PIPE, Held, batches
 from broker.engines.link import Link, connect
 from broker.engines.process import GateError, GateProcess
 from broker.engines.upgrade import upgrade
+from broker.engines.upkeep import LOST, Upkeep
 from broker.gate.control import (
     PROTOCOL,
     AddSandbox,
     Answer,
     BusSpec,
     Done,
-    Ended,
-    Event,
     Listeners,
     Request,
     SandboxOf,
     SandboxSpec,
-    SandboxState,
     SetAccess,
     SetBuses,
     Shutdown,
@@ -49,6 +49,7 @@ from broker.gate.control import (
     Use,
     WhoIs,
 )
+from broker.gate.upstream import SetUpstream, UpstreamLost
 from broker.wire.errors import BrokerError, CallRefusedError
 from policy.rules import AccessList
 
@@ -68,8 +69,6 @@ LONGEST_PAUSE: Final = 0.5
 STEADY_AFTER: Final = 5.0  # seconds that it has served
 # The first protocol whose gates know HandOver.
 HANDS_OVER_SINCE: Final = 3
-# Well below what one frame may carry.
-_FDS_A_REQUEST: Final = 200
 
 
 class GateEngine:
@@ -82,6 +81,7 @@ class GateEngine:
         self._buses: Final = tuple(buses)
         self._process: Final = GateProcess(control, command or COMMAND)
         self.held: Final = Held()
+        self._upkeep: Final = Upkeep()
         self._link: Link | None = None
         self._link_changed = trio.Event()
         self._closing = False
@@ -102,8 +102,8 @@ class GateEngine:
         return "gate"
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
-        """Return the paths of the buses' own instances, by bus."""
-        return {}
+        """Return the paths of the buses' own instances, by bus: there are some if another engine was used before."""
+        return describe(self._upkeep.upstreams(sandbox))
 
     def bus_restarted(self, bus: str) -> None:
         """It is another one: nothing that was known of it holds. The gate notices by itself."""
@@ -122,6 +122,7 @@ class GateEngine:
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Have a gate, until `shutdown` or cancelled. Raises GateError if there cannot be one."""
+        listener = Ears(self, listener)
         is_ready = False
 
         def ready() -> None:
@@ -220,6 +221,37 @@ class GateEngine:
             return Done()  # it was only the connection that was lost
         return await link.request(request, fds)
 
+    # -- servers of buses' own -----------------------------------------------------------------------
+
+    def learn(self, snapshot: Snapshot) -> None:
+        """Take from the gate which sandboxes have servers."""
+        self._upkeep.learn(snapshot)
+
+    def lose(self, event: UpstreamLost) -> None:
+        """Have a server that is lost seen to."""
+        self._upkeep.change(event.sandbox, event.bus, LOST)
+
+    def restored(self, spec: SandboxSpec) -> SandboxSpec:
+        """Return a sandbox as a new gate is to have it."""
+        return spec
+
+    def forget(self, sandbox: str) -> None:
+        """It has ended, and needs no sockets."""
+        self.held.drop(sandbox)
+        self._upkeep.forget(sandbox)
+
+    async def _see_to_lost(self, link: Link) -> None:
+        """See to them until the gate is lost: the next snapshot says what is lost then."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._upkeep.see_to_lost, self._mend)
+            await link.ended.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _mend(self, spec: SandboxSpec, bus: str) -> None:
+        """Serve it by the gate alone from now on: nobody will have the bus make another server."""
+        LOGGER.warning("%s: bus %s lost what labelled it: the gate alone serves it", spec.id, bus)
+        await self._upkeep.set_upstream(SetUpstream(spec.id, bus, None), self._ask)
+
     # -- having a gate ------------------------------------------------------------------------------
 
     async def _get_link(self) -> Link:
@@ -247,7 +279,7 @@ class GateEngine:
         sock = await self._connect_or_start()
         failure: BrokerError | None = None
         begun = trio.current_time()
-        with Link(sock, _Ears(listener, self.held)) as link:
+        with Link(sock, listener) as link:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.run)
                 try:
@@ -257,6 +289,7 @@ class GateEngine:
                     nursery.cancel_scope.cancel()
                 else:
                     nursery.start_soon(link.confirm_events)
+                    nursery.start_soon(self._see_to_lost, link)
                     self._starts.clear()
                     self._set_link(link)
                     ready()
@@ -311,7 +344,7 @@ class GateEngine:
 
     async def _hold(self, link: Link, snapshot: Snapshot) -> None:
         """Get duplicates of what the gate listens on and we do not hold."""
-        for names in _batches(
+        for names in batches(
             state for state in snapshot.sandboxes if state.spec.id not in self.held
         ):
             try:
@@ -353,34 +386,3 @@ class GateEngine:
         if len(self._starts) >= MAX_STARTS:
             raise GateError(f"the gate ended {MAX_STARTS} times in {FORGET_STARTS_AFTER:.0f} s")
         self._starts.append(now)
-
-
-class _Ears:
-    """Between a link and the listener: what has ended needs no sockets."""
-
-    def __init__(self, listener: Listener, held: Held) -> None:
-        self._listener: Final = listener
-        self._held: Final = held
-
-    def take_event(self, event: Event) -> None:
-        self._listener.take_event(event)
-        if isinstance(event, Ended):
-            self._held.drop(event.sandbox)
-
-    def take_snapshot(self, snapshot: Snapshot) -> None:
-        self._listener.take_snapshot(snapshot)
-
-
-def _batches(states: Iterator[SandboxState]) -> Iterator[tuple[str, ...]]:
-    """Return names of sandboxes, as many at a time as have not too many descriptors."""
-    names: list[str] = []
-    count = 0
-    for state in states:
-        its = len(state.spec.listeners) + 1
-        if names and count + its > _FDS_A_REQUEST:
-            yield tuple(names)
-            names, count = [], 0
-        names.append(state.spec.id)
-        count += its
-    if names:
-        yield tuple(names)

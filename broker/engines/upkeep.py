@@ -4,6 +4,7 @@ Rule: a server that is lost is in the queue or being seen to, once and not twice
 it is lost no more. So what the gate says meanwhile is written down and nothing else.
 """
 
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Final
@@ -11,13 +12,20 @@ from typing import Final
 import msgspec
 import trio
 
+from broker.engines.base import EngineLostError
 from broker.gate.control import SandboxSpec, Snapshot
-from broker.gate.upstream import Upstream
+from broker.gate.upstream import SetUpstream, Upstream
+from broker.wire.errors import CallRefusedError
 from policy.rules import AccessList
 
+LOGGER: Final = logging.getLogger(__name__)
 # Servers that one bus is asked for at the same time, when it has started anew.
 MAX_MENDING: Final = 16
 LOST: Final = Upstream()
+FIRST_PAUSE: Final = 0.1  # seconds, before a bus that is not there is asked again; it doubles
+LONGEST_PAUSE: Final = 5.0
+# Raises CallRefusedError or EngineLostError if the bus or the gate is not there yet.
+Mend = Callable[[SandboxSpec, str], Awaitable[None]]
 
 
 class Upkeep:
@@ -78,8 +86,23 @@ class Upkeep:
         """It has ended."""
         self._specs.pop(sandbox, None)
 
-    async def see_to_lost(self, mend: Callable[[str, str], Awaitable[None]]) -> None:
-        """Have those that are lost seen to by `mend`, which takes sandbox and bus, for ever."""
+    async def set_upstream(
+        self, request: SetUpstream, ask: Callable[[SetUpstream], Awaitable[None]]
+    ) -> None:
+        """Have the gate use a server, or none. Raises CallRefusedError and EngineLostError: it is lost as before."""
+        sandbox, bus, upstream = request.sandbox, request.bus, request.upstream
+        # Known before it is asked for: if it is lost again before the answer gets here, it is lost.
+        self.change(sandbox, bus, upstream)
+        try:
+            await ask(request)
+        except (CallRefusedError, EngineLostError):
+            # Unless a snapshot has come meanwhile: that one is right.
+            if self.upstreams(sandbox).get(bus) is upstream:
+                self.change(sandbox, bus, LOST)
+            raise
+
+    async def see_to_lost(self, mend: Mend) -> None:
+        """Have those that are lost seen to by `mend`, for ever."""
         slots: dict[
             str, trio.Semaphore
         ] = {}  # one bus that is not there keeps no other one waiting
@@ -87,13 +110,24 @@ class Upkeep:
         async def see_to(sandbox: str, bus: str) -> None:
             try:
                 async with slots.setdefault(bus, trio.Semaphore(MAX_MENDING)):
-                    await mend(sandbox, bus)
+                    await self._mend(sandbox, bus, mend)
             finally:
                 self._lost.discard((sandbox, bus))
 
         async with trio.open_nursery() as nursery:
             async for sandbox, bus in self._queue:
                 nursery.start_soon(see_to, sandbox, bus)
+
+    async def _mend(self, sandbox: str, bus: str, mend: Mend) -> None:
+        pause = FIRST_PAUSE
+        while (spec := self._specs.get(sandbox)) and self.is_lost(sandbox, bus):
+            try:
+                await mend(spec, bus)
+            except (CallRefusedError, EngineLostError) as exc:
+                if pause == FIRST_PAUSE and self.is_lost(sandbox, bus):
+                    LOGGER.warning("%s: its connections to bus %s wait: %s", sandbox, bus, exc)
+                await trio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
 
     def _see_to(self, sandbox: str, bus: str) -> None:
         if self.is_lost(sandbox, bus) and (sandbox, bus) not in self._lost:
