@@ -26,6 +26,7 @@ class FakeEngine:
     held: Held = field(default_factory=Held)
     last_crash: str = ""
     labelled: tuple[str, ...] = ()  # buses that have Containers1
+    awaited: tuple[str, ...] = ()  # those that are not there now
     specs: dict[str, SandboxSpec] = field(default_factory=dict)
     access: dict[str, AccessList] = field(default_factory=dict)
     connections: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -38,7 +39,7 @@ class FakeEngine:
         return "containers1" if bus in self.labelled else self.name
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
-        return dict.fromkeys(self.labelled, f"/bus/{sandbox}")
+        return {bus: "" if bus in self.awaited else f"/bus/{sandbox}" for bus in self.labelled}
 
     def bus_restarted(self, bus: str) -> None:
         self.done.append(("bus_restarted", bus))

@@ -99,7 +99,12 @@ async def test_what_another_engine_left_is_known_or_given_up(
     async with kept(make_engine(tmp_path)) as engine:
         await engine.add(spec, [])
     async with kept(make_engine(tmp_path)) as engine:
-        await trio.testing.wait_all_tasks_blocked(0.1)
+        with trio.fail_after(5):
+            while engine.instances("c0") == {"session": ""}:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+            await engine.who(
+                "session", ":1.1"
+            )  # which the gate answers after what was asked before
         assert dict(engine.instances("c0")) == ({"session": "/i"} if upstream.instance else {})
         assert ("c0: bus session lost what labelled it" in caplog.text) == (not upstream.instance)
         assert engine.serving("session") == "gate"

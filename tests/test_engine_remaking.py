@@ -48,7 +48,8 @@ async def test_a_server_that_is_lost_is_made_again(fd: int) -> None:
     before = engine.instances("c0")
     async with remaking(engine):
         Ears(engine, told).take_event(UpstreamLost("c0", "session"))
-        assert engine.instances("c0") == {}
+        assert engine.instances("c0") == {"session": ""}
+        assert (engine.name, engine.serving("session")) == ("containers1", "containers1")
     (request,) = engine.requests(SetUpstream)
     assert request.upstream.instance == engine.instances("c0")["session"]
     assert engine.instances("c0") != before
@@ -277,6 +278,17 @@ async def test_a_bus_that_comes_back_and_hangs(
     # Who must have labels waits; else connections are not to wait.
     assert [one.upstream is not None for one in engine.requests(SetUpstream)] == [is_required]
     engine.held.close()
+
+
+def test_a_bus_that_was_not_there_yet_is_to_label() -> None:
+    engine = Engine(session=FakeDriver())
+    state = make_state(make_record())
+    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": Upstream()}))
+    engine.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,)))
+    assert engine.name == "containers1"
+    assert (engine.serving("session"), engine.serving("other")) == ("containers1", "gate")
+    engine.forget("c0")
+    assert engine.name == "gate"
 
 
 def test_who_must_have_labels_is_told_of_sandboxes_without(

@@ -259,3 +259,12 @@ async def test_a_bus_that_labels_is_shown(world: World) -> None:
     assert shown["engines"] == {"session": "containers1"}
     assert shown["instances"] == {"session": "/bus/c0"}
     assert (await world.ask("Status"))["engines"] == {"session": "containers1"}
+
+
+async def test_a_bus_that_is_to_label_again_is_shown(world: World) -> None:
+    world.engine.labelled = world.engine.awaited = ("session",)
+    await world.add()
+    shown = await world.ask("Show", "s", "c0")
+    assert shown["engine"] == "containers1"
+    assert shown["engines"] == {"session": "containers1"}
+    assert shown["instances"] == {}

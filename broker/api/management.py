@@ -129,7 +129,9 @@ class Management:
         record = sandbox.record
         sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}
         (metadata,) = unpack("a{sv}", record.metadata)
-        instances = self._engine.instances(record.id)
+        instances = self._engine.instances(
+            record.id
+        )  # an empty path is of one that is being made again
         engines = {bus: "containers1" if bus in instances else "gate" for bus in record.sockets}
         return {
             "id": Variant("s", record.id),
@@ -146,7 +148,7 @@ class Management:
             "connections": Variant("a(ss)", list(sandbox.connections)),
             "engine": Variant("s", "containers1" if instances else "gate"),
             "engines": Variant("a{ss}", engines),
-            "instances": Variant("a{ss}", dict(instances)),
+            "instances": Variant("a{ss}", {bus: path for bus, path in instances.items() if path}),
             "access": Variant("a(bs)", format_rules(record.access.rules)),
             "receive_from_host": Variant("b", record.access.receive_from_host),
             "portals_as_host": Variant("b", record.portals_as_host),

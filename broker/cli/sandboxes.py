@@ -220,11 +220,15 @@ def _describe(facts: Mapping[str, Any]) -> dict[str, str]:
     pairs |= {f"socket ({bus})": path for bus, path in sorted(facts["sockets"].items())}
     instances = facts.get("instances", {})
     return pairs | {
-        f"engine ({bus})": f"{engine}, instance {instances[bus]} there"
-        if bus in instances
-        else engine
+        f"engine ({bus})": _show_engine(engine, instances.get(bus))
         for bus, engine in sorted(facts.get("engines", {}).items())
     }
+
+
+def _show_engine(engine: str, instance: str | None) -> str:
+    if engine == "gate":
+        return engine
+    return f"{engine}, instance {instance} there" if instance else f"{engine}, once the bus is back"
 
 
 def _ends_with(facts: Mapping[str, Any]) -> Iterator[str]:

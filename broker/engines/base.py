@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Return which engine serves new sandboxes on that bus: one may use another."""
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
-        """Return the paths that the buses themselves know a sandbox by, by bus."""
+        """Return the paths that the buses themselves know a sandbox by, by bus; empty while it gets another."""
 
     def bus_restarted(self, bus: str) -> None:
         """What was known of that bus holds no more: it started anew."""

@@ -66,11 +66,14 @@ class Containers1Engine(GateEngine):
     @property
     def name(self) -> str:
         """Which engine this is."""
-        return "containers1" if any(map(self._labels.has, self._bus_names)) else "gate"
+        serving = map(self.serving, self._bus_names)
+        return "containers1" if "containers1" in serving else "gate"
 
     def serving(self, bus: str) -> str:
         """Return the engine that new sandboxes are served by on that bus."""
-        return "containers1" if self._labels.has(bus) else "gate"
+        # A bus that sandboxes wait for is to label, though nobody can ask it now.
+        is_awaited = any(self._upkeep.is_lost(spec.id, bus) for spec in self._upkeep)
+        return "containers1" if is_awaited or self._labels.has(bus) else "gate"
 
     async def keep_connected(
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

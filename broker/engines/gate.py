@@ -19,7 +19,6 @@ import trio
 
 from broker.engines.base import EngineLostError, Listener
 from broker.engines.crash import last_crash
-from broker.engines.dialect import describe
 from broker.engines.ears import Ears
 from broker.engines.held import PIPE, Held, batches
 from broker.engines.link import Link, connect
@@ -103,7 +102,7 @@ class GateEngine:
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
         """Return the paths of the buses' own instances, by bus: there are some if another engine was used before."""
-        return describe(self._upkeep.upstreams(sandbox))
+        return {bus: one.instance for bus, one in self._upkeep.upstreams(sandbox).items()}
 
     def bus_restarted(self, bus: str) -> None:
         """It is another one: nothing that was known of it holds. The gate notices by itself."""
