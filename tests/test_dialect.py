@@ -1,5 +1,7 @@
 """How a bus that labels is talked to: its description read, bodies made and read."""
 
+import contextlib
+import time
 from typing import Any
 
 import msgspec
@@ -10,6 +12,7 @@ from broker.bus.values import Variant, pack, unpack
 from broker.engines.dialect import (
     ADD_TAKES,
     COMPONENT,
+    MAX_DESCRIPTION,
     Dialect,
     make_add_body,
     parse_dialect,
@@ -89,9 +92,8 @@ def test_the_names_of_the_proposal_are_read() -> None:
 @pytest.mark.parametrize(
     "xml",
     [
-        "",
-        "nonsense",
         "<node/>",
+        f"<node><node>{REAL.partition('<node>')[2]}</node>",
         REAL.replace("Containers1", "Containers2"),
         REAL.replace("AddServer", "Add"),
         REAL.replace("StopInstance", "Stop"),
@@ -104,10 +106,49 @@ def test_another_interface_is_none_that_we_know(xml: str) -> None:
     assert parse_dialect(xml, ()) is None
 
 
-@given(st.text(max_size=200))
-def test_any_description_can_be_read(text: str) -> None:
-    parse_dialect(text, ())
-    parse_dialect(f'<interface name="org.freedesktop.DBus.Containers1">{text}</interface>', ())
+@pytest.mark.parametrize(
+    ("xml", "why"),
+    [
+        ("", "no element found"),
+        ("nonsense", "syntax error"),
+        ("<node>", "no element found"),
+        ("<node></interface>", "mismatched tag"),
+        (REAL + "<node/>", "junk after document element"),
+        (REAL.replace("<node>", "<node>&x;").replace("<!DOCTYPE", "<!DOCTYP"), "syntax error"),
+        ("<!DOCTYPE node [<!ENTITY a 'b'>]><node>&a;</node>", "declarations of its own"),
+        ("<!DOCTYPE node SYSTEM 'x' [<!ATTLIST node a CDATA 'b'>]><node/>", "declarations"),
+        (REAL + " " * MAX_DESCRIPTION, f"of {MAX_DESCRIPTION} at most"),
+    ],
+)
+def test_what_is_no_description_is_refused_in_one_line(xml: str, why: str) -> None:
+    with pytest.raises(CallRefusedError, match=why) as caught:
+        parse_dialect(xml, ())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_description_may_be_as_long_as_is_said() -> None:
+    assert parse_dialect(REAL.ljust(MAX_DESCRIPTION), ()) == PLAIN
+
+
+CONTAINERS1 = '<node><interface name="org.freedesktop.DBus.Containers1">'
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<method name='a'>", "<method name='a'><arg type='s'/></method>", "<a>", "&amp;", "<!--", "<"],
+)
+def test_the_longest_nonsense_is_read_at_once(piece: str) -> None:
+    begun = time.process_time()
+    with contextlib.suppress(CallRefusedError):
+        parse_dialect(CONTAINERS1 + piece * ((MAX_DESCRIPTION - 100) // len(piece)), ())
+    assert time.process_time() - begun < 1
+
+
+@given(st.text(max_size=200) | st.text("<>/=\"' abn!&;[]", max_size=200))
+def test_any_description_is_read_or_refused(text: str) -> None:
+    for xml in (text, f"{CONTAINERS1}{text}</interface></node>"):
+        with contextlib.suppress(CallRefusedError):
+            parse_dialect(xml, ())
 
 
 KEYS = st.text("abc.", min_size=1, max_size=8)

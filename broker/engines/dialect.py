@@ -4,9 +4,9 @@ The interface was proposed under other names than it was merged under, and is to
 says itself, by Introspect and SupportedArguments.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Final
+from xml.parsers import expat
 
 import msgspec
 
@@ -26,12 +26,8 @@ _ADD: Final = ("AddServer", "AddContainerServer")
 _STOP: Final = ("StopInstance", "RemoveContainerServer")
 _STOP_LISTENING: Final = ("StopListening",)
 _SET_ACCESS: Final = ("SetContainerAccess",)
-_INTERFACE: Final = re.compile(
-    rf'<interface\s+name="{re.escape(CONTAINERS1)}"\s*>(.*?)</interface>', re.DOTALL
-)
-_METHOD: Final = re.compile(r'<method\s+name="(\w+)"\s*(?:/>|>(.*?)</method>)', re.DOTALL)
-_ARG: Final = re.compile(r"<arg\s([^>]*)>")
-_TYPE: Final = re.compile(r'\btype="([^"]*)"')
+# That of a bus is a tenth of it. It is read in the supervisor's loop.
+MAX_DESCRIPTION: Final = 256 * 1024  # characters
 
 
 class Dialect(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,11 +50,11 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_dialect(xml: str, arguments: Sequence[str]) -> Dialect | None:
-    """Return how a bus with that description is talked to; None: it has no Containers1 that we know."""
-    found = _INTERFACE.search(xml)
-    if found is None:
-        return None
-    methods = {name: _signatures(args or "") for name, args in _METHOD.findall(found[1])}
+    """Return how a bus with that description is talked to; None: it has no Containers1 that we know.
+
+    Raises CallRefusedError if it is no description.
+    """
+    methods = _Description().read(xml)
 
     def pick(names: Sequence[str], takes: str, gives: str = "") -> str:
         return next((name for name in names if methods.get(name) == (takes, gives)), "")
@@ -152,19 +148,59 @@ def read_arguments(called: Called) -> Sequence[str]:
     return names
 
 
-def _signatures(args: str) -> tuple[str, str]:
-    """Return what a method takes and what it gives."""
-    takes = gives = ""
-    for attributes in _ARG.findall(args):
-        if (found := _TYPE.search(attributes)) is None:
-            continue
-        if re.search(r'\bdirection="out"', attributes):
-            gives += found[1]
-        else:
-            takes += found[1]
-    return takes, gives
-
-
 def describe(upstreams: Mapping[str, Upstream]) -> dict[str, str]:
     """Return the bus's instance paths, by bus."""
     return {bus: one.instance for bus, one in upstreams.items() if one.instance}
+
+
+class _Description:
+    """Reads what the methods of Containers1 take and give. Nothing that is not in the text itself is ever read."""
+
+    def __init__(self) -> None:
+        self._parser: Final = expat.ParserCreate()
+        self._parser.StartElementHandler = self._start
+        self._parser.EndElementHandler = self._end
+        self._parser.StartDoctypeDeclHandler = self._start_doctype
+        self._parser.EntityDeclHandler = self._refuse_entity
+        self._open: Final[list[str]] = []  # elements
+        self._is_ours = False
+        self._takes: list[str] = []
+        self._gives: list[str] = []
+        self._methods: Final[dict[str, tuple[list[str], list[str]]]] = {}
+
+    def read(self, xml: str) -> dict[str, tuple[str, str]]:
+        """Return signatures by method. Raises CallRefusedError."""
+        if len(xml) > MAX_DESCRIPTION:
+            text = f"its description has {len(xml)} characters, of {MAX_DESCRIPTION} at most"
+            raise CallRefusedError(FAILED, text)
+        try:
+            self._parser.Parse(xml, True)
+        except expat.ExpatError as exc:
+            raise CallRefusedError(FAILED, f"its description is nonsense: {exc}") from exc
+        return {
+            name: ("".join(takes), "".join(gives)) for name, (takes, gives) in self._methods.items()
+        }
+
+    def _start(self, element: str, attributes: Mapping[str, str]) -> None:
+        match element, len(self._open):
+            case "interface", 1:
+                self._is_ours = attributes.get("name") == CONTAINERS1
+            case "method", 2 if self._is_ours and self._open[1] == "interface":
+                self._takes, self._gives = [], []
+                self._methods[attributes.get("name", "")] = self._takes, self._gives
+            case "arg", 3 if self._is_ours and self._open[1:] == ["interface", "method"]:
+                is_out = attributes.get("direction") == "out"
+                (self._gives if is_out else self._takes).append(attributes.get("type", ""))
+        self._open.append(element)
+
+    def _end(self, _element: str) -> None:
+        self._open.pop()
+
+    def _start_doctype(
+        self, _name: str, _system: str | None, _public: str | None, has_subset: object
+    ) -> None:
+        if has_subset:
+            raise CallRefusedError(FAILED, "its description has declarations of its own")
+
+    def _refuse_entity(self, *_declaration: object) -> None:
+        raise CallRefusedError(FAILED, "its description has entities of its own")

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import trio
 
 from broker.bus.values import pack
@@ -133,7 +134,7 @@ class Labels:
             CallBus(bus=bus, uid=uid, interface=INTROSPECTABLE, member="Introspect")
         )
         (xml,) = read_values(called, "s")
-        if parse_dialect(str(xml), ()) is None:
+        if (dialect := parse_dialect(str(xml), ())) is None:
             # Nothing more is wanted of it: the gate need not stay there.
             await self._call(CallBus(bus=bus, uid=uid, interface=PEER, member="Ping", leave=True))
             return None
@@ -147,7 +148,7 @@ class Labels:
                 body=pack("ss", [CONTAINERS1, "SupportedArguments"]),
             )
         )
-        return parse_dialect(str(xml), read_arguments(called))
+        return msgspec.structs.replace(dialect, arguments=frozenset(read_arguments(called)))
 
     async def make(self, spec: SandboxSpec, bus: str) -> Upstream | None:
         """Have the bus make a server; None: it has none to give. Raises CallRefusedError."""
