@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import trio
 
@@ -15,9 +16,10 @@ from broker.gate.control import (
     Done,
     Request,
     SetAccess,
+    Snapshot,
     StopSandbox,
 )
-from broker.gate.upstream import CallBus
+from broker.gate.upstream import CallBus, Upstream
 from broker.wire.errors import (
     ACCESS_DENIED,
     LIMITS_EXCEEDED,
@@ -27,6 +29,7 @@ from policy.rules import AccessList, Identity
 from policy.text import parse_rule
 from tests.fake_driver import FakeDriver
 from tests.labels_stage import NO_FDS, Engine, fd, make_spec, reachable
+from tests.records import make_record, make_state
 
 __all__ = ["fd", "reachable"]
 
@@ -175,7 +178,7 @@ RULES = AccessList(
 SAID = [
     (0x22, "org.a", "/", ""),
     (0x22, "org.b", "/", ""),
-    (0x124, "", "/", ""),
+    (0x24, "", "/", ""),
 ]
 
 
@@ -192,13 +195,39 @@ async def test_a_bus_that_takes_rules_gets_those_that_it_can_have(fd: int) -> No
     engine.held.close()
 
 
-async def test_a_bus_that_cannot_change_its_rules_is_complained_of(
-    fd: int, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_bus_that_cannot_change_its_rules_gets_none(fd: int) -> None:
     engine = Engine(session=FakeDriver(arguments=("Allow",)))
-    await engine.add(make_spec(), [fd])
+    await engine.add(make_spec(access=RULES), [fd])
+    ((*_, named),) = engine.drivers["session"].instances.values()
+    assert named == {}
+    await engine.set_access("c0", AccessList())
+    assert engine.drivers["session"].asked[-1][0] == "AddServer"
+    assert isinstance(engine.asked[-1], SetAccess)
+    engine.held.close()
+
+
+async def test_a_supervisor_that_is_new_tells_a_bus_of_rules_for_any_user() -> None:
+    driver = FakeDriver(arguments=("Allow",), set_access="SetContainerAccess")
+    engine = Engine(session=driver)
+    upstream = Upstream(instance="/i", address="unix:path=/i")
+    spec = make_spec(uid=4711, upstreams={"session": upstream})
+    state = msgspec.structs.replace(make_state(make_record()), spec=spec)
+    engine.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
     await engine.set_access("c0", RULES)
-    assert "bus session keeps the rules that it was given" in caplog.text
+    assert driver.asked[-1] == ("SetContainerAccess", ["/i", SAID])
+    assert engine.requests(CallBus)[-1].uid == 4711
+
+
+@pytest.mark.parametrize("mode", ["hangs", "nonsense-arguments"])
+async def test_a_bus_that_cannot_be_told_is_complained_of(
+    mode: str, fd: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(session=FakeDriver(arguments=("Allow",), set_access="SetContainerAccess"))
+    await engine.add(make_spec(), [fd])
+    engine.drivers["session"].mode = mode
+    engine.bus_restarted("session")
+    await engine.set_access("c0", RULES)
+    assert "c0: bus session keeps the rules that it has" in caplog.text
     assert len(engine.requests(SetAccess)) == 1
     engine.held.close()
 

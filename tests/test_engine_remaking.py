@@ -16,8 +16,11 @@ from broker.gate.control import (
     Snapshot,
     StopSandbox,
 )
-from broker.gate.upstream import SetUpstream, Upstream, UpstreamLost
+from broker.gate.upstream import CallBus, SetUpstream, Upstream, UpstreamLost
 from broker.wire.errors import DISCONNECTED, NOT_CONTAINER, CallRefusedError
+from policy.rules import AccessList
+from policy.superset import make_superset
+from policy.text import parse_rule
 from tests.fake_driver import FakeDriver, Result
 from tests.labels_stage import Engine, fd, make_spec, reachable, remaking
 from tests.records import make_record, make_state
@@ -106,6 +109,41 @@ async def test_a_gate_that_is_not_there_is_asked_again(
         await trio.sleep(3)
         nursery.cancel_scope.cancel()
     assert set(engine.instances("c0")) == {"session"}
+    engine.held.close()
+
+
+async def test_rules_that_change_while_a_server_is_made_again_reach_the_bus(
+    fd: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    lists = [
+        AccessList(rules=(parse_rule(f"send:org.{name}", deny=False, origin=""),))
+        for name in ("a", "b", "c")
+    ]
+
+    class Slow(Engine):
+        async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
+            answer = await super()._request(request, fds)
+            if isinstance(request, CallBus):
+                await trio.sleep(1)
+            return answer
+
+    driver = FakeDriver(arguments=("Allow",), set_access="SetContainerAccess")
+    engine = Slow(session=driver)
+    await engine.add(make_spec(access=lists[0]), [fd])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        engine.lose(UpstreamLost("c0", "session"))
+        await trio.sleep(2.5)  # it is asked what it has, in two calls, and then for a server
+        assert driver.made == 2
+        await engine.set_access("c0", lists[1])
+        await trio.sleep(1)  # while it is told
+        await engine.set_access("c0", lists[2])
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    path = engine.instances("c0")["session"]
+    said = [values for member, values in driver.asked if member == "SetContainerAccess"]
+    assert said[0] == [path, list(make_superset(lists[1], "session"))]
+    assert said[-1] == [path, list(make_superset(lists[2], "session"))]
     engine.held.close()
 
 

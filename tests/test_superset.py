@@ -38,8 +38,17 @@ def test_a_deny_is_said_or_left_to_the_gate() -> None:
     assert superset(rule("send:org.a", deny=True)) == ((0xA2, "org.a", "/", ""),)
 
 
+@pytest.mark.parametrize(
+    "peer", ["host", "same-app", "app:org.example.T/b", "app:org.example.T/b#c"]
+)
+def test_a_peer_is_another_to_the_bus_than_to_the_gate(peer: str) -> None:
+    assert superset(rule(f"receive:@/x,peer={peer}")) == ((0x4, "", "/x", ""),)
+    assert superset(rule(f"send:org.a,peer={peer}")) == ((0x22, "org.a", "/", ""),)
+    assert superset(rule(f"send:org.a,peer={peer}", deny=True)) == ()
+
+
 def test_what_comes_from_the_host_comes_in() -> None:
-    assert superset(from_host=True) == ((0x124, "", "/", ""),)
+    assert superset(from_host=True) == ((0x24, "", "/", ""),)
 
 
 def test_rules_about_another_bus_are_left_out() -> None:

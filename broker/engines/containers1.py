@@ -219,6 +219,12 @@ class Containers1Engine(GateEngine):
             if self._upkeep.upstreams(spec.id).get(bus) != upstream:
                 await self._labels.unmake(spec.uid, bus, upstream)
             raise
+        told = spec.access  # with which it was made
+        while (now := self._upkeep.get(spec.id)) is not None and now.access != told:
+            if now.upstreams.get(bus) != upstream:
+                return
+            await self._labels.tell_access(now, bus, upstream.instance)
+            told = now.access
 
     async def _do_without(self, spec: SandboxSpec, bus: str, exc: CallRefusedError) -> None:
         """Serve it by the gate alone, or end it if that will not do."""

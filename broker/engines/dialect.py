@@ -39,6 +39,11 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
     set_access: str
     arguments: frozenset[str]
 
+    @property
+    def takes_rules(self) -> bool:
+        """Whether it is to have rules: what could not be changed later would come to be less than ours allow."""
+        return "Allow" in self.arguments and bool(self.set_access)
+
     def upstream(self, instance: str, address: str) -> Upstream:
         """Return what the gate is to know of an instance."""
         return Upstream(
@@ -74,7 +79,7 @@ def parse_dialect(xml: str, arguments: Sequence[str]) -> Dialect | None:
 def make_add_body(spec: SandboxSpec, bus: str, dialect: Dialect) -> bytes:
     """Return the arguments of AddServer."""
     named: dict[str, Variant] = {}
-    if "Allow" in dialect.arguments:
+    if dialect.takes_rules:
         named["Allow"] = Variant("a(usos)", list(make_superset(spec.access, bus)))
     # Metadata can be large and is marshalled already.
     body = bytearray(pack("ss", [spec.identity.type, spec.identity.app]))

@@ -113,8 +113,8 @@ class Labels:
     async def dialect(self, bus: str, uid: int) -> Dialect | None:
         """Return how the bus is talked to, asked once a connection; None: it has no Containers1. Raises CallRefusedError."""
         known = self._known.setdefault((bus, uid), _Known())
-        known.check()
         if not known.is_asked:
+            known.check()
             try:
                 known.dialect = await self._ask_dialect(bus, uid)
             except CallRefusedError as exc:
@@ -155,6 +155,8 @@ class Labels:
         dialect = await self.dialect(bus, spec.uid)
         if dialect is None:
             return None
+        known = self._known[bus, spec.uid]
+        known.check()
         request = CallBus(
             bus=bus,
             uid=spec.uid,
@@ -168,11 +170,11 @@ class Labels:
             called = await self._call(request)
         except CallRefusedError as exc:
             if exc.dbus_name == NO_REPLY:
-                self._known[bus, spec.uid].went_wrong(exc)
+                known.went_wrong(exc)
             elif exc.dbus_name in (UNKNOWN_METHOD, UNKNOWN_INTERFACE):  # it started anew
                 self.forget(bus, spec.uid)
             raise
-        self._known[bus, spec.uid].went_well()
+        known.went_well()
         instance = read_instance(called)
         try:
             address = read_address(called)
@@ -205,21 +207,18 @@ class Labels:
 
     async def tell_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
         """Tell a bus that has rules of its own that they have changed."""
-        dialect = self._known.get((bus, spec.uid), _Known()).dialect
-        if dialect is None or "Allow" not in dialect.arguments:
-            return
-        if not dialect.set_access:
-            LOGGER.warning("%s: bus %s keeps the rules that it was given", spec.id, bus)
-            return
-        request = CallBus(
-            bus=bus,
-            uid=spec.uid,
-            interface=CONTAINERS1,
-            member=dialect.set_access,
-            signature=ACCESS_TAKES,
-            body=make_access_body(spec, bus, instance),
-        )
         try:
+            dialect = await self.dialect(bus, spec.uid)
+            if dialect is None or not dialect.takes_rules:
+                return
+            request = CallBus(
+                bus=bus,
+                uid=spec.uid,
+                interface=CONTAINERS1,
+                member=dialect.set_access,
+                signature=ACCESS_TAKES,
+                body=make_access_body(spec, bus, instance),
+            )
             await self._call(request)
         except CallRefusedError as exc:
             LOGGER.warning("%s: bus %s keeps the rules that it has: %s", spec.id, bus, exc)
