@@ -8,6 +8,7 @@ JSON for each call of its driver that is about instances.
 import argparse
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,12 +43,12 @@ class LabellingBus(FakeBus):
         self.driver: Final = make_driver(mode)
         self.driver.make_address = self._listen
 
-    async def listen(self, path: Path) -> None:
-        """Serve whoever connects there."""
-        listening = trio.socket.socket(trio.socket.AF_UNIX)
-        await listening.bind(str(path))
+    def listen(self, path: Path) -> None:
+        """Serve whoever connects there, which can be done when this returns."""
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(path))
         listening.listen(16)
-        self._nursery.start_soon(self._accept, listening)
+        self._nursery.start_soon(self._accept, trio.socket.from_stdlib_socket(listening))
 
     async def _accept(self, listening: trio.socket.SocketType) -> None:
         with listening:
@@ -57,7 +58,7 @@ class LabellingBus(FakeBus):
 
     def _listen(self, instance: str) -> str:
         path = self._path.with_name(f"server-{instance.rpartition('/')[2]}")
-        self._nursery.start_soon(self.listen, path)
+        self.listen(path)
         return f"unix:path={path}"
 
     async def _drive(self, name: str, header: Header, values: list[Any]) -> None:
@@ -75,7 +76,6 @@ class LabellingBus(FakeBus):
             if answer is None:
                 return
             signature, result = answer
-        await trio.sleep(0.02)  # for the new socket to be there
         await self._reply(name, header, signature, result, error)
         if self._dies and header.member == self.driver.add:
             os._exit(0)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            await LabellingBus(options.socket, options.mode, nursery).listen(options.socket)
+            LabellingBus(options.socket, options.mode, nursery).listen(options.socket)
             print("READY", flush=True)
             await trio.sleep_forever()
 
