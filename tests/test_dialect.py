@@ -176,12 +176,14 @@ def test_the_body_says_what_it_should(
     assert body == pack(ADD_TAKES, expected)
 
 
-def test_nobody_else_says_what_the_component_is() -> None:
-    identity = Identity(type="org.example.T", app="a", component="right")
+@pytest.mark.parametrize("component", [None, "right"])
+def test_nobody_else_says_what_the_component_is(component: str | None) -> None:
+    identity = Identity(type="org.example.T", app="a", component=component)
     metadata = pack("a{sv}", [{COMPONENT: Variant("s", "wrong"), "k": Variant("s", "v")}])
     body = make_add_body(make_spec(identity=identity, metadata=metadata), "session", PLAIN)
     (_, _, given_metadata, _) = unpack(ADD_TAKES, body)
-    assert given_metadata == {"k": Variant("s", "v"), COMPONENT: Variant("s", "right")}
+    ours = {} if component is None else {COMPONENT: Variant("s", component)}
+    assert given_metadata == {"k": Variant("s", "v"), **ours}
 
 
 def test_no_metadata_at_all() -> None:

@@ -91,12 +91,12 @@ def make_add_body(spec: SandboxSpec, bus: str, dialect: Dialect) -> bytes:
 def _metadata(spec: SandboxSpec) -> bytes:
     """Return a marshalled `a{sv}` of metadata and component."""
     metadata = spec.metadata or _EMPTY
-    if spec.identity.component is None:
-        return metadata
     if COMPONENT.encode() in metadata:  # somebody else's word for it
         (values,) = unpack("a{sv}", metadata)
         values.pop(COMPONENT, None)
         metadata = pack("a{sv}", [values])
+    if spec.identity.component is None:
+        return metadata
     entry = pack("a{sv}", [{COMPONENT: Variant("s", spec.identity.component)}])[8:]
     entries = metadata[8:]
     entries += bytes(-len(entries) % 8) + entry
