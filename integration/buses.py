@@ -20,6 +20,8 @@ KINDS: Final = (DAEMON, BROKER)
 # dbus-daemon with Containers1, which `make containers1-daemon` builds: the engine of the same name works with it.
 CONTAINERS1: Final = "containers1"
 CONTAINERS1_DAEMON: Final = PROJECT / ".cache" / "containers1" / "prefix" / "bin" / DAEMON
+# How a note of .ci/containers1-daemon begins if it is not the machine that lacks something.
+BUILD_FAILED: Final = "the build failed"
 # Those of a session, which its own defaults are below.
 CONTAINERS1_LIMITS: Final = {
     "max_containers": 10_000,
@@ -77,6 +79,14 @@ class Bus:
     def forwards_unknown_fields(self) -> bool:
         """Whether header field 10 gets through."""
         return self.kind == BROKER
+
+
+def why_no_containers1(cache: Path = CONTAINERS1_DAEMON.parents[2]) -> str:
+    """Return why that daemon is not there, in words that blame the machine only if CI cannot mend it."""
+    note = cache / "why-not"
+    why = note.read_text().strip() if note.exists() else "run make containers1-daemon"
+    is_excused = note.exists() and not why.startswith(BUILD_FAILED)
+    return f"{'this machine has no' if is_excused else 'no'} dbus-daemon with Containers1: {why}"
 
 
 @contextmanager

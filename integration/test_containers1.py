@@ -12,7 +12,13 @@ import pytest
 
 from broker.wire.marshal import make_call
 from integration.apps import ANSWER_TIMEOUT
-from integration.buses import CONTAINERS1_DAEMON, Bus, open_bus, open_containers1_daemon
+from integration.buses import (
+    CONTAINERS1_DAEMON,
+    Bus,
+    open_bus,
+    open_containers1_daemon,
+    why_no_containers1,
+)
 from integration.rawclient import BUS, BUS_PATH, CallError, RawClient, connect_socket
 from integration.supervised import (
     CONTAINERS,
@@ -29,11 +35,9 @@ from integration.values import Variant
 COMPONENT = "org.buswarden.Component"
 ERROR = "org.freedesktop.DBus.Error."
 INSTANCES = "/org/freedesktop/DBus/Containers1/c"
-WHY_NOT = CONTAINERS1_DAEMON.parents[2] / "why-not"
 
 if not CONTAINERS1_DAEMON.exists():
-    why = WHY_NOT.read_text().strip() if WHY_NOT.exists() else "run make containers1-daemon"
-    pytest.skip(f"this machine has no dbus-daemon with Containers1: {why}", allow_module_level=True)
+    pytest.skip(why_no_containers1(), allow_module_level=True)
 
 
 class Service:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from integration.buses import KINDS, Bus, open_bus
+from integration.buses import BUILD_FAILED, KINDS, Bus, open_bus, why_no_containers1
 from integration.clients import TEXT_CALLS
-from integration.processes import PYTHON, is_running, wait_gone
+from integration.conftest import is_excused
+from integration.processes import PROJECT, PYTHON, is_running, wait_gone
 from integration.rawclient import CallError, RawClient
 from integration.service import ECHO, PATH, running_service
 from integration.values import Variant, decode, encode
@@ -26,6 +27,26 @@ def test_bus_is_gone_after_its_block(kind: str, folder: Path) -> None:
     with open_bus(kind, folder) as bus:
         pid = bus.pid
     assert wait_gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("note", "may_be_skipped"),
+    [
+        ("cannot get Debian's source package of dbus (offline?); see log", True),
+        ("this version of dbus has no bus/containers.c", True),
+        (f"{BUILD_FAILED}; see log", False),
+        (None, False),
+    ],
+)
+def test_a_build_that_failed_is_no_excuse(
+    note: str | None, may_be_skipped: bool, tmp_path: Path
+) -> None:
+    if note is not None:
+        (tmp_path / "why-not").write_text(f"{note}\n")
+    text = why_no_containers1(tmp_path)
+    assert (note or "run make containers1-daemon") in text
+    assert is_excused(text) == may_be_skipped
+    assert f'why_not "{BUILD_FAILED}' in (PROJECT / ".ci" / "containers1-daemon").read_text()
 
 
 @pytest.mark.parametrize("library", TEXT_CALLS)
