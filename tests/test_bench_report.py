@@ -1,11 +1,16 @@
 """What `make bench` prints and writes: medians, ratios, goals, the table, the rows."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
+from integration.bench.client import BenchError
+from integration.bench.containers1 import measure_labelled_adding
 from integration.bench.goals import GOALS, Goal, describe
-from integration.bench.measure import Result, Row, Series, format_figure, make_result
+from integration.bench.measure import QUICK, Result, Row, Series, format_figure, make_result
+from integration.bench.parties import Scene
 from integration.bench.report import HEADINGS, make_cells, make_markdown, print_table
 
 RESULT = make_result("us", 1e6, [[2e-6, 4e-6, 3e-6], [4e-6, 4e-6, 6e-6], [1e-6, 1e-6, 2e-6]])
@@ -72,6 +77,15 @@ def test_every_goal_is_of_a_row_there_is() -> None:
 
     assert not GOALS.keys() - set(NAMES)
     assert len(set(NAMES)) == len(NAMES)
+
+
+def test_a_bus_that_is_not_built_is_a_row_that_could_not_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("integration.bench.containers1.CONTAINERS1_DAEMON", tmp_path / "none")
+    scene = Scene(folder=tmp_path, bus=tmp_path / "bus")
+    with pytest.raises(BenchError, match="dbus-daemon with Containers1"):
+        measure_labelled_adding(scene, QUICK)
 
 
 def test_markdown_has_a_line_a_row() -> None:

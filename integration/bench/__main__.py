@@ -67,7 +67,6 @@ MEASUREMENTS: Final = (
     Measurement(("changes-under-load",), measure_changes),
     Measurement(FAIR, measure_fairness),
     Measurement(("add-sandbox",), measure_adding),
-    Measurement(("add-sandbox-containers1",), measure_labelled_adding),
     Measurement(("pss-1",), partial(measure_memory, 1)),
     Measurement(("pss-100",), partial(measure_memory, 100)),
     Measurement(("add-1000", "pss-1000"), measure_many),
@@ -79,6 +78,8 @@ MEASUREMENTS: Final = (
     Measurement(("compile-1000",), measure_compiling),
     Measurement(("connect-one",), measure_connecting),
     Measurement(("judge-300-globs",), measure_judging),
+    # Last, for not everybody has built its bus, and what cannot be measured is the end.
+    Measurement(("add-sandbox-containers1",), measure_labelled_adding),
 )
 NAMES: Final = tuple(name for measurement in MEASUREMENTS for name in measurement.names)
 
@@ -89,13 +90,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     effort = QUICK if arguments.quick else Effort()
     raise_descriptor_limit()
     results: dict[str, Result] = {}
+    failure: Exception | None = None
     try:
         measure(arguments.only or NAMES, effort, results)
     except (BenchError, OSError, subprocess.TimeoutExpired) as exc:
-        if results:  # what there is took its time
-            report.print_table(results)
-        print(f"bench: {exc}", file=sys.stderr)
-        return 1
+        failure = exc
+    if results:  # what there is took its time
+        tell(results, arguments)
+    if failure is not None:
+        print(f"bench: {failure}", file=sys.stderr)
+    return 0 if failure is None else 1
+
+
+def tell(results: dict[str, Result], arguments: argparse.Namespace) -> None:
+    """Print the table, and write what was asked for."""
     if arguments.markdown:
         print(report.make_markdown(results), end="")
     else:
@@ -105,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         rows = msgspec.json.encode([result.make_row(name) for name, result in results.items()])
         arguments.json.write_bytes(msgspec.json.format(rows) + b"\n")
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:

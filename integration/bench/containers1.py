@@ -1,25 +1,23 @@
 """The row about a bus that labels: what it costs a new sandbox that the bus makes a server of its own for it."""
 
 import contextlib
-import sys
 from functools import partial
 
 from integration.bench import parties
-from integration.bench.client import Client
+from integration.bench.client import BenchError, Client
 from integration.bench.measure import Column, Effort, Result, Series, interleave
 from integration.bench.parties import Scene
 from integration.bench.sandboxes import A_BLOCK, MILLISECONDS, open_sandbox, time_adding
-from integration.buses import CONTAINERS1_DAEMON, open_containers1_daemon
+from integration.buses import CONTAINERS1_DAEMON, open_containers1_daemon, why_no_containers1
 
 
 def measure_labelled_adding(scene: Scene, effort: Effort) -> list[Result]:
-    """Measure the time to a first answered Hello: in a new sandbox on a bus that labels, and (peer) on one that does not."""
+    """Measure the time to a first answered Hello: in a new sandbox on a bus that labels, and (peer) on one that does not.
+
+    Raises BenchError if there is no such bus.
+    """
     if not CONTAINERS1_DAEMON.exists():
-        print(
-            "not measured: no dbus-daemon with Containers1 (make containers1-daemon)",
-            file=sys.stderr,
-        )
-        return []
+        raise BenchError(why_no_containers1())
     folder = scene.folder / "labelling"
     folder.mkdir()
     labelling = Scene(folder=folder, bus=folder / "bus")
