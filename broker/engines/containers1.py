@@ -4,7 +4,8 @@ Theory of operation. It is the gate engine, and before the gate gets a sandbox e
 make a server for it; the gate makes the sandbox's connections there. All that the bus is asked goes over a connection of the
 gate's (broker/gate/own.py), for the bus ends a server when whoever asked for it leaves, and that must not be us. What
 belongs together stands in the gate (`SandboxSpec.upstreams`) and comes back in its snapshot.
-When a bus or the gate starts anew its servers are gone: the gate lets connections wait, and we have them made again.
+When a bus or the gate starts anew its servers are gone: the gate lets connections wait, and we have them made again
+(upkeep.py).
 Whoever says that this engine is to be used wants labels or nothing; if nobody says, a bus without them is
 served by the gate alone, and the log says so.
 """

@@ -103,9 +103,8 @@ class Upkeep:
 
     async def see_to_lost(self, mend: Mend) -> None:
         """Have those that are lost seen to by `mend`, for ever."""
-        slots: dict[
-            str, trio.Semaphore
-        ] = {}  # one bus that is not there keeps no other one waiting
+        # By bus: one that is not there keeps no other one waiting.
+        slots: dict[str, trio.Semaphore] = {}
 
         async def see_to(sandbox: str, bus: str) -> None:
             try:

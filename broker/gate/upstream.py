@@ -46,7 +46,10 @@ class Called(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class SetUpstream(msgspec.Struct, frozen=True, tag=True):
-    """Make a sandbox's connections to a bus there from now on; nil: at the bus itself. Answered by Done."""
+    """Make a sandbox's connections to a bus there from now on; nil: at the bus itself. Answered by Done.
+
+    The server before is ended, if it is there still.
+    """
 
     sandbox: str
     bus: str
