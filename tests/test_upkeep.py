@@ -27,6 +27,12 @@ def test_a_sandbox_without_servers_is_not_known() -> None:
     assert not upkeep.is_lost("c0", "session")
 
 
+def test_a_server_of_a_sandbox_that_listens_no_more_can_be_lost() -> None:
+    upkeep = Upkeep()
+    upkeep.keep(make_spec(session=Upstream(stop_listening="")))
+    assert upkeep.is_lost("c0", "session")
+
+
 async def test_what_is_lost_again_meanwhile_is_seen_to_once() -> None:
     upkeep, seen = Upkeep(), []
 

@@ -217,15 +217,19 @@ class Containers1Engine(GateEngine):
             await self._upkeep.set_upstream(SetUpstream(spec.id, bus, upstream), self._ask)
         except CallRefusedError:
             # A snapshot that came meanwhile may have it: then it is in use.
-            if self._upkeep.upstreams(spec.id).get(bus) != upstream:
+            if not self._has(spec.id, bus, upstream):
                 await self._labels.unmake(spec.uid, bus, upstream)
             raise
         told = spec.access  # with which it was made
         while (now := self._upkeep.get(spec.id)) is not None and now.access != told:
-            if now.upstreams.get(bus) != upstream:
+            if not self._has(spec.id, bus, upstream):
                 return
             await self._labels.tell_access(now, bus, upstream.instance)
             told = now.access
+
+    def _has(self, sandbox: str, bus: str, upstream: Upstream) -> bool:
+        known = self._upkeep.upstreams(sandbox).get(bus)
+        return known is not None and known.instance == upstream.instance
 
     async def _do_without(self, spec: SandboxSpec, bus: str, exc: CallRefusedError) -> None:
         """Serve it by the gate alone, or end it if that will not do."""
