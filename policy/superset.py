@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from policy.containers1 import Flag, Usos, make_usos
+from policy.containers1 import Flag, Usos, make_usos, on_the_wire
 from policy.rules import AccessList
 from policy.usos import expand, wider
 
@@ -28,12 +28,7 @@ def make_superset(access: AccessList, bus: str) -> tuple[Usos, ...]:
             said, unsaid = make_usos([part])
             if unsaid and not part.deny:
                 said, _ = make_usos([wider(part)])
-            entries.update(dict.fromkeys(map(_on_the_wire, said)))
+            entries.update(dict.fromkeys(map(on_the_wire, said)))
     if access.receive_from_host:
         entries[int(Flag.RECEIVE | Flag.PATH_SUBTREE), "", _ANY_PATH, ""] = None
     return tuple(entries)
-
-
-def _on_the_wire(entry: Usos) -> Usos:
-    flags, name, path, interface = entry
-    return entry if path else (flags | int(Flag.PATH_SUBTREE), name, _ANY_PATH, interface)
