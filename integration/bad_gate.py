@@ -3,7 +3,7 @@
 Asked for anything else it is the real one. HOW: exit (at start), test (its self-test), version (it reads another one),
 mute (it does not even begin), killed (in the midst of it), hang (it takes everything and says nothing), refuse (it
 takes everything and does not want it), babble (it says something else), corrupt (what it made of a sandbox differs). Two do not fail: newer (it speaks
-another control protocol), none.
+another control protocol), none. Nor does defect, until it is asked for the use of limits and has a sandbox.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 from typing import Final
 
 from broker.gate import __main__ as gate_main, server, successor
-from broker.gate.control import PROTOCOL
+from broker.gate.control import PROTOCOL, Use
 from broker.gate.handover import Failed, Offer
 from broker.gate.takeover import Channel
 from policy.match import Judge
@@ -24,7 +24,9 @@ LONG: Final = 600.0  # seconds
 
 def main() -> int:
     how, *argv = sys.argv[1:]
-    if "--take-over" not in argv or how == "none":
+    if how == "defect":
+        server.Gate._use = _use  # type: ignore[method-assign]  # noqa: SLF001
+    if "--take-over" not in argv or how in ("none", "defect"):
         return gate_main.main(argv)
     if how == "newer":
         for module in (successor, server):
@@ -58,6 +60,12 @@ def _go_on(how: str, channel: Channel) -> None:
     elif how == "refuse":
         channel.say(Failed("on second thoughts, no"))
     time.sleep(LONG)
+
+
+def _use(self: server.Gate, sandbox: str | None) -> Use:
+    if self._sandboxes:
+        raise RuntimeError(f"a defect, asked for {sandbox}")
+    return Use()
 
 
 def _never_allows(_access: object, *, bus: str, me: Identity) -> Judge:

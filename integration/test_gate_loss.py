@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
+from broker.gate.control import Connected
 from integration.apps import MARKS, App, Traffic, rules_of
 from integration.buses import Bus
 from integration.processes import wait_gone
 from integration.rawclient import CallError, RawClient
 from integration.service import ECHO, running_service
 from integration.supervised import CONTAINERS, Warden, open_warden, stop_and_check, wait_for
+from integration.test_upgrade_failures import Told, add_sandbox, engine_with
 from integration.values import Variant
 
 KEEP = Variant("b", True)
@@ -281,3 +284,19 @@ def test_gate_dies_after_an_upgrade(bus: Bus, folder: Path) -> None:
         app.ask(0)
         app.ask(1)
         app.close()
+
+
+async def test_a_defect_is_a_crash_and_no_end_of_sandboxes(
+    bus: Bus, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    told = Told()
+    async with engine_with(bus, folder, "defect", told) as engine:
+        with RawClient.connect(await add_sandbox(engine, folder)) as app:
+            first = engine.pid
+            with trio.fail_after(20):
+                assert not (await engine.use()).connections  # says the next one
+            assert app.is_closed()
+        assert [type(event) for event in told.events] == [Connected]
+        assert (folder / "app").exists()
+        assert f"the gate (process {first}) exited with 1" in engine.last_crash

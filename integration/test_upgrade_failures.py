@@ -79,11 +79,15 @@ async def add_sandbox(engine: GateEngine, folder: Path) -> str:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         sock.listen()
+        status = path.stat()
+        listener = Listener(
+            bus="session", fd=0, path=str(path), device=status.st_dev, inode=status.st_ino
+        )
         spec = SandboxSpec(
             id="c0",
             identity=Identity(type="org.example.Test", app="app"),
             uid=os.getuid(),
-            listeners=(Listener(bus="session", fd=0),),
+            listeners=(listener,),
             access=AccessList(rules=(Rule(access=frozenset({Access.SEND}), name=ECHO),)),
         )
         await engine.add(spec, [sock.fileno()])

@@ -130,8 +130,9 @@ def _serve(loop: Loop, gate: Gate, begin: Callable[[], None]) -> None:
     begin()
     try:
         loop.run()
-    finally:
+        # Not after an exception, which is a defect: as after any other crash the sockets stay for the next gate.
         gate.close()
+    finally:
         signal.set_wakeup_fd(-1)
         wake.close()
         wake_end.close()
