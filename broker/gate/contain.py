@@ -1,4 +1,4 @@
-"""Whatever one app's bytes do ends its link at the worst: the one place that catches it."""
+"""Whatever one app's bytes do ends its link at the worst, and what its creator does its sandbox: the one place that catches it."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
 
 if TYPE_CHECKING:
     from broker.gate.link import Link
+    from broker.gate.sandbox import Sandbox
 
 Arguments = ParamSpec("Arguments")
 
@@ -38,5 +39,24 @@ def contained(
         except Exception:  # noqa: BLE001 - one sandbox's bytes must not end the gate, whatever we did wrong
             self.sandbox.complaints.add("peer-defect", traceback=True)
             self.close("defect")
+
+    return guarded
+
+
+def contained_by_sandbox(
+    method: Callable[Concatenate["Sandbox", Arguments], None],
+) -> Callable[Concatenate["Sandbox", Arguments], None]:
+    """Whatever goes wrong with a sandbox's own descriptors ends it, and nothing else."""
+
+    @functools.wraps(method)
+    def guarded(self: "Sandbox", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception:  # noqa: BLE001 - as above
+            self.complaints.add("sandbox-defect", traceback=True)
+            try:
+                self.stop("stopped")
+            except Exception:  # noqa: BLE001
+                self.complaints.add("sandbox-defect", traceback=True)
 
     return guarded

@@ -1,10 +1,8 @@
 """A sandbox in the gate: its listening sockets, its connections, its rules, its end."""
 
-import contextlib
-import errno
 import os
+import select
 import socket
-import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,8 +10,10 @@ from typing import Final
 
 import msgspec
 
+from broker.gate import accept
 from broker.gate.budgets import CONNECTION_COST, JUDGED_A_TURN, Complaints, MessageBudget
 from broker.gate.bus import Bus
+from broker.gate.contain import contained_by_sandbox
 from broker.gate.control import (
     Connected,
     Ended,
@@ -28,20 +28,15 @@ from broker.gate.core import Core, Denial
 from broker.gate.filter import Filter
 from broker.gate.handover import Fds, SandboxDump
 from broker.gate.link import Link
-from broker.gate.loop import READABLE, Loop
+from broker.gate.loop import Loop
 from broker.gate.pipe import adopt, close_fds, unlink_socket
 from broker.gate.reports import Reports
 from broker.gate.upstream import Upstream
 from policy.match import Judge
 from policy.rules import AccessList
 
-# After running out of descriptors: until then somebody may have closed some.
-ACCEPT_PAUSE: Final = 0.1  # seconds
-# Connections taken in one turn of the loop, so that one sandbox does not keep the others waiting.
-ACCEPTS_A_TURN: Final = 16
 # What a socket calls itself in the handshake when nobody gave it a guid: 32 hex digits.
 GUID: Final = os.urandom(16).hex()
-_UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 class Sandbox:
@@ -89,15 +84,13 @@ class Sandbox:
             self._watch_pipe(fds[self.spec.close_notify])
 
     def _listen(self, fd: int, listener: Listener) -> None:
-        sock = socket.socket(fileno=fd)
-        sock.setblocking(False)
-        self._listening[fd] = (sock, listener)
-        self._loop.add(fd, READABLE, partial(self._readable, fd))
+        self._listening[fd] = (socket.socket(fileno=fd), listener)
+        self._loop.add(fd, accept.LISTENING, partial(self._readable, fd))
 
     def _watch_pipe(self, fd: int) -> None:
         self._close_pipe = fd
-        os.set_blocking(fd, False)
-        self._loop.add(fd, READABLE, self._close_notify)
+        # Its end alone, whatever it is: bytes mean nothing, and nobody is to keep us busy with them.
+        self._loop.add(fd, select.EPOLLRDHUP, self._close_notify)
 
     def descriptors(self) -> list[tuple[str, int]]:
         """Return what it listens on, by bus; and by no bus the pipe that ends it."""
@@ -106,12 +99,15 @@ class Sandbox:
 
     def stop_listening(self) -> None:
         """Take no more connections; end with the last one."""
-        for fd, (sock, listener) in list(self._listening.items()):
-            self._loop.remove(fd)
-            sock.close()
-            unlink_socket(listener.path, listener.device, listener.inode)
-        self._listening.clear()
+        for fd in list(self._listening):
+            self._close_listener(fd)
         self._end_if_done("last-connection")
+
+    def _close_listener(self, fd: int) -> None:
+        sock, listener = self._listening.pop(fd)
+        self._loop.remove(fd)
+        sock.close()
+        unlink_socket(listener.path, listener.device, listener.inode)
 
     def stop(self, reason: str) -> None:
         """End it, connections and all."""
@@ -130,11 +126,10 @@ class Sandbox:
         self._emit(Ended(self.id, reason))
         self._changed(self)
 
+    @contained_by_sandbox
     def _close_notify(self, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            if os.read(self._close_pipe, 4096):
-                return  # bytes mean nothing; the end does
-            self.stop("close-notify")
+        self._loop.remove(self._close_pipe)  # it would be told again and again
+        self.stop("close-notify")
 
     def _end_if_done(self, reason: str) -> None:
         if not self.is_over and not self._listening and not self.links:
@@ -161,8 +156,7 @@ class Sandbox:
         for link in list(self.links):
             judging = link.filter
             if judging is not None:
-                judge = self.judge(judging.core.bus.name)
-                link.use(judge)
+                link.use(self.judge(judging.core.bus.name))
 
     def set_upstream(self, bus: str, upstream: Upstream | None) -> None:
         """Make connections to that bus there from now on, those that wait for it included."""
@@ -179,21 +173,18 @@ class Sandbox:
         """Whether it takes connections."""
         return bool(self._listening)
 
-    def _readable(self, fd: int, _events: int) -> None:
-        self._accept(fd)
-
-    def _accept(self, fd: int) -> None:
+    @contained_by_sandbox
+    def _readable(self, fd: int, events: int) -> None:
+        if events & accept.SHUT_DOWN:
+            self._lose_listener(fd, "its creator has shut it down")
+            return
         sock, listener = self._listening[fd]
-        for _ in range(ACCEPTS_A_TURN):
+        for _ in range(accept.A_TURN):
             try:
-                connection, _ = sock.accept()
-            except BlockingIOError:
-                return
+                if (connection := accept.take(sock)) is None:
+                    return
             except OSError as exc:
-                if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    self.complaints.add("accept", exc.strerror or "")
-                    self._loop.change(fd, 0)
-                    self._loop.call_later(ACCEPT_PAUSE, partial(self._accept_again, fd))
+                self._cannot_accept(fd, exc)
                 return
             try:
                 self._take(connection, listener)
@@ -205,19 +196,30 @@ class Sandbox:
                     self._loop.change(listening, 0)
                 return
 
+    def _cannot_accept(self, fd: int, exc: OSError) -> None:
+        if exc.errno in accept.SCARCE:
+            self.complaints.add("accept", exc.strerror or "")
+            self._loop.change(fd, 0)
+            self._loop.call_later(accept.PAUSE, partial(self._accept_again, fd))
+        else:  # and it would be readable for ever
+            self._lose_listener(fd, exc.strerror or "")
+
+    def _lose_listener(self, fd: int, why: str) -> None:
+        self.complaints.add("listener-lost", why)
+        self._close_listener(fd)
+        self._end_if_done("last-connection")
+        self._changed(self)
+
     def _accept_again(self, fd: int) -> None:
         if fd in self._listening:
-            self._loop.change(fd, READABLE)
+            self._loop.change(fd, accept.LISTENING)
 
     def _listen_on(self) -> None:
         for fd in self._listening:
-            self._loop.change(fd, READABLE)
+            self._loop.change(fd, accept.LISTENING)
 
     def _take(self, connection: socket.socket, listener: Listener) -> None:
-        _, uid, _ = _UCRED.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        )
-        if uid != self.spec.uid:
+        if (uid := accept.peer_uid(connection)) != self.spec.uid:
             self.complaints.add("wrong-uid", f"uid={uid}")
             connection.close()
             return
@@ -280,6 +282,7 @@ class Sandbox:
                 self._waiting.move_to_end(go_on, last=False)
         return self.is_throttled
 
+    @contained_by_sandbox
     def _waited(self) -> None:
         """Let whoever has waited longest go on; the next one when that has been read and charged.
 

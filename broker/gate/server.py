@@ -254,7 +254,11 @@ class Gate:
         self._own.claim(spec.id, spec.uid, spec.upstreams)
         self._kept.forget_end(spec.id)
         self._sandboxes[spec.id] = sandbox
-        sandbox.open(fds)
+        try:
+            sandbox.open(fds)
+        except OSError as exc:  # e.g. no room in the loop
+            sandbox.stop("stopped")
+            raise CallRefusedError(errors.FAILED, exc.strerror or "no room") from exc
 
     def _set_access(self, request: SetAccess) -> None:
         try:
