@@ -2,15 +2,27 @@
 
 import os
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from integration.buses import Bus
 from integration.processes import wait_gone, wait_until
-from integration.supervised import CONTAINERS, CONTAINERS_PATH, NAME, SEND, open_warden
+from integration.supervised import (
+    CONTAINERS,
+    CONTAINERS_PATH,
+    MANAGE,
+    NAME,
+    SEND,
+    TYPE,
+    open_warden,
+)
 from integration.values import Variant
 
 KEEP = Variant("b", True)
+MANY = 1000  # more than a socket's buffer has room to tell of
 LIMIT = 7.0  # seconds: it is to take less than 5, on a machine that does nothing else
 
 
@@ -45,3 +57,25 @@ def test_a_gate_that_hangs_does_not_keep_it(bus: Bus, folder: Path) -> None:
         assert time.monotonic() - begun < LIMIT
         assert warden.host.wait_reply(serial).error is not None  # if only from the bus
         assert wait_until(lambda: "does not end" in warden.log)
+
+
+def test_every_end_is_told_and_stored(bus: Bus, folder: Path) -> None:
+    with open_warden(bus, folder / "run", orderly=False) as warden:
+        call = (NAME, CONTAINERS_PATH, CONTAINERS, "AddServer", "ssa{sv}a{sv}")
+        arguments: tuple[Any, ...] = (TYPE, "org.example.App", {}, {"KeepAfterCreator": KEEP})
+        paths = set()
+        for _ in range(MANY // 50):
+            for serial in [warden.host.start_call(*call, arguments) for _ in range(50)]:
+                paths.add(warden.host.wait_reply(serial).values[0])
+        assert len(paths) == MANY
+        warden.host.add_match(f"interface='{MANAGE}',member='SandboxEnded'")
+        begun = time.monotonic()
+        warden.process.send_signal(signal.SIGTERM)
+        assert warden.process.wait() == 0
+        assert time.monotonic() - begun < LIMIT
+        warden.host.ask("org.freedesktop.DBus", "/", "org.freedesktop.DBus.Peer", "Ping")
+        ended = [m.values for m in warden.host.drain() if m.header.member == "SandboxEnded"]
+        assert len(ended) == MANY
+        assert {tuple(values) for values in ended} == {(path, "stopped") for path in paths}
+        with closing(sqlite3.connect(warden.folder / "state.db")) as db:
+            assert db.execute("SELECT count(*) FROM sandbox").fetchone() == (0,)

@@ -263,3 +263,49 @@ def test_serials_start_again_at_one() -> None:
 
     counting = Counting()
     assert [counting.next_serial(), counting.next_serial()] == [0xFFFFFFFF, 1]
+
+
+async def test_what_was_said_last_is_sent_before_the_end(tmp_path: Path) -> None:
+    async with open_fake_bus(tmp_path) as fake, open_bus(fake.address) as hearer:
+        got: list[Signal] = []
+        got_all = trio.Event()
+
+        def hear(signal: Signal) -> None:
+            got.append(signal)
+            if len(got) == 20:
+                got_all.set()
+
+        hearer.on_signal = hear
+        async with open_bus(fake.address) as teller:
+            for _ in range(20):
+                teller.emit("/a", "org.example.I", "Happened", "ay", [bytes(300_000)])
+            assert teller.backlog
+        with trio.fail_after(5):
+            await got_all.wait()
+
+
+async def test_a_bus_that_takes_nothing_does_not_keep_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.01)
+    ours, theirs = trio.socket.socketpair()
+    with ours, theirs:
+        async with open_fake_bus(tmp_path) as fake:
+            with trio.fail_after(5):
+                async with open_bus(fake.address) as bus:
+                    fake.clients["nobody"] = ours  # and the bus waits for who does not read
+                    for _ in range(20):
+                        bus.emit("/a", "org.example.I", "Happened", "ay", [bytes(300_000)])
+                    assert bus.backlog
+
+
+async def test_a_bus_that_is_lost_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 60)
+    async with open_fake_bus(tmp_path) as fake:
+        with trio.fail_after(5):
+            async with open_bus(fake.address) as bus:
+                bus.emit("/a", "org.example.I", "Happened", "ay", [bytes(3_000_000)])
+                assert bus.backlog
+                fake.clients[bus.unique_name].shutdown(socket.SHUT_RDWR)

@@ -2,7 +2,9 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -172,3 +174,29 @@ def test_who_hangs_up_while_it_is_paused_is_read_later(ends: Ends) -> None:
 def test_other_failures_to_write_are_told_as_closed(ends: Ends) -> None:
     with pytest.raises(Closed):
         ends.pipe.write([b"x", Chunk(b"y", (1 << 20,))])  # no such descriptor
+
+
+def test_who_reads_gets_all_before_the_end(ends: Ends) -> None:
+    big = bytes(range(256)) * 20_000
+    ends.pipe.write([big])
+    ends.theirs.setblocking(True)
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(ends.theirs.recv, len(big), socket.MSG_WAITALL)
+        ends.pipe.drain(30)
+        assert not ends.pipe.queued
+        assert taken.result() == big
+
+
+def test_who_does_not_read_is_not_waited_for(ends: Ends) -> None:
+    ends.pipe.write([bytes(5_000_000)])
+    ends.pipe.drain(0.01)
+    assert ends.pipe.queued
+
+
+def test_who_hung_up_is_not_waited_for(ends: Ends) -> None:
+    ends.pipe.write([bytes(5_000_000)])
+    ends.theirs.close()
+    begun = time.monotonic()
+    ends.pipe.drain(30)
+    assert time.monotonic() - begun < 30
+    assert not ends.pipe.queued

@@ -34,6 +34,8 @@ from broker.wire.sasl import SaslClient
 # Calls that wait to be taken. Beyond it they are refused, so that nobody can make us grow.
 MAX_CALLS: Final = 1024
 CONNECT_TIMEOUT: Final = 10.0  # seconds, from connect to the answer to Hello
+# Seconds that the bus has at the end to take what was answered and told last.
+CLOSE_TIMEOUT: Final = 0.5
 # A message field that D-Bus does not define and this project uses: the sender's instance path.
 INSTANCE_FIELD: Final = 10
 _PROBE: Final = ("/org/buswarden/Probe", "org.buswarden.Probe", "Probe")
@@ -171,6 +173,13 @@ class Bus:
         if self._wants_reply(call):
             self._open_link().send(Message.new_error(call.message, name, text))
 
+    async def wait_sent(self) -> None:
+        """Wait until the bus has taken all that it was sent, or is lost."""
+        if self._link is not None and self.backlog:
+            sent = trio.Event()
+            self._link.on_sent = sent.set
+            await sent.wait()
+
     async def request_name(self, name: str) -> bool:
         """Take a well-known name; say whether it is ours now. Never waits for it."""
         do_not_queue, primary_owner, already_owner = 4, 1, 4
@@ -288,6 +297,8 @@ async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIter
         try:
             yield bus
         finally:
+            with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+                await bus.wait_sent()
             bus._close()  # noqa: SLF001
 
 

@@ -60,6 +60,7 @@ class Link(MessageBus):
         self._input = bytearray()
         self._input_fds: deque[int] = deque()
         self.on_lost: Callable[[], None] = lambda: None
+        self.on_sent: Callable[[], None] = lambda: None  # nothing waits to be sent any more
 
     def _setup_socket(self) -> None:
         self._sock = self._given
@@ -172,6 +173,7 @@ class _Writer:
 
     def clear(self) -> None:
         self._queue.clear()
+        self._link.on_sent()
 
     def schedule_write(self, msg: Message | None = None, future: Any = None) -> None:
         """Send it when the connection is ready; the name and form are dbus-next's."""
@@ -215,6 +217,7 @@ class _Writer:
             link._loop.add_writer(link._fd, self._flush)  # noqa: SLF001
         else:
             link._loop.remove_writer(link._fd)  # noqa: SLF001
+            link.on_sent()
 
 
 def _marshal(message: Message) -> bytes:

@@ -3,7 +3,9 @@
 import array
 import contextlib
 import os
+import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +146,16 @@ class Pipe:
             self._enqueue(Chunk(one.data, pick(fds, one.fds)))
         self._reading = dump.reading
         self._listen()
+
+    def drain(self, seconds: float) -> None:
+        """Wait until the other end has taken what is queued, but no longer than that: nothing else is served meanwhile."""
+        deadline = time.monotonic() + seconds
+        taking = select.poll()
+        taking.register(self.fd, select.POLLOUT)
+        with contextlib.suppress(Closed):
+            while self._queue and (left := deadline - time.monotonic()) > 0:
+                if taking.poll(left * 1000):
+                    self._flush()
 
     def close(self) -> None:
         """Close the socket and what is queued."""

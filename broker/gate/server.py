@@ -61,6 +61,8 @@ from broker.wire.errors import CallRefusedError, PeerProtocolError
 LOGGER: Final = logging.getLogger(__name__)
 # A supervisor that does not read is not ours to wait for: it is cut off and can come back.
 MAX_UNREAD: Final = 64 * 1024 * 1024
+# Seconds for it to take what it is told last, of the end of up to 10 000 sandboxes.
+LAST_WORDS: Final = 2.0
 _UCRED: Final = struct.Struct("iII")
 
 
@@ -89,8 +91,10 @@ class Gate:
         self._loop.add(listening.fileno(), READABLE, lambda _events: self._accept(listening))
 
     def close(self) -> None:
-        """End every sandbox, and the supervisor's connection."""
+        """End every sandbox, and the supervisor's connection once it has been told."""
         self._shut_down()
+        if self._supervisor is not None:
+            self._supervisor.drain(LAST_WORDS)
         self._lose_supervisor("the gate ends")
 
     def _accept(self, listening: socket.socket) -> None:
