@@ -58,9 +58,9 @@ class FakeEngine:
         if sandbox not in self.connections.values():
             self.end(sandbox, "last-connection")
 
-    async def stop(self, sandbox: str) -> None:
+    async def stop(self, sandbox: str, reason: str = "stopped") -> None:
         await self._do("stop", self._known(sandbox))
-        self.end(sandbox, "stopped")
+        self.end(sandbox, reason)
 
     async def who(self, bus: str, unique_name: str) -> str | None:
         await self._do("who", unique_name)

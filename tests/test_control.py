@@ -67,6 +67,7 @@ BODIES: list[Request | Answer | Event] = [
     SetAccess("c1", access("own:org.me")),
     StopListening("c1"),
     StopSandbox("c1"),
+    StopSandbox("c1", "process-ended"),
     WhoIs("session", ":1.5"),
     TagHeaders("session", ":1.5"),
     TagHeaders("session", ":1.5", wanted=False),
@@ -159,3 +160,9 @@ def test_unknown_message_is_an_error() -> None:
     body = msgspec.msgpack.encode({"serial": 1, "body": {"type": "Nonsense"}})
     with pytest.raises(PeerProtocolError, match="Nonsense"):
         FrameReader().feed(struct.pack("<I", len(body)) + body)
+
+
+def test_an_older_supervisor_gives_no_reason_for_a_stop() -> None:
+    body = msgspec.msgpack.encode({"serial": 1, "body": {"type": "StopSandbox", "sandbox": "c1"}})
+    ((envelope, _),) = FrameReader().feed(struct.pack("<I", len(body)) + body)
+    assert envelope.body == StopSandbox("c1", "stopped")

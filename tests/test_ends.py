@@ -1,6 +1,6 @@
 import pytest
 
-from broker.supervisor.ends import FROM_GATE, TABLE, Effect, Event, Phase
+from broker.supervisor.ends import DECIDED, FROM_GATE, TABLE, Effect, Event, Phase
 from tests import lifetime_picture
 
 KNOWN = (Phase.RUNNING, Phase.CLOSING, Phase.STOPPING)
@@ -48,6 +48,12 @@ def test_the_gates_reasons_are_ours() -> None:
     for reason, event in FROM_GATE.items():
         assert TABLE[Phase.RUNNING, event].reason == reason
     assert set(FROM_GATE) == {"close-notify", "last-connection", "stopped", "instance-removed"}
+
+
+def test_what_the_gate_was_told_to_say_is_what_was_decided() -> None:
+    assert set(DECIDED) == {"process-ended", "cgroup-empty", "time-limit", "bus-gone"}
+    for reason, event in DECIDED.items():
+        assert TABLE[Phase.RUNNING, event].reason == reason
 
 
 def test_the_page_has_the_table_and_the_picture_of_today() -> None:

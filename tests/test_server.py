@@ -191,6 +191,12 @@ def test_stopping_ends_it_once_and_unlinks_its_socket(supervisor: Supervisor) ->
     assert isinstance(supervisor.ask(StopSandbox("c0")), Refused)
 
 
+def test_stopping_has_the_reason_that_it_is_given(supervisor: Supervisor) -> None:
+    supervisor.add()
+    assert supervisor.ask(StopSandbox("c0", "time-limit")) == Done()
+    assert supervisor.events == [Ended("c0", "time-limit")]
+
+
 def test_stop_listening_without_connections_is_the_end(supervisor: Supervisor) -> None:
     supervisor.add()
     supervisor.ask(StopListening("c0"))

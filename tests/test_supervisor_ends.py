@@ -105,6 +105,20 @@ async def test_what_a_gate_that_died_was_asked_is_asked_again(world: World) -> N
     assert world.announcer.reasons == {id_: "process-ended"}
 
 
+async def test_the_reason_of_a_stop_is_told_to_the_next_supervisor(world: World) -> None:
+    id_ = await world.add(keep_after_creator=True)
+    first = world.supervisor
+    first.happen(SandboxId(id_), Event.PROCESS_ENDED)
+    world.restart()
+    # The gate was asked, and the first one did not live to hear of it.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(first.run_jobs)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.cancel_scope.cancel()
+    assert world.announcer.reasons == {id_: "process-ended"}
+    assert world.stored() == []
+
+
 async def test_a_stop_that_failed_is_done_when_there_is_a_gate(world: World) -> None:
     id_ = await world.add()
     world.engine.refuse = lost()

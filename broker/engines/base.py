@@ -78,8 +78,8 @@ class Engine(Protocol):
     async def stop_listening(self, sandbox: str) -> None:
         """Take no more connections."""
 
-    async def stop(self, sandbox: str) -> None:
-        """Also end the connections. When it returns, the listener has been told of the end."""
+    async def stop(self, sandbox: str, reason: str = "stopped") -> None:
+        """Also end the connections. When it returns, the listener has been told of the end, and why it came."""
 
     async def who(self, bus: str, unique_name: str) -> str | None:
         """Return which sandbox is behind a connection to that bus."""

@@ -123,9 +123,9 @@ class Containers1Engine(GateEngine):
         await super().stop_listening(sandbox)
         await self._labels.wait(spec)
 
-    async def stop(self, sandbox: str) -> None:
+    async def stop(self, sandbox: str, reason: str = "stopped") -> None:
         spec = self._upkeep.get(sandbox)
-        await super().stop(sandbox)
+        await super().stop(sandbox, reason)
         await self._labels.wait(spec)
 
     def bus_restarted(self, bus: str) -> None:

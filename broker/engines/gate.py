@@ -175,8 +175,8 @@ class GateEngine:
         await self._ask(StopListening(sandbox))
         self.held.drop_listeners(sandbox)
 
-    async def stop(self, sandbox: str) -> None:
-        await self._ask(StopSandbox(sandbox))
+    async def stop(self, sandbox: str, reason: str = "stopped") -> None:
+        await self._ask(StopSandbox(sandbox, reason))
 
     async def who(self, bus: str, unique_name: str) -> str | None:
         answer = await self._request(WhoIs(bus, unique_name))

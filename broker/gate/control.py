@@ -109,6 +109,7 @@ class StopSandbox(msgspec.Struct, frozen=True, tag=True):
     """Also end its connections. Answered by Done, after its Ended event."""
 
     sandbox: str
+    reason: str = "stopped"  # which Ended then tells, if only to the next supervisor
 
 
 class WhoIs(msgspec.Struct, frozen=True, tag=True):
@@ -293,7 +294,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     """A sandbox neither listens nor has connections. Exactly once a sandbox."""
 
     sandbox: str
-    reason: str  # "close-notify", "stopped", "last-connection"
+    reason: str  # "close-notify", "last-connection", "instance-removed", or what StopSandbox said
 
 
 class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):

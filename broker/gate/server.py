@@ -213,7 +213,7 @@ class Gate:
                 sandbox.stop_listening()
                 self._sandbox_changed(sandbox)
             case StopSandbox():
-                self._find(request.sandbox).stop("stopped")
+                self._find(request.sandbox).stop(request.reason)
             case WhoIs():
                 bus = self._bus(request.bus)
                 return SandboxOf(bus.sandboxes.get(request.unique_name))

@@ -137,6 +137,10 @@ TABLE: Final[Mapping[tuple[Phase, Event], Row]] = _make_table()
 FROM_GATE: Final[Mapping[str, Event]] = {
     reason: event for event, reason in _DONE.items() if event is not Event.GATE_LOST
 }
+# And what had been decided, if the gate stopped it for that reason: perhaps by a supervisor that is no more.
+DECIDED: Final[Mapping[str, Event]] = {
+    reason: event for event, reason in _DECIDED.items() if reason not in FROM_GATE
+}
 
 
 class Process(msgspec.Struct, frozen=True):

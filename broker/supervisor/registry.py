@@ -17,6 +17,7 @@ import msgspec
 from broker.gate.control import Denied, SandboxState, Snapshot
 from broker.supervisor.config import Limits
 from broker.supervisor.ends import (
+    DECIDED,
     FROM_GATE,
     LAST_CONNECTION,
     TABLE,
@@ -247,6 +248,8 @@ class Registry:
 
     def end(self, id_: str, reason: str) -> Removed | None:
         """The gate ended it. Unknown ones are ignored: they were withdrawn."""
+        if (decided := DECIDED.get(reason)) is not None:
+            self.happen(id_, decided)
         return self.happen(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
 
     def happen(self, id_: str, event: Event) -> Step:

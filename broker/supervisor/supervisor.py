@@ -26,7 +26,7 @@ from broker.gate.upstream import UpstreamLost
 from broker.supervisor.busids import BusIds
 from broker.supervisor.cgroups import Cgroups
 from broker.supervisor.config import Limits
-from broker.supervisor.ends import Effect, Event as LifeEvent, Phase
+from broker.supervisor.ends import STOPPED, Effect, Event as LifeEvent, Phase
 from broker.supervisor.lifetime import Vigil, Watch, boot_time
 from broker.supervisor.policy import Policy
 from broker.supervisor.processes import Processes
@@ -152,9 +152,9 @@ class Supervisor:
     async def stop(self, caller: Caller, id_or_path: str) -> None:
         """End a sandbox, its connections included."""
         record = self._changeable(caller, id_or_path)
-        self.registry.happen(record.id, LifeEvent.STOP_ASKED)
+        step = self.registry.happen(record.id, LifeEvent.STOP_ASKED)
         with gone_is_fine():
-            await self._outside.engine.stop(record.id)
+            await self._outside.engine.stop(record.id, step.reason or STOPPED)
 
     async def stop_listening(self, caller: Caller, id_or_path: str) -> None:
         """Take no more connections; the sandbox ends with its last one."""
@@ -341,7 +341,8 @@ class Supervisor:
                     self._outside.state.put_fact(record)
                     self._later(record.id, partial(self._end_listening, record.id))
                 case Effect.STOP:
-                    self._later(record.id, partial(self._outside.engine.stop, record.id))
+                    stop = partial(self._outside.engine.stop, record.id, step.reason or STOPPED)
+                    self._later(record.id, stop)
                 case Effect.TELL:
                     self._remove(Removed(record=record, reason=step.reason))
                 case Effect.FORGET:
@@ -352,7 +353,7 @@ class Supervisor:
         for sandbox in self.registry:
             id_ = sandbox.record.id
             if sandbox.phase is Phase.STOPPING:
-                self._later(id_, partial(self._outside.engine.stop, id_))
+                self._later(id_, partial(self._outside.engine.stop, id_, sandbox.reason))
             elif sandbox.phase is Phase.CLOSING and sandbox.record.listening:
                 self._later(id_, partial(self._end_listening, id_))
 
