@@ -178,3 +178,22 @@ def test_descriptors_of_the_supervisor_come_back(shared: Warden) -> None:
     wait_for(lambda: count() == before)
     for fd in (read_end, write_end):
         os.close(fd)
+
+
+def test_any_number_of_long_lists_is_taken_over(folder: Path) -> None:
+    rules = [(SEND, "", f"/n{n}/{'x' * 40_000}", "") for n in range(195)]
+    with (
+        open_dbus_broker(folder) as bus,
+        running_service(bus.address),
+        open_warden(bus, folder / "run", orderly=False) as first,
+    ):
+        client = first.connect(first.add_server(rules=[f"send:{ECHO}"], KeepAfterCreator=KEEP))
+        # More of them than one frame of the gate's may carry.
+        for _ in range(5):
+            first.add_server(allow=rules, KeepAfterCreator=KEEP)
+        first.kill()
+        with open_warden(bus, folder / "run") as second:
+            assert second.gate_pid == first.gate_pid
+            (status,) = second.manage("Status")
+            assert status["sandboxes"] == 6
+            assert echo(client) is None

@@ -217,3 +217,27 @@ async def test_a_gate_that_hangs_up_at_once_is_given_up(
             with pytest.raises(GateError, match="another supervisor"):
                 await make_engine(tmp_path).keep_connected(Told())
             nursery.cancel_scope.cancel()
+
+
+async def test_a_gate_that_cannot_be_understood_is_given_up_and_the_reason_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "REFUSAL_PAUSE", 0.001)
+    sock = trio.socket.socket(trio.socket.AF_UNIX)
+    await sock.bind(str(tmp_path / "gate.sock"))
+    sock.listen(64)
+
+    async def babble() -> None:
+        while True:
+            connection, _ = await sock.accept()
+            with connection:
+                await connection.send(b"\xff" * 4)
+                await connection.recv(1)
+                await trio.sleep(0.01)
+
+    with sock:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(babble)
+            with pytest.raises(GateError, match="does not talk to us: control frame of 4294967295"):
+                await make_engine(tmp_path).keep_connected(Told())
+            nursery.cancel_scope.cancel()

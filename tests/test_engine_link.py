@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -31,7 +32,7 @@ from broker.gate.control import (
 )
 from broker.wire.errors import NOT_CONTAINER, CallRefusedError
 from tests.fake_gate import FakeGate
-from tests.records import make_record, make_state
+from tests.records import make_record, make_snapshot, make_state
 
 SPEC = make_state(make_record()).spec
 
@@ -238,3 +239,26 @@ async def test_without_a_gate_there_is_no_connection(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
     assert await connect(path) is None
+
+
+async def test_a_snapshot_in_parts_is_told_once_and_whole() -> None:
+    states = [make_state(make_record(number)) for number in range(3)]
+    parts = [make_snapshot(state) for state in states]
+    whole = make_snapshot(*states)
+    async with open_world(serving=False) as world:
+
+        async def answer() -> None:
+            for serial in (1, 2):  # the second one begins anew
+                await world.theirs.recv(65536)
+                for part in parts[:2]:
+                    more = msgspec.structs.replace(part, more=True)
+                    await world.send(Envelope(serial=serial, body=more))
+                await world.send(Envelope(serial=serial, body=parts[2]))
+                await world.send(Envelope(serial=0, body=Ended("c0", "stopped")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            for _ in range(2):
+                assert await world.link.request(TakeSnapshot(in_parts=True)) == whole
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert world.told.order == [whole, Ended("c0", "stopped")] * 2

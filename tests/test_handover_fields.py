@@ -60,7 +60,7 @@ FIELDS: Final = {
     "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over"),
     "server.Gate": (
         "_asked _control _kept _own _reader _sandboxes _supervisor",
-        "_manager _upstreams",
+        "_manager _most_unread _upstreams",
     ),
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.gate import server
 from broker.gate.control import (
     PROTOCOL,
     AddSandbox,
@@ -139,6 +140,19 @@ def snapshot(supervisor: Supervisor) -> Snapshot:
     answer = supervisor.ask(TakeSnapshot())
     assert isinstance(answer, Snapshot)
     return answer
+
+
+def ask_in_parts(supervisor: Supervisor) -> list[Snapshot]:
+    """Return the parts of a snapshot, read while the gate sends them."""
+    supervisor.sock.send(make_frame(Envelope(serial=77, body=TakeSnapshot(in_parts=True))))
+    parts: list[Snapshot] = []
+    while not parts or parts[-1].more:
+        supervisor.turn()
+        for envelope in supervisor.take():
+            assert envelope.serial == 77
+            assert isinstance(envelope.body, Snapshot)
+            parts.append(envelope.body)
+    return parts
 
 
 def test_an_added_sandbox_is_in_the_snapshot(supervisor: Supervisor) -> None:
@@ -289,3 +303,50 @@ def test_use_is_told_of_one_sandbox_and_of_all(supervisor: Supervisor) -> None:
     assert isinstance(supervisor.ask(TakeUse("c9")), Refused)
     for app in apps:
         app.close()
+
+
+LONG = AccessList(
+    rules=tuple(Rule(access=frozenset({Access.SEND}), path=f"/{n}/{'x' * 4000}") for n in range(50))
+)
+
+
+def add_long(supervisor: Supervisor, count: int) -> list[str]:
+    ids = [f"c{number}" for number in range(count)]
+    for id_ in ids:
+        assert supervisor.add(id_) == Done()
+        assert supervisor.ask(SetAccess(id_, LONG)) == Done()
+    return ids
+
+
+def test_a_snapshot_that_is_long_comes_in_parts(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PART", 1_000_000)
+    ids = add_long(supervisor, 12)
+    parts = ask_in_parts(supervisor)
+    assert [part.more for part in parts] == [True, True, False]
+    found = [state for part in parts for state in part.sandboxes]
+    assert [state.spec.id for state in found] == ids
+    assert all(state.spec.access == LONG for state in found)
+    assert all(part.buses == (BUS,) for part in parts)
+
+
+def test_a_snapshot_may_be_longer_than_what_a_supervisor_leaves_unread(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PART", 100_000)
+    monkeypatch.setattr(server, "MAX_UNREAD", 100_000)
+    supervisor.gate._bound_unread()
+    ids = add_long(supervisor, 12)
+    supervisor.sock.send(make_frame(Envelope(serial=77, body=TakeSnapshot(in_parts=True))))
+    supervisor.turn()
+    for id_ in ids:  # and what happens while it is on its way is told
+        supervisor.gate._sandboxes[id_].stop("close-notify")
+    got: list[Envelope] = []
+    while not supervisor.events[len(ids) - 1 :]:
+        got += supervisor.take()
+        supervisor.turn()
+    parts = [one.body for one in got if isinstance(one.body, Snapshot)]
+    assert [state.spec.id for part in parts for state in part.sandboxes] == ids
+    assert supervisor.events == [Ended(id_, "close-notify") for id_ in ids]
+    assert supervisor.gate._most_unread == 100_000  # as before

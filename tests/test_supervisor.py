@@ -166,8 +166,11 @@ async def test_limits_are_checked_before_anything_is_made(world: World) -> None:
     with pytest.raises(CallRefusedError, match="max_containers_per_user"):
         await world.add()
     many = AccessList(rules=(SEND_X,) * (MAX_RULES + 1))
-    with pytest.raises(CallRefusedError, match="max_rules"):
+    with pytest.raises(CallRefusedError, match="max_rules="):
         await world.add(access=many)
+    long = [Rule(access=SEND_X.access, path=f"/{n}/{'x' * 10_000}") for n in range(1000)]
+    with pytest.raises(CallRefusedError, match="max_rules_bytes=8388608 would be exceeded"):
+        await world.add(access=AccessList(rules=tuple(long)))
     assert world.engine.done == []
 
 

@@ -296,31 +296,32 @@ class GateEngine:
         if isinstance(failure, GateError):
             raise failure
         if not self._closing:
-            await self._recover(begun, is_refusal=failure is not None)
+            why = link.broken or "it has another supervisor"
+            await self._recover(begun, why if failure is not None else "")
 
-    async def _recover(self, begun: float, *, is_refusal: bool) -> None:
+    async def _recover(self, begun: float, refusal: str) -> None:
         """Find out what became of the gate, and wait before there is another try."""
         if await self._process.has_died():
             steady = trio.current_time() - begun > STEADY_AFTER
             self._short_lives = 0 if steady else self._short_lives + 1
             if self._short_lives > 1:
                 await trio.sleep(min(FIRST_PAUSE * 2 ** (self._short_lives - 1), LONGEST_PAUSE))
-        elif is_refusal:
+        elif refusal:
             # A gate that hangs up at once serves another supervisor, or has not noticed that it died.
             self._refusals += 1
             if self._refusals >= MAX_REFUSALS:
-                raise GateError("the gate that runs does not talk to us: it has another supervisor")
+                raise GateError(f"the gate that runs does not talk to us: {refusal}")
             await trio.sleep(REFUSAL_PAUSE)
         else:
             LOGGER.error("the connection to the gate was lost")
 
     async def _greet(self, link: Link, listener: Listener) -> None:
-        snapshot = await link.request(TakeSnapshot())
+        snapshot = await link.request(TakeSnapshot(in_parts=True))
         if isinstance(snapshot, Snapshot) and HANDS_OVER_SINCE <= snapshot.protocol < PROTOCOL:
             # It was started by an older one of us. It hands over to one that we can talk to.
             self._process.watch(snapshot.pid)
             await self._replace(link)
-            snapshot = await link.request(TakeSnapshot())
+            snapshot = await link.request(TakeSnapshot(in_parts=True))
         if not isinstance(snapshot, Snapshot) or snapshot.protocol != PROTOCOL:
             raise GateError(
                 f"the gate that runs speaks another protocol than ours ({PROTOCOL}): end it first"

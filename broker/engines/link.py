@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol, Self
 
+import msgspec
 import trio
 
 from broker.engines.base import EngineLostError
@@ -25,6 +26,7 @@ from broker.gate.control import (
     Gone,
     Refused,
     Request,
+    SandboxState,
     Snapshot,
     make_frame,
 )
@@ -60,6 +62,8 @@ class Link:
         self._serial = 0
         self._sending: Final = trio.Lock()
         self._dead = False
+        self._parts: Final[list[SandboxState]] = []  # of a snapshot that is not whole yet
+        self.broken = ""  # what was wrong with what the gate said, if it ended for that
         self._heard = 0  # the number of the last event that was dealt with
         self._confirmed = 0
         self._unconfirmed = trio.Event()
@@ -132,6 +136,7 @@ class Link:
         except (OSError, trio.ClosedResourceError):
             pass  # as good as its end
         except PeerProtocolError as exc:
+            self.broken = str(exc)
             LOGGER.error("the gate broke the control protocol: %s", exc)  # noqa: TRY400 - no defect of ours
         finally:
             close_all(reader.take_all_fds())
@@ -147,6 +152,11 @@ class Link:
             return
         waiter = self._waiting.get(envelope.serial)
         if isinstance(body, Snapshot):
+            self._parts.extend(body.sandboxes)
+            if body.more:
+                return
+            body = msgspec.structs.replace(body, sandboxes=tuple(self._parts))
+            self._parts.clear()
             # Here and not in the task that asked: the events that follow are about this one.
             self._listener.take_snapshot(body)
         if waiter is not None and isinstance(body, Answer):

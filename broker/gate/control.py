@@ -20,7 +20,7 @@ from policy.rules import AccessList, Identity
 
 # Raised with every change that an older peer would misread.
 PROTOCOL: Final = 3
-# An access list of 10 000 rules takes about 2 MiB.
+# An access list of 10 000 rules takes about 2 MiB, and none over 8; snapshots come in parts.
 MAX_FRAME: Final = 32 * 1024 * 1024
 # What the kernel takes in one SCM_RIGHTS message (SCM_MAX_FD).
 MAX_FRAME_FDS: Final = 253
@@ -128,7 +128,9 @@ class TagHeaders(msgspec.Struct, frozen=True, tag=True):
 
 
 class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
-    """Ask for everything there is. Answered by Snapshot."""
+    """Ask for everything there is. Answered by Snapshot, if need be by several with one after the other."""
+
+    in_parts: bool = False  # no: one frame, which may be longer than is read
 
 
 class TakeUse(msgspec.Struct, frozen=True, tag=True):
@@ -263,6 +265,7 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pid: int
     buses: tuple[BusSpec, ...]
     sandboxes: tuple[SandboxState, ...]
+    more: bool = False  # the next answer to the same request has other sandboxes of the same moment
 
 
 class Listeners(msgspec.Struct, frozen=True, tag=True):

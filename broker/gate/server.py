@@ -5,13 +5,14 @@ The gate outlives its supervisor. While none is connected it goes on with the ru
 """
 
 import logging
+import math
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, assert_never
 
+from broker.gate.accept import peer_uid
 from broker.gate.bus import Bus
 from broker.gate.control import (
     MAX_FRAME_FDS,
@@ -50,6 +51,7 @@ from broker.gate.handover import VERSION, Fds, HandoverError, Opening, SandboxDu
 from broker.gate.kept import Kept
 from broker.gate.loop import READABLE, Loop
 from broker.gate.managed import Manager
+from broker.gate.parts import PART, cut
 from broker.gate.pipe import Closed, Pipe, adopt, close_fds
 from broker.gate.sandbox import Sandbox
 from broker.gate.takeover import Channel, hand_over, leave
@@ -63,7 +65,6 @@ LOGGER: Final = logging.getLogger(__name__)
 MAX_UNREAD: Final = 64 * 1024 * 1024
 # Seconds for it to take what it is told last, of the end of up to 10 000 sandboxes.
 LAST_WORDS: Final = 2.0
-_UCRED: Final = struct.Struct("iII")
 
 
 class Gate:
@@ -81,6 +82,7 @@ class Gate:
         self._reader = FrameReader()
         self._asked: Final[deque[tuple[Envelope, list[int]]]] = deque()  # and not looked at
         self._control = -1  # what it listens on for supervisors
+        self._most_unread: float = MAX_UNREAD  # and more while a snapshot is on its way
 
     # -- the supervisor's connection ---------------------------------------------------------------
 
@@ -103,10 +105,7 @@ class Gate:
         except OSError as exc:
             LOGGER.warning("control-accept: %s", exc.strerror)
             return
-        _, uid, _ = _UCRED.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        )
-        if uid not in (0, os.geteuid()):
+        if (uid := peer_uid(sock)) not in (0, os.geteuid()):
             LOGGER.warning("control-refused uid=%d", uid)
             sock.close()
             return
@@ -116,7 +115,8 @@ class Gate:
             return
         sock.setblocking(False)
         self._reader = FrameReader()
-        self._supervisor = Pipe(self._loop, sock, self._readable, lambda: None)
+        self._supervisor = Pipe(self._loop, sock, self._readable, self._bound_unread)
+        self._bound_unread()
         for number, event in self._kept.tell_all():
             self._write(Envelope(serial=0, body=event, number=number))
 
@@ -155,7 +155,7 @@ class Gate:
         except Closed:
             self._lose_supervisor("closed")
             return
-        if supervisor.queued > MAX_UNREAD:
+        if supervisor.queued > self._most_unread:
             self._lose_supervisor("does not read")
 
     def _emit(self, event: Event) -> None:
@@ -175,6 +175,9 @@ class Gate:
                 answer = self._manager.start_next(envelope.body, fds)
             elif isinstance(envelope.body, HandOver):
                 self._hand_over(envelope.serial, envelope.body, fds)
+            elif isinstance(envelope.body, TakeSnapshot):
+                self._tell_snapshot(envelope.serial, envelope.body)
+                return
             elif isinstance(envelope.body, CallBus):
                 self._own.call(self._bus(envelope.body.bus), envelope.body, envelope.serial)
                 return
@@ -224,8 +227,6 @@ class Gate:
                     self._buses.setdefault(
                         spec.name, Bus(spec.name, spec.address)
                     ).address = spec.address
-            case TakeSnapshot():
-                return self._snapshot()
             case TakeUse():
                 return self._use(request.sandbox)
             case Shutdown():
@@ -233,8 +234,10 @@ class Gate:
             case SetUpstream():
                 self._bus(request.bus)
                 self._upstreams.set(self._find(request.sandbox), request.bus, request.upstream)
-            case Confirm() | StartNext() | TakeListeners() | HandOver() | CallBus():  # done by now
-                pass
+            case (
+                Confirm() | StartNext() | TakeListeners() | TakeSnapshot() | HandOver() | CallBus()
+            ):
+                pass  # done by now
             case _:
                 assert_never(request)
         return Done()
@@ -293,13 +296,20 @@ class Gate:
             self._sandboxes.pop(sandbox.id, None)
         self._upstreams.follow(sandbox)
 
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            protocol=PROTOCOL,
-            pid=os.getpid(),
-            buses=tuple(bus.spec() for bus in self._buses.values()),
-            sandboxes=tuple(sandbox.state() for sandbox in self._sandboxes.values()),
-        )
+    def _tell_snapshot(self, serial: int, request: TakeSnapshot) -> None:
+        buses = tuple(bus.spec() for bus in self._buses.values())
+        head = Snapshot(protocol=PROTOCOL, pid=os.getpid(), buses=buses, sandboxes=())
+        states = [sandbox.state() for sandbox in self._sandboxes.values()]
+        # It is as long as it is, and was asked for.
+        self._most_unread = math.inf
+        for part in cut(head, states, PART if request.in_parts else math.inf):
+            self._write(Envelope(serial=serial, body=part))
+        self._bound_unread()
+
+    def _bound_unread(self) -> None:
+        """Have room for as much as ever beyond what there is."""
+        queued = self._supervisor.queued if self._supervisor is not None else 0
+        self._most_unread = queued + MAX_UNREAD
 
     def _use(self, sandbox: str | None) -> Use:
         if sandbox is not None:
@@ -354,8 +364,9 @@ class Gate:
         self.serve(adopt(fds[opening.control]))
         if opening.supervisor is not None:
             sock = adopt(fds[opening.supervisor.fd])
-            self._supervisor = Pipe(self._loop, sock, self._readable, lambda: None)
+            self._supervisor = Pipe(self._loop, sock, self._readable, self._bound_unread)
             self._supervisor.load(opening.supervisor, fds)
+            self._bound_unread()
         self._asked.extend(self._reader.feed(opening.unanswered, pick(fds, opening.unanswered_fds)))
         self._kept = opening.kept
         for one in opening.buses:
