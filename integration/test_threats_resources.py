@@ -83,9 +83,10 @@ def test_e1_all_connections_have_one_budget_of_unread_bytes(scene: Scene) -> Non
     for client in deaf:  # each of them is far below it
         for _ in range(12):
             scene.host.send_raw(make_news(client))
-    wait_for(lambda: "does not read" in scene.warden.log)
+    wait_for(lambda: scene.connections() < len(deaf))
     scene.host.list_names()  # all that was sent is at the gate, or in a socket
-    assert scene.use()["bytes_queued"] <= SMALL_LIMITS["bytes_queued"]
+    # What one of them has as its only message, or was read as one, does not count.
+    assert scene.use()["bytes_queued"] <= SMALL_LIMITS["bytes_queued"] + MIB // 2
     left = scene.connections()
     assert 2 <= left < len(deaf)  # who has to go is who is most behind, one at a time
 

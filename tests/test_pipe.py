@@ -95,6 +95,16 @@ def test_who_has_more_than_one_message_waiting_is_behind(ends: Ends) -> None:
     assert [*was_behind, ends.pipe.is_behind] == [False, True, False]
 
 
+def test_who_is_sent_much_at_once_is_behind_unless_it_is_one_message(ends: Ends) -> None:
+    ends.pipe.write([b"one", b"x" * 4_000_000])
+    assert not ends.pipe.is_behind  # the first one is taken
+    while ends.pipe.queued:
+        ends.take()
+        ends.turn()
+    ends.pipe.write([b"x" * 1_000_000] * 4)
+    assert ends.pipe.is_behind
+
+
 def test_descriptors_arrive_with_the_first_byte_of_their_message(ends: Ends) -> None:
     reading, writing = os.pipe()
     ends.pipe.write([b"before", Chunk(b"message", (reading,)), b"after"])

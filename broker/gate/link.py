@@ -19,7 +19,7 @@ from broker.gate.loop import Loop, Timer
 from broker.gate.meter import BEHIND, Meter
 from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds
 from broker.gate.shortcut import Payers, take_short_way
-from broker.gate.use import connection_use, find_too_far_behind
+from broker.gate.use import connection_use, end_too_far_behind
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.sasl import Client, SaslClient, SaslServer
 from policy.match import Judge
@@ -76,8 +76,13 @@ class Link:
             self._send()
 
     @property
+    def queued(self) -> int:
+        """Bytes that the app has not taken yet."""
+        return self._app.queued
+
+    @property
     def behind(self) -> int:
-        """Bytes that the app has not taken yet, if it is more than one message."""
+        """The same, if they are of more than one message."""
         return self._app.queued if self._app.is_behind else 0
 
     def close(self, reason: str) -> None:
@@ -247,8 +252,9 @@ class Link:
         core = judging.core
         if core.to_app:
             self._app.write(core.to_app)
-            if self._app.is_behind:
-                self._check_queued()
+            if self._app.queued:
+                sandbox = self.sandbox
+                end_too_far_behind(self, sandbox.links, sandbox.limits.bytes_queued)
         if core.to_bus:
             upstream.write(core.to_bus)
         if judging.spent:
@@ -264,14 +270,6 @@ class Link:
         self._app.pause(reading=reads)
         self._app.is_clear = reads and judging.from_app.is_idle
         upstream.is_clear = not self._app.queued and judging.bus_is_clear
-
-    def _check_queued(self) -> None:
-        worst = find_too_far_behind(self.sandbox.links, self.sandbox.limits.bytes_queued)
-        exc = PeerQuotaError("does not read what it is sent")
-        if worst is self:
-            raise exc
-        if worst:
-            worst.failed(exc)
 
     def _check_fds(self) -> None:
         limit = self.sandbox.limits.fds

@@ -53,7 +53,7 @@ class Pipe:
         self._queue: Final[deque[Chunk]] = deque()
         self.queued = 0  # bytes that the other end has not taken
         self.queued_fds = 0
-        self.is_behind = False  # more was to be sent while something waited already
+        self.is_behind = False  # what waits is more than one message, or was when more came
         self.handler: Callable[[int], None] = self.event
         # Read, and nothing waits on either way that has to go before what comes: see shortcut.py.
         self.is_clear = False
@@ -113,7 +113,7 @@ class Pipe:
         # The other end that took no more a moment ago: the loop says when it does.
         if not self._events & WRITABLE or self._is_away:
             self._flush()
-        self.is_behind = was_waiting and bool(self._queue)
+        self.is_behind = len(self._queue) > 1 or (was_waiting and bool(self._queue))
 
     def hand_over(self, handler: Callable[[int], None]) -> None:
         """Have the loop call somebody else, who leaves to `event` what it does not do itself."""
