@@ -4,6 +4,7 @@ import pytest
 
 from broker.gate.budgets import BYTES_A_MESSAGE, JUDGED_COST, MessageBudget
 from broker.gate.meter import BUSY_SECOND, EVERY, Meter
+from broker.wire.errors import PeerProtocolError
 from broker.wire.header import parse_header
 from broker.wire.marshal import make_return
 from tests.messages import NO_REPLY, access, call
@@ -90,6 +91,24 @@ def test_bytes_count_as_they_arrive(world: World) -> None:
     half = call(5, "org.a", signature="s", values=("x" * 100 * BYTES_A_MESSAGE,))
     world.meter.feed_app(half[: 50 * BYTES_A_MESSAGE], ())
     assert world.filter.spent == 50
+
+
+def test_each_read_counts_however_little_it_brings(world: World) -> None:
+    message = call(5, "org.a", flags=NO_REPLY)
+    for at in range(len(message)):
+        world.filter.spent = 0
+        world.meter.feed_app(message[at : at + 1], ())
+        assert world.filter.spent == 1
+    world.filter.spent = 0
+    world.meter.go_on()
+    assert world.filter.spent == 0
+
+
+def test_what_breaks_the_protocol_counts(world: World) -> None:
+    world.clock.step = 0.01
+    with pytest.raises(PeerProtocolError):
+        world.meter.feed_app(b"?" * 16, ())
+    assert world.filter.spent == pytest.approx(0.01 * BUSY_SECOND, abs=1)
 
 
 def test_time_counts_where_it_is_more(world: World) -> None:

@@ -7,7 +7,16 @@ from hypothesis import given, strategies as st
 
 from broker.wire import sasl
 from broker.wire.errors import PeerProtocolError
-from broker.wire.sasl import MAX_DIALOGUE, MAX_REJECTED, SaslClient, SaslServer, State, Verb
+from broker.wire.sasl import (
+    MAX_DIALOGUE,
+    MAX_LINES,
+    MAX_REJECTED,
+    Lines,
+    SaslClient,
+    SaslServer,
+    State,
+    Verb,
+)
 
 GUID = "0123456789abcdef0123456789abcdef"
 OK = f"OK {GUID}\r\n".encode()
@@ -155,6 +164,17 @@ def test_endless_lines_end_it() -> None:
     with pytest.raises(PeerProtocolError, match="more than"):
         for _ in range(MAX_DIALOGUE):
             server.feed(b"WHAT\r\n")
+
+
+def test_lines_are_counted_on_both_sides() -> None:
+    server = make_server(b"\0", b"\r\n" * MAX_LINES)
+    with pytest.raises(PeerProtocolError, match=f"more than {MAX_LINES} lines"):
+        server.feed(b"\r\n")
+    lines = Lines()
+    lines.feed(b"\r\n" * (MAX_LINES + 1))
+    assert [lines.next_line() for _ in range(MAX_LINES)] == [b""] * MAX_LINES
+    with pytest.raises(PeerProtocolError, match="lines"):
+        lines.next_line()
 
 
 def test_what_follows_the_dialogue_has_no_limit_here() -> None:

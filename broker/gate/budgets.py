@@ -14,6 +14,8 @@ LOGGER: Final = logging.getLogger(__name__)
 # with both of its handshakes some milliseconds, here, in the bus and in the supervisor.
 JUDGED_COST: Final = 5
 CONNECTION_COST: Final = 250
+# A read, in a handshake: what it says is bounded in sasl.py. Elsewhere meter.py looks at what it brought.
+READ_COST: Final = 1
 # So many bytes cost a message more: that is what copying them takes, here, in the bus and in who gets them.
 BYTES_A_MESSAGE: Final = 3072
 # Messages to be judged anew that one connection gets done before the others have their turn.

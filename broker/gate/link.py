@@ -4,12 +4,14 @@ Whatever one app's bytes do ends this link at the worst: see contain.py. `dump` 
 that is to go on with it.
 """
 
+import contextlib
 import functools
 import logging
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from broker.gate.budgets import READ_COST
 from broker.gate.bus import Bus
 from broker.gate.contain import contained
 from broker.gate.control import Use
@@ -17,7 +19,7 @@ from broker.gate.filter import Filter
 from broker.gate.handover import Fds, LinkDump
 from broker.gate.loop import Loop, Timer
 from broker.gate.meter import BEHIND, Meter
-from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds
+from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds, close_output
 from broker.gate.shortcut import Payers, take_short_way
 from broker.gate.use import connection_use, end_too_far_behind
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
@@ -39,7 +41,8 @@ class Link:
         self._loop: Final = loop
         self.sandbox: Final = sandbox
         self.bus: Final = bus
-        self._app: Final = Pipe(loop, sock, self._greet_app, self._app_drained)
+        # Nothing waits for the app to read.
+        self._app: Final = Pipe(loop, sock, self._greet_app, lambda: None)
         self._guid: Final = guid
         self._server: Final = SaslServer(sandbox.spec.uid, guid, takes_fds=bus.takes_fds)
         # What was said in the handshakes, as long as they last.
@@ -104,10 +107,9 @@ class Link:
 
     def _filter_closed(self, closing: Filter) -> None:
         core = closing.core
+        self.sandbox.messages.take_more(closing.spent)  # by what ended it
         close_fds(closing.close())
-        for item in (*core.to_bus, *core.to_app):
-            if not isinstance(item, bytes):
-                close_fds(item.fds)
+        close_output([*core.to_bus, *core.to_app])
         self.bus.members.discard(core)
         self.bus.links.discard(self)
 
@@ -134,8 +136,9 @@ class Link:
         answer = self._server.feed(data)
         if answer:
             self._app.write([answer])
+        self._is_throttled = self.sandbox.charge(READ_COST, self.read_on)
+        self._app.pause(reading=not (self._server.done or self._is_throttled))
         if self._server.done:
-            self._app.pause(reading=False)
             self._connect()
 
     def _connect(self) -> None:
@@ -184,7 +187,7 @@ class Link:
         if self._client.leftover:
             judging.feed_bus(self._client.leftover)
         if self._server.leftover:
-            judging.feed_app(self._server.leftover)
+            self._meter.feed_app(self._server.leftover, ())
         self._send()
 
     def _judge_with(self, upstream: Pipe, *, app_takes_fds: bool) -> Filter:
@@ -253,8 +256,7 @@ class Link:
         if core.to_app:
             self._app.write(core.to_app)
             if self._app.queued:
-                sandbox = self.sandbox
-                end_too_far_behind(self, sandbox.links, sandbox.limits.bytes_queued)
+                end_too_far_behind(self, self.sandbox.links, self.sandbox.limits.bytes_queued)
         if core.to_bus:
             upstream.write(core.to_bus)
         if judging.spent:
@@ -299,6 +301,8 @@ class Link:
         self._is_throttled = False
         if self._filter is not None:
             self._send()
+        else:
+            self._app.pause(reading=not self._server.done)
 
     def _go_on_soon(self) -> None:
         upstream = self._upstream
@@ -334,9 +338,6 @@ class Link:
             self.close(text)
         elif judging.from_app.unfinished:
             self._watch_message(judging.from_app.unfinished)
-
-    def _app_drained(self) -> None:
-        """Nothing waits for the app to read."""
 
     # -- handing over -----------------------------------------------------------------------------------
 
@@ -374,7 +375,8 @@ class Link:
                 return
             self._client = SaslClient(self.sandbox.spec.uid)
             self._client.feed(self._bus_said)
-        self._server.feed(self._said)
+        with contextlib.suppress(PeerProtocolError):  # another gate took it: the next line ends it
+            self._server.feed(self._said)
 
     def _load_deadline(self, dump: LinkDump) -> None:
         assert self._deadline is not None

@@ -71,9 +71,13 @@ class Meter:
     def _measure_app(self, judge: Callable[[], None], size: int) -> None:
         judging = self._judging
         start = self._clock()
-        judge()
-        judging.spent += size // BYTES_A_MESSAGE
-        self._spend(start, 0)
+        try:
+            judge()
+        finally:  # a message that ends the connection has taken its time as well
+            # A read with nothing whole in it is a read: whoever sends byte by byte pays for each.
+            least = 1 if size else 0
+            judging.spent = max(judging.spent + size // BYTES_A_MESSAGE, least)
+            self._spend(start, 0)
         # Half of a message is not on its way to the bus yet.
         if judging.core.to_bus:
             self._ask_if_due()

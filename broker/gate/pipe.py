@@ -274,6 +274,13 @@ def close_fds(fds: Sequence[int]) -> None:
             os.close(fd)
 
 
+def close_output(output: Output) -> None:
+    """Close the descriptors of what will not be sent."""
+    for item in output:
+        if isinstance(item, Chunk):
+            close_fds(item.fds)
+
+
 def unlink_socket(name: str, device: int, inode: int) -> None:
     """Remove a socket's file, if it is still that one; no name: it has none."""
     if not name:

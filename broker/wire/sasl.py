@@ -23,6 +23,8 @@ from broker.wire.errors import PeerProtocolError
 # The longest legal line is about 100 bytes. The cap is on all lines together, so that a peer that
 # never says BEGIN ends.
 MAX_DIALOGUE: Final = 16 * 1024
+# A real dialogue has up to ten. Empty lines cost two bytes each, and as much time as any other.
+MAX_LINES: Final = 32
 MAX_REJECTED: Final = 6  # as dbus-daemon's
 
 _PRINTABLE: Final = re.compile(rb"[\x20-\x7e]+")
@@ -86,11 +88,12 @@ _PLAIN_VERBS: Final = {
 
 
 class Lines:
-    """Bytes in, lines without their CR LF out, within MAX_DIALOGUE."""
+    """Bytes in, lines without their CR LF out, within MAX_DIALOGUE and MAX_LINES."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._taken = 0
+        self._count = 0
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -104,6 +107,9 @@ class Lines:
             if len(self._buffer) >= room:
                 raise PeerProtocolError(f"more than {MAX_DIALOGUE} bytes of authentication")
             return None
+        self._count += 1
+        if self._count > MAX_LINES:
+            raise PeerProtocolError(f"more than {MAX_LINES} lines of authentication")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + len(_CRLF)]
         self._taken += end + len(_CRLF)

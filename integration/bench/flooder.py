@@ -1,4 +1,4 @@
-"""A process in a sandbox that takes all it can get, in one of five ways.
+"""A process in a sandbox that takes all it can get, in one of seven ways.
 
     python -m integration.bench.flooder KIND SOCKET
 
@@ -9,21 +9,21 @@ say, in a line, how often it could do something.
 import contextlib
 import os
 import select
+import socket
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from broker.wire.marshal import make_call
-from integration.bench.client import BUFFER, SERIAL_AT, BenchError, Client
+from broker.wire.sasl import MAX_DIALOGUE
+from integration.bench.client import BUFFER, SERIAL_AT, TIMEOUT, BenchError, Client
 from integration.bench.traffic import Load
-
-if TYPE_CHECKING:
-    import socket
 
 COMMANDS: Final = 0
 MIB: Final = 1024 * 1024
 CONNECTIONS: Final = 8  # of those that send; half of what a sandbox may have
+MANY_CONNECTIONS: Final = 14  # of those that send little at a time; nearly all
 HIDDEN: Final = "org.example.Hidden"  # what the sandbox may not talk to
 
 
@@ -40,9 +40,19 @@ class Flood(Protocol):
 class Sender:
     """Connections that send the same bytes for ever, and read what is answered or do not."""
 
-    def __init__(self, path: str, data: bytes, *, reads: bool = True) -> None:
+    def __init__(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        reads: bool = True,
+        connections: int = CONNECTIONS,
+        piece: int = sys.maxsize,
+    ) -> None:
         self._path: Final = path
         self._data: Final = memoryview(data)
+        self._connections: Final = connections
+        self._piece: Final = piece  # bytes that are sent at a time
         self._wanted: Final = select.EPOLLOUT | (select.EPOLLIN if reads else 0)
         self._poll: Final = select.epoll()
         self._sockets: Final[dict[int, socket.socket]] = {}
@@ -50,7 +60,7 @@ class Sender:
 
     def step(self) -> bool:
         """Send and read whatever goes."""
-        if len(self._sockets) < CONNECTIONS:
+        if len(self._sockets) < self._connections:
             # It was cut off, or has not begun. There may be one too many for a moment.
             with contextlib.suppress(BenchError, OSError):
                 self._connect()
@@ -89,7 +99,8 @@ class Sender:
             raise ConnectionResetError
         if not events & select.EPOLLOUT:
             return False
-        sent = self._sent[fd] + sock.send(self._data[self._sent[fd] :])
+        at = self._sent[fd]
+        sent = at + sock.send(self._data[at : at + self._piece])
         self._sent[fd] = sent % len(self._data)
         return True
 
@@ -112,12 +123,43 @@ class Connector:
         """Nothing is kept."""
 
 
+class Greeter:
+    """Connections that say as much as fits into a handshake, in lines that mean nothing."""
+
+    def __init__(self, path: str) -> None:
+        self._path: Final = path
+
+    def step(self) -> bool:
+        """Connect once, and wait for a word or the end."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(TIMEOUT)
+            try:
+                sock.connect(self._path)
+                sock.sendall(b"\0" + b"\r\n" * (MAX_DIALOGUE // 2 - 1))
+                sock.recv_into(BUFFER)
+            except ConnectionError:
+                return True
+            except OSError:
+                return False
+        return True
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
 FLOODS: Final[Mapping[str, Callable[[str], Flood]]] = {
     "denied": lambda path: Sender(path, repeat(make_denied(), 256)),
     "allowed": lambda path: Sender(path, repeat(Load().make_call(), 256)),
     "huge": lambda path: Sender(path, repeat(Load(payload=8 * MIB).make_call(), 1)),
     "deaf": lambda path: Sender(path, repeat(Load(payload=65536).make_call(), 16), reads=False),
     "connects": Connector,
+    "greets": Greeter,
+    "bytes": lambda path: Sender(
+        path,
+        repeat(Load(payload=MIB).make_call(), 1),
+        connections=MANY_CONNECTIONS,
+        piece=1,
+    ),
 }
 
 

@@ -1,0 +1,148 @@
+"""What a connection's reads cost its sandbox: those of its handshake, and those that end it."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from broker.gate.budgets import BYTES_A_MESSAGE, CONNECTION_COST
+from broker.gate.bus import Bus
+from broker.gate.connector import Done
+from broker.gate.control import Listener, SandboxLimits, SandboxSpec
+from broker.gate.loop import Loop
+from broker.gate.sandbox import Sandbox
+from policy.rules import AccessList, Identity
+
+RATE = 1000
+AUTH = b"\0AUTH EXTERNAL " + str(os.getuid()).encode().hex().encode() + b"\r\n"
+BROKEN = b"?" * (20 * BYTES_A_MESSAGE)  # no byte order is called so
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FarBus(Bus):
+    """A bus whose end of each connection a test has."""
+
+    def __init__(self) -> None:
+        super().__init__("session", "unix:path=/nowhere")
+        self.ends: list[socket.socket] = []
+
+    def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.ends.append(theirs)
+        done(ours)
+
+
+class World:
+    """A sandbox with one connection, in a loop whose time stands still."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = Clock()
+        self.loop = Loop(self.clock)
+        path = folder / "app"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
+        spec = SandboxSpec(
+            id="c0",
+            identity=Identity(type="org.example.Type", app="org.example.App"),
+            uid=os.getuid(),
+            listeners=(Listener(bus="session", fd=0),),
+            access=AccessList(),
+            limits=SandboxLimits(messages_per_second=RATE),
+        )
+        self.bus = FarBus()
+        buses: dict[str, Bus] = {"session": self.bus}
+        self.sandbox = Sandbox(self.loop, spec, buses, lambda _event: None, lambda _sandbox: None)
+        # No tick of the real clock is to put anything in.
+        self.sandbox.messages._clock = self.clock  # type: ignore[misc]
+        self.sandbox.messages._filled = self.clock.now
+        self.sandbox.open([listener.detach()])
+        self.app = socket.socket(socket.AF_UNIX)
+        self.app.connect(str(path))
+        self.app.setblocking(False)
+        self.turn()
+
+    def turn(self, seconds: float = 0.0, times: int = 3) -> None:
+        for _ in range(times):
+            self.clock.now += seconds
+            self.loop.call_later(0, self.loop.stop)
+            self.loop._running = True
+            self.loop.run()
+
+    def say(self, data: bytes) -> int:
+        """Have the app send that; return what it was charged."""
+        before = self.sandbox.messages.left
+        self.app.send(data)
+        self.turn()
+        return before - self.sandbox.messages.left
+
+    def is_open(self) -> bool:
+        return bool(self.sandbox.links)
+
+    def let_in(self) -> None:
+        """Have the bus answer the gate's handshake."""
+        (end,) = self.bus.ends
+        end.send(b"OK " + b"0" * 32 + b"\r\nAGREE_UNIX_FD\r\n")
+        self.turn()
+
+    def close(self) -> None:
+        self.sandbox.stop("over")
+        self.loop.close()
+        for sock in (self.app, *self.bus.ends):
+            sock.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+def test_each_read_of_a_handshake_costs(world: World) -> None:
+    assert world.sandbox.messages.left == RATE - CONNECTION_COST
+    assert [world.say(bytes((byte,))) for byte in AUTH] == [1] * len(AUTH)
+    assert world.app.recv(100).startswith(b"OK ")
+
+
+def test_handshake_waits_for_the_budget(world: World) -> None:
+    world.sandbox.messages.left = 0
+    assert world.say(AUTH[:1]) == 1
+    assert world.sandbox.is_throttled
+    assert world.say(AUTH[1:]) == 0
+    with pytest.raises(BlockingIOError):
+        world.app.recv(100)
+    world.turn(0.1)
+    assert world.app.recv(100).startswith(b"OK ")
+    assert world.is_open()
+
+
+def test_handshake_of_many_lines_is_the_end(world: World) -> None:
+    world.say(b"\0" + b"\r\n" * 100)
+    assert not world.is_open()
+
+
+def test_message_that_ends_the_connection_is_charged(world: World) -> None:
+    world.say(AUTH + b"BEGIN\r\n")
+    world.let_in()
+    assert world.is_open()
+    assert world.say(BROKEN) >= len(BROKEN) // BYTES_A_MESSAGE
+    assert not world.is_open()
+
+
+def test_message_that_came_with_the_handshake_is_charged(world: World) -> None:
+    world.say(AUTH + b"BEGIN\r\n" + BROKEN)
+    before = world.sandbox.messages.left
+    world.let_in()
+    assert not world.is_open()
+    assert before - world.sandbox.messages.left >= len(BROKEN) // BYTES_A_MESSAGE
