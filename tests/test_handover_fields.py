@@ -33,7 +33,7 @@ _close_pipe _guid _listening _throttled_count _waiting complaints denied_count i
 # Class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
 FIELDS: Final = {
     "core.Core": (CORE, CORE_AGAIN),
-    "owners.Owners": ("_extra _matches _then _uses names waiting", "_by_owner"),
+    "owners.Owners": ("_extra _matches _then _uses names waiting", "_by_owner _histories"),
     "sight.Sight": ("lately_seen", ""),
     "swap.Swap": ("told", ""),
     "intake.Intake": ("_batches _fds _need _number _parts _skip unfinished", "_held"),

@@ -171,3 +171,58 @@ def test_change_of_rules_forgets_what_is_used_no_more() -> None:
     talk.use(access("send:org.a"))
     assert knows(talk) == {"org.a": ":1.2"}
     assert talk.model.matches == [f"{MATCH},arg0='org.a'"]
+
+
+def test_owner_change_costs_the_same_however_many_calls_wait() -> None:
+    talk = Dialogue(access("send:org.a"), owners=OWNERS)
+    talk.app(*(call(2 + n, "org.a") for n in range(50)))
+    before = list(talk.core.pending.values())
+    assert len({*map(id, before)}) == 1  # one Target, which all have
+    talk.change("org.a", ":1.3")
+    assert list(map(id, talk.core.pending.values())) == list(map(id, before))
+    for asked in talk.arrived:
+        assert names(talk.reply(asked, sender=":1.3")) == ["return"]
+
+
+def test_each_call_is_answered_by_who_owned_the_name_since_it_was_made() -> None:
+    talk = Dialogue(access("send:org.a"), owners=OWNERS)
+    owners = [":1.2", ":1.3", "", ":1.4"]
+    for n, owner in enumerate(owners):
+        if n:
+            talk.change("org.a", owner)
+        talk.model.owners.setdefault(
+            "org.a", "starting"
+        )  # so that the model does not answer itself
+        talk.app(*(call(10 * n + 10 + m, "org.a") for m in range(4)))
+        talk.model.owners["org.a"] = owner
+    arrived = iter(talk.arrived)
+    for n in range(len(owners)):
+        for sender in [*filter(None, owners), ":1.9"]:
+            answered = names(talk.reply(next(arrived), sender=sender))
+            assert answered == (["return"] if sender in owners[n:] else []), (n, sender)
+
+
+def test_history_of_a_name_is_kept_as_long_as_calls_wait() -> None:
+    talk = Dialogue(access("send:org.*"), owners=OWNERS)
+    histories = talk.filter._owners._histories
+    talk.change("org.a", ":1.3")
+    assert not histories
+    talk.app(call(2, "org.a"))
+    for owner in ("", ":1.4", ""):  # nobody's names are forgotten
+        talk.change("org.a", owner)
+    assert list(histories) == ["org.a"]
+    talk.change("org.a", ":1.5")
+    assert names(talk.reply(talk.arrived[0], sender=":1.5")) == ["return"]
+    assert not histories
+
+
+def test_call_to_a_name_that_was_forgotten_meanwhile_is_still_followed() -> None:
+    limits = SandboxLimits(tracked_names=1)
+    talk = Dialogue(access("send:"), owners=OWNERS, limits=limits)
+    talk.app(call(2, "org.a"))
+    talk.app(call(3, "org.b"))
+    assert "org.a" not in knows(talk)
+    talk.app(call(4, "org.a"))
+    talk.change("org.a", ":1.4")
+    first, *_ = talk.arrived
+    assert names(talk.reply(first, sender=":1.4")) == ["return"]

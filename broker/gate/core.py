@@ -7,14 +7,14 @@ leave a memory in `fast`, so that the next message with the same header bytes co
 Rule 1: whatever a remembered verdict depends on (rules, owners, identities, tags) calls `forget_verdicts`
 when it changes, in the same step.
 Rule 2: `pending` has one entry for each call that waits for a reply, whoever asked. An entry's `owner` is the one unique
-name whose reply is let through without a second look; "" makes every reply take the slow path.
+name whose reply is let through without a second look; "" makes every reply take the slow path. Many entries may be one Target.
 Rule 3: serials from OWN_SERIALS up are the gate's. An app's message that has one is given another.
 Rule 4: a descriptor that came in is in exactly one place; whoever drops it closes it by `close_fds`.
 Rule 5: what is known for longer than a turn of the loop is data, and in `dump`: another process may have to go on with it.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, Literal, NamedTuple, Protocol, TypeVar
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
@@ -54,7 +54,7 @@ class Target:
 
     __slots__ = ("former", "name", "owner")
 
-    def __init__(self, owner: str, name: str = "", former: frozenset[str] = frozenset()) -> None:
+    def __init__(self, owner: str, name: str = "", former: Collection[str] = frozenset()) -> None:
         self.owner = owner
         self.name = name  # the well-known name that was addressed, if one was
         self.former = former  # who else owned that name since the call
@@ -72,7 +72,7 @@ class Special:
     def __init__(self, then: Then, target: "Target | None" = None, *, is_own: bool = False) -> None:
         self.owner = ""  # never equal to a sender
         self.name = ""
-        self.former: frozenset[str] = frozenset()
+        self.former: Collection[str] = frozenset()
         self.target = target if target is not None else DRIVER_TARGET
         self.then = then
         self.is_own = is_own  # a call of the gate, not of the app

@@ -8,10 +8,12 @@ word wins. While an answer is missing, `waiting` is above zero and what needs it
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
+from weakref import WeakValueDictionary
 
 from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER
 from broker.gate.core import MAX_FORMER_OWNERS, Core, Special, Target
 from broker.gate.handover import OwnersDump, Then
+from broker.gate.history import History, Since
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
@@ -45,6 +47,8 @@ class Owners:
         self.waiting = 0  # answers that are on their way
         self._then: Callable[[], None] | None = None
         self._by_owner: Final[dict[str, set[str]]] = {}
+        # Of names with calls that wait, which hold it: who owned them meanwhile.
+        self._histories: Final[WeakValueDictionary[str, History]] = WeakValueDictionary()
         self._extra: Final[OrderedDict[str, None]] = OrderedDict()
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
         self._matches: Final[set[str]] = set()
@@ -150,7 +154,6 @@ class Owners:
         if new:
             self._by_owner.setdefault(new, set()).add(name)
         self._follow(target, old, new)
-        target.owner = new
         if not new and name not in self._uses.exact and name not in self._extra:
             del self.names[name]  # names come and go: those of a subtree or glob have no end
         self._core.forget_verdicts()
@@ -172,20 +175,27 @@ class Owners:
         return any(".".join(parts[:n]) in uses.subtrees for n in range(1, len(parts)))
 
     def _follow(self, target: Target, old: str, new: str) -> None:
-        """Let waiting calls to this name be answered by whoever owned it since they were made."""
-        for serial, entry in list(self._core.pending.items()):
-            waiting = _target_of(entry)
-            if waiting.name != target.name:
-                continue
-            former = waiting.former if len(waiting.former) < MAX_FORMER_OWNERS else frozenset()
-            followed = Target(new, target.name, former | {old} if old else former)
-            if isinstance(entry, Special):
-                entry.target = followed
-            else:
-                self._core.pending[serial] = followed
+        """Let waiting calls to this name be answered by whoever owned it since they were made.
+
+        They have `target` in common, or one from before an earlier change; calls from now on have another.
+        """
+        self._keep_history(target).add(old, new)
+        self.names[target.name] = Target(new, target.name)
+
+    def _keep_history(self, target: Target) -> History:
+        """Let the calls that wait for `target` know of all changes from now on."""
+        history = self._histories.get(target.name)
+        if history is None:
+            history = self._histories[target.name] = History(MAX_FORMER_OWNERS - 1)
+        if not isinstance(target.former, Since):
+            few = len(target.former) < MAX_FORMER_OWNERS  # each hand-over could add some
+            target.former = Since(history, target.former if few else ())
+        return history
 
     def _forget(self, name: str) -> None:
         target = self.names.pop(name, None)
+        if target is not None:
+            self._keep_history(target)
         if target is not None and target.owner:
             owned = self._by_owner[target.owner]
             owned.discard(name)
@@ -273,6 +283,9 @@ class Owners:
             self.names[name] = Target(owner, name)
             if owner:
                 self._by_owner.setdefault(owner, set()).add(name)
+        for entry in self._core.pending.values():
+            if (target := _target_of(entry)).name:
+                self._keep_history(target)
         self.waiting = dump.waiting
         self._then = then if dump.tells else None
         self._extra.update(dict.fromkeys(dump.extra))
