@@ -13,7 +13,8 @@ from broker.gate.control import Denied, Ended, Event
 
 # The end of each of as many sandboxes as there may be.
 MAX_ENDS: Final = 10_000
-# Of all sandboxes together: twenty times what a supervisor remembers of one.
+# Of all sandboxes together: twenty times what a supervisor remembers of one. No text of one is long (reports.py), so
+# they are some MiB at the most.
 MAX_DENIALS: Final = 1000
 
 

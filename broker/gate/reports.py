@@ -10,6 +10,10 @@ from broker.gate.loop import Loop
 
 # Refusals that are reported one by one, a sandbox; the others are counted.
 REPORTS_PER_SECOND: Final = 50
+# Characters of each of a report's texts: the supervisor keeps no more. A path in a message may have a MiB, and a
+# thousand reports are kept (kept.py).
+MAX_TEXT: Final = 255
+_CUT: Final = "…"
 
 
 class Reports:
@@ -30,7 +34,8 @@ class Reports:
         if self.left == REPORTS_PER_SECOND:
             self._loop.call_later(1.0, self._refill)
         self.left -= 1
-        self._emit(Denied(sandbox=self._sandbox, bus=bus, more=self.unreported, **denial._asdict()))
+        texts = {name: _shorten(text) for name, text in denial._asdict().items()}
+        self._emit(Denied(sandbox=self._sandbox, bus=bus, more=self.unreported, **texts))
         self.unreported = 0
 
     def load(self, left: int, unreported: int) -> None:
@@ -48,3 +53,8 @@ class Reports:
         if self.unreported:
             more, self.unreported = self.unreported, 0
             self._emit(summarise(self._sandbox, more))
+
+
+def _shorten(text: str) -> str:
+    """Return as much of a text as is reported; what is cut ends in a mark."""
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(_CUT)] + _CUT

@@ -1,0 +1,86 @@
+"""Refusals are told one by one up to a number a second, in texts of bounded length."""
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from broker.gate.control import Denied, Event
+from broker.gate.core import Denial
+from broker.gate.kept import MAX_DENIALS, Kept
+from broker.gate.loop import Loop
+from broker.gate.reports import MAX_TEXT, REPORTS_PER_SECOND, Reports
+
+SHORT = Denial("send", "call", "org.a", "/a", "a.b", "Do", "no rule", "")
+LONG = Denial("send", "call", *(part * 2**20 for part in ("a", "/a", "a.b", "M", "why", "from")))
+MIB = 1024 * 1024
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.loop = Loop(self.clock)
+        self.told: list[Denied] = []
+        self.reports = Reports(self.loop, "c0", self.emit)
+
+    def emit(self, event: Event) -> None:
+        assert isinstance(event, Denied)
+        self.told.append(event)
+
+    def turn(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.loop.call_later(0, self.loop.stop)
+        self.loop.run()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.loop.close()
+
+
+def test_refusal_is_told_as_it_was(world: World) -> None:
+    world.reports.add("session", SHORT)
+    (event,) = world.told
+    texts = {name: getattr(event, name) for name in Denial._fields}
+    assert Denial(**texts) == SHORT
+    assert (event.sandbox, event.bus, event.more) == ("c0", "session", 0)
+
+
+def test_long_texts_are_cut_and_marked(world: World) -> None:
+    as_long_as_may_be = "/" + "x" * (MAX_TEXT - 1)
+    world.reports.add("session", SHORT._replace(path=as_long_as_may_be))
+    world.reports.add("session", SHORT._replace(path=as_long_as_may_be + "x"))
+    whole, cut = (event.path for event in world.told)
+    assert whole == as_long_as_may_be
+    assert cut == as_long_as_may_be[:-1] + "…"
+    world.reports.add("session", LONG)
+    texts = [value for value in msgspec.structs.astuple(world.told[-1]) if isinstance(value, str)]
+    assert max(map(len, texts)) == MAX_TEXT
+
+
+def test_what_is_kept_of_refusals_has_a_bound_of_bytes(world: World) -> None:
+    world.reports.add("session", LONG)
+    kept = Kept()
+    for _ in range(2 * MAX_DENIALS):
+        kept.add(world.told[0], is_told=True)
+    assert len(msgspec.msgpack.encode(kept)) < 2 * MIB
+
+
+def test_too_many_a_second_are_counted(world: World) -> None:
+    for _ in range(REPORTS_PER_SECOND + 3):
+        world.reports.add("session", SHORT)
+    assert len(world.told) == REPORTS_PER_SECOND
+    world.turn(1.1)
+    assert [event.more for event in world.told[REPORTS_PER_SECOND:]] == [3]
+    world.reports.add("session", SHORT)
+    assert world.told[-1].path == "/a"
