@@ -186,12 +186,17 @@ def test_e3_flood_of_one_sandbox_leaves_others_their_share(
 
 def test_e4_one_sandbox_cannot_use_up_what_the_user_has_on_the_bus(scene: Scene) -> None:
     clients = [scene.attack() for _ in range(15)]
+    for number in range(SMALL_LIMITS["match_rules"]):
+        clients[number % 15].add_match(f"type='signal',interface='a.b{number}'")
+    for number in range(SMALL_LIMITS["names"]):
+        assert clients[number % 15].request_name(f"org.example.V{number}") == 1
     for client in clients:
-        for number in range(SMALL_LIMITS["match_rules"]):
-            client.add_match(f"type='signal',interface='a.b{number}'")
         reply = client.call(BUS, BUS_PATH, BUS, "AddMatch", "s", ("type='signal'",))
         assert reply.error == f"{ERROR}LimitsExceeded"
-    assert scene.use()["match_rules"] == 15 * SMALL_LIMITS["match_rules"]
+        reply = client.call(BUS, BUS_PATH, BUS, "RequestName", "su", ("org.example.Vx", 4))
+        assert reply.error == f"{ERROR}LimitsExceeded"
+    for key in ("match_rules", "names"):
+        assert scene.use()[key] == SMALL_LIMITS[key]
     assert is_closed(scene.raw(), 1)  # no more connections either
     scene.other.add_match("type='signal',interface='a.b'")
     scene.host.add_match("type='signal',interface='a.b'")

@@ -44,6 +44,7 @@ class FakeHost:
     identity: Identity = APP
     limits: SandboxLimits = field(default_factory=SandboxLimits)
     bytes_held: int = 0
+    cores: list[Core] = field(default_factory=list)
     denials: list[Denial] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
 
@@ -293,6 +294,7 @@ class Dialogue:
             self.bus, self.host, self._judge(rules or access()), app_takes_fds=app_takes_fds
         )
         self.core: Final = self.filter.core
+        self.host.cores.append(self.core)
         self.bus.members.add(self.core)
         self.paused = False
         self.got: Final[list[Message]] = []  # by the app

@@ -201,6 +201,16 @@ def test_match_rules_are_counted() -> None:
     assert talk.core.match_count == 2
 
 
+def test_match_rules_of_all_connections_are_counted_together() -> None:
+    talk, other = Dialogue(limits=SandboxLimits(match_rules=2)), Dialogue(me=":1.8")
+    talk.host.cores.append(other.core)
+    add = driver_call(2, "AddMatch", "s", "")
+    assert answer(other, add) == answer(talk, add) == ()
+    assert answer(talk, add) == ("error LimitsExceeded",)
+    assert answer(other, driver_call(2, "RemoveMatch", "s", "")) == ()
+    assert answer(talk, add) == ()
+
+
 def test_match_rule_that_the_bus_refuses_does_not_count() -> None:
     talk = Dialogue()
     talk.model.refuse["AddMatch"] = (errors.LIMITS_EXCEEDED, "full")

@@ -189,6 +189,17 @@ def test_names_have_a_budget() -> None:
     assert answer(talk, request("org.me.c")) == (1,)
 
 
+def test_names_of_all_connections_are_counted_together() -> None:
+    rules = access("own:org.me.*")
+    talk, other = Dialogue(rules, limits=SandboxLimits(names=2)), Dialogue(rules, me=":1.8")
+    talk.host.cores.append(other.core)
+    assert answer(other, request("org.me.a")) == answer(talk, request("org.me.b")) == (1,)
+    assert answer(talk, request("org.me.c")) == ("error LimitsExceeded",)
+    assert answer(talk, request("org.me.b")) == (2,)
+    assert answer(other, driver_call(3, "ReleaseName", "s", "org.me.a")) == (1,)
+    assert answer(talk, request("org.me.c")) == (1,)
+
+
 def test_name_that_was_not_got_does_not_count() -> None:
     talk = Dialogue(access("own:org.*"), owners=OWNERS, limits=SandboxLimits(names=1))
     assert answer(talk, request("org.a", 4)) == (3,)

@@ -158,6 +158,7 @@ def handed_over(player: Player) -> tuple[Player, FilterDump, BusDump]:
     bus.load(bus_dump)
     host = FakeHost(identity=talk.host.identity, limits=talk.host.limits)
     judging = Filter(bus, host, talk.core.judge, app_takes_fds=dump.app_takes_fds)
+    host.cores.append(judging.core)
     bus.members.add(judging.core)
     judging.load(dump, fds.all)
     if judging.core.unique_name:

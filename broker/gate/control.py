@@ -41,8 +41,8 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     bytes_held: int = 64 * 1024 * 1024  # of unfinished messages from the sandbox
     bytes_queued: int = 64 * 1024 * 1024  # to connections that do not read, all together
     pending_calls: int = 4096  # each way and connection
-    match_rules: int = 1024  # a connection
-    names: int = 256  # owned or queued for, a connection
+    match_rules: int = 1024  # of all connections
+    names: int = 256  # owned or queued for, of all connections
     tracked_names: int = 1024  # names that no rule names but that the app wrote to, a connection
     fds: int = 256  # descriptors that are in the gate, of all connections and both ways
     messages_per_second: int = 25_000  # from the sandbox; over it, it is read more slowly

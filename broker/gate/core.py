@@ -15,18 +15,17 @@ Rule 5: what is known for longer than a turn of the loop is data, and in `dump`:
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from typing import Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
-from broker.gate.control import SandboxLimits
 from broker.gate.handover import CoreDump, Then, WaitingDump
+from broker.gate.host import Host
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Header
 from broker.wire.marshal import Value
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from policy.match import Judge
-from policy.rules import Identity
 
 OWN_SERIALS: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
@@ -93,33 +92,6 @@ class Denial(NamedTuple):
     member: str
     reason: str
     origin: str
-
-
-class Host(Protocol):
-    """What the connection needs of the sandbox it belongs to."""
-
-    bytes_held: int
-
-    @property
-    def id(self) -> str:
-        """Its id, cN."""
-
-    @property
-    def identity(self) -> Identity:
-        """Which app it is."""
-
-    @property
-    def limits(self) -> SandboxLimits:
-        """What it may take."""
-
-    def denied(self, core: "Core", denial: Denial) -> None:
-        """Report a refusal."""
-
-    def said_hello(self, core: "Core") -> None:
-        """Register `core.unique_name`, before the app gets to know it."""
-
-    def close_fds(self, fds: Sequence[int]) -> None:
-        """Close descriptors."""
 
 
 class Core:
@@ -195,6 +167,18 @@ class Core:
         """Unique names can be guessed: a verdict may be older than the connection it is about."""
         if unique_name in self._judged_uniques:
             self.forget_verdicts()
+
+    # -- what the sandbox has in all ------------------------------------------------------------
+
+    @property
+    def all_match_rules(self) -> int:
+        """How many match rules the connections of the sandbox have together."""
+        return sum(core.match_count for core in self.sandbox.cores)
+
+    @property
+    def all_names(self) -> int:
+        """How many names they own or wait for together."""
+        return sum(len(core.requested_names) for core in self.sandbox.cores)
 
     # -- serials and calls of the gate's own ------------------------------------------------------
 

@@ -213,7 +213,7 @@ class Driver:
         core = self._core
         rule = _match_rule(header, data)
         limit = core.sandbox.limits.match_rules
-        if core.match_count >= limit:
+        if core.all_match_rules >= limit:
             raise CallRefusedError(
                 errors.LIMITS_EXCEEDED, f"match_rules={limit} are in use already"
             )
@@ -330,7 +330,7 @@ class Driver:
         assert isinstance(flags, int)
         self._must_own(header, name)
         limit = core.sandbox.limits.names
-        if name not in core.requested_names and len(core.requested_names) >= limit:
+        if name not in core.requested_names and core.all_names >= limit:
             raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
         core.name_requests += 1
         request = core.requested_names[name] = core.name_requests

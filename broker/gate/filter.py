@@ -1,10 +1,9 @@
 """One connection's judgement: bytes and descriptors in, bytes and descriptors out. No I/O.
 
-The fast path is here: a message whose header bytes were judged before costs a slice and a look-up,
-and runs of such messages are passed on as one slice. Everything else is cut out whole and handed to
-`Outgoing` or `Incoming`. Read core.py's theory of operation first. Feed what arrived, then send all of
-`core.to_bus` and `core.to_app`. While `held` is true do not read from the app: what it sends next depends on an
-answer of the bus that is on its way, or (`yielded`) others have to have their turn before `go_on`.
+The fast path is here: a message whose header bytes were judged before costs a slice and a look-up, and runs of such
+messages are passed on as one slice. Everything else is cut out whole and handed to `Outgoing` or `Incoming`. Read core.py's
+theory of operation first. Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not
+read from the app: it waits for an answer of the bus, or (`yielded`) others have to have their turn before `go_on`.
 `spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away.
 """
 
@@ -15,8 +14,9 @@ from typing import Final
 
 from broker.gate.budgets import BYTES_A_MESSAGE, JUDGED_COST
 from broker.gate.bus import Bus
-from broker.gate.core import OWN_SERIALS, Core, Host, Special
+from broker.gate.core import OWN_SERIALS, Core, Special
 from broker.gate.handover import ChunkDump, Fds, FilterDump, HandoverError, pick
+from broker.gate.host import Host
 from broker.gate.incoming import Arrived, Incoming
 from broker.gate.intake import Intake
 from broker.gate.outgoing import Outgoing

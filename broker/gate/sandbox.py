@@ -169,6 +169,11 @@ class Sandbox:
     # -- connections -------------------------------------------------------------------------------
 
     @property
+    def cores(self) -> list[Core]:
+        """Its connections, those in their handshakes left out."""
+        return [link.filter.core for link in self.links if link.filter is not None]
+
+    @property
     def is_listening(self) -> bool:
         """Whether it takes connections."""
         return bool(self._listening)
@@ -328,11 +333,7 @@ class Sandbox:
 
     def state(self) -> SandboxState:
         """Return what the supervisor may want to know."""
-        named = [
-            (link.filter.core.bus.name, link.filter.core.unique_name)
-            for link in self.links
-            if link.filter is not None and link.filter.core.unique_name
-        ]
+        named = [(core.bus.name, core.unique_name) for core in self.cores if core.unique_name]
         return SandboxState(
             spec=self.spec,
             listening=bool(self._listening),

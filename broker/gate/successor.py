@@ -85,6 +85,7 @@ class _NoSandbox:
     id: Final = "c0"
     identity: Final = Identity(type="org.buswarden.Test", app="app")
     limits: Final = SandboxLimits()
+    cores: Final[tuple[Core, ...]] = ()
 
     def __init__(self) -> None:
         self.bytes_held = 0

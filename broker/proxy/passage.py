@@ -11,8 +11,9 @@ from typing import Final
 from broker.gate.arguments import results
 from broker.gate.budgets import JUDGED_COST
 from broker.gate.bus import Bus
-from broker.gate.core import Chunk, Host
+from broker.gate.core import Chunk
 from broker.gate.filter import Filter
+from broker.gate.host import Host
 from broker.gate.incoming import without_fds
 from broker.gate.outgoing import KNOWN_FLAGS
 from broker.wire import errors

@@ -38,6 +38,7 @@ LIMITS: Final = SandboxLimits(
     bytes_held=MAX_MESSAGE + 1024 * 1024,
     bytes_queued=MAX_MESSAGE + 1024 * 1024,
     match_rules=4096,
+    names=1024,
     # More than any app that behaves, and less than keeps a bus from serving others.
     messages_per_second=100_000,
 )

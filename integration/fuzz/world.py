@@ -95,6 +95,7 @@ class World:
         self.filter: Final = Filter(
             self.bus, self.host, judge, app_takes_fds=app_takes_fds, judged_a_turn=TURN
         )
+        self.host.cores.append(self.filter.core)
         self.bus.members.add(self.filter.core)
         self.paused = False
         self.ended = False
