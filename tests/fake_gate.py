@@ -1,7 +1,8 @@
 """A gate that serves nobody: it speaks the control protocol and keeps a list of what it was given.
 
 Run as a program it takes the options of the real one, and serves one supervisor after the other until it is told to
-shut down. An app called "die" makes it exit without an answer, and "die once" one that is the first there.
+shut down. An app called "die" makes it exit without an answer, and "die once" one that is the first there; one called
+"brief" ends with the answer.
 """
 
 import argparse
@@ -84,6 +85,16 @@ class FakeGate:
             case _:
                 return [], Done()
 
+    def frames(self, request: Request, serial: int) -> bytes:
+        """Return all that is sent on a request."""
+        events, answer = self.answer(request)
+        bodies = [Envelope(serial=0, body=event) for event in events]
+        bodies.append(Envelope(serial=serial, body=answer))
+        if isinstance(request, AddSandbox) and request.spec.identity.app == "brief":
+            del self.sandboxes[request.spec.id]
+            bodies.append(Envelope(serial=0, body=Ended(request.spec.id, "close-notify")))
+        return b"".join(map(make_frame, bodies))
+
     def snapshot(self) -> Snapshot:
         states = tuple(
             SandboxState(spec=spec, listening=True, connections=(), opening=0, denied=0)
@@ -112,10 +123,7 @@ def serve(gate: FakeGate, connection: socket.socket) -> bool:
             assert isinstance(request, Request)
             if isinstance(request, AddSandbox) and gate.dies_of(request.spec.identity.app):
                 os._exit(3)
-            events, answer = gate.answer(request)
-            for event in events:
-                connection.sendall(make_frame(Envelope(serial=0, body=event)))
-            connection.sendall(make_frame(Envelope(serial=envelope.serial, body=answer)))
+            connection.sendall(gate.frames(request, envelope.serial))
             if isinstance(request, Shutdown):
                 return False
 

@@ -12,9 +12,9 @@ from broker.engines import gate as gate_module
 from broker.engines.base import EngineLostError
 from broker.engines.held import PIPE, batches
 from broker.engines.process import GateError, GateProcess
-from broker.gate.control import Listener, Listeners, SandboxSpec, TakeListeners
+from broker.gate.control import Listener, SandboxSpec
 from broker.wire.errors import CallRefusedError
-from tests.records import make_record, make_snapshot, make_state
+from tests.records import make_record, make_state
 from tests.test_engine_gate import kept, make_engine
 from tests.test_engine_link import Told
 
@@ -179,32 +179,15 @@ async def test_a_process_that_is_no_more_is_not_watched(tmp_path: Path) -> None:
     await trio.lowlevel.checkpoint()
 
 
-class Lender:
-    """A link to a gate that lends what sandboxes listen on."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, ...]] = []
-        self.refuses = False
-
-    async def request_fds(self, request: TakeListeners) -> tuple[Listeners, list[int]]:
-        await trio.lowlevel.checkpoint()
-        self.asked.append(request.sandboxes)
-        if self.refuses:
-            raise CallRefusedError("org.example.No", "not now")
-        what = tuple((sandbox, "session") for sandbox in request.sandboxes)
-        return Listeners(what), [os.open("/dev/null", os.O_RDONLY) for _ in what]
-
-
-async def test_what_a_gate_that_runs_listens_on_is_borrowed_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine, lender = make_engine(tmp_path), Lender()
-    snapshot = make_snapshot(*(make_state(make_record(number)) for number in range(3)))
-    for _ in range(2):
-        await engine._hold(lender, snapshot)  # type: ignore[arg-type]
-    assert lender.asked == [("c0", "c1", "c2")]
-    assert list(engine.held) == ["c0", "c1", "c2"]
-    lender.refuses = True
-    await engine._hold(lender, make_snapshot(make_state(make_record(3))))  # type: ignore[arg-type]
-    assert "cannot be held" in caplog.text
-    engine.held.close()
+async def test_what_ends_with_the_answer_is_not_held(tmp_path: Path) -> None:
+    async with kept(make_engine(tmp_path)) as engine:
+        read, write = os.pipe()
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - counted, not read
+        for number in range(20):
+            await engine.add(make_spec(number, "brief"), [write, write])
+        await engine.who("session", ":1.1")  # whatever was told before has been heard
+        assert list(engine.held) == []
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        os.close(read)
+        os.close(write)
+        await engine.shutdown()

@@ -18,9 +18,10 @@ from typing import Final
 import trio
 
 from broker.engines.base import EngineLostError, Listener
+from broker.engines.borrow import borrow
 from broker.engines.crash import last_crash
 from broker.engines.ears import Ears
-from broker.engines.held import PIPE, Held, batches
+from broker.engines.held import PIPE, Held
 from broker.engines.link import Link, connect
 from broker.engines.process import GateError, GateProcess
 from broker.engines.upgrade import upgrade
@@ -31,7 +32,6 @@ from broker.gate.control import (
     Answer,
     BusSpec,
     Done,
-    Listeners,
     Request,
     SandboxOf,
     SandboxSpec,
@@ -42,7 +42,6 @@ from broker.gate.control import (
     StopListening,
     StopSandbox,
     TagHeaders,
-    TakeListeners,
     TakeSnapshot,
     TakeUse,
     Use,
@@ -162,11 +161,14 @@ class GateEngine:
         self._process.forget()
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
-        await self._ask(AddSandbox(spec), fds)
-        for listener in spec.listeners:
-            self.held.keep(spec.id, listener.bus, fds[listener.fd])
-        if spec.close_notify is not None:
-            self.held.keep(spec.id, PIPE, fds[spec.close_notify])
+        with self.held.asking([spec.id]) as living:
+            await self._ask(AddSandbox(spec), fds)
+            if spec.id not in living:  # its end may come in one read with the answer
+                return
+            for listener in spec.listeners:
+                self.held.keep(spec.id, listener.bus, fds[listener.fd])
+            if spec.close_notify is not None:
+                self.held.keep(spec.id, PIPE, fds[spec.close_notify])
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
         await self._ask(SetAccess(sandbox, access))
@@ -236,7 +238,7 @@ class GateEngine:
 
     def forget(self, sandbox: str) -> None:
         """It has ended, and needs no sockets."""
-        self.held.drop(sandbox)
+        self.held.end(sandbox)
         self._upkeep.forget(sandbox)
 
     async def _see_to_lost(self, link: Link) -> None:
@@ -332,7 +334,7 @@ class GateEngine:
             await link.request(SetBuses(self._buses))
         except CallRefusedError as exc:
             raise GateError(f"the gate does not take our buses: {exc}") from exc
-        await self._hold(link, snapshot)
+        await borrow(link, self.held, snapshot.sandboxes)
         self._served = {state.spec.id for state in snapshot.sandboxes}
         await self._restore(link, listener)
 
@@ -341,20 +343,6 @@ class GateEngine:
             await upgrade(link, self._process)
         except CallRefusedError as exc:
             raise GateError(f"the gate that runs is older than we are: {exc}") from exc
-
-    async def _hold(self, link: Link, snapshot: Snapshot) -> None:
-        """Get duplicates of what the gate listens on and we do not hold."""
-        for names in batches(
-            state for state in snapshot.sandboxes if state.spec.id not in self.held
-        ):
-            try:
-                answer, fds = await link.request_fds(TakeListeners(names))
-            except CallRefusedError as exc:
-                LOGGER.warning("the gate's sockets cannot be held: %s", exc)
-                return
-            what = answer.what if isinstance(answer, Listeners) else ()
-            for (sandbox, bus), fd in zip(what, fds, strict=True):
-                self.held.adopt(sandbox, bus, fd)
 
     async def _restore(self, link: Link, listener: Listener) -> None:
         """Have the gate serve what another one served before."""

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Final
 
 from broker.gate.control import SandboxState
@@ -27,6 +27,8 @@ class Held:
         # Called with sandbox, bus, and the descriptor: None when it is about to be closed.
         self.on_change: Callable[[str, str, int | None], None] = _ignore
         self._fds: Final[dict[str, dict[str, int]]] = {}
+        # For each question to the gate what it is about, without what has ended since.
+        self._asked: Final[dict[object, set[str]]] = {}
 
     def __contains__(self, sandbox: str) -> bool:
         return sandbox in self._fds
@@ -37,6 +39,25 @@ class Held:
     def of(self, sandbox: str) -> Mapping[str, int]:
         """Return what is held of a sandbox: lent, not given."""
         return self._fds.get(sandbox, {})
+
+    @contextlib.contextmanager
+    def asking(self, sandboxes: Iterable[str]) -> Iterator[Container[str]]:
+        """Give those of the sandboxes that the gate is asked about that have not ended meanwhile.
+
+        Of the others nothing may be held any more: nobody would tell us again to let it go.
+        """
+        question = object()
+        living = self._asked[question] = set(sandboxes)
+        try:
+            yield living
+        finally:
+            del self._asked[question]
+
+    def end(self, sandbox: str) -> None:
+        """It has ended: close what is held of it, and see to it that no more is."""
+        for living in self._asked.values():
+            living.discard(sandbox)
+        self.drop(sandbox)
 
     def keep(self, sandbox: str, bus: str, fd: int) -> None:
         """Hold a duplicate. Without descriptors to spare the sandbox goes without."""
