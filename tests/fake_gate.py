@@ -2,7 +2,7 @@
 
 Run as a program it takes the options of the real one, and serves one supervisor after the other until it is told to
 shut down. An app called "die" makes it exit without an answer, and "die once" one that is the first there; one called
-"brief" ends with the answer.
+"brief" ends with the answer. A file called "refuse" beside the socket keeps it from starting.
 """
 
 import argparse
@@ -135,7 +135,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--trace")
     parser.add_argument("--mode", default="good")
     options = parser.parse_args(argv)
-    if options.mode == "refuse":
+    refusal = os.path.join(os.path.dirname(options.control), "refuse")  # noqa: PTH118, PTH120
+    if options.mode == "refuse" or os.path.exists(refusal):  # noqa: PTH110
         sys.exit(3)
     gate = FakeGate(PROTOCOL + 1 if options.mode == "old" else PROTOCOL)
     gate.folder = os.path.dirname(options.control)  # noqa: PTH120

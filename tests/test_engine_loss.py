@@ -1,5 +1,6 @@
 """A gate that dies: replaced, given back what is held, and on record."""
 
+import errno
 import os
 import signal
 from collections.abc import Sequence
@@ -191,3 +192,78 @@ async def test_what_ends_with_the_answer_is_not_held(tmp_path: Path) -> None:
         os.close(read)
         os.close(write)
         await engine.shutdown()
+
+
+async def test_a_replacement_that_does_not_start_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pauses: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:  # from now on there is enough of everything
+            (tmp_path / "refuse").unlink()
+        monkeypatch.setattr(os, "posix_spawn", spawn)
+        await trio.lowlevel.checkpoint()
+
+    def refuse(*_args: object, **_options: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    spawn = os.posix_spawn
+    async with kept(make_engine(tmp_path)) as engine:
+        old = engine.pid
+        monkeypatch.setattr(trio, "sleep", pause)
+        monkeypatch.setattr(os, "posix_spawn", refuse)
+        (tmp_path / "refuse").touch()
+        os.kill(old, signal.SIGKILL)
+        assert await engine.who("session", ":1.1") is None
+        assert engine.pid != old
+        assert pauses == [0.25, 0.5]
+        assert "cannot be started: Resource temporarily" in caplog.text
+        assert "the gate did not start" in caplog.text
+        await engine.shutdown()
+
+
+async def test_a_replacement_that_never_starts_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "START_PAUSE", 0.001)
+    with pytest.RaisesGroup(pytest.RaisesExc(GateError, match="5 times")):
+        async with kept(make_engine(tmp_path)) as engine:
+            (tmp_path / "refuse").touch()
+            os.kill(engine.pid, signal.SIGKILL)
+            await trio.sleep_forever()
+
+
+async def test_who_is_started_is_ours_before_its_number_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "gate.pid"
+    seen: list[bool] = []
+
+    def spawn(*_args: object, **_options: object) -> int:
+        # What another supervisor would find, had we been killed here.
+        other = GateProcess(tmp_path / "gate.sock", ["/bin/true"])
+        other.watch(os.getpid())
+        seen.append(other.is_ours)
+        other.forget()
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(os, "posix_spawn", spawn)
+    process = GateProcess(tmp_path / "gate.sock", ["/bin/true"])
+    with pytest.raises(GateError, match="no memory"):
+        await process.start()
+    assert seen == [True]
+    assert not mark.exists()
+
+
+async def test_what_cannot_be_noted_is_known_while_we_live(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gate.pid").mkdir()
+    async with kept(make_engine(tmp_path)) as engine:
+        assert "will not end the gate" in caplog.text
+        assert engine._process.is_ours
+        (tmp_path / "gate.pid").rmdir()
+        await engine.shutdown()
+    assert files(tmp_path) == []

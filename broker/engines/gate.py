@@ -59,6 +59,8 @@ COMMAND: Final = (sys.executable, "-P", "-m", "broker.gate")
 # A gate that dies before it serves would have us start gates for ever.
 MAX_STARTS: Final = 5
 FORGET_STARTS_AFTER: Final = 60.0  # seconds
+# After one that did not start, if another served before it; it doubles.
+START_PAUSE: Final = 0.25  # seconds
 MAX_REFUSALS: Final = 20
 REFUSAL_PAUSE: Final = 0.1  # seconds
 # One that has served is started again always: the first time at once, then after a pause that doubles.
@@ -86,6 +88,7 @@ class GateEngine:
         self._is_over = False
         self._served: set[str] = set()  # sandboxes, when the connection was made
         self._starts: list[float] = []
+        self._has_served = False  # a gate of ours
         self._refusals = 0
         self._short_lives = 0
         self._upgrading: Final = trio.Lock()
@@ -292,6 +295,7 @@ class GateEngine:
                     nursery.start_soon(link.confirm_events)
                     nursery.start_soon(self._see_to_lost, link)
                     self._starts.clear()
+                    self._has_served = True
                     self._set_link(link)
                     ready()
         self._set_link(None)
@@ -359,14 +363,17 @@ class GateEngine:
 
     async def _connect_or_start(self) -> trio.socket.SocketType:
         sock = await connect(self._control)
-        if sock is not None:
-            return sock
-        while True:
+        while sock is None:
             self._count_start()
-            await self._process.start()
+            try:
+                await self._process.start()
+            except GateError as exc:
+                if not self._has_served:
+                    raise
+                LOGGER.error("%s", exc)  # noqa: TRY400 - no defect of ours
+                await trio.sleep(START_PAUSE * 2 ** (len(self._starts) - 1))
             sock = await connect(self._control)
-            if sock is not None:
-                return sock
+        return sock
 
     def _count_start(self) -> None:
         now = trio.current_time()

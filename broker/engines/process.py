@@ -21,7 +21,8 @@ START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it liste
 EXIT_TIMEOUT: Final = 1.0  # seconds, from the end of the connection to the end of the process
 _READY_FD: Final = 3  # in the gate
 _TAKE_OVER_FD: Final = 4
-
+# In place of the number of a gate that is about to be started: should we end in between, it is ours all the same.
+_ANY: Final = "?"
 
 # Has a gate started by another: argv, environment, and the descriptors for its ends. Returns its pid, 0 for "no".
 StartNext = Callable[[tuple[str, ...], dict[str, str], Sequence[int]], Awaitable[int]]
@@ -51,17 +52,24 @@ class GateProcess:
     @property
     def is_ours(self) -> bool:
         """Whether one of us started it: this supervisor, or one before it in this folder."""
+        if self.pid in self._children:
+            return True
         try:
-            return str(self.pid) in self._mark.read_text(encoding="ascii").split()
+            noted = self._mark.read_text(encoding="ascii").split()
         except (OSError, ValueError):
             return False
+        return str(self.pid) in noted or _ANY in noted
 
     def watch(self, pid: int) -> None:
         """Take note which process it is."""
         self.forget()
         self.pid = pid
-        with contextlib.suppress(ProcessLookupError):
+        try:
             self._end = os.pidfd_open(pid)
+        except ProcessLookupError:
+            pass
+        except OSError as exc:  # its connection tells, too
+            LOGGER.warning("the gate (process %d) is not watched: %s", pid, exc.strerror)
 
     def forget(self) -> None:
         """Watch it no more."""
@@ -83,7 +91,7 @@ class GateProcess:
     def replaced(self, pid: int) -> None:
         """Take note that another process serves now."""
         if self.is_ours:
-            self._mark.write_text(str(pid), encoding="ascii")
+            self._note(str(pid))
         self.watch(pid)
         self._reap()
 
@@ -92,39 +100,70 @@ class GateProcess:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # a child that was not waited for: the number is its own
         if self.is_ours:
-            self._mark.write_text(str(self.pid), encoding="ascii")
+            self._note(str(self.pid))
 
     async def _start(self, take_over: tuple[int, ...], ask: StartNext | None = None) -> int:
         self._reap()
-        ready, ready_there = os.pipe()
         try:
+            ready, ready_there = os.pipe()
             try:
-                argv = (*self._command, "--control", str(self._control))
-                argv = (*argv, "--trace", str(self.folder / TRACE))
-                pid = 0
-                if ask is not None and not self.is_ours:
-                    pid = await ask(argv, _environment(), [ready_there, *take_over])
-                if not pid:
-                    pid = _spawn(argv, ready_there, *take_over)
-                    self._children.add(pid)
+                try:
+                    pid = await self._spawn(ready_there, take_over, ask)
+                finally:
+                    os.close(ready_there)
+                await self._wait_ready(ready, pid, "is in the log" if take_over else "stands above")
             finally:
-                os.close(ready_there)
-            # Of two either may be the one that serves, should we end before we know.
-            if not take_over or self.is_ours:
-                both = (str(self.pid), str(pid)) if take_over else (str(pid),)
-                self._mark.write_text(" ".join(both), encoding="ascii")
-            with trio.move_on_after(START_TIMEOUT) as scope:
-                await trio.lowlevel.wait_readable(ready)
-            if scope.cancelled_caught:
-                self.give_up(pid)
-                raise GateError(f"the gate did not say that it listens, in {START_TIMEOUT:.0f} s")
-            if not os.read(ready, 1):
-                self.give_up(pid)
-                where = "is in the log" if take_over else "stands above"
-                raise GateError(f"the gate did not start: its message {where}")
-        finally:
-            os.close(ready)
+                os.close(ready)
+        except OSError as exc:
+            raise GateError(f"the gate cannot be started: {exc.strerror}") from exc
         return pid
+
+    async def _spawn(self, ready: int, take_over: tuple[int, ...], ask: StartNext | None) -> int:
+        argv = (*self._command, "--control", str(self._control))
+        argv = (*argv, "--trace", str(self.folder / TRACE))
+        if ask is not None and not self.is_ours:
+            pid = await ask(argv, _environment(), [ready, *take_over])
+            if pid:
+                return pid
+        # Of two either may be the one that serves, should we end before we know.
+        before = (str(self.pid),) if take_over else ()
+        is_noted = not take_over or self.is_ours
+        if is_noted:
+            self._note(*before, _ANY)
+        try:
+            pid = _spawn(argv, ready, *take_over)
+        except OSError:
+            if is_noted:
+                self._note(*before)
+            raise
+        self._children.add(pid)
+        if is_noted:
+            self._note(*before, str(pid))
+        return pid
+
+    async def _wait_ready(self, ready: int, pid: int, where: str) -> None:
+        with trio.move_on_after(START_TIMEOUT) as scope:
+            await trio.lowlevel.wait_readable(ready)
+        if scope.cancelled_caught:
+            self.give_up(pid)
+            raise GateError(f"the gate did not say that it listens, in {START_TIMEOUT:.0f} s")
+        if not os.read(ready, 1):
+            self.give_up(pid)
+            raise GateError(f"the gate did not start: its message {where}")
+
+    def _note(self, *words: str) -> None:
+        """Say which gates are ours, whole or not at all."""
+        new = self._mark.with_suffix(".pid-new")
+        try:
+            if words:
+                new.write_text(" ".join(words), encoding="ascii")
+                new.rename(self._mark)
+            else:
+                self._mark.unlink(missing_ok=True)
+        except OSError as exc:
+            LOGGER.warning("%s: %s: the next supervisor will not end the gate", self._mark, exc)
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
 
     async def has_died(self) -> bool:
         """Say whether it ended, after its connection did; keep a record if it was not told to."""
