@@ -267,3 +267,16 @@ async def test_what_cannot_be_noted_is_known_while_we_live(
         (tmp_path / "gate.pid").rmdir()
         await engine.shutdown()
     assert files(tmp_path) == []
+
+
+def test_without_descriptors_a_gate_is_not_watched_and_served_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_pid: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    process = GateProcess(tmp_path / "gate.sock", ["/bin/true"])
+    process.replaced(os.getpid())
+    assert process.pid == os.getpid()
+    assert "is not watched: Too many open files" in caplog.text

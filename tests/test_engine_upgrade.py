@@ -1,6 +1,8 @@
 """The upgrade as the supervisor sees it: what becomes of the new gate's process, whatever is answered."""
 
+import errno
 import os
+import socket
 from collections.abc import Sequence
 
 import pytest
@@ -97,6 +99,19 @@ async def test_who_does_not_start_is_no_reason_to_ask() -> None:
     with pytest.raises(CallRefusedError, match="does not take over: it did not start"):
         await run(link, process)
     assert not link.asked
+
+
+async def test_without_descriptors_the_old_one_serves_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refuse)
+    link, process = FakeLink(Done()), FakeProcess()
+    with pytest.raises(CallRefusedError, match="cannot be started: Too many open files"):
+        await run(link, process)
+    assert not link.asked
+    assert not process.done
+    await trio.lowlevel.checkpoint()
 
 
 async def test_who_it_is_now_is_not_guessed() -> None:

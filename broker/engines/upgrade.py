@@ -24,7 +24,11 @@ ANSWER_TIMEOUT: Final = 60.0
 
 async def upgrade(link: Link, process: GateProcess) -> None:
     """Replace the gate. Raises CallRefusedError if the old one serves on, and EngineLostError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as exc:  # too few descriptors: no reason for us to end
+        text = f"the new gate cannot be started: {exc.strerror}"
+        raise CallRefusedError(FAILED, text) from exc
     with ours:
         with theirs:
             pid = await _start(link, process, theirs.fileno())
