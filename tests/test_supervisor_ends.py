@@ -119,6 +119,20 @@ async def test_the_reason_of_a_stop_is_told_to_the_next_supervisor(world: World)
     assert world.stored() == []
 
 
+async def test_what_found_no_gate_is_asked_once_there_is_one(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
+    id_ = await world.add(process=GONE)
+    world.supervisor.happen(SandboxId(id_), Event.PROCESS_ENDED)
+    # To give a gate back what it had may take longer than anybody waits for it.
+    world.engine.refuse = lost()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.supervisor._jobs.run)
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert world.announcer.reasons == {id_: "process-ended"}
+
+
 async def test_a_stop_that_failed_is_done_when_there_is_a_gate(world: World) -> None:
     id_ = await world.add()
     world.engine.refuse = lost()

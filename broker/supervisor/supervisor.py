@@ -8,9 +8,8 @@ may be true. There is no checkpoint between the last look at the registry and wh
 
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,13 +19,14 @@ from typing import Final, Protocol
 import msgspec
 import trio
 
-from broker.engines.base import Engine, EngineLostError, gone_is_fine
+from broker.engines.base import Engine, gone_is_fine
 from broker.gate.control import Connected, Denied, Ended, Event, Gone, SandboxSpec, Snapshot
 from broker.gate.upstream import UpstreamLost
 from broker.supervisor.busids import BusIds
 from broker.supervisor.cgroups import Cgroups
 from broker.supervisor.config import Limits
 from broker.supervisor.ends import STOPPED, Effect, Event as LifeEvent, Phase
+from broker.supervisor.jobs import Jobs
 from broker.supervisor.lifetime import Vigil, Watch, boot_time
 from broker.supervisor.policy import Policy
 from broker.supervisor.processes import Processes
@@ -44,7 +44,6 @@ from policy.library import Library
 from policy.rules import AccessList, Rule
 
 LOGGER: Final = logging.getLogger(__name__)
-_Job = Callable[[], Awaitable[None]]
 
 
 class Announcer(Protocol):
@@ -95,8 +94,8 @@ class Supervisor:
         self.policy: Final = Policy(
             outside.state, outside.engine, self.registry, self.snaps, self._changing
         )
-        # Cannot grow without bound: at most one job of each kind a sandbox, and a snapshot's.
-        self._jobs_in, self._jobs = trio.open_memory_channel[tuple[str, _Job]](math.inf)
+        self._jobs: Final = Jobs()
+        self._later: Final = self._jobs.add
         self.tags: Final = Tags(outside.state, outside.engine, outside.watches, self._later)
         self._bus_ids: Final = BusIds(outside.state)
         self._gone_buses: Final[set[str]] = set()
@@ -223,6 +222,7 @@ class Supervisor:
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
         """Take the engine's word for what there is; set right what should be otherwise."""
+        self._jobs.begin_anew()
         for record in settle(self.registry, self._outside.state, snapshot):
             self.vigil.begin(record, again=True)
         held = self._outside.engine.held
@@ -296,13 +296,8 @@ class Supervisor:
             self._carry_out(step, step.record)
 
     async def run_jobs(self) -> None:
-        """Do what events gave to do, for ever. One that fails does not keep the others from being done."""
-        async for about, job in self._jobs:
-            try:
-                await job()
-            except (CallRefusedError, EngineLostError) as exc:
-                # It ended by itself, or the next snapshot will show what is left to do.
-                LOGGER.info("%s: %s", about, exc)
+        """Do what events gave to do, for ever."""
+        await self._jobs.run()
 
     # -- helpers -------------------------------------------------------------------------------------------
 
@@ -356,9 +351,6 @@ class Supervisor:
                 self._later(id_, partial(self._outside.engine.stop, id_, sandbox.reason))
             elif sandbox.phase is Phase.CLOSING and sandbox.record.listening:
                 self._later(id_, partial(self._end_listening, id_))
-
-    def _later(self, about: str, job: _Job) -> None:
-        self._jobs_in.send_nowait((about, job))
 
     def _store(self, record: Record) -> None:
         self._outside.state.put(record)
