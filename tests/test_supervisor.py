@@ -1,6 +1,6 @@
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from broker.gate.control import Denied, Listener
+from broker.gate.control import Denied, Listener, SandboxSpec
 from broker.supervisor.config import Limits
 from broker.supervisor.requests import AddRequest, Caller
 from broker.supervisor.salvage import open_state
@@ -132,6 +132,27 @@ async def test_descriptors_are_lent_and_never_kept(world: World) -> None:
     assert not world.supervisor.registry.find(id_).record.keep_after_creator
     for fd in (read, write, ready, ready_there):
         os.close(fd)
+
+
+async def test_what_is_changed_while_it_is_added_is_stored(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = world.engine.add
+
+    async def add_and_change(spec: SandboxSpec, fds: Sequence[int]) -> None:
+        await add(spec, fds)
+        await world.supervisor.set_access(CALLER, spec.id, [SEND_X])
+        if spec.identity.app == "refused":
+            raise CallRefusedError(LIMITS_EXCEEDED, "no")
+
+    monkeypatch.setattr(world.engine, "add", add_and_change)
+    id_ = await world.add()
+    ((stored,), _) = world.state.load()
+    assert stored.access.rules == (SEND_X,)
+    assert stored == world.supervisor.registry.find(id_).record
+    with pytest.raises(CallRefusedError, match="no"):
+        await world.add(app="refused")
+    assert world.stored() == [id_]
 
 
 async def test_ready_is_not_told_if_it_failed(world: World) -> None:

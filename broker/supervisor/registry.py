@@ -203,6 +203,10 @@ class Registry:
             raise CallRefusedError(NOT_CONTAINER, f"there is no container {id_or_path[:100]!r}")
         return sandbox
 
+    def present(self, record: Record) -> Record:
+        """Return what a sandbox's record is by now, be it that it ended before its creator knew of it."""
+        return self._sandboxes[record.id].record
+
     def connection_count(self) -> int:
         """Count the connections of all sandboxes."""
         return sum(len(sandbox.connections) for sandbox in self._sandboxes.values())

@@ -137,9 +137,9 @@ class Supervisor:
 
     def _store_new(self, record: Record) -> None:
         # Once the gate has it, and not before: what is stored and at no gate would be told of as lost, and nobody
-        # was told that it is there.
+        # was told that it is there. Somebody may have seen it in the list, and changed it.
         try:
-            self._outside.state.put(record)
+            self._outside.state.put(self.registry.present(record))
         except CallRefusedError:
             self._later(record.id, partial(self._outside.engine.stop, record.id))
             raise
@@ -159,7 +159,8 @@ class Supervisor:
         """Take no more connections; the sandbox ends with its last one."""
         record = self._changeable(caller, id_or_path)
         step = self.registry.happen(record.id, LifeEvent.CLOSE_ASKED)
-        self._outside.state.put_fact(step.record or record)
+        if step.record is not None and step.record is not record:
+            self._outside.state.put_fact(step.record)
         await self._end_listening(record.id)
 
     async def set_access(
@@ -321,6 +322,8 @@ class Supervisor:
         try:
             yield
         except BaseException as exc:
+            if self.registry.present(record) is not record:  # what was changed was stored
+                self._outside.state.delete(record)
             self.registry.withdraw(record.id)
             if not isinstance(exc, CallRefusedError):
                 # The gate may have it, or come to have it.
