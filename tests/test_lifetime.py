@@ -96,6 +96,15 @@ def test_after_a_restart_creators_are_watched_unseen() -> None:
     assert world.watch.names == [":1.1"]
 
 
+def test_a_creator_on_a_bus_that_is_configured_no_more_has_left() -> None:
+    world = World()
+    record = make_record(creator_bus="system")
+    world.vigil.begin(record, again=True)
+    assert world.happened == [("c0", Event.CREATOR_LEFT)]
+    world.vigil.end(record)
+    world.vigil.bus_back("session", is_same=True)
+
+
 def test_what_is_taken_over_twice_is_watched_once() -> None:
     world = World()
     for _ in range(2):

@@ -72,10 +72,10 @@ class Vigil:
         if again:  # it may be watched already, by another record of it
             self.end(record)
         if self._creators.add(record):
-            watch = self._watches[record.creator_bus]
-            if again or record.creator in watch:
+            watch = self._watches.get(record.creator_bus)
+            if watch is not None and (again or record.creator in watch):
                 watch.add(record.creator)
-            else:  # it left while its sandbox was made, and nobody will tell us again
+            else:  # it left while its sandbox was made, or its bus is configured no more: nobody will tell us
                 self._creators.remove(record)
                 self._happen(id_, Event.CREATOR_LEFT)
         if record.expires:
