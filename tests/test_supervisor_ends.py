@@ -181,3 +181,23 @@ def test_the_engine_is_told_of_a_bus_that_started_anew(world: World) -> None:
     for id_ in ("a" * 32, "a" * 32, "b" * 32):
         world.supervisor.bus_back("session", id_)
     assert world.engine.done.count(("bus_restarted", "session")) == 1
+
+
+async def test_a_bus_that_goes_while_a_sandbox_is_added_ends_it(world: World) -> None:
+    record = await world.supervisor.add(request(buses=("system",), keep_after_creator=True), CALLER)
+    world.supervisor.bus_gone("system")
+    await world.do_jobs()
+    assert world.announcer.ended == []
+    world.supervisor.announce(record)
+    await world.do_jobs()
+    assert world.announcer.reasons == {record.id: "bus-gone"}
+
+
+async def test_without_the_bus_of_its_creator_a_sandbox_listens_no_more(world: World) -> None:
+    id_ = await world.add()
+    world.engine.connect(id_, ":1.7")
+    del world.watches["session"]
+    supervisor = world.restart()
+    assert supervisor.registry.find(id_).reason == "creator-gone"
+    await world.do_jobs()
+    assert not supervisor.registry.find(id_).record.listening

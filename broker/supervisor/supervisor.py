@@ -147,6 +147,8 @@ class Supervisor:
     def announce(self, record: Record) -> None:
         """Tell that the creator has been answered: its end may be told from now on."""
         self.happen(record.id, LifeEvent.ANNOUNCED)
+        if self._gone_buses.issuperset(record.sockets):  # be it that they went meanwhile
+            self.happen(record.id, LifeEvent.BUS_GONE)
 
     async def stop(self, caller: Caller, id_or_path: str) -> None:
         """End a sandbox, its connections included."""
