@@ -390,4 +390,6 @@ async def test_strangers_are_stopped_and_other_rules_set_again(world: World) -> 
     assert ("stop", "c9") in world.engine.done
     record = world.supervisor.registry.find(id_).record
     assert world.engine.access[id_] == record.access_in_force
-    assert not world.state.load()[0][0].listening
+    ((stored,), next_number) = world.state.load()
+    assert not stored.listening
+    assert next_number == 10  # nobody gets a stranger's, not even from another supervisor
