@@ -177,8 +177,10 @@ async def test_an_instance_that_is_not_there_is_none(world: World) -> None:
 async def test_headers_are_tagged_only_where_they_get_through(world: World) -> None:
     assert await world.ask("RequestHeader") == ()
     assert ("tag_headers", "session", ":1.1") in world.engine.done
+    assert world.watch.names == [":1.1"]
     world.bus.forwards = False
     assert await world.ask("RequestHeader") == "NotSupported"
+    assert world.watch.names == [":1.1"]  # for the first one
 
 
 async def test_supported_arguments_are_a_property(world: World) -> None:

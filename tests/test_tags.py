@@ -16,7 +16,7 @@ class World:
     def __init__(self, state: State) -> None:
         self.state = state
         self.engine = FakeEngine()
-        self.watches = {"session": FakeWatch(), "system": FakeWatch()}
+        self.watches = {bus: FakeWatch([":1.5"]) for bus in ("session", "system")}  # who calls
         self.jobs: list[Any] = []
         self.tags = self.restart()
 
@@ -43,7 +43,7 @@ async def test_a_wish_is_stored_watched_and_told_again(world: World) -> None:
     await world.tags.add("session", ":1.5")
     await world.tags.add("session", ":1.5")
     assert world.state.load_tags() == [("session", ":1.5")]
-    assert world.watches["session"].names == [":1.5"]
+    assert world.watches["session"].names == [":1.5", ":1.5"]
     world.watches = {"session": FakeWatch(), "system": FakeWatch()}
     world.restart().tell_again()
     assert world.watches["session"].names == [":1.5"]
@@ -56,6 +56,16 @@ async def test_who_leaves_wants_nothing_any_more(world: World) -> None:
     world.tags.gone("session", ":1.6")
     assert world.state.load_tags() == []
     assert await world.do_jobs() == [("untag_headers", "session", ":1.5")]
+
+
+async def test_who_leaves_before_the_answer_wants_nothing(world: World) -> None:
+    world.watches["session"].names.clear()
+    await world.tags.add("session", ":1.5")
+    assert world.state.load_tags() == []
+    assert world.watches["session"].names == []
+    assert await world.do_jobs() == [("untag_headers", "session", ":1.5")]
+    world.tags.tell_again()
+    assert world.jobs == []
 
 
 async def test_another_bus_knows_none_of_them(world: World) -> None:

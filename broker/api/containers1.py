@@ -124,12 +124,16 @@ class Containers1:
         return Reply(describe(record))
 
     async def _request_header(self, call: Call) -> Reply:
-        caller = await self._door.host_caller(call)
-        if not await self._door.bus.forwards_instance_field():
-            raise CallRefusedError(
-                NOT_SUPPORTED, "this bus strips header fields that it does not know"
-            )
-        await self._supervisor.tag_headers(caller)
+        self._watch.add(call.sender)  # as in `_add`
+        try:
+            caller = await self._door.host_caller(call)
+            if not await self._door.bus.forwards_instance_field():
+                raise CallRefusedError(
+                    NOT_SUPPORTED, "this bus strips header fields that it does not know"
+                )
+            await self._supervisor.tag_headers(caller)
+        finally:
+            self._watch.discard(call.sender)
         return Reply()
 
     async def _find_owner(self, name: str) -> str:

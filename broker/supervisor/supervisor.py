@@ -197,7 +197,7 @@ class Supervisor:
         return await self._outside.engine.who(bus, unique_name) is not None
 
     async def tag_headers(self, caller: Caller) -> None:
-        """Have the caller's messages from sandboxes carry the instance path."""
+        """Have the caller's messages from sandboxes carry the instance path. It is watched as for `add`."""
         await self.tags.add(caller.bus, caller.unique_name)
 
     def in_force(self, record: Record) -> AccessList:

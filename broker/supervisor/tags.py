@@ -36,9 +36,16 @@ class Tags:
                 self._forget(bus, unique_name)
 
     async def add(self, bus: str, unique_name: str) -> None:
-        """Have this connection's messages carry the path. Raises as the engine and the state do."""
+        """Have this connection's messages carry the path. Raises as the engine and the state do.
+
+        It must be watched since before its credentials were asked for, until this returns.
+        """
         await self._engine.tag_headers(bus, unique_name)
-        if (bus, unique_name) not in self._wishes:
+        if (
+            unique_name not in self._watches[bus]
+        ):  # it left meanwhile, and nobody will tell us again
+            self._untag(bus, unique_name)
+        elif (bus, unique_name) not in self._wishes:
             self._state.put_tag(bus, unique_name)
             self._wishes[bus, unique_name] = None
             self._watches[bus].add(unique_name)
@@ -52,8 +59,7 @@ class Tags:
         """A connection left its bus."""
         if (bus, unique_name) in self._wishes:
             self._forget(bus, unique_name)
-            job = partial(self._engine.tag_headers, bus, unique_name, wanted=False)
-            self._later(unique_name, job)
+            self._untag(bus, unique_name)
 
     def bus_back(self, bus: str, *, is_same: bool) -> None:
         """There is a new connection to a bus, with a watch over nobody; or it is another bus."""
@@ -62,6 +68,10 @@ class Tags:
                 self._watches[bus].add(unique_name)
             elif its_bus == bus:
                 self.gone(bus, unique_name)
+
+    def _untag(self, bus: str, unique_name: str) -> None:
+        job = partial(self._engine.tag_headers, bus, unique_name, wanted=False)
+        self._later(unique_name, job)
 
     def _forget(self, bus: str, unique_name: str) -> None:
         del self._wishes[bus, unique_name]
