@@ -133,6 +133,66 @@ async def test_what_becomes_empty_is_told_once(folder: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_path_that_is_used_again_at_once_is_watched_anew(folder: Path) -> None:
+    told: list[str] = []
+    watched = Cgroups()
+    first = make(folder, "a")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watched.run)
+        watched.watch("c0", first, lambda: told.append("c0"))
+        await trio.testing.wait_all_tasks_blocked()
+        # No turn of the loop from here to where both are watched. The old one stays, so that its inode does.
+        (folder / "a").rename(folder / "old")
+        second = make(folder, "a")
+        watched.watch("c1", second, lambda: told.append("c1"))
+        assert told == ["c0"]
+        await trio.testing.wait_all_tasks_blocked()
+        (Path(second.path) / "cgroup.events").write_text("populated 0\n")
+        await _until(lambda: told == ["c0", "c1"])
+        assert not any((watched._told_by, watched._tells_of, watched._by_hand))
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_waits_for_the_next_one_of_a_path_is_told_of_that(folder: Path) -> None:
+    told: list[str] = []
+    watched = Cgroups()
+    first = make(folder, "a")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watched.run)
+        watched.watch("c0", first, lambda: told.append("c0"))
+        await trio.testing.wait_all_tasks_blocked()
+        (folder / "a").rename(folder / "old")
+        second = make(folder, "a")
+        # As if that was seen before anybody looked at the first one.
+        watched._watched[second.path]["c1"] = (second, lambda: told.append("c1"))
+        watched._look(second.path)
+        assert told == ["c0"]
+        await trio.testing.wait_all_tasks_blocked()
+        (Path(second.path) / "cgroup.events").write_text("populated 0\n")
+        await _until(lambda: told == ["c0", "c1"])
+        nursery.cancel_scope.cancel()
+
+
+def test_half_a_watch_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inotify = cgroups._Inotify()
+    cgroup = make(folder, "a")
+    add = inotify._add
+    removed: list[int] = []
+
+    def add_file(path: str, mask: int) -> int:
+        if path.endswith(".."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return add(path, mask)
+
+    monkeypatch.setattr(inotify, "_add", add_file)
+    monkeypatch.setattr(inotify, "remove", removed.append)
+    assert inotify.add(cgroup.path, {}) == ()
+    assert len(removed) == 1
+    assert inotify.add(cgroup.path, removed) == ()  # it is somebody else's as well
+    assert len(removed) == 1
+    inotify.close()
+
+
 async def test_without_inotify_cgroups_are_looked_at(
     folder: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -72,7 +72,10 @@ class Cgroups:
 
     def watch(self, holder: str, cgroup: Cgroup, told: Told) -> None:
         """Call `told` once when it has no process: at once, if that is so already."""
-        self._watched.setdefault(cgroup.path, {})[holder] = (cgroup, told)
+        holders = self._watched.setdefault(cgroup.path, {})
+        if any(other.inode != cgroup.inode for other, _ in holders.values()):
+            self._disarm(cgroup.path)  # it would tell of the one that had this path before
+        holders[holder] = (cgroup, told)
         self._wanted.set()
         self._arm(cgroup.path)
 
@@ -124,6 +127,7 @@ class Cgroups:
             self._look(path)
 
     def _look(self, path: str, mounts: list[Mount] | None = None) -> None:
+        is_told = False
         for holder, (cgroup, told) in list(self._watched.get(path, {}).items()):
             empty = is_empty(cgroup, mounts)
             if empty is None:
@@ -131,6 +135,10 @@ class Cgroups:
             elif empty:
                 self.forget(holder, cgroup)
                 told()
+                is_told = True
+        if is_told and path in self._told_by:  # others wait for one that has this path now
+            self._disarm(path)
+            self._arm(path)
 
     def _look_again(self, path: str) -> None:
         self._by_hand.add(path)
@@ -141,7 +149,7 @@ class Cgroups:
         if not self._is_running or path not in self._watched:
             return
         if path not in self._told_by:
-            watches = self._inotify.add(path) if self._inotify is not None else ()
+            watches = self._inotify.add(path, self._tells_of) if self._inotify is not None else ()
             if watches:
                 self._told_by[path] = watches
                 for watch in watches:
@@ -188,8 +196,11 @@ class _Inotify:
     def close(self) -> None:
         os.close(self.fd)
 
-    def add(self, path: str) -> tuple[int, ...]:
-        """Watch a cgroup; return nothing if it cannot be watched, be it that it is gone."""
+    def add(self, path: str, used: Container[int]) -> tuple[int, ...]:
+        """Watch a cgroup; return nothing if it cannot be watched, be it that it is gone.
+
+        `used`: the watches that there are, of which it may get one.
+        """
         try:
             with _opened(path) as (fd, mount):
                 if not mount.unified:
@@ -197,7 +208,12 @@ class _Inotify:
                 # By way of the descriptor: the path may be another's by now.
                 here = f"/proc/self/fd/{fd}"
                 events = self._add(f"{here}/{_EVENTS}", _IN_MODIFY)
-                return (events, self._add(f"{here}/..", _IN_DELETE))
+                try:
+                    return (events, self._add(f"{here}/..", _IN_DELETE))
+                except OSError:
+                    if events not in used:
+                        self.remove(events)
+                    raise
         except FileNotFoundError:
             return ()
         except (OSError, CallRefusedError) as exc:
