@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -66,6 +67,15 @@ async def running(watched: Processes) -> AsyncIterator[None]:
         await trio.testing.wait_all_tasks_blocked()
         yield
         nursery.cancel_scope.cancel()
+
+
+def start_sleeping() -> int:
+    return os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 @pytest.fixture
@@ -142,6 +152,35 @@ async def test_descriptors_are_as_many_as_processes() -> None:
         watched.watch("c2", ME, told.of("c2"))
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert told.names == []
+
+
+async def test_a_pid_that_is_used_again_at_once_is_watched_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, watched = Told(), Processes()
+    past, present = (start_sleeping() for _ in range(2))
+    process = identify(present, os.getuid())
+    open_pidfd = os.pidfd_open
+
+    def open_past(_pid: int) -> int:
+        monkeypatch.setattr(os, "pidfd_open", open_pidfd)
+        return open_pidfd(past)
+
+    with trio.fail_after(20):
+        async with running(watched):
+            # The first descriptor is of who had the pid before.
+            monkeypatch.setattr(os, "pidfd_open", open_past)
+            watched.watch("a", process, told.of("a"))
+            (fd,) = watched._pids
+            end(past)
+            assert processes._is_readable(fd)
+            await (
+                trio.testing.wait_all_tasks_blocked()
+            )  # which never comes to pass if it is asked for ever
+            assert told.names == []
+            end(present)
+            await _until(lambda: told.names == ["a"])
+    assert watched._pids == {}
 
 
 async def test_many_are_watched_by_the_connector_and_few_are_not(ended: set[int]) -> None:

@@ -118,6 +118,11 @@ class Processes:
                 self._look(pid)
         elif (pid_of := self._pids.get(fd)) is not None:
             self._look(pid_of)
+            if (
+                self._pidfds.get(pid_of) == fd
+            ):  # it is of a dead one, and others wait for who has its pid now
+                self._disarm(pid_of)
+                self._arm(pid_of)
 
     async def _each(self, do: Callable[[int], None]) -> None:
         """Do something with every process, and let others have their turn meanwhile."""
