@@ -11,12 +11,14 @@ import trio
 
 from broker.engines import gate as gate_module
 from broker.engines.base import EngineLostError
+from broker.engines.crash import TRACE
 from broker.engines.held import PIPE, batches
 from broker.engines.process import GateError, GateProcess
 from broker.gate.control import Listener, SandboxSpec
 from broker.wire.errors import CallRefusedError
 from tests.records import make_record, make_state
-from tests.test_engine_gate import kept, make_engine
+from tests.test_crash import records, write_trace
+from tests.test_engine_gate import bury, kept, make_engine
 from tests.test_engine_link import Told
 
 
@@ -155,6 +157,28 @@ async def test_a_gate_that_dies_before_it_serves_is_given_up(tmp_path: Path) -> 
     with pytest.raises(GateError, match="5 times"):
         await make_engine(tmp_path).keep_connected(told)
     assert sum(name.startswith("gate-crash") for name in files(tmp_path)) == 5
+
+
+async def test_a_gate_that_died_while_nobody_was_there_is_on_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with kept(make_engine(tmp_path)) as engine:
+        old = engine.pid
+    os.kill(old, signal.SIGKILL)
+    bury(old)
+    write_trace(tmp_path)  # the fake has none
+    async with kept(make_engine(tmp_path)) as engine:
+        assert f"the gate (process {old}) died" in caplog.text
+        assert " before 20" in engine.last_crash
+        (record,) = records(tmp_path)
+        assert len(record.read_text().splitlines()) == 2
+        assert not (tmp_path / TRACE).exists()
+        await engine.shutdown()
+    # This one ended in order: it has taken its socket away.
+    write_trace(tmp_path)
+    async with kept(make_engine(tmp_path)) as engine:
+        assert records(tmp_path) == [record]
+        await engine.shutdown()
 
 
 async def test_a_gate_that_somebody_ended_is_no_crash(

@@ -20,13 +20,16 @@ _PATTERN: Final = "gate-crash-*.txt"
 _MAX_FIRST_LINE: Final = 1000
 
 
-def keep_crash(folder: Path, pid: int, status: int | None, now: float) -> str:
+def keep_crash(
+    folder: Path, pid: int, status: int | None, now: float, *, unseen: bool = False
+) -> str:
     """Write down that the gate died, and return that in a line.
 
-    `status` is what `os.waitpid` gives; None: it was not ours to wait for.
+    `status` is what `os.waitpid` gives; None: it was not ours to wait for. `unseen`: it died some time before.
     """
     when = datetime.fromtimestamp(now, UTC)
-    line = f"the gate (process {pid}) {_describe_end(status)} at {when:%Y-%m-%d %H:%M:%S} UTC"
+    at = f"{'before' if unseen else 'at'} {when:%Y-%m-%d %H:%M:%S} UTC"
+    line = f"the gate (process {pid}) {_describe_end(status)} {at}"
     path = folder / f"gate-crash-{when:%Y%m%dT%H%M%S.%f}-{pid}.txt"
     trace = folder / TRACE
     try:

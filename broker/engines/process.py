@@ -52,13 +52,8 @@ class GateProcess:
     @property
     def is_ours(self) -> bool:
         """Whether one of us started it: this supervisor, or one before it in this folder."""
-        if self.pid in self._children:
-            return True
-        try:
-            noted = self._mark.read_text(encoding="ascii").split()
-        except (OSError, ValueError):
-            return False
-        return str(self.pid) in noted or _ANY in noted
+        noted = self._noted()
+        return self.pid in self._children or str(self.pid) in noted or _ANY in noted
 
     def watch(self, pid: int) -> None:
         """Take note which process it is."""
@@ -78,8 +73,16 @@ class GateProcess:
             self._end = -1
 
     async def start(self) -> None:
-        """Start a gate and wait until it listens. Raises GateError."""
-        await self._start(())
+        """Start a gate, where none is, and wait until it listens. Raises GateError."""
+        if self._control.exists() and (self.folder / TRACE).exists():
+            # One died, and nobody saw it: the next one would write over its trace.
+            pid = self.pid or self._noted_pid()
+            LOGGER.error("%s", keep_crash(self.folder, pid, None, time.time(), unseen=True))
+        try:
+            await self._start(())
+        except GateError:
+            (self.folder / TRACE).unlink(missing_ok=True)  # it would be taken for that of a crash
+            raise
 
     async def start_next(self, take_over: int, ask: StartNext) -> int:
         """Start a gate that takes over at that socket when it is told to. Raises GateError.
@@ -150,6 +153,16 @@ class GateProcess:
         if not os.read(ready, 1):
             self.give_up(pid)
             raise GateError(f"the gate did not start: its message {where}")
+
+    def _noted(self) -> list[str]:
+        try:
+            return self._mark.read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return []
+
+    def _noted_pid(self) -> int:
+        """Return the gate that was noted last; 0: not known."""
+        return next((int(word) for word in reversed(self._noted()) if word.isdigit()), 0)
 
     def _note(self, *words: str) -> None:
         """Say which gates are ours, whole or not at all."""
