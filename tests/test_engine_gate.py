@@ -241,3 +241,25 @@ async def test_a_gate_that_cannot_be_understood_is_given_up_and_the_reason_said(
             with pytest.raises(GateError, match="does not talk to us: control frame of 4294967295"):
                 await make_engine(tmp_path).keep_connected(Told())
             nursery.cancel_scope.cancel()
+
+
+async def test_a_gate_that_never_answers_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "GREETING_TIMEOUT", 0.01)
+    with trio.socket.socket(trio.socket.AF_UNIX) as mute:
+        await mute.bind(str(tmp_path / "gate.sock"))
+        mute.listen()
+        with trio.fail_after(10), pytest.raises(GateError, match="says nothing"):
+            await make_engine(tmp_path).keep_connected(Told())
+
+
+async def test_a_gate_whose_start_is_given_up_is_ended(tmp_path: Path) -> None:
+    command = ("/bin/sh", "-c", "exec sleep 1000")  # which never says that it listens
+    engine = GateEngine(control=tmp_path / "gate.sock", buses=BUSES, command=command)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.keep_connected, Told())
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    (pid,) = engine._process._children
+    bury(pid)

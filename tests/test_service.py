@@ -17,6 +17,7 @@ from broker.bus.values import Variant
 from broker.engines import gate as gate_module
 from broker.engines.process import GateError
 from broker.gate.control import BusSpec
+from broker.supervisor import service as service_module
 from broker.supervisor.config import Config, Limits
 from broker.supervisor.doors import StartError
 from broker.supervisor.service import NAME, serve
@@ -142,6 +143,40 @@ async def test_a_gate_that_does_not_start_is_one_clear_error(
     async with open_fake_bus(tmp_path) as fake:
         with pytest.raises(GateError):
             await serve(make_config(tmp_path, fake.address))
+
+
+async def test_a_start_that_takes_too_long_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service_module, "START_GRACE", 0.05)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with trio.socket.socket(trio.socket.AF_UNIX) as mute:  # a gate that hangs
+        await mute.bind(str(folder / "gate.sock"))
+        mute.listen()
+        async with open_fake_bus(tmp_path) as fake, trio.open_nursery() as nursery:
+            nursery.start_soon(serve, make_config(tmp_path, fake.address))
+            with trio.fail_after(10):
+                connection, _ = await mute.accept()
+                with connection:
+                    os.kill(os.getpid(), signal.SIGHUP)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    while await connection.recv(4096):
+                        pass
+    assert "the start is given up" in caplog.text
+
+
+async def test_a_reload_replaces_the_gate_or_says_why_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(tmp_path) as (_, client):
+        await client.call(MANAGER, "Status")
+        for _ in range(2):
+            caplog.clear()
+            os.kill(os.getpid(), signal.SIGHUP)
+            with trio.fail_after(20):
+                while "SIGHUP: " not in caplog.text:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
 
 
 async def test_a_bus_that_drops_us_is_connected_to_again(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ LOGGER: Final = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT: Final = 2.0  # seconds, from the request to the end of the connection
 # Seconds that a request waits for a gate that is being replaced: less than callers on a bus wait for an answer.
 GAP_TIMEOUT: Final = 8.0
+# Seconds to its first answer: more than what it may be busy with, an upgrade with 10 000 sandboxes, takes.
+GREETING_TIMEOUT: Final = 60.0
 COMMAND: Final = (sys.executable, "-P", "-m", "broker.gate")
 # A gate that dies before it serves would have us start gates for ever.
 MAX_STARTS: Final = 5
@@ -322,7 +324,7 @@ class GateEngine:
             LOGGER.error("the connection to the gate was lost")
 
     async def _greet(self, link: Link, listener: Listener) -> None:
-        snapshot = await link.request(TakeSnapshot(in_parts=True))
+        snapshot = await self._hear_first(link)
         if isinstance(snapshot, Snapshot) and HANDS_OVER_SINCE <= snapshot.protocol < PROTOCOL:
             # It was started by an older one of us. It hands over to one that we can talk to.
             self._process.watch(snapshot.pid)
@@ -341,6 +343,12 @@ class GateEngine:
         await borrow(link, self.held, snapshot.sandboxes)
         self._served = {state.spec.id for state in snapshot.sandboxes}
         await self._restore(link, listener)
+
+    async def _hear_first(self, link: Link) -> Answer:
+        with trio.move_on_after(GREETING_TIMEOUT):
+            return await link.request(TakeSnapshot(in_parts=True))
+        text = f"the gate that runs says nothing for {GREETING_TIMEOUT:.0f} s: end it"
+        raise EngineLostError(text) if self._has_served else GateError(text)
 
     async def _replace(self, link: Link) -> None:
         try:

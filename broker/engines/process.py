@@ -145,8 +145,12 @@ class GateProcess:
         return pid
 
     async def _wait_ready(self, ready: int, pid: int, where: str) -> None:
-        with trio.move_on_after(START_TIMEOUT) as scope:
-            await trio.lowlevel.wait_readable(ready)
+        try:
+            with trio.move_on_after(START_TIMEOUT) as scope:
+                await trio.lowlevel.wait_readable(ready)
+        except trio.Cancelled:  # it would serve nobody
+            self.give_up(pid)
+            raise
         if scope.cancelled_caught:
             self.give_up(pid)
             raise GateError(f"the gate did not say that it listens, in {START_TIMEOUT:.0f} s")

@@ -45,6 +45,8 @@ MAX_BACKLOG: Final = 1000
 # Seconds from the signal: to the answers of what is pending, and from there to the end.
 ANSWER_TIMEOUT: Final = 1.0
 SHUTDOWN_TIMEOUT: Final = 3.25
+# And from the signal to when a start that is under way is given up.
+START_GRACE: Final = 2.0
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -82,11 +84,37 @@ async def _serve(config: Config) -> None:
         gone_after = config.bus_gone_seconds or math.inf
         lines = {spec.name: Line(spec, NAME, gone_after) for spec in config.buses}
         async with open_loop(), trio.open_nursery() as nursery:
+            told = _Told()
+            nursery.start_soon(told.listen, signals, nursery.cancel_scope)
             buses = {name: await nursery.start(line.keep_open) for name, line in lines.items()}
             parts = _make_parts(config, state, lines, buses)
             stack.enter_context(_address_file(folder / "bus-address", config.buses[0].address))
-            await _run(parts, signals)
+            await _run(parts, told)
             nursery.cancel_scope.cancel()
+
+
+class _Told:
+    """What signals told us."""
+
+    def __init__(self) -> None:
+        self.to_end: Final = trio.Event()
+        self.has_started: Final = trio.Event()
+        self._reload, self.reloads = trio.open_memory_channel[None](1)
+
+    async def listen(self, signals: AsyncIterator[int], start: trio.CancelScope) -> None:
+        """Hear them, also while we start; a start that takes long when we are to end is given up."""
+        async for number in signals:
+            if number != signal.SIGHUP:
+                LOGGER.info("%s: ending", signal.Signals(number).name)
+                break
+            with suppress(trio.WouldBlock):  # one waits already
+                self._reload.send_nowait(None)
+        self.to_end.set()
+        with trio.move_on_after(START_GRACE) as grace:
+            await self.has_started.wait()
+        if grace.cancelled_caught:
+            LOGGER.warning("the start is given up: it takes too long")
+            start.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +179,7 @@ def _make_parts(
     return parts
 
 
-async def _run(parts: _Parts, signals: AsyncIterator[int]) -> None:
+async def _run(parts: _Parts, told: _Told) -> None:
     closing = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(parts.engine.keep_connected, parts.supervisor)
@@ -160,6 +188,7 @@ async def _run(parts: _Parts, signals: AsyncIterator[int]) -> None:
         for watch in parts.watches.values():
             with suppress(BusLostError):  # its line sees to that
                 await watch.check()
+        told.has_started.set()
         async with trio.open_nursery() as doors:
             for name, line in parts.lines.items():
                 make_objects = partial(_make_objects, parts, name)
@@ -168,7 +197,7 @@ async def _run(parts: _Parts, signals: AsyncIterator[int]) -> None:
             sys.stdout.flush()
             parts.notifier.ready()
             nursery.start_soon(stay_alive, parts.notifier, parts.ask)
-            await _wait_end(parts, signals)
+            await _wait_end(parts, told)
             parts.notifier.stopping()
             closing.set()
             doors.cancel_scope.deadline = trio.current_time() + ANSWER_TIMEOUT
@@ -180,19 +209,20 @@ async def _run(parts: _Parts, signals: AsyncIterator[int]) -> None:
         raise BusLostError(f"no bus is left: gone for {parts.config.bus_gone_seconds} s")
 
 
-async def _wait_end(parts: _Parts, signals: AsyncIterator[int]) -> None:
+async def _wait_end(parts: _Parts, told: _Told) -> None:
     async with trio.open_nursery() as nursery:
 
         async def wait_gone() -> None:
             await parts.all_gone.wait()
             nursery.cancel_scope.cancel()
 
+        async def reload() -> None:
+            async for _ in told.reloads:
+                await _reload(parts)
+
         nursery.start_soon(wait_gone)
-        async for number in signals:
-            if number != signal.SIGHUP:
-                LOGGER.info("%s: ending", signal.Signals(number).name)
-                break
-            nursery.start_soon(_reload, parts)
+        nursery.start_soon(reload)
+        await told.to_end.wait()
         nursery.cancel_scope.cancel()
 
 
