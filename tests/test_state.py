@@ -1,11 +1,12 @@
+import sqlite3
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from broker.supervisor.salvage import open_state
-from broker.supervisor.state import State
-from broker.wire.errors import CallRefusedError, ConfigError
+from broker.supervisor.state import NoRoomError, State, unusable
+from broker.wire.errors import FAILED, CallRefusedError, ConfigError
 from policy.rules import Access, AccessList, Peer, Rule
 from policy.snaps import Snap, World, parse_world
 from tests.records import make_record
@@ -121,6 +122,23 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None
         state.put(make_record(2, access=LARGE))
     with open_state(path) as state:
         assert state.load() == ([make_record(1), make_record(2, access=LARGE)], 3)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (sqlite3.SQLITE_FULL, NoRoomError),
+        (sqlite3.SQLITE_IOERR_SHMSIZE, NoRoomError),
+        (sqlite3.SQLITE_READONLY, ConfigError),
+    ],
+)
+def test_a_full_disk_is_no_mistake_in_the_settings(code: int, kind: type[Exception]) -> None:
+    error = sqlite3.OperationalError("no")
+    error.sqlite_errorcode = code
+    assert type(unusable("it cannot be opened", error)) is kind
+    refused = CallRefusedError(FAILED, "it cannot be stored")
+    refused.__cause__ = error
+    assert type(unusable("it cannot be opened", refused)) is kind
 
 
 def test_what_has_come_to_pass_is_stored_with_the_next_change(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from broker.supervisor.config import Limits
 from broker.supervisor.registry import PORTAL_RULES, Record, Registry
 from broker.supervisor.salvage import KEPT_ASIDE, NO_VALUES, UNKNOWN_PLUG, open_state, settle
 from broker.supervisor.spec import make_spec
-from broker.supervisor.state import State, Unsettled
+from broker.supervisor.state import NoRoomError, State, Unsettled
 from broker.wire.errors import ConfigError
 from policy.rules import Access, AccessList, Rule
 from policy.snaps import SNAP_TYPE, Snap, World
@@ -212,10 +212,25 @@ def test_a_damaged_file_that_cannot_be_set_aside_is_left_alone(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", fail)
-    with pytest.raises(ConfigError, match=r"is damaged .* cannot be set aside: No space left"):
+    # No ConfigError: that would be for ever.
+    with pytest.raises(NoRoomError, match=r"is damaged .* cannot be set aside: No space left"):
         with open_state(path):
             pass
     assert path.read_bytes().startswith(b"this is no database")
+
+
+def test_the_journal_of_a_file_that_was_taken_away_is_none_of_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with open_state(path) as state:
+        state.put(make_record(0))
+        # As a kill leaves them.
+        left = {one: one.read_bytes() for one in tmp_path.glob("state.db-*")}
+    assert {one.name for one in left} == {"state.db-wal", "state.db-shm"}
+    path.unlink()
+    for one, content in left.items():
+        one.write_bytes(content)
+    with open_state(path) as state:
+        assert state.load() == ([], 0)
 
 
 # -- what the gate knows ------------------------------------------------------------------------------

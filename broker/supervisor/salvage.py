@@ -24,9 +24,9 @@ import msgspec
 
 from broker.gate.control import SandboxState, Snapshot
 from broker.supervisor.registry import PORTAL_RULES, Record, Registry
-from broker.supervisor.state import DamagedError, State, Unsettled, decode_record
+from broker.supervisor.state import DamagedError, State, Unsettled, decode_record, unusable
 from broker.wire.address import make_unix_address
-from broker.wire.errors import CallRefusedError, ConfigError
+from broker.wire.errors import CallRefusedError
 from policy.rules import AccessList, Rule
 from policy.snaps import SNAP_TYPE, World
 
@@ -42,7 +42,7 @@ _BY_CALLER: Final = re.compile(r"\w+ by ")
 
 @contextmanager
 def open_state(path: Path) -> Iterator[State]:
-    """Open the state file; one that is damaged is set aside. Raises ConfigError if it cannot be used."""
+    """Open the state file; one that is damaged is set aside. Raises ConfigError or NoRoomError if it cannot be used."""
     state = _open(path)
     try:
         yield state
@@ -110,6 +110,7 @@ class _Found:
 
 def _open(path: Path) -> State:
     if not path.exists():
+        _clear(path)  # a journal that was left behind would be taken for the new one's
         # Made under another name, so that a file that holds nothing is always one that lost it.
         new = _clear(path.with_name(f"{path.name}.new"))
         State(new).close()
@@ -150,7 +151,8 @@ def _replace(path: Path, journal: Path, reason: str) -> State:
         _take_its_place(new, path)
     except (OSError, CallRefusedError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else exc
-        raise ConfigError(f"{path} is damaged ({reason}), and cannot be set aside: {why}") from exc
+        text = f"{path} is damaged ({reason}), and cannot be set aside: {why}"
+        raise unusable(text, exc) from exc
     LOGGER.error(
         "%s is damaged (%s): kept as %s; read from it: %d sandboxes, %s; the gate is asked for the rest%s",
         path,

@@ -6,6 +6,7 @@ stored is refused, but for what happened whether we store it or not: that is sto
 A file that is damaged is set aside by whoever opens it (`broker.supervisor.salvage`).
 """
 
+import errno
 import logging
 import sqlite3
 from collections.abc import Iterator
@@ -63,6 +64,10 @@ class DamagedError(BrokerError):
     """The file's bytes are not what was stored: to be set aside."""
 
 
+class NoRoomError(BrokerError):
+    """Its disk is full: no mistake in the settings, and so worth another try."""
+
+
 class Unsettled(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be asked of the gate, as the file does not know."""
 
@@ -74,7 +79,7 @@ class State:
     """The open file."""
 
     def __init__(self, path: Path) -> None:
-        """Open it, made if it is not there. Raises DamagedError, and ConfigError if it cannot be used."""
+        """Open it, made if it is not there. Raises DamagedError, and ConfigError or NoRoomError if it cannot be used."""
         is_new = not path.exists()
         if path.is_file() and not path.stat().st_size:
             raise DamagedError("nothing is in it")
@@ -85,7 +90,7 @@ class State:
         try:
             self._db: Final = sqlite3.connect(path, isolation_level="IMMEDIATE")
         except sqlite3.Error as exc:
-            raise ConfigError(f"cannot open {path}: {_explain(exc)}") from exc
+            raise unusable(f"cannot open {path}: {_explain(exc)}", exc) from exc
         try:
             with self._reading():
                 self._prepare(is_new=is_new)
@@ -300,15 +305,28 @@ class State:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Tell damage from what the operator can set right. Raises DamagedError, ConfigError."""
+        """Tell damage from what the operator can set right. Raises DamagedError, ConfigError, NoRoomError."""
         try:
             yield
         except sqlite3.Error as exc:
             if _code(exc) in _DAMAGE:
                 raise DamagedError(str(exc)) from exc
-            raise ConfigError(f"cannot use {self._path}: {_explain(exc)}") from exc
+            raise unusable(f"cannot use {self._path}: {_explain(exc)}", exc) from exc
         except ValueError as exc:  # more rows than there can be, or fewer
             raise DamagedError(str(exc)) from exc
+
+
+def unusable(text: str, cause: BaseException) -> ConfigError | NoRoomError:
+    """Return the error for a file that cannot be used."""
+    return NoRoomError(text) if _is_full(cause) else ConfigError(text)
+
+
+def _is_full(exc: BaseException | None) -> bool:
+    if isinstance(exc, sqlite3.Error):
+        return _code(exc) in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+    if isinstance(exc, OSError):
+        return exc.errno in {errno.ENOSPC, errno.EDQUOT}
+    return exc is not None and _is_full(exc.__cause__)
 
 
 def decode_record(number: object, data: object) -> Record:
