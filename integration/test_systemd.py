@@ -182,6 +182,7 @@ def test_sockets_outlive_both(manager: Manager) -> None:
             manager.wait_other(unit, pid)
         known = {one["path"] for one in warden.list_sandboxes()}
         assert known == {kept.path, piped.path}
+        assert len(list(warden.folder.glob("gate-crash-*"))) == 1  # nobody saw it die
         with connects(kept) as client:
             assert echo(client) is None
             assert warden.who(client.unique_name) == kept.path

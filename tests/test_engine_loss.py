@@ -11,7 +11,7 @@ import trio
 
 from broker.engines import gate as gate_module
 from broker.engines.base import EngineLostError
-from broker.engines.crash import TRACE
+from broker.engines.crash import MOVED, TRACE
 from broker.engines.held import PIPE, batches
 from broker.engines.process import GateError, GateProcess
 from broker.gate.control import Listener, SandboxSpec
@@ -178,6 +178,19 @@ async def test_a_gate_that_died_while_nobody_was_there_is_on_record(
     write_trace(tmp_path)
     async with kept(make_engine(tmp_path)) as engine:
         assert records(tmp_path) == [record]
+        await engine.shutdown()
+
+
+async def test_what_systemd_replaced_is_on_record(tmp_path: Path) -> None:
+    write_trace(tmp_path)
+    (tmp_path / TRACE).rename(tmp_path / MOVED)
+    write_trace(tmp_path)  # of the one that serves now
+    async with kept(make_engine(tmp_path)) as engine:
+        assert engine.last_crash.startswith("a gate died")
+        assert " before 20" in engine.last_crash
+        assert len(records(tmp_path)) == 1
+        assert set(files(tmp_path)) >= {TRACE}
+        assert MOVED not in files(tmp_path)
         await engine.shutdown()
 
 

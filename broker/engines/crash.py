@@ -14,6 +14,8 @@ from broker.wire.trace import describe, read_rings
 
 LOGGER: Final = logging.getLogger(__name__)
 TRACE: Final = "gate-trace"
+# Where a gate that systemd started puts the trace of one that died before it.
+MOVED: Final = "gate-trace.old"
 MAX_CRASHES: Final = 5
 _PATTERN: Final = "gate-crash-*.txt"
 # Far longer than the line that we write.
@@ -29,9 +31,10 @@ def keep_crash(
     """
     when = datetime.fromtimestamp(now, UTC)
     at = f"{'before' if unseen else 'at'} {when:%Y-%m-%d %H:%M:%S} UTC"
-    line = f"the gate (process {pid}) {_describe_end(status)} {at}"
+    who = f"the gate (process {pid})" if pid else "a gate"
+    line = f"{who} {_describe_end(status)} {at}"
     path = folder / f"gate-crash-{when:%Y%m%dT%H%M%S.%f}-{pid}.txt"
-    trace = folder / TRACE
+    trace = find_trace(folder)
     try:
         entries = read_rings(trace.read_bytes()) if trace.is_file() else []
         lines = [f"{_describe_time(entry.when)} {describe(entry)}\n" for entry in entries]
@@ -42,6 +45,12 @@ def keep_crash(
         LOGGER.warning("%s: no record of it in %s: %s", line, folder, exc)
         return line
     return f"{line}; the headers of its last messages are in {path}"
+
+
+def find_trace(folder: Path) -> Path:
+    """Return where the trace of one that died is, if there is one: another may write its own by now."""
+    moved = folder / MOVED
+    return moved if moved.exists() else folder / TRACE
 
 
 def last_crash(folder: Path) -> str:

@@ -325,6 +325,7 @@ class GateEngine:
 
     async def _greet(self, link: Link, listener: Listener) -> None:
         snapshot = await self._hear_first(link)
+        self._process.keep_moved()
         if isinstance(snapshot, Snapshot) and HANDS_OVER_SINCE <= snapshot.protocol < PROTOCOL:
             # It was started by an older one of us. It hands over to one that we can talk to.
             self._process.watch(snapshot.pid)

@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 import broker
-from broker.engines.crash import TRACE, keep_crash
+from broker.engines.crash import MOVED, TRACE, find_trace, keep_crash
 from broker.wire.errors import BrokerError
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -75,14 +75,17 @@ class GateProcess:
     async def start(self) -> None:
         """Start a gate, where none is, and wait until it listens. Raises GateError."""
         if self._control.exists() and (self.folder / TRACE).exists():
-            # One died, and nobody saw it: the next one would write over its trace.
-            pid = self.pid or self._noted_pid()
-            LOGGER.error("%s", keep_crash(self.folder, pid, None, time.time(), unseen=True))
+            self._keep_unseen(self.pid or self._noted_pid())  # else the next one writes over it
         try:
             await self._start(())
         except GateError:
             (self.folder / TRACE).unlink(missing_ok=True)  # it would be taken for that of a crash
             raise
+
+    def keep_moved(self) -> None:
+        """Write down one that died and was replaced when nobody saw it."""
+        if (self.folder / MOVED).exists():
+            self._keep_unseen(self.pid)
 
     async def start_next(self, take_over: int, ask: StartNext) -> int:
         """Start a gate that takes over at that socket when it is told to. Raises GateError.
@@ -182,6 +185,9 @@ class GateProcess:
             with contextlib.suppress(OSError):
                 new.unlink(missing_ok=True)
 
+    def _keep_unseen(self, pid: int) -> None:
+        LOGGER.error("%s", keep_crash(self.folder, pid, None, time.time(), unseen=True))
+
     async def has_died(self) -> bool:
         """Say whether it ended, after its connection did; keep a record if it was not told to."""
         if self._end < 0 or not await self._wait_end():
@@ -189,7 +195,7 @@ class GateProcess:
         status = self._reap(self.pid)
         self.forget()
         # Whoever ends in order takes his socket away, or, if that is systemd's, the trace.
-        if self._control.exists() and (self.is_ours or (self.folder / TRACE).exists()):
+        if self._control.exists() and (self.is_ours or find_trace(self.folder).exists()):
             LOGGER.error("%s", keep_crash(self.folder, self.pid, status, time.time()))
         else:
             self._tidy()

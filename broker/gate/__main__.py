@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def begin() -> None:
         if args.trace is not None:  # not before: an older gate may have written there until now
+            if manager.is_there and opening is None:
+                _set_aside(args.trace)
             _trace(args.trace)
         if opening is not None:
             gate.resume(opening.serial)
@@ -145,6 +147,12 @@ def _trace(path: Path) -> None:
         trace_into(path)
     except OSError as exc:
         LOGGER.warning("no trace in %s: %s", path, exc.strerror)
+
+
+def _set_aside(path: Path) -> None:
+    """What is there is of a gate that died: the supervisor, which may be another one by now, makes a record of it."""
+    with contextlib.suppress(OSError):
+        path.rename(path.with_name(f"{path.name}.old"))
 
 
 def _listen(path: str) -> socket.socket:
