@@ -267,7 +267,7 @@ def _marked_gates(runtime: Path) -> list[int]:
     """Return those that took the place of a first one: by their mark, if it is still about them."""
     try:
         marked = (runtime / "buswarden" / "gate.pid").read_text().split()
-        pids = [int(pid) for pid in marked]
+        pids = [int(pid) for pid in marked if pid.isdigit()]
         return [p for p in pids if str(runtime) in Path(f"/proc/{p}/cmdline").read_text()]
     except (OSError, ValueError):
         return []
