@@ -261,6 +261,28 @@ async def test_a_replacement_that_does_not_start_is_tried_again(
         await engine.shutdown()
 
 
+async def test_one_that_was_first_is_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, engine = make_engine(tmp_path)._process, make_engine(tmp_path)
+    refuse = tmp_path / "refuse"
+    start = engine._process.start
+
+    async def start_late() -> None:
+        # An earlier supervisor, which died then, had it started: ours finds the place taken.
+        await other.start()
+        refuse.touch()
+        await start()
+
+    monkeypatch.setattr(engine._process, "start", start_late)
+    async with kept(engine):
+        assert {engine.pid} == other._children
+        assert engine._process.is_ours
+        await engine.shutdown()
+    assert files(tmp_path) == ["refuse"]
+    bury(engine.pid)
+
+
 async def test_a_replacement_that_never_starts_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -374,14 +374,17 @@ class GateEngine:
         sock = await connect(self._control)
         while sock is None:
             self._count_start()
+            failure = None
             try:
                 await self._process.start()
-            except GateError as exc:
-                if not self._has_served:
-                    raise
-                LOGGER.error("%s", exc)  # noqa: TRY400 - no defect of ours
-                await trio.sleep(START_PAUSE * 2 ** (len(self._starts) - 1))
+            except GateError as exc:  # be it that another one was first
+                failure = exc
             sock = await connect(self._control)
+            if sock is None and failure is not None:
+                if not self._has_served:
+                    raise failure
+                LOGGER.error("%s", failure)
+                await trio.sleep(START_PAUSE * 2 ** (len(self._starts) - 1))
         return sock
 
     def _count_start(self) -> None:

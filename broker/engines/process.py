@@ -76,11 +76,14 @@ class GateProcess:
         """Start a gate, where none is, and wait until it listens. Raises GateError."""
         if self._control.exists() and (self.folder / TRACE).exists():
             self._keep_unseen(self.pid or self._noted_pid())  # else the next one writes over it
+        # A supervisor before us may have been about to start one, which may yet be the one that serves.
+        earlier = self._noted()[-1:]
         try:
-            await self._start(())
-        except GateError:
-            (self.folder / TRACE).unlink(missing_ok=True)  # it would be taken for that of a crash
+            pid = await self._start(())
+        except BaseException:
+            self._note(*earlier)
             raise
+        self._note(str(pid))
 
     def keep_moved(self) -> None:
         """Write down one that died and was replaced when nobody saw it."""
@@ -132,7 +135,7 @@ class GateProcess:
             if pid:
                 return pid
         # Of two either may be the one that serves, should we end before we know.
-        before = (str(self.pid),) if take_over else ()
+        before = [str(self.pid)] if take_over else self._noted()[-1:]
         is_noted = not take_over or self.is_ours
         if is_noted:
             self._note(*before, _ANY)
