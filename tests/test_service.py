@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 from msgspec.structs import replace
 
 from broker.bus.connection import Bus, Signal, Target, open_bus
@@ -175,6 +176,7 @@ async def test_a_reload_replaces_the_gate_or_says_why_not(
             caplog.clear()
             os.kill(os.getpid(), signal.SIGHUP)
             with trio.fail_after(20):
+                await trio.lowlevel.checkpoint()
                 while "SIGHUP: " not in caplog.text:  # noqa: ASYNC110
                     await trio.sleep(0.01)
 

@@ -23,7 +23,7 @@ import trio
 from broker.engines.base import EngineLostError, Listener
 from broker.engines.dialect import describe
 from broker.engines.gate import SHUTDOWN_TIMEOUT, GateEngine
-from broker.engines.labels import Labels
+from broker.engines.labels import UNDO_TIMEOUT, Labels
 from broker.engines.process import GateError
 from broker.engines.upkeep import LOST
 from broker.gate.control import BusSpec, SandboxSpec, Snapshot
@@ -108,8 +108,10 @@ class Containers1Engine(GateEngine):
             await super().add(whole, fds)
         except BaseException:
             self._upkeep.forget(spec.id)
-            for bus, upstream in upstreams.items():
-                await self._labels.unmake(spec.uid, bus, upstream)
+            # If we cannot, the gate does when we are gone.
+            with trio.move_on_after(UNDO_TIMEOUT, shield=True):
+                for bus, upstream in upstreams.items():
+                    await self._labels.unmake(spec.uid, bus, upstream)
             raise
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
@@ -218,7 +220,8 @@ class Containers1Engine(GateEngine):
         except CallRefusedError:
             # A snapshot that came meanwhile may have it: then it is in use.
             if not self._has(spec.id, bus, upstream):
-                await self._labels.unmake(spec.uid, bus, upstream)
+                with trio.move_on_after(UNDO_TIMEOUT, shield=True):
+                    await self._labels.unmake(spec.uid, bus, upstream)
             raise
         told = spec.access  # with which it was made
         while (now := self._upkeep.get(spec.id)) is not None and now.access != told:

@@ -180,7 +180,12 @@ class Labels:
             address = read_address(called)
             _check_reachable(address)
         except CallRefusedError as exc:
-            if instance and await self.unmake(spec.uid, bus, dialect.upstream(instance, "")):
+            is_gone = False
+            if instance:
+                with trio.move_on_after(UNDO_TIMEOUT, shield=True):
+                    made = dialect.upstream(instance, "")
+                    is_gone = await self.unmake(spec.uid, bus, made)
+            if is_gone:
                 # It went away meanwhile, and is to be waited for: there is nothing wrong with what it makes.
                 raise CallRefusedError(DISCONNECTED, str(exc)) from exc
             raise
@@ -196,13 +201,12 @@ class Labels:
             signature="o",
             body=pack("o", [upstream.instance]),
         )
-        with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-            try:
-                await self._call(request)
-            except CallRefusedError as exc:
-                return exc.dbus_name == DISCONNECTED
-            except EngineLostError:
-                pass
+        try:
+            await self._call(request)
+        except CallRefusedError as exc:
+            return exc.dbus_name == DISCONNECTED
+        except EngineLostError:
+            pass
         return False
 
     async def tell_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
