@@ -109,8 +109,8 @@ class Containers1Engine(GateEngine):
         except BaseException:
             self._upkeep.forget(spec.id)
             # If we cannot, the gate does when we are gone.
-            with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-                for bus, upstream in upstreams.items():
+            for bus, upstream in upstreams.items():
+                with trio.move_on_after(UNDO_TIMEOUT, shield=True):
                     await self._labels.unmake(spec.uid, bus, upstream)
             raise
 
