@@ -6,16 +6,11 @@ peers as we do: whom the gate alone serves on that bus is a host there, and whom
 host to us. So no entry is about a peer.
 """
 
-from typing import Final
-
 import msgspec
 
 from policy.containers1 import Flag, Usos, make_usos, on_the_wire
 from policy.rules import AccessList
 from policy.usos import expand, wider
-
-# Any path, where the form is on the wire: an empty one is no object path.
-_ANY_PATH: Final = "/"
 
 
 def make_superset(access: AccessList, bus: str) -> tuple[Usos, ...]:
@@ -30,5 +25,5 @@ def make_superset(access: AccessList, bus: str) -> tuple[Usos, ...]:
                 said, _ = make_usos([wider(part)])
             entries.update(dict.fromkeys(map(on_the_wire, said)))
     if access.receive_from_host:
-        entries[int(Flag.RECEIVE | Flag.PATH_SUBTREE), "", _ANY_PATH, ""] = None
+        entries[on_the_wire((int(Flag.RECEIVE), "", "", ""))] = None
     return tuple(entries)

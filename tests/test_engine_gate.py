@@ -1,7 +1,8 @@
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -198,49 +199,43 @@ async def test_gates_are_not_started_for_ever(tmp_path: Path) -> None:
         engine._count_start()
 
 
+async def be_given_up(
+    folder: Path, serve: Callable[[trio.SocketStream], Awaitable[None]], match: str
+) -> None:
+    """Have an engine meet a gate that does that on each connection, and give it up."""
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(str(folder / "gate.sock"))
+    listener.listen(64)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
+        with pytest.raises(GateError, match=match):
+            await make_engine(folder).keep_connected(Told())
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_gate_that_hangs_up_at_once_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gate_module, "REFUSAL_PAUSE", 0.001)
-    sock = trio.socket.socket(trio.socket.AF_UNIX)
-    await sock.bind(str(tmp_path / "gate.sock"))
-    sock.listen(64)
 
-    async def hang_up() -> None:
-        while True:
-            connection, _ = await sock.accept()
-            connection.close()
+    async def hang_up(stream: trio.SocketStream) -> None:
+        await stream.aclose()
 
-    with sock:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(hang_up)
-            with pytest.raises(GateError, match="another supervisor"):
-                await make_engine(tmp_path).keep_connected(Told())
-            nursery.cancel_scope.cancel()
+    await be_given_up(tmp_path, hang_up, "another supervisor")
 
 
 async def test_a_gate_that_cannot_be_understood_is_given_up_and_the_reason_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gate_module, "REFUSAL_PAUSE", 0.001)
-    sock = trio.socket.socket(trio.socket.AF_UNIX)
-    await sock.bind(str(tmp_path / "gate.sock"))
-    sock.listen(64)
 
-    async def babble() -> None:
-        while True:
-            connection, _ = await sock.accept()
-            with connection:
-                await connection.send(b"\xff" * 4)
-                await connection.recv(1)
-                await trio.sleep(0.01)
+    async def babble(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(b"\xff" * 4)
+            await stream.receive_some(1)
+            await trio.sleep(0.01)
 
-    with sock:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(babble)
-            with pytest.raises(GateError, match="does not talk to us: control frame of 4294967295"):
-                await make_engine(tmp_path).keep_connected(Told())
-            nursery.cancel_scope.cancel()
+    await be_given_up(tmp_path, babble, "does not talk to us: control frame of 4294967295")
 
 
 async def test_a_gate_that_never_answers_is_an_error(

@@ -11,8 +11,9 @@ import trio
 
 from broker.engines import gate as gate_module
 from broker.engines.base import EngineLostError
+from broker.engines.borrow import batches
 from broker.engines.crash import MOVED, TRACE
-from broker.engines.held import PIPE, batches
+from broker.engines.held import PIPE
 from broker.engines.process import GateError, GateProcess
 from broker.gate.control import Listener, SandboxSpec
 from broker.wire.errors import CallRefusedError

@@ -129,9 +129,8 @@ class Management:
         record = sandbox.record
         sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}
         (metadata,) = unpack("a{sv}", record.metadata)
-        instances = self._engine.instances(
-            record.id
-        )  # an empty path is of one that is being made again
+        # An empty path is of one that is being made again.
+        instances = self._engine.instances(record.id)
         engines = {bus: "containers1" if bus in instances else "gate" for bus in record.sockets}
         return {
             "id": Variant("s", record.id),

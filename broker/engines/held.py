@@ -12,12 +12,8 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Final
 
-from broker.gate.control import SandboxState
-
 LOGGER: Final = logging.getLogger(__name__)
 PIPE: Final = ""  # in place of a bus
-# Well below what one frame may carry.
-FDS_A_REQUEST: Final = 200
 
 
 class Held:
@@ -99,18 +95,3 @@ class Held:
 
 def _ignore(_sandbox: str, _bus: str, _fd: int | None) -> None:
     pass
-
-
-def batches(states: Iterator[SandboxState]) -> Iterator[tuple[str, ...]]:
-    """Return names of sandboxes, as many at a time as have not too many descriptors."""
-    names: list[str] = []
-    count = 0
-    for state in states:
-        its = len(state.spec.listeners) + 1
-        if names and count + its > FDS_A_REQUEST:
-            yield tuple(names)
-            names, count = [], 0
-        names.append(state.spec.id)
-        count += its
-    if names:
-        yield tuple(names)

@@ -66,7 +66,7 @@ class Sandbox:
         self.links: Final[dict[Link, None]] = {}  # a set with an order
         self._buses: Final = buses
         self._emit: Final = emit
-        self._changed: Final = changed  # a connection has a name or has left, or all is over
+        self._changed: Final = changed  # it listens less, a connection joined or left, all is over
         self._judges: dict[str, Judge] = {}
         self._listening: Final[dict[int, tuple[socket.socket, Listener]]] = {}
         self._close_pipe = -1
@@ -101,7 +101,7 @@ class Sandbox:
         """Take no more connections; end with the last one."""
         for fd in list(self._listening):
             self._close_listener(fd)
-        self._end_if_done("last-connection")
+        self._end_if_done()
 
     def _close_listener(self, fd: int) -> None:
         sock, listener = self._listening.pop(fd)
@@ -131,9 +131,11 @@ class Sandbox:
         self._loop.remove(self._close_pipe)  # it would be told again and again
         self.stop("close-notify")
 
-    def _end_if_done(self, reason: str) -> None:
-        if not self.is_over and not self._listening and not self.links:
-            self.stop(reason)
+    def _end_if_done(self) -> None:
+        if not (self.is_over or self._listening or self.links):
+            self.stop("last-connection")
+        elif not self.is_over:
+            self._changed(self)
 
     # -- rules -----------------------------------------------------------------------------------
 
@@ -212,8 +214,7 @@ class Sandbox:
     def _lose_listener(self, fd: int, why: str) -> None:
         self.complaints.add("listener-lost", why)
         self._close_listener(fd)
-        self._end_if_done("last-connection")
-        self._changed(self)
+        self._end_if_done()
 
     def _accept_again(self, fd: int) -> None:
         if fd in self._listening:
@@ -264,9 +265,7 @@ class Sandbox:
         if core is not None and core.unique_name:
             core.bus.gone(core.unique_name)
             self._emit(Gone(self.id, core.bus.name, core.unique_name))
-        self._end_if_done("last-connection")
-        if not self.is_over:
-            self._changed(self)
+        self._end_if_done()
 
     # -- budgets -----------------------------------------------------------------------------------
 

@@ -212,9 +212,7 @@ class Gate:
             case SetAccess():
                 self._set_access(request)
             case StopListening():
-                sandbox = self._find(request.sandbox)
-                sandbox.stop_listening()
-                self._sandbox_changed(sandbox)
+                self._find(request.sandbox).stop_listening()
             case StopSandbox():
                 self._find(request.sandbox).stop(request.reason)
             case WhoIs():

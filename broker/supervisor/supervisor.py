@@ -242,9 +242,8 @@ class Supervisor:
         for id_ in result.strangers:
             self._later(id_, partial(self._outside.engine.stop, id_))
         if result.strangers:  # of which the file knows nothing, and the gate neither, soon
-            with contextlib.suppress(
-                CallRefusedError
-            ):  # then the next one that is stored sees to it
+            # If it cannot be stored, the next one that is sees to it.
+            with contextlib.suppress(CallRefusedError):
                 self._outside.state.skip_to(self.registry.next_number)
         for id_ in result.other_access:
             self._later(id_, partial(self._set_access_again, id_))

@@ -41,9 +41,8 @@ class Tags:
         It must be watched since before its credentials were asked for, until this returns.
         """
         await self._engine.tag_headers(bus, unique_name)
-        if (
-            unique_name not in self._watches[bus]
-        ):  # it left meanwhile, and nobody will tell us again
+        if unique_name not in self._watches[bus]:
+            # It left meanwhile, and nobody will tell us again.
             self._untag(bus, unique_name)
         elif (bus, unique_name) not in self._wishes:
             self._state.put_tag(bus, unique_name)
