@@ -13,7 +13,7 @@ SOURCES: Final = sorted(path for name in PACKAGES for path in (PROJECT / name).r
 TESTS: Final = sorted(
     path for name in ("integration", "tests") for path in (PROJECT / name).rglob("*.py")
 )
-MAX_LINES: Final = 400
+MAX_LINES: Final = 600
 MAX_FUNCTION_LINES: Final = 50  # docstring and comments left out
 
 # Whatever is in one of these may import what stands behind it, and itself; the first match counts.
