@@ -143,7 +143,7 @@ def open_stage() -> Iterator[Stage]:
 @contextmanager
 def running_app(env: dict[str, str], folder: Path) -> Iterator[App]:
     """Run the app under bubblewrap; it has its connection when this yields."""
-    # A checkout or a Python below /tmp would not be there in the sandbox.
+    # A checkout and its Python would not be there in the sandbox.
     shares = [w for d in {PROJECT, Path(sys.prefix), Path(sys.base_prefix)} for w in ("--share", d)]
     identity = ["--type", "org.example.Demo", "--app", "org.example.Notes"]
     argv = [PYTHON, "-m", "broker.cli", "exec", *identity, *shares]

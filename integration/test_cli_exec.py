@@ -92,7 +92,7 @@ def test_it_reaches_its_own_socket_and_nothing_else_of_the_bus(shared: Warden) -
             sock.listen()
         control = str(shared.folder / "gate.sock")
         hidden = [bus, str(other.socket), control, f"{name}/bus", abstract]
-        # The interpreter itself: a virtual environment below /tmp is not there in the sandbox.
+        # The interpreter itself: a virtual environment is not there in the sandbox.
         python = str(Path(sys.executable).resolve())
         outcome = shared.cli("exec", "--", python, "-c", LOOK, *hidden, INSIDE)
     lines = outcome.out.splitlines()

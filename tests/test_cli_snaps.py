@@ -179,7 +179,7 @@ def test_exec_of_a_snaps_app(
     component: str,
 ) -> None:
     monkeypatch.setattr(exec_module, "find_bubblewrap", lambda: None)
-    monkeypatch.setattr(exec_module, "_run", lambda *_: 0)
+    monkeypatch.setattr(exec_module, "_run_in", lambda *_: 0)
     code, _, err = run("exec", "--snap", "player", *app, "--", "true")
     assert (code, err) == (0, "")
     type_, name, _, named = broker.values("AddServer")

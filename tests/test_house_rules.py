@@ -70,7 +70,9 @@ PURE: Final = [
         "broker/proxy/arguments.py",
         "broker/proxy/judge.py",
         "broker/proxy/passage.py",
+        "broker/sandbox/mounts.py",
         "broker/sandbox/plan.py",
+        "broker/sandbox/seccomp.py",
         "broker/supervisor/ends.py",
         "broker/supervisor/registry.py",
     }

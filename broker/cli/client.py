@@ -83,6 +83,7 @@ class Added:
     path: str
     socket: str
     address: str
+    sockets: Mapping[str, str] = field(default_factory=dict)  # by bus; empty: the first bus alone
 
     @property
     def id(self) -> str:
@@ -156,7 +157,12 @@ class Client:
             path, socket, address = await self._call(
                 CONTAINERS, "AddServer", "ssa{sv}a{sv}", values, fds=fds
             )
-        return Added(path=path, socket=os.fsdecode(bytes(socket).rstrip(b"\0")), address=address)
+        first = os.fsdecode(bytes(socket).rstrip(b"\0"))
+        sockets = {new.buses[0]: first} if new.buses else {}
+        if len(new.buses) > 1:
+            # AddServer has room for one socket in its answer.
+            sockets = {name: str(at) for name, at in (await self.show(path))["sockets"].items()}
+        return Added(path=path, socket=first, address=address, sockets=sockets)
 
     async def stop(self, path: str, *, keep_connections: bool) -> None:
         await self._call(

@@ -1,7 +1,6 @@
-"""`buswarden exec`: a command under bubblewrap, with the sandbox's bus socket and no other bus."""
+"""`buswarden exec`: a command under bubblewrap, with sandboxed bus sockets and no other bus."""
 
 import os
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,32 +8,43 @@ from typing import Final
 
 import click
 
-from broker.cli.client import Added, Client, NewSandbox, ask
+from broker.cli.client import Client, NewSandbox, ask
 from broker.cli.options import (
     ALLOW,
     DENY,
     PORTALS_AS_HOST,
     Settings,
     all_rules,
+    check_rule_buses,
     end_options,
     identity_options,
 )
 from broker.cli.output import print_error
-from broker.sandbox.launch import NotStartedError, find_bubblewrap, find_host, run_sandbox
+from broker.sandbox.cgroup import own_cgroup
+from broker.sandbox.host import (
+    check_standard_descriptors,
+    find_bound,
+    find_bubblewrap,
+    find_host,
+    find_program,
+    find_shared,
+    find_wayland,
+    find_x11,
+    make_home,
+)
+from broker.sandbox.launch import NotStartedError, run_sandbox
 from broker.sandbox.plan import Wish, addresses_in, make_plan
 from policy.snaps import SNAP_TYPE
 
 DEFAULT_TYPE: Final = "org.buswarden.Exec"
-# Sockets that are to be hidden come and go: so often one may go while it is being hidden.
-ATTEMPTS: Final = 5
 RuleTexts = tuple[tuple[bool, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """A sandbox for the command, and what to keep out of its sight."""
+    """A sandbox for the command, and what to keep out of its reach."""
 
-    added: Added
+    sockets: dict[str, str]  # by the name of the bus
     bus_addresses: tuple[str, ...]
     runtime_dir: str
 
@@ -46,17 +56,35 @@ class Made:
     metavar="NAME",
     help="The command is an app of this snap, --app says which: the snap's connections give the rules.",
 )
+@click.option(
+    "--bus",
+    "buses",
+    metavar="NAME",
+    multiple=True,
+    help="Give the command this bus of the broker. May be repeated. Default: the broker's first.",
+)
 @ALLOW
 @DENY
 @PORTALS_AS_HOST
 @end_options
 @click.option(
     "--share",
+    metavar="PATH",
+    multiple=True,
+    help="Show this folder or file, read-only and without its sockets. May be repeated.",
+)
+@click.option(
+    "--bind",
     metavar="DIRECTORY",
     multiple=True,
-    type=click.Path(exists=True, file_okay=False, resolve_path=True),
-    help="Show this, read-only, though it is below /tmp or /run. May be repeated.",
+    help="Give this folder as it is: writable, sockets in it answer. May be repeated.",
 )
+@click.option(
+    "--home", is_flag=True, help="A home that stays, of the app's own. Default: an empty one."
+)
+@click.option("--net", is_flag=True, help="The host's network. Default: none.")
+@click.option("--x11", is_flag=True, help="The X11 display, and with it all that is typed there.")
+@click.option("--wayland", is_flag=True, help="The Wayland compositor's socket.")
 @click.argument("command", metavar="-- COMMAND [ARGUMENT]...", nargs=-1, required=True)
 @click.pass_obj
 def exec_command(  # noqa: PLR0913 - one parameter an option
@@ -66,6 +94,7 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
     app: str | None,
     component: str,
     snap: str | None,
+    buses: tuple[str, ...],
     allow: RuleTexts,
     deny: RuleTexts,
     portals_as_host: bool,
@@ -73,18 +102,36 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
     cgroup: str,
     time_limit: int | None,
     share: tuple[str, ...],
+    bind: tuple[str, ...],
+    home: bool,
+    net: bool,
+    x11: bool,
+    wayland: bool,
     command: tuple[str, ...],
 ) -> int:
-    """Run COMMAND under bubblewrap with a bus socket of its own in place of the session bus.
+    """Run COMMAND under bubblewrap with bus sockets of its own in place of the real buses.
 
-    The file system is read-only, /tmp and /run are empty and its own. Its exit code is ours.
+    It sees /usr, /etc and /opt, read-only, the folder of its own file, and what options add. Its home,
+    /tmp and /run are empty and its own, and it has no network. No socket of the host answers
+    but those that an option gives. Its exit code is ours.
     """
     find_bubblewrap()
-    _check_command(command[0])
+    check_standard_descriptors()
+    wish = Wish(
+        command=command,
+        sockets={},
+        program=_find_program(command[0]),
+        shared=tuple(find_shared(path) for path in share),
+        bound=tuple(find_bound(path) for path in bind),
+        network=net,
+        x11=find_x11(os.environ) if x11 else None,
+        wayland=find_wayland(os.environ) if wayland else "",
+    )
     new = NewSandbox(
         type=type_ or DEFAULT_TYPE,
         app=app or Path(command[0]).name,
         component=component,
+        buses=buses,
         rules=tuple(all_rules(allow, deny)),
         portals_as_host=portals_as_host,
         process=process,
@@ -96,62 +143,57 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
             raise click.UsageError("--snap says what --type and --component are")
         # As for a snap's commands: the app of the snap's own name is the one without a second name.
         new = replace(new, type=SNAP_TYPE, app=snap, component=app or snap, receive_from_host=False)
-    for _ in range(ATTEMPTS):
-        status = _run_once(settings, new, command, share)
-        if status is not None:
-            return status
-        print_error("a socket was gone before it could be hidden: trying again")
-    return 1
+    if home:
+        wish = replace(wish, home=make_home(new.app, os.environ))
+    return _run(settings, new, wish)
 
 
-def _run_once(
-    settings: Settings, new: NewSandbox, command: tuple[str, ...], shared: tuple[str, ...]
-) -> int | None:
-    """Run the command in a sandbox of its own; None: it did not start, and might now."""
+def _run(settings: Settings, new: NewSandbox, wish: Wish) -> int:
+    """Make the sandbox, and run the command in it. Return its exit code."""
+    # Nobody but this process has the write end: the sandbox ends with us at the latest, and nothing that
+    # runs in it can put that off.
     read_end, write_end = os.pipe()
-    try:
-        made = ask(settings, partial(_make, new=new, close_notify=read_end))
-    except BaseException:
-        os.close(write_end)
-        raise
-    finally:
-        os.close(read_end)
-    return _run(made, command, shared, write_end)
+    with os.fdopen(write_end, "wb"):
+        try:
+            made = ask(settings, partial(_make, new=new, close_notify=read_end))
+        finally:
+            os.close(read_end)
+        return _run_in(made, wish)
 
 
 async def _make(client: Client, *, new: NewSandbox, close_notify: int) -> Made:
     status = await client.status()
+    known = list(status["buses"])
+    check_rule_buses(new.rules, new.buses or known[:1])
     added = await client.add(new, close_notify=close_notify)
     return Made(
-        added=added,
+        sockets=dict(added.sockets) or {known[0]: added.socket},
         bus_addresses=(client.address, *status["buses"].values()),
         runtime_dir=status["runtime_dir"],
     )
 
 
-def _run(
-    made: Made, command: tuple[str, ...], shared: tuple[str, ...], close_notify: int
-) -> int | None:
+def _run_in(made: Made, wish: Wish) -> int:
     addresses = (*made.bus_addresses, *addresses_in(os.environ))
     dirs = (made.runtime_dir, os.environ.get("XDG_RUNTIME_DIR") or made.runtime_dir)
-    host = find_host(bus_addresses=addresses, runtime_dirs=dirs)
-    plan = make_plan(
-        Wish(command=command, socket=made.added.socket, bus_addresses=addresses, shared=shared),
-        host,
-    )
-    if plan.no_network:
-        print_error(f"{command[0]} has no network: a bus can be reached by {plan.no_network}")
-    if plan.cwd != host.cwd:
-        print_error(f"{host.cwd} is not there in the sandbox: {command[0]} starts in {plan.cwd}")
-    try:
-        return run_sandbox(plan, close_notify=close_notify)
-    except NotStartedError:
-        # No file can be made in the sandbox to hide it behind.
-        left = find_host(bus_addresses=addresses, runtime_dirs=dirs).sockets
-        return 1 if set(host.sockets) <= set(left) else None
+    name = wish.command[0]
+    with own_cgroup() as group:
+        host = find_host(bus_addresses=addresses, runtime_dirs=dirs, cgroup=group.path)
+        plan = make_plan(replace(wish, sockets=made.sockets, bus_addresses=addresses), host)
+        if group.why_not:
+            print_error(f"{name} has no cgroup of its own: {group.why_not}")
+        for note in plan.notes:
+            print_error(note)
+        try:
+            return run_sandbox(plan)
+        except NotStartedError as exc:
+            print_error(f"{name} was not started: {exc}")
+            return 1
 
 
-def _check_command(name: str) -> None:
-    # Looked for outside, before anything is made; the sandbox has the same files.
-    if shutil.which(name) is None:
+def _find_program(name: str) -> tuple[str, str]:
+    # Looked for outside, before anything is made.
+    program = None if name.startswith("-") else find_program(name)
+    if program is None:
         raise click.UsageError(f"no such command: {name[:200]}")
+    return program

@@ -1,11 +1,12 @@
 """Options that several commands share, and the check of a rule on the command line."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import click
 
+from broker.wire.errors import ConfigError
 from policy.text import RuleSyntaxError, parse_rule
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -119,6 +120,17 @@ def end_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def check_rule_buses(rules: Iterable[tuple[bool, str]], buses: Collection[str]) -> None:
+    """Refuse a rule for a bus that the sandbox has not: it would never decide. Raises ConfigError."""
+    for deny, text in rules:
+        bus = parse_rule(text, deny=deny).bus
+        if bus is not None and bus not in buses:
+            known = ", ".join(sorted(buses))
+            raise ConfigError(
+                f"rule {text[:200]!r}: the sandbox has no bus {bus[:80]!r}, only {known}"
+            )
 
 
 def all_rules(*groups: Iterable[tuple[bool, str]]) -> list[tuple[bool, str]]:

@@ -1,13 +1,14 @@
 """The commands about sandboxes: add, list, show, access, stop, who."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import click
 
-from broker.cli.client import Client, NewSandbox, ask, instance_path
+from broker.cli.client import Added, Client, NewSandbox, ask, instance_path
 from broker.cli.options import (
     ALLOW,
     DENY,
@@ -16,6 +17,7 @@ from broker.cli.options import (
     KeyValue,
     Settings,
     all_rules,
+    check_rule_buses,
     end_options,
     identity_options,
 )
@@ -27,6 +29,7 @@ from broker.cli.output import (
     print_pairs,
     print_table,
 )
+from policy.text import parse_rule
 
 RuleTexts = tuple[tuple[bool, str], ...]
 # A sandbox that has one of these does not follow its creator.
@@ -39,7 +42,11 @@ _INSTEAD_OF_CREATOR: Final = ("keep_after_creator", "close_notify", "process", "
     "--meta", metavar="K=V", multiple=True, type=KeyValue(), help="Metadata. May be repeated."
 )
 @click.option(
-    "--bus", "buses", metavar="NAME", multiple=True, help="Which buses. Default: the first."
+    "--bus",
+    "buses",
+    metavar="NAME",
+    multiple=True,
+    help="A bus of the broker. May be repeated. Default: the broker's first.",
 )
 @ALLOW
 @DENY
@@ -63,7 +70,10 @@ def add_command(  # noqa: PLR0913 - one parameter an option
     time_limit: int | None,
     as_json: bool,
 ) -> None:
-    """Add a sandbox that stays until it is stopped, or until what the options say. Prints its id and the path of its bus socket."""
+    """Add a sandbox that stays until it is stopped, or until what the options say.
+
+    Prints its id and the path of its bus socket; with several buses a line for each, with the bus's name.
+    """
     new = NewSandbox(
         type=type_,
         app=app,
@@ -77,7 +87,7 @@ def add_command(  # noqa: PLR0913 - one parameter an option
         cgroup=cgroup,
         time_limit=time_limit or 0,
     )
-    added = ask(settings, partial(Client.add, new=new))
+    added = ask(settings, partial(_add, new=new, name_bus=as_json))
     if as_json:
         facts = {
             "id": added.id,
@@ -85,9 +95,22 @@ def add_command(  # noqa: PLR0913 - one parameter an option
             "socket": added.socket,
             "address": added.address,
         }
-        print_json(facts)
-    else:
+        print_json(facts | {"sockets": dict(added.sockets)})
+    elif len(added.sockets) < 2:
         print_line(f"{added.id} {added.socket}")
+    else:
+        for bus in buses:
+            print_line(f"{added.id} {added.sockets[bus]} {bus}")
+
+
+async def _add(client: Client, *, new: NewSandbox, name_bus: bool) -> Added:
+    """Add it; without `name_bus` the only socket may lack the name of its bus."""
+    buses = new.buses
+    if not buses and (name_bus or any(parse_rule(text, deny=deny).bus for deny, text in new.rules)):
+        buses = (next(iter((await client.status())["buses"])),)
+    check_rule_buses(new.rules, buses)
+    added = await client.add(new)
+    return added if added.sockets or not buses else replace(added, sockets={buses[0]: added.socket})
 
 
 @click.command("list")
@@ -157,7 +180,7 @@ def access_command(
     """
     rules = all_rules(allow, deny)
     if rules or replace:
-        change = partial(Client.change_access, sandbox=sandbox, rules=rules, replace=replace)
+        change = partial(_change_access, sandbox=sandbox, rules=rules, replace=replace)
         access = ask(settings, change)
     else:
         access = ask(settings, partial(Client.show, sandbox=sandbox))["access"]
@@ -166,6 +189,14 @@ def access_command(
         return
     for line in format_access(access):
         print_line(line)
+
+
+async def _change_access(
+    client: Client, *, sandbox: str, rules: Sequence[tuple[bool, str]], replace: bool
+) -> list[tuple[bool, str]]:
+    if any(parse_rule(text, deny=deny).bus for deny, text in rules):
+        check_rule_buses(rules, (await client.show(sandbox))["sockets"])
+    return await client.change_access(sandbox, rules, replace=replace)
 
 
 @click.command("stop")

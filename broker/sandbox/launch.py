@@ -1,24 +1,25 @@
 """Start a command under bubblewrap by a plan, pass signals on to it, and return its exit status.
 
-Promises that the close-notification pipe given here is held open by the sandbox's own first process and
-nobody else, so that the sandbox of the bus ends exactly when the one of the kernel does; and that neither
-outlives the other, nor us, however any of them ends. Blocks: call it outside an event loop.
+Promises that nothing of the sandbox outlives this process, and that it gets none of our descriptors but the
+standard ones. Blocks: call it outside an event loop.
 """
 
 import contextlib
 import json
 import os
-import shutil
 import signal
-import stat
 import subprocess
-from collections.abc import Iterable, Iterator
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from broker.sandbox.plan import Host, Plan, find_buses
-from broker.wire.errors import ConfigError
+from broker.sandbox import stage
+from broker.sandbox.host import find_bubblewrap
+from broker.sandbox.plan import Plan
+from broker.sandbox.seccomp import keyctl_number, make_filter
 
 FORWARDED: Final = (
     signal.SIGHUP,
@@ -29,83 +30,104 @@ FORWARDED: Final = (
     signal.SIGUSR2,
     signal.SIGWINCH,
 )
-_UNIX_SOCKETS: Final = Path("/proc/net/unix")
+STAGE: Final = stage.__file__
 _MAX_INFO: Final = 65536  # bytes: it takes some 200
-_ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON in the flags column
+_MAX_SAID: Final = 500  # characters of what went wrong
+# What bubblewrap or the kernel says, and what there is to do.
+_ADVICE: Final = (
+    ("new namespace", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
+    ("mount namespace", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
+    ("uid map", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
+    ("disable-userns", "install bubblewrap without the setuid bit"),
+    ("Unknown option", "install bubblewrap 0.8 or later"),
+    ("showing ", "its file system cannot lie below an overlay: leave it out, or give it by --bind"),
+)
 
 
 class NotStartedError(Exception):
-    """Bubblewrap could not set the sandbox up, and has said why: the command has not run."""
+    """The sandbox could not be set up. The text says why, in one line; the command has not run."""
 
 
-def find_bubblewrap() -> str:
-    """Return its path. Raises ConfigError."""
-    path = shutil.which("bwrap")
-    if path is None:
-        raise ConfigError("bubblewrap is not installed (no `bwrap` in PATH)")
-    return path
-
-
-def find_host(*, bus_addresses: Iterable[str], runtime_dirs: Iterable[str]) -> Host:
-    """Look at what is there to be hidden."""
-    paths, abstract = _listening()
-    paths += find_buses(bus_addresses, os.environ).paths
-    return Host(
-        uid=os.getuid(),
-        cwd=_cwd(),
-        environ=dict(os.environ),
-        sockets=tuple(sorted({real for path in paths if (real := _real_socket(path))})),
-        abstract_sockets=tuple(abstract),
-        runtime_dirs=tuple(str(Path(d).resolve()) for d in runtime_dirs if Path(d).is_dir()),
-        resolv_conf=_resolv_conf(),
-    )
-
-
-def run_sandbox(plan: Plan, *, close_notify: int) -> int:
+def run_sandbox(plan: Plan) -> int:
     """Run it to its end and return its exit status as a shell would give it.
 
-    `close_notify` is the write end of the pipe; it is closed here once the sandbox holds it. Raises
-    NotStartedError.
+    Raises NotStartedError and ConfigError.
     """
-    info_read, info_write = os.pipe()
-    argv = [find_bubblewrap(), "--sync-fd", str(close_notify), "--json-status-fd", str(info_write)]
-    try:
-        # Started by this very thread, as PR_SET_PDEATHSIG (--die-with-parent) fires when the thread
-        # that forked is gone: a thread of a pool would end the sandbox when it idles out. A process
-        # group of its own keeps Ctrl-C from killing bubblewrap before the command has seen it.
-        process = subprocess.Popen(
-            [*argv, *plan.argv],
-            env=plan.environ,
-            pass_fds=(close_notify, info_write),
-            process_group=0,
-        )
-    except OSError:
-        os.close(info_read)
-        raise
-    finally:
-        os.close(close_notify)
-        os.close(info_write)
-    try:
+    with contextlib.ExitStack() as stack:
+        info_read, info_write = _pipe(stack)
+        said_read, said_write = _pipe(stack)
+        stderr = os.dup(2)
+        try:
+            process = _start(plan, info_write, said_write, stderr)
+        finally:
+            for fd in (info_write, said_write, stderr):
+                os.close(fd)
         with _signals_forwarded(process, info_read):
             status = process.wait()
-        # It says how the command ended if there was one, and fails with 1 if not.
-        if status == 1 and not _has_exit_code(info_read):
-            raise NotStartedError
-    finally:
-        # Not earlier: it would be the end of bubblewrap to write to nobody.
-        os.close(info_read)
+        # Bubblewrap says how the command ended if there was one, and fails with 1 if not. Nobody but it, and
+        # what was before it, has the pipe.
+        said = _read_ready(said_read).decode(errors="replace").strip()
+        if status == 1 and (said or not _has_exit_code(info_read)):
+            raise NotStartedError(_explain(said))
     return status if status >= 0 else 128 - status
 
 
+def _start(plan: Plan, info: int, said: int, stderr: int) -> "subprocess.Popen[bytes]":
+    with tempfile.TemporaryFile() as order:
+        order.write(_make_order(plan, info, stderr))
+        order.seek(0)
+        # Started by this very thread, as PR_SET_PDEATHSIG (--die-with-parent) fires when the thread
+        # that forked is gone: a thread of a pool would end the sandbox when it idles out. A process
+        # group of its own keeps Ctrl-C from killing bubblewrap before the command has seen it.
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", STAGE, str(order.fileno())],
+            env=plan.environ,
+            stderr=said,
+            pass_fds=(order.fileno(), info, stderr),
+            process_group=0,
+        )
+
+
+def _make_order(plan: Plan, info: int, stderr: int) -> bytes:
+    machine = os.uname().machine
+    fds = ("--json-status-fd", str(stage.STATUS), "--seccomp", str(stage.FILTER))
+    order = {
+        "parent": os.getpid(),
+        "bubblewrap": find_bubblewrap(),
+        "staging": plan.staging,
+        "parts": [(part.source, part.at, part.kind) for part in plan.parts],
+        "before": (*fds, *plan.before),
+        "after": plan.after,
+        "scope": plan.scope,
+        "cgroup": plan.cgroup,
+        "keyctl": keyctl_number(machine),
+        "filter": make_filter(machine).hex(),
+        "status": info,
+        "stderr": stderr,
+    }
+    return json.dumps(order).encode()
+
+
+def _explain(said: str) -> str:
+    """Return one line of what was said, with what to do."""
+    lines = [line.removeprefix("bwrap: ") for line in said.splitlines() if line.strip()]
+    if not lines:
+        return "bubblewrap ended without a word"
+    text = lines[-1][:_MAX_SAID]
+    advice = next((advice for key, advice in _ADVICE if key in text), "")
+    return f"{text} ({advice})" if advice else text
+
+
 @contextlib.contextmanager
-def _signals_forwarded(process: subprocess.Popen[bytes], info_fd: int) -> Iterator[None]:
+def _signals_forwarded(process: "subprocess.Popen[bytes]", info_fd: int) -> Iterator[None]:
     def forward(number: int, _frame: FrameType | None) -> None:
         command = _command_of(init)
         with contextlib.suppress(ProcessLookupError):
             if command is not None:
                 os.kill(command, number)
             elif number != signal.SIGWINCH:
-                process.kill()  # nothing runs in it yet
+                # Nothing runs in it yet, or no more: then its first process is held up by something.
+                process.kill()
 
     init: int | None = None
     before = {number: signal.signal(number, forward) for number in FORWARDED}
@@ -129,12 +151,17 @@ def _read_init(info_fd: int) -> int | None:
 
 
 def _has_exit_code(info_fd: int) -> bool:
-    os.set_blocking(info_fd, False)
+    lines = _read_ready(info_fd).splitlines()
+    return any(_find_number(line, "exit-code") is not None for line in lines)
+
+
+def _read_ready(fd: int) -> bytes:
+    """Return what a pipe has now."""
+    os.set_blocking(fd, False)
     try:
-        text = os.read(info_fd, _MAX_INFO)
+        return os.read(fd, _MAX_INFO)
     except BlockingIOError:
-        return False
-    return any(_find_number(line, "exit-code") is not None for line in text.splitlines())
+        return b""
 
 
 def _find_number(line: bytes, key: str) -> int | None:
@@ -145,59 +172,22 @@ def _find_number(line: bytes, key: str) -> int | None:
 
 
 def _command_of(init: int | None) -> int | None:
-    """Return the first child: the command. Orphans that init adopts come behind it."""
+    """Return the first child, if it lives: the command. Orphans that init adopts come behind it."""
     if init is None:
         return None
     try:
         children = Path(f"/proc/{init}/task/{init}/children").read_text(encoding="ascii").split()
+        if not children:
+            return None
+        fields = Path(f"/proc/{children[0]}/stat").read_text(errors="replace").rpartition(")")[2]
     except OSError:
         return None
-    return int(children[0]) if children else None
+    return int(children[0]) if fields.split()[0] not in "ZX" else None
 
 
-def _cwd() -> str:
-    try:
-        return str(Path.cwd())
-    except OSError:
-        return "/"  # removed under us
-
-
-def _listening() -> tuple[list[str], list[str]]:
-    """Return paths and abstract names of the sockets that listen in this network namespace."""
-    paths: list[str] = []
-    abstract: list[str] = []
-    # Bytes: a name is the binder's choice, and may even hold line ends. A line that does not parse is
-    # at worst part of such a name.
-    for line in _UNIX_SOCKETS.read_bytes().splitlines()[1:]:
-        fields = line.split(None, 7)
-        if len(fields) < 8 or not _is_listening(fields[3]):
-            continue
-        name = os.fsdecode(fields[7])
-        if name.startswith("@"):
-            abstract.append(name[1:])
-        elif name.startswith("/"):
-            paths.append(name)
-    return paths, abstract
-
-
-def _is_listening(flags: bytes) -> bool:
-    try:
-        return bool(int(flags, 16) & _ACCEPTS)
-    except ValueError:
-        return False
-
-
-def _real_socket(path: str) -> str | None:
-    try:
-        real = Path(path).resolve(strict=True)
-        is_socket = stat.S_ISSOCK(real.stat().st_mode)
-    except (OSError, ValueError, RuntimeError):
-        return None  # bound in another mount namespace, or removed since
-    return str(real) if is_socket else None
-
-
-def _resolv_conf() -> str | None:
-    try:
-        return str(Path("/etc/resolv.conf").resolve(strict=True))
-    except (OSError, RuntimeError):
-        return None
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    """Make a pipe whose read end is closed with the stack."""
+    read, write = os.pipe()
+    # Not earlier: it would be the end of bubblewrap to write to nobody.
+    stack.callback(os.close, read)
+    return read, write

@@ -1,0 +1,74 @@
+"""Mount points as /proc/self/mountinfo lists them, and which folder shows the files of which. Pure.
+
+Two paths can lead to the same files: a file system may be mounted twice, and a folder bound elsewhere. A place is
+therefore the device and the path inside its file system, and only places are compared.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Final
+
+_ESCAPED: Final = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """A line of mountinfo: `root` of the file system on `device` appears at `point`."""
+
+    device: str
+    root: str
+    point: str
+
+
+def parse_mountinfo(text: str) -> tuple[Mount, ...]:
+    """Return the mounts in the order in which they were made."""
+    mounts = []
+    for line in text.splitlines():
+        fields = line.split(" ")
+        if len(fields) > 5:
+            mounts.append(
+                Mount(device=fields[2], root=_unescape(fields[3]), point=_unescape(fields[4]))
+            )
+    return tuple(mounts)
+
+
+def mounts_below(folder: str, mounts: Iterable[Mount]) -> list[str]:
+    """Return the mount points inside a folder, outer ones first."""
+    found = {mount.point for mount in mounts if mount.point != folder}
+    return sorted((point for point in found if is_below(point, folder)), key=path_order)
+
+
+def same_files(one: str, other: str, mounts: Sequence[Mount]) -> bool:
+    """Say whether one of two resolved paths is, contains or is inside the other, by whatever mount."""
+    device, path = _place(one, mounts)
+    other_device, other_path = _place(other, mounts)
+    if device != other_device:
+        return False
+    return is_below(path, other_path) or is_below(other_path, path)
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Say whether the path is the folder or something inside it."""
+    return PurePosixPath(path).is_relative_to(folder)
+
+
+def path_order(path: str) -> tuple[str, ...]:
+    """Return a sort key that puts a folder before everything inside it."""
+    return PurePosixPath(path).parts
+
+
+def _place(path: str, mounts: Sequence[Mount]) -> tuple[str, str]:
+    """Return the device of a path, and the path inside that file system."""
+    best = Mount(device="", root="/", point="/")
+    for mount in mounts:
+        # A later mount at the same point hides the earlier one.
+        if is_below(path, mount.point) and len(mount.point) >= len(best.point):
+            best = mount
+    inside = PurePosixPath(path).relative_to(best.point)
+    return best.device, str(PurePosixPath(best.root) / inside)
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), text)
