@@ -2,7 +2,12 @@
 
 `parse_header` accepts what both dbus-daemon and dbus-broker accept, and raises PeerProtocolError for
 all else: for whoever forwards, a header that is read in two ways is a hole. `serialise_header` writes the
-fields that D-Bus defines and no others, whatever the parsed message had. Neither looks into a body.
+fields that D-Bus defines for a message's type and no others, whatever the parsed message had. Neither
+looks into a body.
+
+Limits depend on the sender. An app is held to APP_LIMITS. A bus may deliver whatever the specification
+allows (BUS_LIMITS): a message of that size has to be measured, so that it can be left out alone. Of those
+only headers within READ_LIMITS are parsed; skim.py finds out what can be said of the others.
 """
 
 import enum
@@ -10,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from broker.wire.errors import PeerProtocolError
 from broker.wire.names import (
@@ -28,6 +33,22 @@ MAX_MESSAGE: Final = 2**27  # bytes, header included; the specification's limit
 # The specification would allow 64 MiB. Real ones have a few hundred bytes; names are at most 255, and
 # an object path that comes near this is an attack on whoever parses it.
 MAX_FIELDS: Final = 2**20
+# A bus adds SENDER to what it was sent, and this program header field 10: names of 255 bytes at most.
+BUS_ADDS: Final = 4096
+
+
+class Limits(NamedTuple):
+    """The largest sizes of a header's fields and of a whole message, in bytes."""
+
+    fields: int
+    message: int
+
+
+APP_LIMITS: Final = Limits(MAX_FIELDS, MAX_MESSAGE)
+# The specification's limit on an array is that of the header fields. A bus counts before it adds.
+BUS_LIMITS: Final = Limits(2**26 + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
+# More than APP_LIMITS, so that no app can make a message that the bus makes too large for its receiver.
+READ_LIMITS: Final = Limits(MAX_FIELDS + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
 
 _FIXED_LITTLE: Final = struct.Struct("<BBBBIII")
 _FIXED_BIG: Final = struct.Struct(">BBBBIII")
@@ -100,6 +121,15 @@ _REQUIRED: Final[Mapping[int, tuple[Field, ...]]] = {
     MessageType.SIGNAL: (Field.PATH, Field.INTERFACE, Field.MEMBER),
 }
 
+# Fields that say something in messages of some types alone.
+_BELONGS: Final[Mapping[int, frozenset[int]]] = {
+    Field.PATH: frozenset({MessageType.METHOD_CALL, MessageType.SIGNAL}),
+    Field.INTERFACE: frozenset({MessageType.METHOD_CALL, MessageType.SIGNAL}),
+    Field.MEMBER: frozenset({MessageType.METHOD_CALL, MessageType.SIGNAL}),
+    Field.ERROR_NAME: frozenset({MessageType.ERROR}),
+    Field.REPLY_SERIAL: frozenset({MessageType.METHOD_RETURN, MessageType.ERROR}),
+}
+
 _NO_EXTRA: Final[Mapping[int, tuple[str, str]]] = MappingProxyType({})
 
 
@@ -123,30 +153,31 @@ class Header:
     unix_fds: int = 0
     reply_serial_at: int = -1  # where the four bytes of its value are; -1: nowhere
     has_unknown: bool = False  # fields that D-Bus does not define: to be stripped
+    has_misplaced: bool = False  # fields that D-Bus defines for other types of message
     size: int = 0  # of the header with its padding: where the body begins
 
 
-def measure(data: Data, offset: int = 0) -> int:
+def measure(data: Data, offset: int = 0, limits: Limits = APP_LIMITS) -> int:
     """Return the length of the message whose first 16 bytes (there must be 16) are at `offset`.
 
-    Raises PeerProtocolError for what can be no message, or none we take.
+    Raises PeerProtocolError for what can be no message, or is above the limits.
     """
-    _, _, _, body_length, _, fields_length = _unpack_fixed(data, offset)
+    _, _, _, body_length, _, fields_length = unpack_fixed(data, offset, limits)
     return FIXED_SIZE + (fields_length + 7 & ~7) + body_length
 
 
-def measure_header(data: Data, offset: int = 0) -> int:
+def measure_header(data: Data, offset: int = 0, limits: Limits = APP_LIMITS) -> int:
     """Return the length of its header alone, padding included. Raises as `measure`."""
-    _, _, _, _, _, fields_length = _unpack_fixed(data, offset)
+    _, _, _, _, _, fields_length = unpack_fixed(data, offset, limits)
     return FIXED_SIZE + (fields_length + 7 & ~7)
 
 
-def parse_header(data: Data, offset: int = 0) -> Header:
+def parse_header(data: Data, offset: int = 0, limits: Limits = APP_LIMITS) -> Header:
     """Return what the header at `offset` says. Raises PeerProtocolError if anything is wrong with it.
 
     The header must be there whole; the body need not be.
     """
-    little, type_, flags, body_length, serial, fields_length = _unpack_fixed(data, offset)
+    little, type_, flags, body_length, serial, fields_length = unpack_fixed(data, offset, limits)
     size = FIXED_SIZE + (fields_length + 7 & ~7)
     # Copied, so that positions count from the start of the message, as alignment does.
     raw = bytes(data[offset : offset + size])
@@ -177,6 +208,9 @@ def parse_header(data: Data, offset: int = 0) -> Header:
         unix_fds=number.get(Field.UNIX_FDS, 0),
         reply_serial_at=reply_serial_at,
         has_unknown=has_unknown,
+        has_misplaced=any(
+            type_ not in belongs for code, belongs in _BELONGS.items() if code in fields
+        ),
         size=size,
     )
 
@@ -189,25 +223,24 @@ def serialise_header(
 ) -> bytes:
     """Return the canonical bytes of a header, in its own byte order, padded for the body.
 
-    A SENDER is written only if asked for, REPLY_SERIAL only where it means something, and `extra`, code ->
-    (type, text), behind the defined fields.
+    A SENDER is written only if asked for, the others only in messages of a type that D-Bus defines them
+    for, and `extra`, code -> (type, text), behind the defined fields.
     """
     out = bytearray(FIXED_SIZE)
     order = "<" if header.little else ">"
-    is_reply = header.type in (MessageType.METHOD_RETURN, MessageType.ERROR)
     values: tuple[tuple[int, str | int | None], ...] = (
         (Field.PATH, header.path),
         (Field.INTERFACE, header.interface),
         (Field.MEMBER, header.member),
         (Field.ERROR_NAME, header.error_name),
-        (Field.REPLY_SERIAL, header.reply_serial if is_reply else None),
+        (Field.REPLY_SERIAL, header.reply_serial),
         (Field.DESTINATION, header.destination),
         (Field.SENDER, header.sender if sender else None),
         (Field.SIGNATURE, header.signature or None),
         (Field.UNIX_FDS, header.unix_fds or None),
     )
     for code, value in values:
-        if value is not None:
+        if value is not None and header.type in _BELONGS.get(code, (header.type,)):
             _append_field(out, order, code, (_FIELD_TYPES[code], value))
     for code, typed in sorted(extra.items()):
         assert code not in _FIELD_TYPES
@@ -229,7 +262,8 @@ def serialise_header(
     return bytes(out)
 
 
-def _unpack_fixed(data: Data, offset: int) -> tuple[bool, int, int, int, int, int]:
+def unpack_fixed(data: Data, offset: int, limits: Limits) -> tuple[bool, int, int, int, int, int]:
+    """Return whether it is little-endian, type, flags, body length, serial, length of the fields."""
     fixed = _FIXED.get(data[offset])
     if fixed is None:
         raise PeerProtocolError(f"byte order {data[offset]:#04x}")
@@ -241,9 +275,9 @@ def _unpack_fixed(data: Data, offset: int) -> tuple[bool, int, int, int, int, in
     if type_ == 0 or serial == 0:
         raise PeerProtocolError("a message with type or serial 0")
     # Both limits come first: from here on no sum can be large.
-    if fields_length > MAX_FIELDS:
+    if fields_length > limits.fields:
         raise PeerProtocolError(f"header fields of {fields_length} bytes")
-    if FIXED_SIZE + (fields_length + 7 & ~7) + body_length > MAX_MESSAGE:
+    if FIXED_SIZE + (fields_length + 7 & ~7) + body_length > limits.message:
         raise PeerProtocolError(f"a message with {body_length} bytes of body")
     return endian == ord("l"), type_, flags, body_length, serial, fields_length
 

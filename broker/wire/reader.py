@@ -20,9 +20,9 @@ MAX_DEPTH: Final = 64
 # values. This many take some ten milliseconds, during which nobody else is served.
 MAX_STEPS: Final = 2**14
 
-_SIZES: Final = {"y": 1, "n": 2, "q": 2, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
-_ALIGNMENTS: Final = {
-    **_SIZES,
+SIZES: Final = {"y": 1, "n": 2, "q": 2, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
+ALIGNMENTS: Final = {
+    **SIZES,
     "b": 4,
     "s": 4,
     "o": 4,
@@ -108,7 +108,7 @@ class Reader:
         length = self.uint32()
         if length > MAX_ARRAY:
             raise PeerProtocolError(f"an array of {length} bytes")
-        self.align(_ALIGNMENTS[element])
+        self.align(ALIGNMENTS[element])
         if length > self.end - self.at:
             raise PeerProtocolError("an array runs past the end")
         return self.at + length
@@ -130,8 +130,8 @@ class Reader:
             case "b":
                 self.boolean()
             case _:
-                self.align(_SIZES[code])
-                self._take(_SIZES[code])
+                self.align(SIZES[code])
+                self._take(SIZES[code])
 
     def variant_type(self) -> str:
         """Take the signature of a variant: one complete type."""
@@ -223,7 +223,7 @@ def _skip_type(reader: Reader, frame: _Frame, stack: list[_Frame]) -> None:
 def _skip_array(reader: Reader, element: _Frame, stack: list[_Frame]) -> None:
     code = element.signature[element.at]
     array_end = reader.array_end(code)
-    if size := _SIZES.get(code):
+    if size := SIZES.get(code):
         # Any bytes are good numbers: no need to look at each.
         if (array_end - reader.at) % size:
             raise PeerProtocolError(f"an array that is no multiple of its {size} byte elements")

@@ -1,0 +1,168 @@
+"""What can be said of a header that a bus may deliver and nobody here reads: too large, or too many values.
+
+Such a message is left out alone, but somebody may wait for it: the caller of a call, or the app whose call a
+reply answers. So the names and numbers are found, and everything else is jumped over by the length that it has.
+Nothing is checked but what is returned, since the message goes nowhere. Work is counted: a header of 64 MiB
+costs as much as MAX_STEPS values, whatever is in it.
+"""
+
+import struct
+from contextlib import suppress
+from typing import Final
+
+from broker.wire.header import BUS_LIMITS, FIXED_SIZE, Data, Field, Header, unpack_fixed
+from broker.wire.names import MAX_NAME, Predicate, is_bus_name
+from broker.wire.reader import ALIGNMENTS, SIZES
+
+# Codes of types, and bytes of signatures, that are looked at. The nine fields of D-Bus take some thirty; who
+# has thousands of others in front of them will not be answered.
+MAX_STEPS: Final = 2**12
+
+_LITTLE: Final = struct.Struct("<I")
+_BIG: Final = struct.Struct(">I")
+_NAMES: Final[dict[int, Predicate]] = {Field.DESTINATION: is_bus_name, Field.SENDER: is_bus_name}
+_NUMBERS: Final = (Field.REPLY_SERIAL, Field.UNIX_FDS)
+_CLOSING: Final = {"(": ")", "{": "}"}
+
+
+def skim_header(data: Data, offset: int = 0) -> Header:
+    """Return a header with sender, destination, reply serial and number of descriptors, where they are found.
+
+    The header must be there whole. Raises PeerProtocolError for one that cannot be measured.
+    """
+    little, type_, flags, body_length, serial, fields_length = unpack_fixed(
+        data, offset, BUS_LIMITS
+    )
+    skim = _Skim(data, offset, FIXED_SIZE + fields_length, little=little)
+    # What is no header any more ends the search: a bus delivers no such thing.
+    with suppress(_EndOfSearch, IndexError, KeyError, struct.error):
+        while skim.at < skim.end:
+            skim.field()
+    return Header(
+        little=little,
+        type=type_,
+        flags=flags,
+        body_length=body_length,
+        serial=serial,
+        destination=skim.names.get(Field.DESTINATION),
+        sender=skim.names.get(Field.SENDER),
+        reply_serial=skim.numbers.get(Field.REPLY_SERIAL),
+        unix_fds=skim.numbers.get(Field.UNIX_FDS, 0),
+        size=FIXED_SIZE + (fields_length + 7 & ~7),
+    )
+
+
+class _EndOfSearch(Exception):  # noqa: N818 - an event, not a fault
+    """Enough work was done, or the bytes are at an end."""
+
+
+class _Skim:
+    """A position among the fields, counted from the start of the message, and what was found before it."""
+
+    def __init__(self, data: Data, offset: int, end: int, *, little: bool) -> None:
+        self.at = FIXED_SIZE
+        self.end: Final = end
+        self.names: Final[dict[int, str]] = {}
+        self.numbers: Final[dict[int, int]] = {}
+        self._data: Final = data
+        self._offset: Final = offset
+        self._unpack: Final = (_LITTLE if little else _BIG).unpack_from
+        self._steps = 0
+
+    def field(self) -> None:
+        """Go over one field, and keep what it says if that is wanted."""
+        self._align(8)
+        code = self._byte()
+        kind = self._signature()
+        start = self.at
+        self._value(kind)
+        if kind == "s" and code in _NAMES:
+            self._keep_name(code, start)
+        elif kind == "u" and code in _NUMBERS:
+            self.numbers[code] = self._number(start)
+
+    def _keep_name(self, code: int, start: int) -> None:
+        first = self._aligned(start, 4) + 4
+        if self.at - first - 1 <= MAX_NAME:
+            text = self._bytes(first, self.at - 1).decode("ascii", "replace")
+            if _NAMES[code](text):
+                self.names[code] = text
+
+    def _value(self, kind: str) -> None:
+        """Go over a value. A struct needs no look at its end: its members follow each other."""
+        left = list(reversed(kind))
+        while left:
+            self._spend()
+            code = left.pop()
+            match code:
+                case "s" | "o":
+                    self._jump(self._length() + 1)
+                case "g":
+                    self._jump(self._byte() + 1)
+                case "v":
+                    left += reversed(self._signature())
+                case "a":
+                    length = self._length()
+                    self._align(ALIGNMENTS[left[-1]])
+                    self._jump(length)
+                    self._drop_type(left)
+                case "(" | "{":
+                    self._align(8)
+                case ")" | "}":
+                    pass
+                case _:
+                    size = SIZES.get(code, 4)  # a boolean has four bytes
+                    self._align(size)
+                    self._jump(size)
+
+    def _drop_type(self, left: list[str]) -> None:
+        """Take the type of an array's elements away."""
+        code = left.pop()
+        while code == "a":
+            self._spend()
+            code = left.pop()
+        depth = int(code in _CLOSING)
+        while depth:
+            self._spend()
+            code = left.pop()
+            depth += (code in _CLOSING) - (code in _CLOSING.values())
+
+    def _spend(self, steps: int = 1) -> None:
+        self._steps += steps
+        if self._steps > MAX_STEPS:
+            raise _EndOfSearch
+
+    def _align(self, alignment: int) -> None:
+        self.at = self._aligned(self.at, alignment)
+
+    def _aligned(self, at: int, alignment: int) -> int:
+        return at + -at % alignment
+
+    def _jump(self, size: int) -> None:
+        self.at += size
+        if self.at > self.end:
+            raise _EndOfSearch
+
+    def _byte(self) -> int:
+        self._jump(1)
+        return self._data[self._offset + self.at - 1]
+
+    def _signature(self) -> str:
+        length = self._byte()
+        self._spend(length + 1)
+        start = self.at
+        self._jump(length + 1)
+        return self._bytes(start, start + length).decode("ascii", "replace")
+
+    def _length(self) -> int:
+        self._align(4)
+        start = self.at
+        self._jump(4)
+        return self._number(start)
+
+    def _number(self, at: int) -> int:
+        value: int = self._unpack(self._data, self._offset + self._aligned(at, 4))[0]
+        return value
+
+    def _bytes(self, start: int, end: int) -> bytes:
+        return bytes(self._data[self._offset + start : self._offset + end])
