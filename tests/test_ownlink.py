@@ -9,6 +9,8 @@ from broker.gate.control import Done, Ended, Refused, Snapshot, StopSandbox, Tak
 from broker.gate.handover import Fds
 from broker.gate.upstream import CallBus, Called
 from broker.wire.errors import DISCONNECTED, LIMITS_EXCEEDED, NO_REPLY
+from broker.wire.header import Header, MessageType, serialise_header
+from tests.messages import call, changed, signal
 from tests.own_stage import ADD, PING, Stage, stage
 
 __all__ = ["stage"]
@@ -75,7 +77,7 @@ def test_a_bus_that_talks_nonsense_is_hung_up_on(stage: Stage, what: str) -> Non
     if what == "bytes":
         stage.bus.sock.send(b"x" * 64)
     elif what == "size":
-        stage.bus.sock.send(b"l\2\1\1" + (1 << 26).to_bytes(4, "little") + bytes([1, 0, 0, 0] * 2))
+        stage.bus.sock.send(b"l\2\1\1" + (1 << 28).to_bytes(4, "little") + bytes([1, 0, 0, 0] * 2))
     stage.go_on()
     (answer,) = [e.body for e in stage.take() if e.serial == asked]
     assert isinstance(answer, Refused)
@@ -127,6 +129,66 @@ def test_who_calls_the_gate_is_answered(stage: Stage) -> None:
     stage.go_on()
     (error,) = [one for one in stage.bus.calls if one.error_name]
     assert error.destination == ":1.9"
+
+
+LONG_PATH = "/" + "a" * (2 << 20)
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        pytest.param(b"", LONG_PATH, id="fields"),
+        pytest.param(bytes(200_000), "/", id="body"),
+        pytest.param(bytes(200_000), LONG_PATH, id="both"),
+    ],
+)
+@pytest.mark.parametrize("kind", [MessageType.METHOD_CALL, MessageType.SIGNAL])
+def test_attack_c7_what_is_too_large_is_gone_over(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, kind: int, body: bytes, path: str
+) -> None:
+    """The connection to a bus on which anybody may send us what the bus allows."""
+    monkeypatch.setattr(ownlink, "MAX_BYTES", 100_000)
+    stage.call(PING)
+    header = Header(
+        little=True,
+        type=kind,
+        flags=0,
+        body_length=len(body),
+        serial=77,
+        path=path,
+        interface="org.x",
+        member="Do",
+        sender=":1.9",
+        signature="ay" if body else "",
+    )
+    raw = serialise_header(header, sender=True) + body
+    for at in range(0, len(raw), 70_000):
+        stage.bus.sock.setblocking(True)
+        stage.bus.sock.settimeout(0)
+        rest = raw[at : at + 70_000]
+        while rest:
+            try:
+                rest = rest[stage.bus.sock.send(rest) :]
+            except BlockingIOError:
+                stage.go_on()
+    stage.go_on()
+    assert stage.call(PING) == Called(signature="", body=b"", little=True)
+    assert stage.bus.count == 1
+    errors = [one.reply_serial for one in stage.bus.calls if one.error_name]
+    is_found = kind == MessageType.METHOD_CALL and path == "/"
+    assert errors == ([77] if is_found else [])
+
+
+def test_attack_c7_what_is_strange_is_left_out(stage: Stage) -> None:
+    stage.call(PING)
+    stage.bus.sock.send(changed(signal(5, sender=":1.9"), extra={200: ("s", "\uffff")}))
+    stage.bus.sock.send(
+        changed(call(6, ":1.5", flags=0), sender=":1.9", extra={200: ("s", "\uffff")})
+    )
+    stage.go_on()
+    assert stage.call(PING) == Called(signature="", body=b"", little=True)
+    assert [one.reply_serial for one in stage.bus.calls if one.error_name] == [6]
+    assert stage.bus.count == 1
 
 
 def test_a_connection_that_is_not_ready_is_not_handed_over(stage: Stage) -> None:

@@ -140,7 +140,7 @@ def test_messages_in_words(message: bytes, text: str) -> None:
 
 def test_an_unknown_type_in_words() -> None:
     message = changed(call(7, "org.a", interface=None), type=9)
-    assert describe(parse_header(message)) == "type 9 Do at / #7"
+    assert describe(parse_header(message)) == "type 9 #7"
 
 
 @pytest.fixture

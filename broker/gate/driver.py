@@ -29,6 +29,7 @@ from broker.wire.header import Flag, Header, MessageType, serialise_header
 from broker.wire.marshal import Value
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from broker.wire.names import is_well_known_name
+from policy.match import MAX_PATH
 
 
 class Driver:
@@ -141,7 +142,7 @@ class Driver:
             direction,
             "call",
             name,
-            header.path or "",
+            (header.path or "")[:MAX_PATH],
             header.interface or "",
             header.member or "",
             reason,

@@ -19,6 +19,7 @@ from broker.gate.handover import ChunkDump, Fds, FilterDump, HandoverError, pick
 from broker.gate.host import Host
 from broker.gate.incoming import Arrived, Incoming
 from broker.gate.intake import Intake
+from broker.gate.leftout import AWAITED, MAX_HEADER, TOO_LARGE, leave_out
 from broker.gate.outgoing import Outgoing
 from broker.gate.owners import Owners
 from broker.gate.runs import Place, take_calls, take_replies
@@ -27,7 +28,16 @@ from broker.gate.swap import Swap
 from broker.gate.trace import make_pass, parse_from_app, parse_from_bus
 from broker.gate.words import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
-from broker.wire.header import FIXED_SIZE, Header, measure, measure_header, parse_header
+from broker.wire.header import (
+    BUS_LIMITS,
+    FIXED_SIZE,
+    READ_LIMITS,
+    Header,
+    measure,
+    measure_header,
+    parse_header,
+)
+from broker.wire.skim import skim_fixed, skim_header
 from broker.wire.trace import FROM_APP, FROM_BUS
 from policy.match import Judge
 
@@ -142,7 +152,9 @@ class Filter:
         self.from_app.load(dump.from_app, fds)
         self._from_bus.load(dump.from_bus, fds)
         for one in dump.stash:
-            self._stash.append(Arrived(parse_header(one.data), one.data, pick(fds, one.fds)))
+            self._stash.append(
+                Arrived(parse_header(one.data, 0, READ_LIMITS), one.data, pick(fds, one.fds))
+            )
             self._stashed_bytes += len(one.data)
 
     @property
@@ -357,24 +369,53 @@ class Filter:
     def _bus_message(self, data: bytes, pos: int) -> int:
         """Deal with one message from the bus; return where it ends, 0 if it is not whole."""
         intake = self._from_bus
-        size = measure(data, pos)
+        size = measure(data, pos, BUS_LIMITS)
+        if measure_header(data, pos, BUS_LIMITS) > MAX_HEADER:
+            return self._leave_out(data, pos, size, TOO_LARGE)
         if pos + size > len(data):
             intake.need(size)
             return 0
-        header = parse_from_bus(self.core.sandbox.id, data, pos)
+        try:
+            header = parse_from_bus(self.core.sandbox.id, data, pos)
+        except PeerProtocolError as exc:
+            return self._leave_out(data, pos, size, str(exc))
         fds = intake.peek_fds(header.unix_fds, pos)
-        message = data[pos : pos + size]
+        self._take_in(header, data[pos : pos + size], fds)
+        intake.drop_fds(len(fds))
+        return pos + size
+
+    def _take_in(self, header: Header, message: bytes, fds: tuple[int, ...]) -> None:
+        """Have a message from the bus judged, or put it behind those that wait."""
         waiting = len(self.core.pending)
         in_order = not self._stash or self._cannot_wait(header)
         if not (in_order and self._incoming.message(header, message, fds)):
             self._stash.append(Arrived(header, message, fds))
-            self._stashed_bytes += size
-        intake.drop_fds(len(fds))
+            self._stashed_bytes += len(message)
         if len(self.core.pending) < waiting:
-            self.answered += size // BYTES_A_MESSAGE
-        if self._stashed_bytes > self.core.sandbox.limits.bytes_queued:
+            self.answered += len(message) // BYTES_A_MESSAGE
+        # One message alone may be as large as the bus allows.
+        is_much = self._stashed_bytes > self.core.sandbox.limits.bytes_queued
+        if is_much and len(self._stash) > 1:
             raise PeerQuotaError("too much arrived while the owners of names were asked for")
-        return pos + size
+
+    def _leave_out(self, data: bytes, pos: int, size: int, why: str) -> int:
+        """Go over a message that is not read; return as `_bus_message` does."""
+        intake = self._from_bus
+        header_size = measure_header(data, pos, BUS_LIMITS)
+        if pos + header_size > len(data):
+            if data[pos + 1] in AWAITED:
+                intake.need(header_size)
+                return 0
+            header = skim_fixed(data, pos)  # nobody waits for it: none of it is stored
+        else:
+            header = skim_header(data, pos)
+        # They were sent with the beginning of their message.
+        self.core.sandbox.close_fds(intake.take_fds_before(pos + size))
+        intake.skip(max(0, pos + size - len(data)))
+        in_place = leave_out(self.core, header, why)
+        if in_place is not None:
+            self._take_in(parse_header(in_place), in_place, ())
+        return min(pos + size, len(data))
 
     def _cannot_wait(self, header: Header) -> bool:
         """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""

@@ -201,6 +201,7 @@ class OwnDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     uid: int
     pipe: PipeDump
     buffer: bytes = b""
+    skip: int = 0  # bytes still to come that nobody wants
     next_serial: int
     waiting: tuple[OwnCallDump, ...] = ()
     claimed: tuple[tuple[str, str], ...] = ()  # (instance, sandbox)

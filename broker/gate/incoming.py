@@ -13,7 +13,14 @@ from broker.gate.outgoing import denial
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
 from broker.wire import errors, marshal
-from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
+from broker.wire.header import (
+    READ_LIMITS,
+    Flag,
+    Header,
+    MessageType,
+    parse_header,
+    serialise_header,
+)
 from policy.match import Verdict
 
 
@@ -82,7 +89,7 @@ class Incoming:
         untouched = not header.has_unknown
         if not untouched:
             data = self._clean(header, data)
-            header = parse_header(data)
+            header = parse_header(data, 0, READ_LIMITS)
         if isinstance(entry, Special):
             core.finish(entry.then, header, data, fds)
             return
@@ -247,6 +254,7 @@ def without_fds(header: Header) -> tuple[Header, bytes]:
         body_length=len(body),
         unix_fds=0,
         has_unknown=False,
+        has_misplaced=False,
     )
     made = serialise_header(error, sender=True) + body
     return parse_header(made), made

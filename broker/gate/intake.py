@@ -153,6 +153,13 @@ class Intake:
             if not self._batches[0].left:
                 self._batches.popleft()
 
+    def take_fds_before(self, end: int) -> list[int]:
+        """Give up the descriptors that came with reads up to there: the caller closes them."""
+        fds: list[int] = []
+        while self._batches and self._batches[0].end <= end:
+            fds += [self._fds.popleft() for _ in range(self._batches.popleft().left)]
+        return fds
+
     def take_fds(self) -> list[int]:
         """Give up everything, at the end: the caller closes the descriptors."""
         fds = list(self._fds)

@@ -26,7 +26,7 @@ from broker.gate.sight import Sight
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
-from policy.match import Verdict
+from policy.match import MAX_PATH, Verdict
 from policy.rules import Identity
 
 # dbus-daemon takes 16 and ends a connection that sends more (max_message_unix_fds).
@@ -282,12 +282,11 @@ def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> t
     extra = {}
     if target is not None and target.owner in core.bus.tagged:
         extra[CONTAINER_INSTANCE] = ("o", INSTANCE_PATH + core.sandbox.id)
-    is_reply = header.type in (MessageType.METHOD_RETURN, MessageType.ERROR)
     dirty = (
         header.has_unknown
+        or header.has_misplaced  # a path in a reply would only be in its receiver's way
         or header.sender is not None
         or header.flags & ~KNOWN_FLAGS
-        or (header.reply_serial is not None and not is_reply)
     )
     serial = header.serial
     if serial >= OWN_SERIALS:
@@ -306,7 +305,7 @@ def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denia
         direction,
         "call" if header.type == MessageType.METHOD_CALL else "signal",
         peer,
-        header.path or "",
+        (header.path or "")[:MAX_PATH],  # longer ones are refused whatever they are
         header.interface or "",
         header.member or "",
         verdict.reason,
@@ -317,4 +316,5 @@ def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denia
 def refusal(header: Header, name: str, verdict: Verdict) -> str:
     """Return the text of AccessDenied, for whoever has to make the app work."""
     member = f"{header.interface}.{header.member}" if header.interface else header.member
-    return f"This sandbox may not call {member} at {header.path} of {name}: {verdict.reason}"
+    path = (header.path or "")[:MAX_PATH]
+    return f"This sandbox may not call {member} at {path} of {name}: {verdict.reason}"

@@ -16,16 +16,20 @@ from broker.gate.upstream import CONTAINERS1, CallBus, Called
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 from broker.wire.header import (
+    BUS_LIMITS,
     FIXED_SIZE,
+    READ_LIMITS,
     Flag,
     Header,
     MessageType,
     measure,
+    measure_header,
     parse_header,
     serialise_header,
 )
 from broker.wire.reader import Reader
 from broker.wire.sasl import SaslClient
+from broker.wire.skim import skim_fixed, skim_header
 
 LOGGER: Final = logging.getLogger(__name__)
 # Less than callers on a bus wait for an answer, AddServer's two calls together.
@@ -34,7 +38,8 @@ CALL_SECONDS: Final = 5.0
 IDLE_SECONDS: Final = 10.0
 # Calls that wait on one connection, those included for whose answer nobody waits any more.
 MAX_WAITING: Final = 1024
-# A reply is no longer than this, nor is what a bus leaves unread.
+# A reply is no longer than this, nor is what a bus leaves unread. Longer messages are gone over: anybody on the bus
+# may send one here.
 MAX_BYTES: Final = 16 * 1024 * 1024
 PEER: Final = "org.freedesktop.DBus.Peer"
 _HELLO: Final = 1
@@ -75,6 +80,7 @@ class OwnLink:
         self._pipe: Pipe | None = None
         self._early: list[bytes] = []  # until there is a pipe
         self._buffer = bytearray()
+        self._skip = 0  # bytes of a message that is gone over, still to come
         self._waiting: Final[dict[int, OwnCallDump]] = {}
         self._next_serial = _FIRST_CALL
         self._greeted = 0  # answers to Hello and AddMatch
@@ -272,16 +278,47 @@ class OwnLink:
             # Another bus than before, perhaps: then all that is known of its names is void.
             self.bus.met(self._client.guid)
             data = self._client.leftover
-        self._buffer += data
+        skipped = min(self._skip, len(data))
+        self._skip -= skipped
+        self._buffer += data[skipped:]
         while len(self._buffer) >= FIXED_SIZE and not self.is_closed:
-            length = measure(self._buffer)
+            length = measure(self._buffer, 0, BUS_LIMITS)
             if length > MAX_BYTES:
-                raise PeerProtocolError(f"a message of {length} bytes from the bus")
+                if not self._go_over(length):
+                    return
+                continue
             if len(self._buffer) < length:
                 return
             message = bytes(self._buffer[:length])
             del self._buffer[:length]
-            self._take(parse_header(message), message)
+            try:
+                header = parse_header(message, 0, READ_LIMITS)
+            except PeerProtocolError as exc:
+                self._leave_out(skim_header(message), str(exc))
+            else:
+                self._take(header, message)
+
+    def _go_over(self, length: int) -> bool:
+        """Leave out a message that is too long. False: the end of its header is still to come."""
+        header_size = measure_header(self._buffer, 0, BUS_LIMITS)
+        if header_size > MAX_BYTES:
+            header = skim_fixed(self._buffer)
+        elif len(self._buffer) < header_size:
+            return False
+        else:
+            header = skim_header(self._buffer)
+        self._skip = max(0, length - len(self._buffer))
+        del self._buffer[:length]
+        self._leave_out(header, f"a message of {length} bytes")
+        return True
+
+    def _leave_out(self, header: Header, why: str) -> None:
+        """Tell whoever waits for a message that it is not read. Raises PeerProtocolError."""
+        if header.sender == DRIVER:
+            raise PeerProtocolError(f"the bus sent what cannot be read: {why}")
+        LOGGER.warning("left-out bus=%s sender=%s: %s", self.bus.name, header.sender, why)
+        if header.type == MessageType.METHOD_CALL:
+            self._answer_stranger(header)
 
     def _take(self, header: Header, message: bytes) -> None:
         if header.type == MessageType.METHOD_CALL:
@@ -360,6 +397,7 @@ class OwnLink:
             uid=self.uid,
             pipe=self._pipe.dump(fds),
             buffer=bytes(self._buffer),
+            skip=self._skip,
             next_serial=self._next_serial,
             waiting=tuple(self._waiting.values()),
             claimed=tuple(self.claimed.items()),
@@ -372,6 +410,7 @@ class OwnLink:
         self._pipe = Pipe(self._loop, adopt(fds[dump.pipe.fd]), self._readable, _nothing)
         self._pipe.load(dump.pipe, fds)
         self._buffer += dump.buffer
+        self._skip = dump.skip
         self._next_serial = dump.next_serial
         for call in dump.waiting:
             self._waiting[call.serial] = call

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from broker.gate.core import Output
 from broker.gate.words import U32
-from broker.wire.header import FIXED_SIZE, Header, parse_header
+from broker.wire.header import FIXED_SIZE, READ_LIMITS, Header, parse_header
 from broker.wire.trace import (
     FROM_APP,
     FROM_BUS,
@@ -37,19 +37,20 @@ KnownNote = Callable[[bytes, int, int], None]
 
 def parse_from_app(sandbox: str, data: bytes, pos: int) -> Header:
     """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
-    return _parse(sandbox, FROM_APP, data, pos)
+    _note(sandbox, FROM_APP, data, pos)
+    return parse_header(data, pos)
 
 
 def parse_from_bus(sandbox: str, data: bytes, pos: int) -> Header:
     """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
-    return _parse(sandbox, FROM_BUS, data, pos)
+    _note(sandbox, FROM_BUS, data, pos)
+    return parse_header(data, pos, READ_LIMITS)
 
 
-def _parse(sandbox: str, direction: int, data: bytes, pos: int) -> Header:
+def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
     if _rings is not None:
         note = Note(next(_numbers), time.time(), direction, sandbox)
         note.write(_rings, next(_judged), data, pos)
-    return parse_header(data, pos)
 
 
 def make_known_note(sandbox: str, direction: int) -> KnownNote:

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Final
 
 from broker.gate.core import OWN_SERIALS, REPLY_SERIAL, Core, Denial, Output, Special
-from broker.wire.header import Header, MessageType, parse_header
+from broker.wire.header import BUS_LIMITS, Header, MessageType, measure
+from broker.wire.skim import parse_or_skim
 
 # A pipe that has room at all takes so much at once (PIPE_BUF), and a line is not cut in two.
 MAX_LINE: Final = 4096
@@ -88,7 +89,7 @@ class Tap:
         self._print("denied", arrow, f"{peer} {what.strip()}: {denial.reason}")
 
     def _passed(self, data: bytes, arrow: str) -> None:
-        header = parse_header(data)
+        header = parse_or_skim(data)
         own = OWN_SERIALS <= header.serial < REPLY_SERIAL
         if arrow == "->" and own and header.serial in self._core.pending:
             entry = self._core.pending[header.serial]
@@ -129,8 +130,7 @@ def split_messages(data: bytes) -> list[bytes]:
     found = []
     at = 0
     while at < len(data):
-        header = parse_header(data, at)
-        end = at + header.size + header.body_length
+        end = at + measure(data, at, BUS_LIMITS)
         found.append(data[at:end])
         at = end
     return found

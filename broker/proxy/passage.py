@@ -19,6 +19,7 @@ from broker.gate.outgoing import KNOWN_FLAGS
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import (
+    BUS_LIMITS,
     FIXED_SIZE,
     Flag,
     Header,
@@ -27,6 +28,7 @@ from broker.wire.header import (
     parse_header,
     serialise_header,
 )
+from broker.wire.skim import parse_or_skim
 from policy.match import Judge
 
 # Headers of the app that were found valid and clean, and the longest of them: 256 KiB at the most.
@@ -116,7 +118,7 @@ class Passage(Filter):
         pos = run = 0
         out = self.core.to_app
         while pos + FIXED_SIZE <= len(whole):
-            size = measure(whole, pos)
+            size = measure(whole, pos, BUS_LIMITS)
             if pos + size > len(whole):
                 intake.need(size)
                 break
@@ -133,7 +135,7 @@ class Passage(Filter):
     def _bring(self, data: bytes, at: int) -> None:
         """Pass a message to the app that has descriptors, or may be the answer to Hello."""
         core = self.core
-        header = parse_header(data)
+        header = parse_or_skim(data)  # what a bus may deliver is the app's own matter
         fds = self._from_bus.peek_fds(header.unix_fds, at)
         self._from_bus.drop_fds(len(fds))
         if not core.unique_name and header.type == MessageType.METHOD_RETURN:

@@ -8,9 +8,20 @@ costs as much as MAX_STEPS values, whatever is in it.
 
 import struct
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
-from broker.wire.header import BUS_LIMITS, FIXED_SIZE, Data, Field, Header, unpack_fixed
+from broker.wire.errors import PeerProtocolError
+from broker.wire.header import (
+    BUS_LIMITS,
+    FIXED_SIZE,
+    READ_LIMITS,
+    Data,
+    Field,
+    Header,
+    parse_header,
+    unpack_fixed,
+)
 from broker.wire.names import MAX_NAME, Predicate, is_bus_name
 from broker.wire.reader import ALIGNMENTS, SIZES
 
@@ -18,8 +29,7 @@ from broker.wire.reader import ALIGNMENTS, SIZES
 # has thousands of others in front of them will not be answered.
 MAX_STEPS: Final = 2**12
 
-_LITTLE: Final = struct.Struct("<I")
-_BIG: Final = struct.Struct(">I")
+_UINT32: Final = {True: struct.Struct("<I"), False: struct.Struct(">I")}  # by: is it little-endian
 _NAMES: Final[dict[int, Predicate]] = {Field.DESTINATION: is_bus_name, Field.SENDER: is_bus_name}
 _NUMBERS: Final = (Field.REPLY_SERIAL, Field.UNIX_FDS)
 _CLOSING: Final = {"(": ")", "{": "}"}
@@ -30,24 +40,41 @@ def skim_header(data: Data, offset: int = 0) -> Header:
 
     The header must be there whole. Raises PeerProtocolError for one that cannot be measured.
     """
-    little, type_, flags, body_length, serial, fields_length = unpack_fixed(
-        data, offset, BUS_LIMITS
-    )
-    skim = _Skim(data, offset, FIXED_SIZE + fields_length, little=little)
+    header = skim_fixed(data, offset)
+    end = FIXED_SIZE + _UINT32[header.little].unpack_from(data, offset + 12)[0]
+    skim = _Skim(data, offset, end, little=header.little)
     # What is no header any more ends the search: a bus delivers no such thing.
     with suppress(_EndOfSearch, IndexError, KeyError, struct.error):
         while skim.at < skim.end:
             skim.field()
+    return replace(
+        header,
+        destination=skim.names.get(Field.DESTINATION),
+        sender=skim.names.get(Field.SENDER),
+        reply_serial=skim.numbers.get(Field.REPLY_SERIAL),
+        unix_fds=skim.numbers.get(Field.UNIX_FDS, 0),
+    )
+
+
+def parse_or_skim(data: Data) -> Header:
+    """Return what a header of the bus says, or as much as can be said of it. Raises as `skim_header`."""
+    try:
+        return parse_header(data, 0, READ_LIMITS)
+    except PeerProtocolError:
+        return skim_header(data)
+
+
+def skim_fixed(data: Data, offset: int = 0) -> Header:
+    """Return a header of which only the first 16 bytes are there. Raises as `skim_header`."""
+    little, type_, flags, body_length, serial, fields_length = unpack_fixed(
+        data, offset, BUS_LIMITS
+    )
     return Header(
         little=little,
         type=type_,
         flags=flags,
         body_length=body_length,
         serial=serial,
-        destination=skim.names.get(Field.DESTINATION),
-        sender=skim.names.get(Field.SENDER),
-        reply_serial=skim.numbers.get(Field.REPLY_SERIAL),
-        unix_fds=skim.numbers.get(Field.UNIX_FDS, 0),
         size=FIXED_SIZE + (fields_length + 7 & ~7),
     )
 
@@ -66,7 +93,7 @@ class _Skim:
         self.numbers: Final[dict[int, int]] = {}
         self._data: Final = data
         self._offset: Final = offset
-        self._unpack: Final = (_LITTLE if little else _BIG).unpack_from
+        self._unpack: Final = _UINT32[little].unpack_from
         self._steps = 0
 
     def field(self) -> None:
