@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import signal
 import socket
 import struct
 import time
@@ -148,6 +150,85 @@ def test_a_socket_that_was_made_to_block_keeps_nobody(
         assert [one.opening for one in snapshot(supervisor).sandboxes] == [1]
 
 
+class AlwaysBlocking(socket.socket):
+    """A listening socket that its creator makes block whenever it is made not to, and that has connections to show."""
+
+    def setblocking(self, flag: bool, /) -> None:
+        assert not flag
+        super().setblocking(True)
+
+
+class AlwaysReadable:
+    """In place of select.poll: a connection was there a moment ago."""
+
+    def register(self, _sock: socket.socket, _events: int) -> None: ...
+
+    def poll(self, _milliseconds: int) -> list[object]:
+        return [self]
+
+
+def test_attack_c5_an_accept_that_waits_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(select, "poll", AlwaysReadable)
+    with AlwaysBlocking(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "given"))
+        listening.listen()
+        # So that the test ends if it does block; as an error of another kind.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONG, 0))
+        with pytest.raises(accept.KeptWaitingError, match="makes it block"):
+            accept.take(listening, shared=True)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        # And it is no worse afterwards.
+        with socket.socket(socket.AF_UNIX) as app:
+            app.connect(str(tmp_path / "given"))
+            connection = accept.take(listening, shared=True)
+            assert connection is not None
+            connection.close()
+
+
+def test_attack_c5_an_accept_that_is_interrupted_finds_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(select, "poll", AlwaysReadable)
+
+    class Once(socket.socket):
+        """Its creator cleared the flag once, and took the connection."""
+
+        calls = 0
+
+        def setblocking(self, flag: bool, /) -> None:
+            self.calls += 1
+            super().setblocking(flag if self.calls > 1 else True)
+
+    with Once(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "given"))
+        listening.listen()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONG, 0))
+        assert accept.take(listening, shared=True) is None
+        assert listening.calls == 2
+
+
+def test_attack_c5_who_keeps_us_waiting_loses_its_socket(
+    supervisor: Supervisor,
+    given: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def wait(_sock: socket.socket, *, shared: bool) -> None:
+        assert shared
+        raise accept.KeptWaitingError(errno.EAGAIN, "its creator makes it block")
+
+    monkeypatch.setattr(accept, "take", wait)
+    with socket.socket(socket.AF_UNIX) as app:
+        app.connect(given.getsockname())
+        supervisor.turn(5)
+    assert names(supervisor) == []
+    assert [one.message for one in caplog.records if one.levelname == "WARNING"] == [
+        "listener-lost sandbox=c1: its creator makes it block"
+    ]
+
+
 @pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_RDWR])
 def test_a_socket_that_was_shut_down_is_let_go(
     supervisor: Supervisor, given: socket.socket, how: int, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +255,8 @@ def test_an_error_that_lasts_ends_the_listener_and_is_logged_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(_sock: socket.socket) -> None:
+    def fail(_sock: socket.socket, *, shared: bool) -> None:
+        assert shared
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(accept, "take", fail)
@@ -190,7 +272,7 @@ def test_an_error_that_lasts_ends_the_listener_and_is_logged_once(
 # -- defects of ours -----------------------------------------------------------------------------------
 
 
-def fail_always(*_: object) -> None:
+def fail_always(*_: object, **_named: object) -> None:
     raise RuntimeError("a defect")
 
 

@@ -9,29 +9,41 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from broker.gate.bus import DRIVER, Bus
-from broker.gate.control import SandboxLimits
+from broker.gate.control import SandboxLimits, SandboxSpec
+from broker.gate.core import Special
 from broker.gate.filter import Filter
 from broker.gate.handover import (
     VERSION,
+    BudgetDump,
     BusDump,
+    CallsDump,
+    ComplaintsDump,
     Fds,
     FilterDump,
     Go,
     HandoverError,
+    HistoryDump,
+    LinkDump,
     Offer,
+    PipeDump,
+    SandboxDump,
+    TargetDump,
     Then,
     WaitingDump,
     decode_opening,
     decode_sandbox,
     decode_word,
     encode,
+    modern,
+    pack_serials,
+    unpack_serials,
 )
 from broker.gate.successor import check_judgement
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import parse_header
 from tests.messages import NO_REPLY, access, big, call, changed, driver_call, make_reply, signal
-from tests.modelbus import ME, Dialogue, FakeHost
+from tests.modelbus import APP, ME, Dialogue, FakeHost
 
 OWNERS: Final = {"org.a": ":1.2", "org.b": ":1.3", "org.sub.x": ":1.4"}
 RULES: Final = (
@@ -88,9 +100,16 @@ STEPS: Final = st.one_of(
     *[st.tuples(st.just("bus"), st.sampled_from(FROM_BUS), CUTS)] * 4,
     st.tuples(st.just("reply"), st.integers(0, 3), st.just(0)),
     st.tuples(st.just("use"), st.sampled_from(RULES), st.just(0)),
-    st.tuples(
-        st.just("change"), st.sampled_from([*OWNERS, "org.unknown"]), st.sampled_from(["", ":1.5"])
-    ),
+    *[
+        st.tuples(
+            st.just("change"),
+            st.sampled_from([*OWNERS, "org.unknown"]),
+            st.sampled_from(["", ":1.5", ":1.6"]),
+        )
+    ]
+    * 3,
+    # More than are followed.
+    st.tuples(st.just("changes"), st.sampled_from([*OWNERS, "org.mine.one"]), st.integers(1, 150)),
     st.tuples(st.just("leave"), st.sampled_from([":1.2", ":1.4"]), st.just(0)),
     st.tuples(st.sampled_from(["pause", "step", "resume"]), st.just(0), st.just(0)),
 )
@@ -126,6 +145,10 @@ class Player:
             talk.use(one)  # type: ignore[arg-type]
         elif what == "change":
             talk.change(str(one), str(other))
+        elif what == "changes":
+            assert isinstance(other, int)
+            for number in range(other):
+                talk.change(str(one), f":1.{100 + number}")
         elif what == "leave":
             talk.deliver(talk.model.leave(str(one)))
         elif what in ("pause", "resume"):
@@ -227,9 +250,9 @@ def test_a_reply_that_nobody_here_knows_to_deal_with_is_refused() -> None:
     talk = Dialogue(RULES[0], owners=OWNERS)
     dump = talk.filter.dump(Fds())
     for then in (Then("of-the-future"), Then("translate", (1,), Then("of-the-future"))):
-        pending = (WaitingDump(serial=5, owner=":1.2", then=then),)
+        calls = CallsDump(serials=pack_serials([5]), target=TargetDump(owner=":1.2"), then=then)
         strange = msgspec.structs.replace(
-            dump, core=msgspec.structs.replace(dump.core, pending=pending)
+            dump, core=msgspec.structs.replace(dump.core, calls=(calls,))
         )
         new = Filter(talk.bus, FakeHost(), talk.core.judge, app_takes_fds=True)
         with pytest.raises(ValueError, match="of-the-future"):
@@ -284,3 +307,92 @@ def test_a_word_is_read_as_it_was_said() -> None:
 
 def test_this_gate_passes_its_own_test() -> None:
     check_judgement()
+
+
+def test_attack_c2_former_owners_beyond_those_that_are_followed_are_no_difference() -> None:
+    talk = Dialogue(access("send:org.a", "own:org.a"), owners={"org.a": ":1.1"})
+    talk.app(call(7, "org.a"))
+    for number in range(170):
+        talk.change("org.a", f":1.{number % 3 and number}")
+        if number == 100:
+            talk.app(call(8, "org.a"))
+    one = Player(talk)
+    for _ in range(3):  # and again and again
+        other, dump, _ = handed_over(one)
+        assert other.talk.filter.dump(Fds()) == dump
+        one = other
+    for serial, owner, good in ((7, ":1.1", True), (8, ":1.55", False), (8, ":1.160", True)):
+        reply = marshal.make_return(9, reply_serial=serial, destination=ME, sender=owner)
+        # The call's first owner, whoever came late enough, and nobody else.
+        assert (one.talk.deliver(reply) != []) is good
+
+
+def test_attack_c3_a_name_of_many_owners_is_written_once() -> None:
+    """The size of a hand-over does not depend on how owners changed."""
+    sizes = []
+    for changes in (0, 60):
+        talk = Dialogue(access("send:org.a"), owners={"org.a": ":1.1"})
+        for number in range(3000):
+            talk.filter.feed_app(call(10 + number, "org.a"))
+            talk.core.to_bus.clear()
+        for number in range(changes):
+            talk.change("org.a", f":1.{number + 2}")
+        sizes.append(len(encode(talk.filter.dump(Fds()))))
+    assert sizes[0] < 3000 * 5 + 2000
+    assert sizes[1] < sizes[0] + 60 * 40
+
+
+def test_attack_c3_changes_between_calls_cost_a_few_bytes_each() -> None:
+    talk = Dialogue(access("send:org.a"), owners={"org.a": ":1.1"})
+    for number in range(1000):
+        talk.filter.feed_app(call(10 + number, "org.a"))
+        talk.core.to_bus.clear()
+        talk.change("org.a", f":1.{number + 2}")
+    assert len(encode(talk.filter.dump(Fds()))) < 1000 * 80
+
+
+def test_what_version_1_wrote_is_read() -> None:
+    """A gate of before gives each call its own former owners, also more than this one would follow."""
+    talk = Dialogue(RULES[0], owners=OWNERS)
+    talk.app(call(7, "org.a"), call(8, "org.b"), call(9, ":1.2"))
+    new = talk.filter.dump(Fds())
+    former = tuple(sorted(f":1.{number}" for number in range(200)))
+    old_calls = (
+        WaitingDump(serial=7, owner=":1.2", name="org.a", former=former),
+        WaitingDump(serial=9, owner=":1.2"),
+        WaitingDump(serial=0xFFF00010, owner=DRIVER, then=Then("ignore"), is_own=True),
+    )
+    old = msgspec.structs.replace(
+        new, core=msgspec.structs.replace(new.core, calls=(), pending=old_calls)
+    )
+    link = LinkDump(bus="session", guid="0", app=PipeDump(fd=0), filter=old)
+    sandbox = msgspec.structs.replace(_sandbox_dump(), links=(link,))
+    dump = decode_sandbox(encode(sandbox)).links[0].filter
+    assert dump is not None
+    assert not dump.core.pending
+    assert dump.owners.histories == (HistoryDump(name="org.a"),)
+    assert modern(sandbox) == modern(modern(sandbox))
+    judging = Filter(talk.bus, FakeHost(), talk.core.judge, app_takes_fds=True)
+    judging.load(dump, [])
+    assert judging.dump(Fds()) == dump
+    assert set(judging.core.pending[7].former) == set(former)
+    assert isinstance(judging.core.pending[0xFFF00010], Special)
+
+
+def _sandbox_dump() -> SandboxDump:
+    return SandboxDump(
+        spec=SandboxSpec(
+            id="c1", identity=APP, uid=0, access=RULES[0], listeners=(), limits=SandboxLimits()
+        ),
+        guid="0",
+        messages=BudgetDump(left=1, filled=0.0),
+        complaints=ComplaintsDump(second=0.0),
+        reports_left=1,
+    )
+
+
+def test_serials_are_packed() -> None:
+    serials = (1, 0xFFFFFFFF, 77)
+    assert unpack_serials(pack_serials(serials)) == serials
+    with pytest.raises(ValueError, match="cut short"):
+        unpack_serials(b"abc")

@@ -57,7 +57,7 @@ FIELDS: Final = {
     "budgets.MessageBudget": ("_filled left", ""),
     "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),
     "reports.Reports": ("left unreported", ""),
-    "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over"),
+    "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over lost"),
     "server.Gate": (
         "_asked _control _kept _own _reader _sandboxes _supervisor",
         "_manager _most_unread _upstreams",

@@ -2,11 +2,13 @@
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
 
 from broker.gate.bus import DRIVER
+from broker.gate.filter import Filter
 from broker.gate.handover import Fds, FilterDump, encode
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError
@@ -14,7 +16,7 @@ from broker.wire.header import MAX_FIELDS, MessageType, parse_header
 from broker.wire.reader import MAX_STEPS
 from policy.match import MAX_PATH
 from tests.messages import NO_REPLY, access, big, call, changed, signal
-from tests.modelbus import ME, Dialogue, Filter
+from tests.modelbus import ME, Dialogue
 from tests.test_header import write_fields
 
 LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
@@ -88,7 +90,11 @@ def test_attack_c7_a_call_is_refused_towards_its_caller(talk: Dialogue, how: str
 def test_attack_c7_a_reply_is_replaced(talk: Dialogue, how: str, type_: int) -> None:
     talk.app(call(7, "org.a"))
     (asked,) = talk.arrived
-    fields = {"type": type_, "reply_serial": asked.header.serial, "error_name": "a.b"}
+    fields: dict[str, Any] = {
+        "type": type_,
+        "reply_serial": asked.header.serial,
+        "error_name": "a.b",
+    }
     reply = changed(call(9, ME, interface=None), sender=":1.2", **fields)
     bad = misplaced(reply) if how.startswith("long") else UNREADABLE[how](reply)
     (error,) = [m for piece in pieces(bad) for m in talk.deliver(piece)]
@@ -166,7 +172,7 @@ def test_attack_c7_a_reply_of_an_app_has_nothing_but_what_a_reply_needs(talk: Di
     long = "/" + "b" * (MAX_FIELDS - 300)
     for number, type_ in ((1, MessageType.METHOD_RETURN), (2, MessageType.ERROR)):
         talk.deliver(changed(call(number, ME), sender=":1.9"))
-        fields = {"type": type_, "reply_serial": number, "error_name": "a.b"}
+        fields: dict[str, Any] = {"type": type_, "reply_serial": number, "error_name": "a.b"}
         reply = changed(call(20 + number, ":1.9", interface=None), **fields)
         path = write_fields(((1, "o", long), (3, "s", "Do")))
         path += bytes(-len(path) % 8)

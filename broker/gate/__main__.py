@@ -125,7 +125,13 @@ def _serve(loop: Loop, gate: Gate, begin: Callable[[], None]) -> None:
     wake, wake_end = socket.socketpair()
     wake.setblocking(False)
     wake_end.setblocking(False)
-    loop.add(wake.fileno(), READABLE, lambda _events: loop.stop())
+
+    def woken(_events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if set(wake.recv(4096)) & {signal.SIGTERM, signal.SIGINT}:
+                loop.stop()
+
+    loop.add(wake.fileno(), READABLE, woken)
     signal.set_wakeup_fd(wake_end.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: None)

@@ -1,9 +1,19 @@
-"""A sandbox's listening sockets, one of which its creator may have made and still have: nothing that is done to it there makes us wait."""
+"""Accept connections of a sandbox without ever waiting for anybody.
+
+The creator of a sandbox may have made its listening socket, and then holds the same open file description: O_NONBLOCK
+belongs to both, and so do the connections in the queue. No flag and no look before accept(2) keeps it from waiting if the
+creator clears the flag and takes the connection in between. So a timer interrupts an accept that lasts: its signal's
+handler sets the flag anew, and gives up after a few times. See docs/decisions/0011-accept-is-interrupted.md.
+"""
 
 import errno
 import select
+import signal
 import socket
 import struct
+import threading
+from contextlib import suppress
+from types import FrameType
 from typing import Final
 
 from broker.gate.loop import BROKEN, READABLE
@@ -16,19 +26,57 @@ SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 PAUSE: Final = 0.1  # seconds
 # Connections taken in one turn of the loop, so that one sandbox does not keep the others waiting.
 A_TURN: Final = 16
+# How long an accept lasts until it is interrupted, and how often that is tried: 20 ms together.
+INTERRUPT: Final = 0.005  # seconds
+INTERRUPTS: Final = 4
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
-def take(sock: socket.socket) -> socket.socket | None:
-    """Return a connection, if one waits. Raises OSError."""
-    # Whoever gave us the socket may have made it block since, for the flag belongs to both, and may take
-    # connections, too.
+class KeptWaitingError(OSError):
+    """Somebody makes the socket block as fast as it is made not to."""
+
+
+class _Interrupter:
+    """The handler of SIGALRM while a socket of somebody else's is accepted from."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock: Final = sock
+        self._left = INTERRUPTS
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, self._interrupt)
+        signal.setitimer(signal.ITIMER_REAL, INTERRUPT, INTERRUPT)
+
+    def __exit__(self, *_exc: object) -> None:
+        # A signal that is on its way finds nothing to give up.
+        self._left = -1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        if self._left < 0:
+            return
+        self._left -= 1
+        if not self._left:
+            raise KeptWaitingError(errno.EAGAIN, "its creator makes it block")
+        with suppress(OSError):
+            self._sock.setblocking(False)
+
+
+def take(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
+    """Return a connection, if one waits; `shared`: somebody else has the socket, too.
+
+    Raises OSError, and KeptWaitingError after 20 ms.
+    """
     sock.setblocking(False)
     waiting = select.poll()
     waiting.register(sock, select.POLLIN)
     if not waiting.poll(0):
         return None
     try:
+        # Signals are the main thread's. No other accepts in a gate.
+        if shared and threading.current_thread() is threading.main_thread():
+            with _Interrupter(sock):
+                return sock.accept()[0]
         return sock.accept()[0]
     except (BlockingIOError, ConnectionAbortedError):
         return None

@@ -14,11 +14,19 @@ Rule 5: what is known for longer than a turn of the loop is data, and in `dump`:
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Literal, NamedTuple, TypeVar
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
-from broker.gate.handover import CoreDump, Then, WaitingDump
+from broker.gate.handover import (
+    CallsDump,
+    CoreDump,
+    TargetDump,
+    Then,
+    pack_serials,
+    unpack_serials,
+)
+from broker.gate.history import Since
 from broker.gate.host import Host
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
@@ -292,12 +300,15 @@ class Core:
 
     # -- handing over ---------------------------------------------------------------------------------
 
-    def dump(self) -> CoreDump:
-        """Return all but the rules and what is remembered of them."""
+    def dump(self, changes_of: Callable[[str], int]) -> CoreDump:
+        """Return all but the rules and what is remembered of them.
+
+        `changes_of` tells how often a name has changed its owner so far.
+        """
         return CoreDump(
             unique_name=self.unique_name,
             greeting=self.greeting,
-            pending=tuple(_dump_waiting(*item) for item in self.pending.items()),
+            calls=_dump_calls(self.pending, changes_of),
             lent=tuple(sorted(self.lent)),
             asked=tuple(sorted(self.asked)),
             matches=tuple((rule.canonical(), count) for rule, count in self.matches.items()),
@@ -309,12 +320,12 @@ class Core:
         )
 
     def load(self, dump: CoreDump) -> None:
-        """Be as the one was that made the dump."""
+        """Restore the state from `dump`. Targets know their former owners once `Owners` is loaded."""
         self.unique_name = dump.unique_name
         self.greeting = dump.greeting
-        for waiting in dump.pending:
-            self._check(waiting.then)
-            self.pending[waiting.serial] = _load_waiting(waiting)
+        for calls in dump.calls:
+            self._check(calls.then)
+            self.pending.update(dict.fromkeys(unpack_serials(calls.serials), _load_calls(calls)))
         self.lent.update(dump.lent)
         self.asked.update(dump.asked)
         self.matches.update((parse_match_rule(text), count) for text, count in dump.matches)
@@ -333,22 +344,43 @@ class Core:
             then = then.after
 
 
-def _dump_waiting(serial: int, entry: Target | Special) -> WaitingDump:
+def _dump_calls(
+    pending: Mapping[int, Target | Special], changes_of: Callable[[str], int]
+) -> tuple[CallsDump, ...]:
+    """Return the calls by whom they wait for: what is known of that one is written once."""
+    entries: dict[int, Target | Special] = {}
+    serials: dict[int, list[int]] = {}
+    for serial, entry in pending.items():
+        entries[id(entry)] = entry
+        serials.setdefault(id(entry), []).append(serial)
+    return tuple(
+        _dump_entry(entry, pack_serials(serials[key]), changes_of) for key, entry in entries.items()
+    )
+
+
+def _dump_entry(
+    entry: Target | Special, serials: bytes, changes_of: Callable[[str], int]
+) -> CallsDump:
     then, is_own, target = None, False, entry
     if isinstance(entry, Special):
         then, is_own, target = entry.then, entry.is_own, entry.target
-    return WaitingDump(
-        serial=serial,
-        owner=target.owner,
-        name=target.name,
-        former=tuple(sorted(target.former)),
+    since, before = 0, target.former
+    if isinstance(before, Since):
+        since, before = before.count, before.before
+    elif target.name:
+        since = changes_of(target.name)
+    return CallsDump(
+        serials=serials,
+        target=TargetDump(
+            owner=target.owner, name=target.name, since=since, before=tuple(sorted(before))
+        ),
         then=then,
         is_own=is_own,
     )
 
 
-def _load_waiting(dump: WaitingDump) -> Target | Special:
-    target = Target(dump.owner, dump.name, frozenset(dump.former))
+def _load_calls(dump: CallsDump) -> Target | Special:
+    target = Target(dump.target.owner, dump.target.name)
     return target if dump.then is None else Special(dump.then, target, is_own=dump.is_own)
 
 

@@ -133,7 +133,7 @@ class Filter:
             held=self.held,
             yielded=self.yielded,
             wake=self._wake,
-            core=self.core.dump(),
+            core=self.core.dump(self._owners.changes_of),
             owners=self._owners.dump(),
             lately_seen=tuple(self._sight.lately_seen),
             told=None if told is None else tuple(sorted(told)),
@@ -146,7 +146,7 @@ class Filter:
         """Be as the one was that made the dump. Raises ValueError if it cannot be."""
         self.held, self.yielded, self._wake = dump.held, dump.yielded, dump.wake
         self.core.load(dump.core)
-        self._owners.load(dump.owners, self._swap.tell_new)
+        self._owners.load(dump.owners, dump.core.calls, self._swap.tell_new)
         self._sight.lately_seen.update(dict.fromkeys(dump.lately_seen))
         self._swap.told = None if dump.told is None else frozenset(dump.told)
         self.from_app.load(dump.from_app, fds)

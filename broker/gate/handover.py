@@ -7,6 +7,7 @@ rules, remembered verdicts, sums. Times are those of the monotonic clock, which 
 VERSION is raised when a gate could misread what an older one writes; fields with a default may be added without.
 """
 
+import struct
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,9 +17,9 @@ from broker.gate.control import SandboxSpec
 from broker.gate.kept import Kept
 from policy.rules import AccessList, Identity
 
-VERSION: Final = 1
-# What this gate can read.
-READS: Final = (1,)
+VERSION: Final = 2
+# What this gate can read. Version 1 wrote calls one by one, each with all former owners: see `modern`.
+READS: Final = (1, 2)
 
 
 class Then(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -29,8 +30,34 @@ class Then(msgspec.Struct, frozen=True, omit_defaults=True):
     after: "Then | None" = None
 
 
+class TargetDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who may answer a call. The owners of `name` since are in its history, from the change `since` on."""
+
+    owner: str
+    name: str = ""
+    since: int = 0
+    before: tuple[str, ...] = ()  # who may, too; written by version 1 alone
+
+
+class CallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Calls that wait for a reply of the same peer: thousands may."""
+
+    serials: bytes  # four bytes each
+    target: TargetDump
+    then: Then | None = None
+    is_own: bool = False
+
+
+class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The last changes of a name's owner, for all calls to it that wait."""
+
+    name: str
+    count: int = 0
+    changes: tuple[tuple[str, str], ...] = ()
+
+
 class WaitingDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call that waits for its reply."""
+    """A call that waits for its reply, as version 1 wrote it."""
 
     serial: int
     owner: str
@@ -45,7 +72,8 @@ class CoreDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     unique_name: str = ""
     greeting: bool = False
-    pending: tuple[WaitingDump, ...] = ()
+    pending: tuple[WaitingDump, ...] = ()  # of version 1
+    calls: tuple[CallsDump, ...] = ()
     lent: tuple[int, ...] = ()
     asked: tuple[tuple[str, int], ...] = ()
     matches: tuple[tuple[str, int], ...] = ()
@@ -67,6 +95,7 @@ class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     subtrees: tuple[str, ...] = ()
     globs: bool = False
     matches: tuple[str, ...] = ()
+    histories: tuple[HistoryDump, ...] = ()  # of the names that calls wait for
 
 
 class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -278,11 +307,51 @@ def decode_opening(data: bytes) -> Opening:
 
 
 def decode_sandbox(data: bytes) -> SandboxDump:
-    """Read a sandbox. Raises HandoverError."""
+    """Read a sandbox, whatever version wrote it. Raises HandoverError."""
     try:
-        return msgspec.msgpack.decode(data, type=SandboxDump)
+        return modern(msgspec.msgpack.decode(data, type=SandboxDump))
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise HandoverError(f"the old gate's state: {exc}") from exc
+
+
+def modern(dump: SandboxDump) -> SandboxDump:
+    """Return what this version would have written in place of what version 1 wrote."""
+    if not any(link.filter and link.filter.core.pending for link in dump.links):
+        return dump
+    return msgspec.structs.replace(dump, links=tuple(_modern_link(link) for link in dump.links))
+
+
+def _modern_link(link: LinkDump) -> LinkDump:
+    replace = msgspec.structs.replace
+    if link.filter is None:
+        return link
+    pending = link.filter.core.pending
+    calls = tuple(
+        CallsDump(
+            serials=pack_serials([one.serial]),
+            target=TargetDump(owner=one.owner, name=one.name, before=one.former),
+            then=one.then,
+            is_own=one.is_own,
+        )
+        for one in pending
+    )
+    names = dict.fromkeys(one.name for one in pending if one.name)
+    core = replace(link.filter.core, pending=(), calls=calls)
+    histories = tuple(HistoryDump(name=name) for name in names)
+    owners = replace(link.filter.owners, histories=histories)
+    return replace(link, filter=replace(link.filter, core=core, owners=owners))
+
+
+def pack_serials(serials: Sequence[int]) -> bytes:
+    """Return serials as they are handed over. Both gates are on one machine."""
+    return struct.pack(f"={len(serials)}I", *serials)
+
+
+def unpack_serials(data: bytes) -> tuple[int, ...]:
+    """Return what `pack_serials` packed. Raises ValueError."""
+    if len(data) % 4:
+        raise ValueError("serials cut short")
+    return struct.unpack(f"={len(data) // 4}I", data)
 
 
 class Fds:

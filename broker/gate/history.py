@@ -19,6 +19,16 @@ class History:
         self._changes: Final[deque[tuple[str, str]]] = deque(maxlen=most)
         self.count = 0  # of all changes, those included that are forgotten
 
+    @property
+    def changes(self) -> tuple[tuple[str, str], ...]:
+        """The changes that are not forgotten."""
+        return tuple(self._changes)
+
+    def restore(self, count: int, changes: Collection[tuple[str, str]]) -> None:
+        """Restore what `count` and `changes` were."""
+        self.count = count
+        self._changes.extend(changes)
+
     def add(self, old: str, new: str) -> None:
         """Write a change down ("" is nobody)."""
         self._changes.append((old, new))
@@ -34,18 +44,18 @@ class History:
 class Since(Collection[str]):
     """Who else may answer a call: whoever has owned the name from now on, and who did `before`."""
 
-    __slots__ = ("_before", "_count", "_history")
+    __slots__ = ("_history", "before", "count")
 
-    def __init__(self, history: History, before: Collection[str]) -> None:
+    def __init__(self, history: History, before: Collection[str], count: int | None = None) -> None:
         self._history: Final = history
-        self._count: Final = history.count
-        self._before: Final = before
+        self.count: Final = history.count if count is None else count  # of the changes before
+        self.before: Final = before
 
     def __contains__(self, owner: object) -> bool:
-        return owner in self._before or owner in {*self._history.owners_since(self._count)}
+        return owner in self.before or owner in {*self._history.owners_since(self.count)}
 
     def __iter__(self) -> Iterator[str]:
-        return iter({*self._before, *self._history.owners_since(self._count)})
+        return iter({*self.before, *self._history.owners_since(self.count)})
 
     def __len__(self) -> int:
         return len({*self})

@@ -378,6 +378,21 @@ class Link:
         with contextlib.suppress(PeerProtocolError):  # another gate took it: the next line ends it
             self._server.feed(self._said)
 
+    def discard(self) -> None:
+        """Leave the loop and the bus, and close nothing. No method is called any more."""
+        self._closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._app.leave()
+        if self._upstream is not None:
+            self._upstream.leave()
+        elif self._bus_sock is not None:
+            self._bus_sock.detach()
+        self.bus.links.discard(self)
+        if self._filter is not None:
+            self.bus.members.discard(self._filter.core)
+            self.bus.speakers.pop(self._filter.core.unique_name, None)
+
     def _load_deadline(self, dump: LinkDump) -> None:
         assert self._deadline is not None
         self._deadline.cancel()

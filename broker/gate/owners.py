@@ -6,13 +6,13 @@ word wins. While an answer is missing, `waiting` is above zero and what needs it
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 from weakref import WeakValueDictionary
 
 from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER
 from broker.gate.core import MAX_FORMER_OWNERS, Core, Special, Target
-from broker.gate.handover import OwnersDump, Then
+from broker.gate.handover import CallsDump, HistoryDump, OwnersDump, Then, unpack_serials
 from broker.gate.history import History, Since
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
@@ -184,13 +184,21 @@ class Owners:
 
     def _keep_history(self, target: Target) -> History:
         """Let the calls that wait for `target` know of all changes from now on."""
-        history = self._histories.get(target.name)
-        if history is None:
-            history = self._histories[target.name] = History(MAX_FORMER_OWNERS - 1)
+        history = self._history_of(target.name)
         if not isinstance(target.former, Since):
-            few = len(target.former) < MAX_FORMER_OWNERS  # each hand-over could add some
-            target.former = Since(history, target.former if few else ())
+            target.former = Since(history, ())
         return history
+
+    def _history_of(self, name: str) -> History:
+        history = self._histories.get(name)
+        if history is None:
+            history = self._histories[name] = History(MAX_FORMER_OWNERS - 1)
+        return history
+
+    def changes_of(self, name: str) -> int:
+        """Return how often a name that calls wait for has changed its owner."""
+        history = self._histories.get(name)
+        return history.count if history is not None else 0
 
     def _forget(self, name: str) -> None:
         target = self.names.pop(name, None)
@@ -275,17 +283,37 @@ class Owners:
             subtrees=tuple(sorted(self._uses.subtrees)),
             globs=self._uses.globs,
             matches=tuple(sorted(self._matches)),
+            histories=tuple(self._dump_history(name) for name in self._asked_names()),
         )
 
-    def load(self, dump: OwnersDump, then: Callable[[], None]) -> None:
-        """Be as the one was that made the dump; `then` is to be called if that one was to."""
+    def _asked_names(self) -> list[str]:
+        names = (_target_of(entry).name for entry in self._core.pending.values())
+        return sorted({name for name in names if name})
+
+    def _dump_history(self, name: str) -> HistoryDump:
+        history = self._histories.get(name)
+        if history is None:
+            return HistoryDump(name=name)
+        return HistoryDump(name=name, count=history.count, changes=history.changes)
+
+    def load(self, dump: OwnersDump, calls: Sequence[CallsDump], then: Callable[[], None]) -> None:
+        """Restore the state from `dump`, for the calls that `Core` has loaded.
+
+        `then` is called when all owners are known, if that was still to be done.
+        """
         for name, owner in dump.names:
             self.names[name] = Target(owner, name)
             if owner:
                 self._by_owner.setdefault(owner, set()).add(name)
-        for entry in self._core.pending.values():
-            if (target := _target_of(entry)).name:
-                self._keep_history(target)
+        # Held here until the calls hold them.
+        histories = {one.name: self._history_of(one.name) for one in dump.histories}
+        for one in dump.histories:
+            histories[one.name].restore(one.count, one.changes)
+        for waiting in calls:
+            if waiting.target.name:
+                (first, *_) = unpack_serials(waiting.serials)
+                target, its = _target_of(self._core.pending[first]), waiting.target
+                target.former = Since(histories[its.name], frozenset(its.before), its.since)
         self.waiting = dump.waiting
         self._then = then if dump.tells else None
         self._extra.update(dict.fromkeys(dump.extra))

@@ -163,6 +163,11 @@ class Pipe:
         self.sock.close()
         self._drop_queue()
 
+    def leave(self) -> None:
+        """Leave the loop, and close nothing."""
+        self._loop.remove(self.fd)
+        self.sock.detach()
+
     def _drop_queue(self) -> None:
         for chunk in self._queue:
             close_fds(chunk.fds)

@@ -73,6 +73,8 @@ class Sandbox:
         self._reports: Final = Reports(loop, spec.id, emit)
         self._guid = GUID
         self.is_over = False
+        # Connections, by bus and unique name, that the gate before had and this one could not take over.
+        self.lost: Final[list[tuple[str, str]]] = []
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -188,7 +190,7 @@ class Sandbox:
         sock, listener = self._listening[fd]
         for _ in range(accept.A_TURN):
             try:
-                if (connection := accept.take(sock)) is None:
+                if (connection := accept.take(sock, shared=not listener.path)) is None:
                     return
             except OSError as exc:
                 self._cannot_accept(fd, exc)
@@ -388,8 +390,24 @@ class Sandbox:
         self.denied_count = dump.denied_count
         self._reports.load(dump.reports_left, dump.unreported)
 
+    def discard(self) -> None:
+        """Leave the loop and close nothing: what was loaded belongs to the gate before."""
+        self.is_over = True
+        for fd, (sock, _) in self._listening.items():
+            self._loop.remove(fd)
+            sock.detach()
+        self._loop.remove(self._close_pipe)
+        for link in self.links:
+            link.discard()
+
     def resume(self) -> None:
-        """Go on where the one was that made the dump."""
+        """Continue after `load`."""
+        for bus, unique_name in self.lost:
+            self.complaints.add("connection-lost", f"{unique_name}: the next gate cannot read it")
+            self._buses[bus].gone(unique_name)
+            self._emit(Gone(self.id, bus, unique_name))
+        self.lost.clear()
+        self._end_if_done()
         if self._listen_on in self._waiting:
             for listening in self._listening:
                 self._loop.change(listening, 0)

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
+
 from broker.gate.bus import DRIVER, Bus
 from broker.gate.control import PROTOCOL, SandboxLimits
 from broker.gate.core import Core, Denial
@@ -15,9 +17,12 @@ from broker.gate.handover import (
     Offer,
     Opening,
     Ready,
+    SandboxDump,
     decode_opening,
     decode_sandbox,
 )
+from broker.gate.pipe import close_fds
+from broker.gate.sandbox import Sandbox
 from broker.gate.server import Gate
 from broker.gate.takeover import Channel, same
 from broker.wire import errors, marshal
@@ -74,9 +79,46 @@ def _take_sandbox(channel: Channel, gate: Gate, known: _Known) -> None:
     dump = decode_sandbox(data)
     sandbox = gate.add_empty(dump)
     # Compiling rules takes longest of all, and many sandboxes are of the same app.
-    sandbox.load(dump, fds, known.setdefault((sandbox.identity, dump.spec.access), {}))
-    if not same(sandbox.dump, dump, fds):
-        raise HandoverError(f"what came of {sandbox.id} differs from what it was")
+    judges = known.setdefault((sandbox.identity, dump.spec.access), {})
+    problem = _load(sandbox, dump, fds, judges)
+    if not problem:
+        return
+    # One sandbox has no veto: it is served without the connections that it had.
+    LOGGER.error("not-taken-over sandbox=%s: %s: its connections end", sandbox.id, problem)
+    sandbox.discard()
+    bare, kept, lost = without_connections(dump, fds)
+    sandbox = gate.add_empty(bare)
+    if problem := _load(sandbox, bare, kept, judges):
+        raise HandoverError(f"{sandbox.id}: {problem}")
+    close_fds(fds[len(kept) :])  # copies: the old gate has them still
+    sandbox.lost.extend(lost)
+
+
+def _load(sandbox: Sandbox, dump: SandboxDump, fds: Sequence[int], judges: dict[str, Judge]) -> str:
+    """Load a sandbox; return what is wrong with what came of it."""
+    try:
+        sandbox.load(dump, fds, judges)
+        if same(sandbox.dump, dump, fds):
+            return ""
+    except Exception as exc:  # noqa: BLE001 - whatever it is, it is this sandbox's matter
+        return repr(exc)
+    return "what came of it differs from what it was"
+
+
+def without_connections(
+    dump: SandboxDump, fds: Sequence[int]
+) -> tuple[SandboxDump, Sequence[int], list[tuple[str, str]]]:
+    """Return a dump that has none, with its descriptors, and the buses and unique names of those it had.
+
+    Raises HandoverError.
+    """
+    used = [at for _, at in dump.listening] + [dump.close_pipe] * (dump.close_pipe >= 0)
+    if used != list(range(len(used))):
+        raise HandoverError("the descriptors are in another order than expected")
+    bare = msgspec.structs.replace(dump, links=(), waiting=())
+    cores = [(link.bus, link.filter.core) for link in dump.links if link.filter is not None]
+    names = [(bus, core.unique_name) for bus, core in cores if core.unique_name]
+    return bare, fds[: len(used)], names
 
 
 class _NoSandbox:
