@@ -20,7 +20,9 @@ READ_SIZE: Final = 65536
 # For who sends more than that at a time: fewer calls, and fewer messages that end in the next read.
 READ_SIZE_FOR_MUCH: Final = 262144
 # Plain integers: an operation on the socket module's enum members runs Python code, once a message.
-CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+# Whatever O_NONBLOCK says: it belongs to everybody who has the socket.
+DONTWAIT: Final = int(socket.MSG_DONTWAIT)
+RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC) | DONTWAIT
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
 # What the kernel passes with one message (SCM_MAX_FD).
 ANCILLARY: Final = socket.CMSG_SPACE(253 * 4)
@@ -68,7 +70,7 @@ class Pipe:
     def read(self) -> tuple[bytes, Sequence[int]]:
         """Return what is there, with its descriptors. Raises Closed, BlockingIOError, PeerProtocolError."""
         try:
-            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, CLOEXEC)
+            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
         except ConnectionError as exc:
             raise Closed from exc
         return self.received(data, ancillary, flags)
@@ -96,7 +98,7 @@ class Pipe:
             data = output[0]
             output.clear()
             try:
-                sent = self._send(data)
+                sent = self._send(data, DONTWAIT)
             except BlockingIOError:
                 sent = 0
             except ConnectionError:
@@ -234,7 +236,7 @@ class Pipe:
         if first.fds:
             # Alone, so that the receiver can tell which message they belong to.
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", first.fds))
-            sent = self.sock.sendmsg([first.data], [rights])
+            sent = self.sock.sendmsg([first.data], [rights], DONTWAIT)
             close_fds(first.fds)
             self.queued_fds -= len(first.fds)
             self._queue[0] = Chunk(first.data, ())
@@ -244,7 +246,7 @@ class Pipe:
             if chunk.fds or len(parts) == MAX_PARTS:
                 break
             parts.append(chunk.data)
-        return self.sock.sendmsg(parts)
+        return self.sock.sendmsg(parts, (), DONTWAIT)
 
     def _took(self, sent: int) -> None:
         self.queued -= sent

@@ -17,7 +17,7 @@ from broker.gate.core import OWN_SERIALS
 from broker.gate.filter import Filter
 from broker.gate.loop import READABLE
 from broker.gate.meter import Meter
-from broker.gate.pipe import ANCILLARY, CLOEXEC, READ_SIZE, TRUNCATED, Ancillary, Closed, Pipe
+from broker.gate.pipe import ANCILLARY, READ_SIZE, RECEIVE, TRUNCATED, Ancillary, Closed, Pipe
 from broker.gate.trace import make_known_note
 from broker.gate.words import FIXED, REPLIES, U32
 from broker.wire.header import FIXED_SIZE
@@ -69,12 +69,13 @@ def _make_handler(link: LongWay, source: Pipe, target: Pipe, note: Note, sent: S
             source.event(events)
             return
         try:
-            data, ancillary, flags, _ = receive(READ_SIZE, ANCILLARY, CLOEXEC)
+            data, ancillary, flags, _ = receive(READ_SIZE, ANCILLARY, RECEIVE)
             size = len(data)
             if size < FIXED_SIZE or ancillary or flags & TRUNCATED or not note(data, size):
                 sent(data, ancillary, flags)
                 return
             try:
+                # Never waits: this end of a connection is the gate's alone, and it made it non-blocking.
                 taken = write(target_fd, data)
             except OSError as exc:
                 taken = _count_as_sent(exc, size)
