@@ -19,6 +19,7 @@ from broker.gate.control import (
     Done,
     Ended,
     Envelope,
+    Gone,
     HandedOver,
     HandOver,
     Listener,
@@ -31,13 +32,22 @@ from broker.gate.control import (
     WhoIs,
     make_frame,
 )
-from broker.gate.handover import Failed, HandoverError
+from broker.gate.handover import (
+    BudgetDump,
+    ComplaintsDump,
+    Failed,
+    HandoverError,
+    LinkDump,
+    PipeDump,
+    SandboxDump,
+)
+from broker.gate.link import Link
 from broker.gate.loop import Loop
 from broker.gate.server import Gate
-from broker.gate.successor import offer, take_over
+from broker.gate.successor import offer, take_over, without_connections
 from broker.gate.takeover import Channel
 from policy.rules import AccessList, Identity
-from tests.test_server import Supervisor, snapshot
+from tests.test_server import Supervisor, count_fds, snapshot
 
 BUS = BusSpec(name="session", address="unix:path=/nowhere")
 ASKED = 1000
@@ -292,3 +302,88 @@ def test_a_bus_that_was_too_busy_is_connected_to_by_the_new_gate(
             supervisor.take()
             # That was no message. (The old gate's copy of the socket is still open here.)
             assert snapshot(supervisor).sandboxes[0].opening == 0
+
+
+def test_attack_c2_a_sandbox_that_cannot_be_taken_over_has_no_veto(
+    supervisor: Supervisor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its connections end, and everybody else's and its own socket are served."""
+    supervisor.add("c0")
+    supervisor.add("c1")
+    load = Link.load
+
+    def fail(self: Link, dump: LinkDump, fds: Sequence[int]) -> None:
+        load(self, dump, fds)
+        if self.sandbox.id == "c1":
+            raise ValueError("a state of the future")
+
+    with (
+        socket.socket(socket.AF_UNIX) as good,
+        socket.socket(socket.AF_UNIX) as bad,
+        socket.socket(socket.AF_UNIX) as late,
+    ):
+        for name, sock in (("c0", good), ("c1", bad)):
+            sock.connect(str(tmp_path / name))
+            sock.send(b"\0AUTH EXT")
+        supervisor.turn(5)
+        before = count_fds()
+        monkeypatch.setattr(Link, "load", fail)
+        assert hand_over(supervisor) == ""
+        assert "not-taken-over sandbox=c1: ValueError('a state of the future')" in caplog.text
+        good.send(b"ERNAL\r\n")
+        late.connect(str(tmp_path / "c1"))
+        late.send(b"\0AUTH EXTERNAL\r\n")
+        supervisor.turn(5)
+        for sock in (good, late):
+            sock.settimeout(5)
+            assert sock.recv(100) == b"DATA\r\n"
+        supervisor.take()
+        assert [one.opening for one in snapshot(supervisor).sandboxes] == [1, 1]
+        assert supervisor.events == []
+        # The old gate's process would be gone, and the connection with it: here its copies are still open.
+        assert count_fds() > before
+        assert supervisor.ask(StopSandbox("c1")) == Done()
+
+
+def test_attack_c2_who_loses_its_connections_in_an_upgrade_is_told_gone(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor.add("c0")
+    sandbox = vars(supervisor.gate)["_sandboxes"]["c0"]
+    bus = vars(supervisor.gate)["_buses"]["session"]
+    bus.connected(":1.7", "c0", sandbox.identity)
+    sandbox.lost.append(("session", ":1.7"))
+    sandbox.resume()
+    supervisor.turn()
+    supervisor.take()
+    assert supervisor.events == [Gone("c0", "session", ":1.7")]
+    assert ":1.7" not in bus.sandboxes
+    assert sandbox.lost == []
+
+
+def test_a_dump_without_connections_has_its_own_descriptors_alone() -> None:
+    def dumped(*, listening: tuple[tuple[int, int], ...], close_pipe: int) -> SandboxDump:
+        return SandboxDump(
+            spec=SandboxSpec(
+                id="c1",
+                identity=Identity(type="org.example.Type", app="x"),
+                uid=0,
+                listeners=(),
+                access=AccessList(),
+            ),
+            guid="0",
+            listening=listening,
+            close_pipe=close_pipe,
+            links=(LinkDump(bus="session", guid="0", app=PipeDump(fd=2)),),
+            messages=BudgetDump(left=1, filled=0.0),
+            complaints=ComplaintsDump(second=0.0),
+            reports_left=1,
+        )
+
+    bare, fds, names = without_connections(dumped(listening=((0, 0),), close_pipe=1), [5, 6, 7])
+    assert (bare.links, fds, names) == ((), [5, 6], [])
+    with pytest.raises(HandoverError, match="another order"):
+        without_connections(dumped(listening=((0, 1),), close_pipe=-1), [5, 6, 7])

@@ -14,17 +14,18 @@ Rule 5: what is known for longer than a turn of the loop is data, and in `dump`:
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple, TypeVar
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
 from broker.gate.handover import (
-    CallsDump,
+    CallDump,
     CoreDump,
+    PlainCallsDump,
     TargetDump,
     Then,
-    pack_serials,
-    unpack_serials,
+    pack_calls,
+    unpack_rows,
 )
 from broker.gate.history import Since
 from broker.gate.host import Host
@@ -305,10 +306,12 @@ class Core:
 
         `changes_of` tells how often a name has changed its owner so far.
         """
+        plain, calls = _dump_calls(self.pending, changes_of)
         return CoreDump(
             unique_name=self.unique_name,
             greeting=self.greeting,
-            calls=_dump_calls(self.pending, changes_of),
+            plain=plain,
+            calls=calls,
             lent=tuple(sorted(self.lent)),
             asked=tuple(sorted(self.asked)),
             matches=tuple((rule.canonical(), count) for rule, count in self.matches.items()),
@@ -319,13 +322,14 @@ class Core:
             next_own=self._next_own,
         )
 
-    def load(self, dump: CoreDump) -> None:
-        """Restore the state from `dump`. Targets know their former owners once `Owners` is loaded."""
+    def load(self, dump: CoreDump, since: Callable[[str, int, Collection[str]], Since]) -> None:
+        """Restore the state from `dump`. `since` makes what a call knows of a name's owners."""
         self.unique_name = dump.unique_name
         self.greeting = dump.greeting
-        for calls in dump.calls:
-            self._check(calls.then)
-            self.pending.update(dict.fromkeys(unpack_serials(calls.serials), _load_calls(calls)))
+        self.pending.update(_load_plain(dump.plain, since))
+        for call in dump.calls:
+            self._check(call.then)
+            self.pending[call.serial] = _load_call(call, since)
         self.lent.update(dump.lent)
         self.asked.update(dump.asked)
         self.matches.update((parse_match_rule(text), count) for text, count in dump.matches)
@@ -346,41 +350,50 @@ class Core:
 
 def _dump_calls(
     pending: Mapping[int, Target | Special], changes_of: Callable[[str], int]
-) -> tuple[CallsDump, ...]:
-    """Return the calls by whom they wait for: what is known of that one is written once."""
-    entries: dict[int, Target | Special] = {}
-    serials: dict[int, list[int]] = {}
+) -> tuple[PlainCallsDump, tuple[CallDump, ...]]:
+    """Return the calls that wait, in few bytes and steps each: how many they are is the app's choice."""
+    plain: list[tuple[int, str, str, int]] = []
+    others: list[CallDump] = []
     for serial, entry in pending.items():
-        entries[id(entry)] = entry
-        serials.setdefault(id(entry), []).append(serial)
-    return tuple(
-        _dump_entry(entry, pack_serials(serials[key]), changes_of) for key, entry in entries.items()
-    )
-
-
-def _dump_entry(
-    entry: Target | Special, serials: bytes, changes_of: Callable[[str], int]
-) -> CallsDump:
-    then, is_own, target = None, False, entry
-    if isinstance(entry, Special):
-        then, is_own, target = entry.then, entry.is_own, entry.target
-    since, before = 0, target.former
-    if isinstance(before, Since):
-        since, before = before.count, before.before
-    elif target.name:
-        since = changes_of(target.name)
-    return CallsDump(
-        serials=serials,
-        target=TargetDump(
+        target = entry.target if isinstance(entry, Special) else entry
+        former = target.former
+        if isinstance(former, Since):
+            since, before = former.count, former.before
+        else:
+            since, before = changes_of(target.name) if target.name else 0, former
+        if target is entry and not before:
+            plain.append((serial, target.owner, target.name, since))
+            continue
+        then, is_own = (entry.then, entry.is_own) if isinstance(entry, Special) else (None, False)
+        dump = TargetDump(
             owner=target.owner, name=target.name, since=since, before=tuple(sorted(before))
-        ),
-        then=then,
-        is_own=is_own,
-    )
+        )
+        others.append(CallDump(serial=serial, target=dump, then=then, is_own=is_own))
+    return pack_calls(plain), tuple(others)
 
 
-def _load_calls(dump: CallsDump) -> Target | Special:
-    target = Target(dump.target.owner, dump.target.name)
+def _load_plain(
+    dump: PlainCallsDump, since: Callable[[str, int, Collection[str]], Since]
+) -> Iterator[tuple[int, Target]]:
+    names = dump.names
+    made: dict[tuple[int, int, int], Target] = {}
+    for serial, owner, name, count in unpack_rows(dump.rows):
+        key = (owner, name, count)
+        target = made.get(key)
+        if target is None:
+            target = made[key] = Target(names[owner], names[name])
+            if target.name:
+                target.former = since(target.name, count, ())
+        yield serial, target
+
+
+def _load_call(
+    dump: CallDump, since: Callable[[str, int, Collection[str]], Since]
+) -> Target | Special:
+    its = dump.target
+    target = Target(its.owner, its.name, frozenset(its.before))
+    if its.name:
+        target.former = since(its.name, its.since, target.former)
     return target if dump.then is None else Special(dump.then, target, is_own=dump.is_own)
 
 

@@ -128,13 +128,14 @@ class Filter:
         if self.core.to_app or self.core.to_bus:
             raise HandoverError("something is still to be sent")
         told = self._swap.told
+        core = self.core.dump(self._owners.changes_of)
         return FilterDump(
             app_takes_fds=self.core.app_takes_fds,
             held=self.held,
             yielded=self.yielded,
             wake=self._wake,
-            core=self.core.dump(self._owners.changes_of),
-            owners=self._owners.dump(),
+            core=core,
+            owners=self._owners.dump(core.asked_names()),
             lately_seen=tuple(self._sight.lately_seen),
             told=None if told is None else tuple(sorted(told)),
             from_app=self.from_app.dump(fds),
@@ -145,8 +146,9 @@ class Filter:
     def load(self, dump: FilterDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump. Raises ValueError if it cannot be."""
         self.held, self.yielded, self._wake = dump.held, dump.yielded, dump.wake
-        self.core.load(dump.core)
-        self._owners.load(dump.owners, dump.core.calls, self._swap.tell_new)
+        histories = self._owners.load(dump.owners, self._swap.tell_new)
+        self.core.load(dump.core, self._owners.since)
+        del histories  # the calls that wait have them now
         self._sight.lately_seen.update(dict.fromkeys(dump.lately_seen))
         self._swap.told = None if dump.told is None else frozenset(dump.told)
         self.from_app.load(dump.from_app, fds)

@@ -8,7 +8,7 @@ VERSION is raised when a gate could misread what an older one writes; fields wit
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -39,13 +39,22 @@ class TargetDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     before: tuple[str, ...] = ()  # who may, too; written by version 1 alone
 
 
-class CallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Calls that wait for a reply of the same peer: thousands may."""
+class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that waits for its reply, of which more is to be known than who may give it."""
 
-    serials: bytes  # four bytes each
+    serial: int
     target: TargetDump
     then: Then | None = None
     is_own: bool = False
+
+
+class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Calls whose reply is passed on. Thousands may wait, each for another owner of a name, so they are packed."""
+
+    names: tuple[str, ...] = ()
+    rows: bytes = (
+        b""  # see pack_rows: serial, owner and name as indexes, `since` as in a TargetDump
+    )
 
 
 class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,7 +82,8 @@ class CoreDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     unique_name: str = ""
     greeting: bool = False
     pending: tuple[WaitingDump, ...] = ()  # of version 1
-    calls: tuple[CallsDump, ...] = ()
+    plain: PlainCallsDump = PlainCallsDump()
+    calls: tuple[CallDump, ...] = ()
     lent: tuple[int, ...] = ()
     asked: tuple[tuple[str, int], ...] = ()
     matches: tuple[tuple[str, int], ...] = ()
@@ -82,6 +92,12 @@ class CoreDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     callers: tuple[str, ...] = ()
     counts_callers: bool = False
     next_own: int
+
+    def asked_names(self) -> set[str]:
+        """Return the well-known names that calls wait for."""
+        indexes = {name for _, _, name, _ in unpack_rows(self.plain.rows)}
+        names = {self.plain.names[index] for index in indexes}
+        return (names | {call.target.name for call in self.calls}) - {""}
 
 
 class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -276,6 +292,7 @@ class Go(msgspec.Struct, frozen=True, tag=True):
 
 
 Word = Offer | Ready | Failed | Go
+_ROW: Final = struct.Struct("=4I")
 _encoder: Final = msgspec.msgpack.Encoder()
 _words: Final = msgspec.msgpack.Decoder(Word)
 
@@ -327,31 +344,43 @@ def _modern_link(link: LinkDump) -> LinkDump:
         return link
     pending = link.filter.core.pending
     calls = tuple(
-        CallsDump(
-            serials=pack_serials([one.serial]),
+        CallDump(
+            serial=one.serial,
             target=TargetDump(owner=one.owner, name=one.name, before=one.former),
             then=one.then,
             is_own=one.is_own,
         )
         for one in pending
+        if one.then is not None or one.former
     )
-    names = dict.fromkeys(one.name for one in pending if one.name)
-    core = replace(link.filter.core, pending=(), calls=calls)
+    others = [
+        (one.serial, one.owner, one.name, 0) for one in pending if not (one.then or one.former)
+    ]
+    names = sorted({one.name for one in pending if one.name})
+    core = replace(link.filter.core, pending=(), calls=calls, plain=pack_calls(others))
     histories = tuple(HistoryDump(name=name) for name in names)
     owners = replace(link.filter.owners, histories=histories)
     return replace(link, filter=replace(link.filter, core=core, owners=owners))
 
 
-def pack_serials(serials: Sequence[int]) -> bytes:
-    """Return serials as they are handed over. Both gates are on one machine."""
-    return struct.pack(f"={len(serials)}I", *serials)
+def pack_calls(calls: Sequence[tuple[int, str, str, int]]) -> PlainCallsDump:
+    """Return calls, each with its serial, owner, name and `since`, as they are handed over."""
+    names: dict[str, int] = {}
+    numbers: list[int] = []
+    for serial, owner, name, since in calls:
+        at = names.setdefault(owner, len(names))
+        numbers += (serial, at, names.setdefault(name, len(names)), since)
+    return PlainCallsDump(names=tuple(names), rows=pack_rows(numbers))
 
 
-def unpack_serials(data: bytes) -> tuple[int, ...]:
-    """Return what `pack_serials` packed. Raises ValueError."""
-    if len(data) % 4:
-        raise ValueError("serials cut short")
-    return struct.unpack(f"={len(data) // 4}I", data)
+def pack_rows(numbers: Sequence[int]) -> bytes:
+    """Return rows of four numbers as they are handed over. Both gates are on one machine."""
+    return struct.pack(f"={len(numbers)}I", *numbers)
+
+
+def unpack_rows(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Return what `pack_rows` packed. Raises struct.error."""
+    return _ROW.iter_unpack(data)
 
 
 class Fds:

@@ -6,13 +6,13 @@ word wins. While an answer is missing, `waiting` is above zero and what needs it
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 from weakref import WeakValueDictionary
 
 from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER
 from broker.gate.core import MAX_FORMER_OWNERS, Core, Special, Target
-from broker.gate.handover import CallsDump, HistoryDump, OwnersDump, Then, unpack_serials
+from broker.gate.handover import HistoryDump, OwnersDump, Then
 from broker.gate.history import History, Since
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
@@ -272,8 +272,8 @@ class Owners:
 
     # -- handing over ---------------------------------------------------------------------------
 
-    def dump(self) -> OwnersDump:
-        """Return all of it."""
+    def dump(self, asked: Collection[str]) -> OwnersDump:
+        """Return all of it. `asked`: the names that calls wait for."""
         return OwnersDump(
             names=tuple((name, target.owner) for name, target in self.names.items()),
             waiting=self.waiting,
@@ -283,12 +283,8 @@ class Owners:
             subtrees=tuple(sorted(self._uses.subtrees)),
             globs=self._uses.globs,
             matches=tuple(sorted(self._matches)),
-            histories=tuple(self._dump_history(name) for name in self._asked_names()),
+            histories=tuple(self._dump_history(name) for name in sorted(asked)),
         )
-
-    def _asked_names(self) -> list[str]:
-        names = (_target_of(entry).name for entry in self._core.pending.values())
-        return sorted({name for name in names if name})
 
     def _dump_history(self, name: str) -> HistoryDump:
         history = self._histories.get(name)
@@ -296,8 +292,8 @@ class Owners:
             return HistoryDump(name=name)
         return HistoryDump(name=name, count=history.count, changes=history.changes)
 
-    def load(self, dump: OwnersDump, calls: Sequence[CallsDump], then: Callable[[], None]) -> None:
-        """Restore the state from `dump`, for the calls that `Core` has loaded.
+    def load(self, dump: OwnersDump, then: Callable[[], None]) -> Sequence[History]:
+        """Restore the state from `dump`, and return the histories: they live until nobody has them.
 
         `then` is called when all owners are known, if that was still to be done.
         """
@@ -305,15 +301,9 @@ class Owners:
             self.names[name] = Target(owner, name)
             if owner:
                 self._by_owner.setdefault(owner, set()).add(name)
-        # Held here until the calls hold them.
-        histories = {one.name: self._history_of(one.name) for one in dump.histories}
-        for one in dump.histories:
-            histories[one.name].restore(one.count, one.changes)
-        for waiting in calls:
-            if waiting.target.name:
-                (first, *_) = unpack_serials(waiting.serials)
-                target, its = _target_of(self._core.pending[first]), waiting.target
-                target.former = Since(histories[its.name], frozenset(its.before), its.since)
+        histories = [self._history_of(one.name) for one in dump.histories]
+        for history, one in zip(histories, dump.histories, strict=True):
+            history.restore(one.count, one.changes)
         self.waiting = dump.waiting
         self._then = then if dump.tells else None
         self._extra.update(dict.fromkeys(dump.extra))
@@ -321,6 +311,11 @@ class Owners:
             exact=frozenset(dump.exact), subtrees=frozenset(dump.subtrees), globs=dump.globs
         )
         self._matches.update(dump.matches)
+        return histories
+
+    def since(self, name: str, count: int, before: Collection[str]) -> Since:
+        """Return who owned a name since it had changed so often, and whoever did before."""
+        return Since(self._history_of(name), before, count)
 
     @property
     def uses(self) -> NamesUsed:
