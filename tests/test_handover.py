@@ -27,6 +27,7 @@ from broker.gate.handover import (
     LinkDump,
     Offer,
     PipeDump,
+    PlainCalls,
     PlainCallsDump,
     SandboxDump,
     TargetDump,
@@ -37,7 +38,6 @@ from broker.gate.handover import (
     decode_word,
     encode,
     modern,
-    pack_rows,
     unpack_rows,
 )
 from broker.gate.successor import check_judgement
@@ -397,7 +397,11 @@ def _sandbox_dump() -> SandboxDump:
 
 
 def test_rows_are_packed() -> None:
-    row = (1, 0xFFFFFFFF, 77, 0)
-    assert list(unpack_rows(pack_rows(row * 2))) == [row, row]
+    plain = PlainCalls()
+    for serial, owner, name, since in ((1, ":1.1", "a.b", 0), (0xFFFFFFFF, ":1.2", "", 77)):
+        plain.add((serial, *plain.index(owner, name), since))
+    dump = plain.dump()
+    assert (dump.owners, dump.names) == ((":1.1", ":1.2"), ("a.b", ""))
+    assert list(unpack_rows(dump.rows)) == [(1, 0, 0, 0), (0xFFFFFFFF, 1, 1, 77)]
     with pytest.raises(struct.error):
         list(unpack_rows(b"abc"))

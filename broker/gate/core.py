@@ -21,10 +21,10 @@ from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
 from broker.gate.handover import (
     CallDump,
     CoreDump,
+    PlainCalls,
     PlainCallsDump,
     TargetDump,
     Then,
-    pack_calls,
     unpack_rows,
 )
 from broker.gate.history import Since
@@ -352,36 +352,48 @@ def _dump_calls(
     pending: Mapping[int, Target | Special], changes_of: Callable[[str], int]
 ) -> tuple[PlainCallsDump, tuple[CallDump, ...]]:
     """Return the calls that wait, in few bytes and steps each: how many they are is the app's choice."""
-    plain: list[tuple[int, str, str, int]] = []
+    plain = PlainCalls()
     others: list[CallDump] = []
+    last: Target | Special | None = None
+    dump, row, is_plain = TargetDump(owner=""), (0, 0, 0), False
     for serial, entry in pending.items():
-        target = entry.target if isinstance(entry, Special) else entry
-        former = target.former
-        if isinstance(former, Since):
-            since, before = former.count, former.before
+        if entry is not last:  # many in a row are for one peer
+            last, dump = entry, _dump_target(entry, changes_of)
+            is_plain = isinstance(entry, Target) and not dump.before
+            if is_plain:
+                row = (*plain.index(dump.owner, dump.name), dump.since)
+        if is_plain:
+            plain.add((serial, *row))
         else:
-            since, before = changes_of(target.name) if target.name else 0, former
-        if target is entry and not before:
-            plain.append((serial, target.owner, target.name, since))
-            continue
-        then, is_own = (entry.then, entry.is_own) if isinstance(entry, Special) else (None, False)
-        dump = TargetDump(
-            owner=target.owner, name=target.name, since=since, before=tuple(sorted(before))
-        )
-        others.append(CallDump(serial=serial, target=dump, then=then, is_own=is_own))
-    return pack_calls(plain), tuple(others)
+            then, is_own = (
+                (entry.then, entry.is_own) if isinstance(entry, Special) else (None, False)
+            )
+            others.append(CallDump(serial=serial, target=dump, then=then, is_own=is_own))
+    return plain.dump(), tuple(others)
+
+
+def _dump_target(entry: Target | Special, changes_of: Callable[[str], int]) -> TargetDump:
+    target = entry.target if isinstance(entry, Special) else entry
+    former = target.former
+    if isinstance(former, Since):
+        since, before = former.count, former.before
+    else:
+        since, before = changes_of(target.name) if target.name else 0, former
+    return TargetDump(
+        owner=target.owner, name=target.name, since=since, before=tuple(sorted(before))
+    )
 
 
 def _load_plain(
     dump: PlainCallsDump, since: Callable[[str, int, Collection[str]], Since]
 ) -> Iterator[tuple[int, Target]]:
-    names = dump.names
+    owners, names = dump.owners, dump.names
     made: dict[tuple[int, int, int], Target] = {}
     for serial, owner, name, count in unpack_rows(dump.rows):
         key = (owner, name, count)
         target = made.get(key)
         if target is None:
-            target = made[key] = Target(names[owner], names[name])
+            target = made[key] = Target(owners[owner], names[name])
             if target.name:
                 target.former = since(target.name, count, ())
         yield serial, target

@@ -7,6 +7,7 @@ rules, remembered verdicts, sums. Times are those of the monotonic clock, which 
 VERSION is raised when a gate could misread what an older one writes; fields with a default may be added without.
 """
 
+import array
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -51,9 +52,10 @@ class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Calls whose reply is passed on. Thousands may wait, each for another owner of a name, so they are packed."""
 
+    owners: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     rows: bytes = (
-        b""  # see pack_rows: serial, owner and name as indexes, `since` as in a TargetDump
+        b""  # of each call: serial, index of owner and of name, `since` as in a TargetDump
     )
 
 
@@ -95,9 +97,7 @@ class CoreDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def asked_names(self) -> set[str]:
         """Return the well-known names that calls wait for."""
-        indexes = {name for _, _, name, _ in unpack_rows(self.plain.rows)}
-        names = {self.plain.names[index] for index in indexes}
-        return (names | {call.target.name for call in self.calls}) - {""}
+        return ({call.target.name for call in self.calls} | set(self.plain.names)) - {""}
 
 
 class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -353,33 +353,42 @@ def _modern_link(link: LinkDump) -> LinkDump:
         for one in pending
         if one.then is not None or one.former
     )
-    others = [
-        (one.serial, one.owner, one.name, 0) for one in pending if not (one.then or one.former)
-    ]
+    plain = PlainCalls()
+    for one in pending:
+        if one.then is None and not one.former:
+            plain.add((one.serial, *plain.index(one.owner, one.name), 0))
     names = sorted({one.name for one in pending if one.name})
-    core = replace(link.filter.core, pending=(), calls=calls, plain=pack_calls(others))
+    core = replace(link.filter.core, pending=(), calls=calls, plain=plain.dump())
     histories = tuple(HistoryDump(name=name) for name in names)
     owners = replace(link.filter.owners, histories=histories)
     return replace(link, filter=replace(link.filter, core=core, owners=owners))
 
 
-def pack_calls(calls: Sequence[tuple[int, str, str, int]]) -> PlainCallsDump:
-    """Return calls, each with its serial, owner, name and `since`, as they are handed over."""
-    names: dict[str, int] = {}
-    numbers: list[int] = []
-    for serial, owner, name, since in calls:
-        at = names.setdefault(owner, len(names))
-        numbers += (serial, at, names.setdefault(name, len(names)), since)
-    return PlainCallsDump(names=tuple(names), rows=pack_rows(numbers))
+class PlainCalls:
+    """The packer of calls whose reply is passed on. Both gates are on one machine, so numbers are as it has them."""
 
+    def __init__(self) -> None:
+        self._owners: Final[dict[str, int]] = {}
+        self._names: Final[dict[str, int]] = {}
+        self._numbers: Final = array.array("I")
 
-def pack_rows(numbers: Sequence[int]) -> bytes:
-    """Return rows of four numbers as they are handed over. Both gates are on one machine."""
-    return struct.pack(f"={len(numbers)}I", *numbers)
+    def index(self, owner: str, name: str) -> tuple[int, int]:
+        """Return the indexes of an owner and a name."""
+        owners, names = self._owners, self._names
+        return owners.setdefault(owner, len(owners)), names.setdefault(name, len(names))
+
+    def add(self, row: tuple[int, int, int, int]) -> None:
+        """Add a call: serial, index of the owner, index of the name, `since`."""
+        self._numbers.extend(row)
+
+    def dump(self) -> PlainCallsDump:
+        """Return what was added."""
+        rows = self._numbers.tobytes()
+        return PlainCallsDump(owners=tuple(self._owners), names=tuple(self._names), rows=rows)
 
 
 def unpack_rows(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Return what `pack_rows` packed. Raises struct.error."""
+    """Return the rows of a `PlainCallsDump`. Raises struct.error."""
     return _ROW.iter_unpack(data)
 
 

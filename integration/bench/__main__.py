@@ -19,7 +19,7 @@ from integration.bench.client import BenchError
 from integration.bench.containers1 import measure_labelled_adding
 from integration.bench.crowd import measure_callers, measure_signals
 from integration.bench.fairness import NAMES as FAIR, measure_fairness
-from integration.bench.lifetimes import measure_upgrades
+from integration.bench.lifetimes import measure_hostile_upgrades, measure_upgrades
 from integration.bench.lifetimes_end import measure_ends
 from integration.bench.many import measure_many, measure_startup
 from integration.bench.measure import QUICK, Effort, Result
@@ -74,6 +74,7 @@ MEASUREMENTS: Final = (
     Measurement(("restart-1000",), measure_restart),
     Measurement(("end-p50", "end-p99"), measure_ends),
     Measurement(("upgrade-pause", "upgrade-pause-max"), partial(measure_upgrades, 1)),
+    Measurement(("upgrade-pause-hostile",), measure_hostile_upgrades),
     Measurement(("upgrade-pause-1000", "upgrade-pause-1000-max"), partial(measure_upgrades, 1000)),
     Measurement(("compile-1000",), measure_compiling),
     Measurement(("connect-one",), measure_connecting),

@@ -48,6 +48,8 @@ GOALS: Final[Mapping[str, Goal]] = {
     **{f"fair-host-{kind}": Goal(peer=2.0) for kind in FLOODS},
     "pss-100": Goal(peer=1.0),
     "pss-1000": Goal(peer=0.2),
+    # What a thousand sandboxes cost, which no sandbox is to cost alone.
+    "upgrade-pause-hostile": Goal(gate=150),
     "compile-1000": Goal(gate=2000),
     "connect-one": Goal(gate=3),
     "judge-300-globs": Goal(gate=60),

@@ -14,6 +14,12 @@ from integration.bench.parties import Scene
 from integration.bench.sandboxes import BROKER, MILLISECONDS, open_sandbox
 
 UPGRADES: Final = 20
+# What a hostile sandbox has waiting.
+SILENT: Final = "org.buswarden.BenchSilent"
+CONNECTIONS: Final = 15
+WAITING: Final = 4000
+STEP: Final = 200
+CHANGES: Final = 60
 # Seconds between two: the client has answers as usual again.
 BETWEEN: Final = 0.05
 
@@ -36,6 +42,45 @@ def measure_upgrades(count: int, scene: Scene, effort: Effort) -> list[Result]:
         make_result("ms", MILLISECONDS, [[statistics.median(pauses)]]),
         make_result("ms", MILLISECONDS, [[max(pauses)]]),
     ]
+
+
+def measure_hostile_upgrades(scene: Scene, effort: Effort) -> list[Result]:
+    """Measure the same while a sandbox has all that it may have waiting; the peer is our own, without it.
+
+    Its fifteen connections have 4000 calls each that nobody answers, to a name that changed its owner 60 times since.
+    """
+    del effort
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parties.open_supervisor(scene))
+        creator = stack.enter_context(Client(scene.bus))
+        victim = stack.enter_context(Client(stack.enter_context(open_sandbox(creator))))
+        calm = [_upgrade(creator, victim) for _ in range(UPGRADES)]
+        path = stack.enter_context(open_sandbox(creator, SILENT))
+        owner = stack.enter_context(Client(scene.bus))
+        _request(owner)
+        for _ in range(CONNECTIONS):
+            _wait_for_ever(stack.enter_context(Client(path)), owner)
+        for _ in range(CHANGES):
+            _request(stack.enter_context(Client(scene.bus)))
+        hostile = [_upgrade(creator, victim) for _ in range(UPGRADES)]
+    medians = [[statistics.median(pauses)] for pauses in (hostile, calm)]
+    return [make_result("ms", MILLISECONDS, medians)]
+
+
+def _request(owner: Client) -> None:
+    """Take the name from whoever has it."""
+    replacing = 0x1 | 0x2 | 0x4  # ALLOW_REPLACEMENT, REPLACE_EXISTING, DO_NOT_QUEUE
+    owner.ask(make_driver_call("RequestName", "su", (SILENT, replacing)))
+
+
+def _wait_for_ever(caller: Client, owner: Client) -> None:
+    """Make calls, and see them arrive, so that none waits on its way."""
+    call = make_call(1, destination=SILENT, path="/", interface=SILENT, member="Wait")
+    for _ in range(WAITING // STEP):
+        for _ in range(STEP):
+            caller.send(call)
+        for _ in range(STEP):
+            owner.next_message()
 
 
 def _upgrade(creator: Client, client: Client) -> float:
