@@ -50,10 +50,12 @@ def warden(bus: Bus, folder: Path) -> Iterator[Warden]:
 
 def change_owners(warden: Warden, times: int, sandbox: Sandbox | None = None) -> None:
     """Have so many connections own the name, one after the other."""
+    clients = []
     for _ in range(times):
-        client = warden.connect(sandbox) if sandbox is not None else warden.connect_host()
-        assert client.request_name(MINE, REPLACING) == 1
-        client.close()
+        clients.append(warden.connect(sandbox) if sandbox is not None else warden.connect_host())
+        assert clients[-1].request_name(MINE, REPLACING) == 1
+        if len(clients) > 1:  # not before, or nobody would own it in between
+            clients.pop(0).close()
 
 
 def test_attack_c2_a_sandbox_has_no_veto(warden: Warden) -> None:
