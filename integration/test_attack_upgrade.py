@@ -1,7 +1,6 @@
 """Attacks C2, C3, C5 and C7: whatever a sandbox, its creator or a peer does, the others are served and upgrades happen."""
 
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from integration.service import PATH, running_service
 from integration.stage import settle
 from integration.supervised import Sandbox, Warden, open_warden, wait_for
 from integration.test_upgrade import TALK, echo, memory_of, upgrade
+from tests.messages import misplaced
 
 MINE = "org.example.Mine"
 INTERFACE = "org.example.Iface"
@@ -134,15 +134,6 @@ def test_attack_c5_nobody_makes_the_gate_wait(warden: Warden, tmp_path: Path) ->
 # -- legal input -------------------------------------------------------------------------------
 
 
-def with_path(message: bytes, path: str) -> bytes:
-    """Return a message with a PATH in front of its fields, which our own serialiser would not write."""
-    raw = path.encode()
-    field = b"\1\1o\0" + struct.pack("<I", len(raw)) + raw + b"\0"
-    field += bytes(-len(field) % 8)
-    (length,) = struct.unpack_from("<I", message, 12)
-    return message[:12] + struct.pack("<I", length + len(field)) + field + message[16:]
-
-
 def is_denied(warden: Warden, sandbox: Sandbox, times: int) -> bool:
     return bool(warden.show(sandbox)["denied"] == times)
 
@@ -188,7 +179,7 @@ def test_attack_c7_a_long_reply_of_the_host_is_replaced(warden: Warden) -> None:
         destination=app.unique_name,
         reply_serial=asked.header.serial,
     )
-    host.send_raw(with_path(make_message(header), LONG))
+    host.send_raw(misplaced(make_message(header), LONG))
     assert app.wait_reply(serial).error == LIMITS_EXCEEDED
     settle(app)
 
@@ -206,7 +197,7 @@ def test_attack_c7_a_sandboxed_service_ends_nobody_else(warden: Warden) -> None:
             destination=asked.header.sender,
             reply_serial=asked.header.serial,
         )
-        service.send_raw(with_path(make_message(header), "/" + "b" * (MAX_FIELDS - room)))
+        service.send_raw(misplaced(make_message(header), "/" + "b" * (MAX_FIELDS - room)))
         reply = app.wait_reply(serial)
         assert (reply.error, reply.header.path) == (None, None)
     settle(app)

@@ -126,6 +126,15 @@ def changed(
     return serialise_header(header, sender=True, extra=extra or {}) + body
 
 
+def misplaced(message: bytes, path: str) -> bytes:
+    """Return a little-endian message with a PATH in front of its fields, which no serialiser of ours writes in a reply."""
+    raw = path.encode()
+    field = b"\1\1o\0" + struct.pack("<I", len(raw)) + raw + b"\0"
+    field += bytes(-len(field) % 8)
+    (length,) = struct.unpack_from("<I", message, 12)
+    return message[:12] + struct.pack("<I", length + len(field)) + field + message[16:]
+
+
 def split(data: bytes) -> list[bytes]:
     """Return the messages of a stream."""
     found = []

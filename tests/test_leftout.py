@@ -15,7 +15,7 @@ from broker.wire.errors import PeerProtocolError
 from broker.wire.header import MAX_FIELDS, MessageType, parse_header
 from broker.wire.reader import MAX_STEPS
 from policy.match import MAX_PATH
-from tests.messages import NO_REPLY, access, big, call, changed, signal
+from tests.messages import NO_REPLY, access, big, call, changed, misplaced, signal
 from tests.modelbus import ME, Dialogue
 from tests.test_header import write_fields
 
@@ -96,7 +96,7 @@ def test_attack_c7_a_reply_is_replaced(talk: Dialogue, how: str, type_: int) -> 
         "error_name": "a.b",
     }
     reply = changed(call(9, ME, interface=None), sender=":1.2", **fields)
-    bad = misplaced(reply) if how.startswith("long") else UNREADABLE[how](reply)
+    bad = misplaced(reply, LONG) if how.startswith("long") else UNREADABLE[how](reply)
     (error,) = [m for piece in pieces(bad) for m in talk.deliver(piece)]
     assert (error.header.error_name, error.header.reply_serial) == (LIMITS_EXCEEDED, 7)
     assert error.header.sender == ":1.2"
@@ -106,16 +106,8 @@ def test_attack_c7_a_reply_is_replaced(talk: Dialogue, how: str, type_: int) -> 
 def test_attack_c7_a_forged_reply_is_none_for_being_long(talk: Dialogue) -> None:
     talk.app(call(7, "org.a"))
     reply = changed(call(9, ME), sender=":1.66", type=2, reply_serial=talk.arrived[0].header.serial)
-    assert talk.deliver(misplaced(reply)) == []
+    assert talk.deliver(misplaced(reply, LONG)) == []
     assert 7 in talk.core.pending
-
-
-def misplaced(reply: bytes) -> bytes:
-    """Return a reply with a path of two megabytes, as no serialiser of ours writes it."""
-    path = write_fields(((1, "o", LONG),))
-    path += bytes(-len(path) % 8)
-    (length,) = struct.unpack_from("<I", reply, 12)
-    return reply[:12] + struct.pack("<I", length + len(path)) + path + reply[16:]
 
 
 def test_attack_c7_a_header_of_many_values_ends_nothing(talk: Dialogue) -> None:

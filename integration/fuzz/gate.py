@@ -10,10 +10,11 @@ from typing import Final
 from broker.gate.bus import DRIVER
 from broker.gate.core import OWN_SERIALS
 from broker.wire.errors import PeerProtocolError
-from broker.wire.header import FIXED_SIZE, measure, parse_header
+from broker.wire.header import BUS_ADDS, FIXED_SIZE, MAX_FIELDS, measure, parse_header
+from broker.wire.marshal import make_return
 from integration.fuzz.pieces import Choices
 from integration.fuzz.world import NAMES, OWNERS, PEERS, World, answer_to, from_peer
-from tests.messages import NO_REPLY, access, big, call, changed, driver_call, signal
+from tests.messages import NO_REPLY, access, big, call, changed, driver_call, misplaced, signal
 from tests.modelbus import ME
 
 MAX_RAW: Final = 512
@@ -32,6 +33,7 @@ APP: Final[tuple[Callable[[int], bytes], ...]] = (
     lambda serial: call(serial, ":1.2", interface=None),
     lambda serial: call(serial, ":1.5", flags=NO_REPLY),
     lambda serial: call(serial + OWN_SERIALS, "org.a"),
+    lambda serial: misplaced(make_return(serial, reply_serial=serial, destination=":1.2"), "/a"),
     lambda serial: big(call(serial, "org.ab", signature="s", values=("x",))),
     lambda serial: changed(call(serial, "org.a"), sender=":1.1", reply_serial=7, flags=255),
     signal,
@@ -119,6 +121,22 @@ def peer_sends_raw(world: World, choices: Choices) -> None:
         world.peer(data[: measure(data)])
 
 
+def peer_sends_strange(world: World, choices: Choices) -> None:
+    """Let a peer send a call, signal or reply that the bus allows and nobody reads."""
+    which, sender = choices.byte(), PEERS[choices.byte() % len(PEERS)]
+    if which < len(PEER) * 16:
+        message = from_peer(PEER[which % len(PEER)](choices.byte() or 1), sender)
+    else:
+        waiting = list(world.witness.waiting.values())
+        serial = waiting[which % len(waiting)].bus_serial if waiting else 1
+        message = answer_to(serial, sender, error=which % 2 > 0, number=which)
+    # Most are small, for a megabyte takes its time.
+    if choices.byte() > 250 and message[:1] == b"l":
+        world.peer_strange(misplaced(message, "/" + "a" * (MAX_FIELDS + BUS_ADDS)))
+    else:
+        world.peer_strange(changed(message, extra={200: ("s", "\uffff")}))
+
+
 def peer_answers(world: World, choices: Choices) -> None:
     """Let a peer answer a call that waits, if it was asked or not."""
     waiting = list(world.witness.waiting.values())
@@ -169,6 +187,7 @@ THINGS: Final = (
     name_moves,
     peer_leaves,
     bus_is_slow,
+    peer_sends_strange,
 )
 
 
@@ -180,6 +199,7 @@ def seeds() -> list[bytes]:
     raw = call(3, "org.a")
     answers = b"".join(number[peer_answers] + bytes((n, n)) for n in range(4))
     slow = number[bus_is_slow] + b"\0"
+    strange = b"".join(number[peer_sends_strange] + bytes((n, n, n + 1, n)) for n in (0, 2, 5, 251))
     later = number[bus_is_slow] + b"\2"
     moved = (
         number[name_moves] + b"\5" + number[app_repeats] + b"\0\7" + number[rules_change] + b"\2"
@@ -188,6 +208,7 @@ def seeds() -> list[bytes]:
     return [
         b"\0" + calls + answers,
         b"\1" + calls + incoming + calls,
+        b"\1" + calls + strange + incoming + strange + answers,
         b"\5" + slow + calls + number[rules_change] + b"\1" + incoming + later + answers,
         b"\4" + number[app_sends_raw] + bytes((len(raw) // 2,)) + raw + b"\0" + moved + calls,
         b"\3" + number[app_sends] + b"\0\5\311" + number[peer_leaves] + b"\0" + calls,

@@ -145,6 +145,7 @@ class Witness:
             assert header.serial > self._last_own, "a serial of the gate's that it did not give"
             self._last_own = header.serial
         assert (header.reply_serial is not None) == (header.type in REPLIES)
+        assert not header.has_misplaced
         if header.type in REPLIES:
             key = (header.destination or "", header.reply_serial or 0)
             assert self.owed[key] > 0, "a reply that nobody waits for"

@@ -17,7 +17,8 @@ from broker.gate.core import (
 from broker.gate.filter import Filter
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
-from broker.wire.header import FIXED_SIZE, MessageType, measure, parse_header
+from broker.wire.header import FIXED_SIZE, Flag, MessageType, measure, parse_header
+from broker.wire.skim import skim_header
 from integration.fuzz.witness import Witness
 from policy.match import Judge
 from policy.rules import AccessList
@@ -126,6 +127,16 @@ class World:
         self.witness.in_order = not self._late
         self.witness.peer_says(parse_header(message))
         self._feed(self.filter.feed_bus, message, fds)
+
+    def peer_strange(self, message: bytes) -> None:
+        """Let the bus deliver what is legal on it and not read here: it goes nowhere, and ends nothing."""
+        header = skim_header(message)
+        is_call = header.type == MessageType.METHOD_CALL
+        if is_call and not header.flags & Flag.NO_REPLY_EXPECTED:
+            self.witness.owed[header.sender or "", header.serial] += 1
+        calm = self.is_settled
+        self._feed(self.filter.feed_bus, message)
+        assert not (calm and self.ended)
 
     def change(self, name: str, new: str) -> None:
         """Let a name change its owner; "" is nobody."""
