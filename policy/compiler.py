@@ -15,8 +15,17 @@ import msgspec
 
 from policy.blocks import Block, BlockMaker, End
 from policy.library import Library
-from policy.rules import AccessList, Rule
-from policy.snaps import Connection, Snap, SnapError, World, check_snap, parse_connection, tag_of
+from policy.rules import AccessList, Identity, Rule
+from policy.snaps import (
+    Connection,
+    Snap,
+    SnapError,
+    World,
+    check_snap,
+    identity_of,
+    parse_connection,
+    tag_of,
+)
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +86,12 @@ class Compiler:
             )
             self._lists[tag] = access
         return access
+
+    def identity(self, tag: str) -> Identity:
+        """Return who an app is to the bus. Raises SnapError for a tag that no app has."""
+        self._in_order(tag)
+        _, name, app = tag.split(".", 2)  # a snap's name has no dot
+        return identity_of(name, app)
 
     def narrowed(self, tag: str, plugs: Collection[str]) -> AccessList:
         """Return the app's list with no other plugs than these. Raises SnapError for an unknown tag."""

@@ -53,10 +53,10 @@ _ACCESS: Final = {
 _PEERS: Final = Flag.PEER_HOST | Flag.PEER_SAME_APP | Flag.PEER_APP
 
 
-def parse_usos(entries: Iterable[Usos], *, origin: str) -> tuple[Rule, ...]:
-    """Return the rules. Raises ValueError that says which entry is wrong, and why."""
+def parse_usos(entries: Iterable[Usos], *, origin: str, first: int = 0) -> tuple[Rule, ...]:
+    """Return the rules. Raises ValueError that says which entry is wrong, counted from `first`, and why."""
     rules = []
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(entries, first):
         try:
             rules.append(_parse(entry, origin))
         except ValueError as exc:

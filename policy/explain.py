@@ -5,8 +5,7 @@ plugs and slots that are there; plugs that the snap does not have. Each says how
 comes first. A denial by a deny rule is only explained: no allow helps against it.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator
 from typing import Final
 
 import msgspec
@@ -14,12 +13,14 @@ import msgspec
 from policy.blocks import BlockMaker, End
 from policy.compiler import Compiler
 from policy.globs import is_literal
-from policy.match import Judge, Verdict
+from policy.match import RULE_WORK, Judge, Verdict, make_judge
 from policy.rules import Access, AccessList, Identity, Peer, Rule
 from policy.snaps import Connection, Port, Snap, SnapError, identity_of, tag_of
 
 # Connections that are tried. Those with the other end's snap, and with the system's, come first.
 MAX_TRIED: Final = 500
+# How much work it is to look at a plug or slot, as policy.match counts it.
+_LOOKING: Final = 16
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,23 +78,54 @@ def ask(judge: Judge, question: Question) -> Verdict:
 
 def explain_list(access: AccessList, me: Identity, question: Question) -> Explanation:
     """Explain by a list alone, whoever made it."""
-    verdict = judge(access, me, question)
-    remedies = () if verdict.allowed else tuple(_one_rule(access, me, question))
-    return _explanation(verdict, remedies)
+    return _at_once(explaining_list(access, me, question))
 
 
 def explain(compiler: Compiler, tag: str, question: Question) -> Explanation:
     """Explain for an app of a snap. Raises SnapError for a tag that no app has."""
+    return _at_once(explaining(compiler, tag, question))
+
+
+def explaining_list(
+    access: AccessList, me: Identity, question: Question
+) -> Generator[int, None, Explanation]:
+    """Do as `explain_list`, and tell how much work each step was."""
+    verdict = yield from _judging(access, me, question)
+    remedies: list[Remedy] = []
+    if not verdict.allowed:
+        yield from _one_rule(access, me, question, remedies)
+    return _explanation(verdict, tuple(remedies))
+
+
+def explaining(
+    compiler: Compiler, tag: str, question: Question
+) -> Generator[int, None, Explanation]:
+    """Do as `explain`, and tell how much work each step was. The compiler must not change meanwhile."""
     access = compiler.access(tag)
     snap, app = _find_app(compiler, tag)
     me = identity_of(snap.name, app)
-    verdict = judge(access, me, question)
+    verdict = yield from _judging(access, me, question)
     if verdict.allowed or verdict.rule is not None:
         return _explanation(verdict, ())
-    remedies = [*_one_rule(access, me, question)]
-    remedies += _connections(compiler, snap, app, question)
-    remedies += _new_plugs(compiler, snap, app, question)
+    remedies: list[Remedy] = []
+    yield from _one_rule(access, me, question, remedies)
+    yield from _connections(compiler, snap, app, question, remedies)
+    yield from _new_plugs(compiler, snap, app, question, remedies)
     return _explanation(verdict, tuple(sorted(remedies, key=_order)))
+
+
+def _at_once(work: Generator[int, None, Explanation]) -> Explanation:
+    while True:
+        try:
+            next(work)
+        except StopIteration as exc:
+            explanation: Explanation = exc.value
+            return explanation
+
+
+def _judging(access: AccessList, me: Identity, question: Question) -> Generator[int, None, Verdict]:
+    made = yield from make_judge(access, bus=question.bus, me=me)
+    return ask(made, question)
 
 
 def narrowest_rule(question: Question) -> Rule:
@@ -144,40 +176,67 @@ def _order(remedy: Remedy) -> tuple[int, int, str]:
     return bool(remedy.plug), remedy.opens, what
 
 
-def _one_rule(access: AccessList, me: Identity, question: Question) -> Iterator[Remedy]:
+# What finds remedies adds them to a list, and tells how much work it has done.
+_Finding = Generator[int, None, None]
+
+
+def _one_rule(
+    access: AccessList, me: Identity, question: Question, found: list[Remedy]
+) -> _Finding:
     rule = narrowest_rule(question)
     more = msgspec.structs.replace(access, rules=(*access.rules, rule))
-    if judge(more, me, question).allowed:
-        yield Remedy(because=rule, opens=breadth([rule]), rule=rule)
+    verdict = yield from _judging(more, me, question)
+    if verdict.allowed:
+        found.append(Remedy(because=rule, opens=breadth([rule]), rule=rule))
 
 
-def _connections(compiler: Compiler, snap: Snap, app: str, question: Question) -> Iterator[Remedy]:
+def _connections(
+    compiler: Compiler, snap: Snap, app: str, question: Question, found: list[Remedy]
+) -> _Finding:
     tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
     near = {question.peer.app} if question.peer is not None else set()
     near |= {other.name for other in compiler.snaps.values() if other.system}
     others = sorted(compiler.snaps.values(), key=lambda each: (each.name not in near, each.name))
-    for connection in islice(_candidates(compiler, snap, app, others), MAX_TRIED):
+    yield _LOOKING * len(others)
+    tried = 0
+    for connection in _candidates(compiler, snap, app, others):
+        if connection is None:  # it is another snap's turn
+            yield _LOOKING
+            continue
+        tried += 1
+        if tried > MAX_TRIED:
+            return
         changes = compiler.preview(connection)
         added = [rule for change in changes if change.tag == tag for rule in change.added]
-        because = _allowing(added, me, question)
+        yield RULE_WORK * sum(len(change.added) for change in changes)
+        because = yield from _allowing(added, me, question)
         if because is not None:
             all_added = [rule for change in changes for rule in change.added]
-            yield Remedy(because=because, opens=breadth(all_added), connection=connection)
+            found.append(Remedy(because=because, opens=breadth(all_added), connection=connection))
 
 
 def _candidates(
     compiler: Compiler, snap: Snap, app: str, others: list[Snap]
-) -> Iterator[Connection]:
-    """Find what the app's plugs and slots could be connected to, and are not."""
+) -> Iterator[Connection | None]:
+    """Find what the app's plugs and slots could be connected to, and are not; None now and then."""
+    plugs, slots = _by_interface(snap.plugs, snap, app), _by_interface(snap.slots, snap, app)
     for other in others:
-        for name, port in _ports_of(snap.plugs, snap, app):
-            for slot, there in other.slots.items():
-                if there.interface == port.interface:
-                    yield from _unconnected(compiler, (snap.name, name), (other.name, slot))
-        for name, port in _ports_of(snap.slots, snap, app):
-            for plug, there in other.plugs.items():
-                if there.interface == port.interface:
-                    yield from _unconnected(compiler, (other.name, plug), (snap.name, name))
+        yield None
+        for slot, there in other.slots.items():
+            yield None
+            for plug in plugs.get(there.interface, ()):
+                yield _unconnected(compiler, (snap.name, plug), (other.name, slot))
+        for plug, there in other.plugs.items():
+            yield None
+            for slot in slots.get(there.interface, ()):
+                yield _unconnected(compiler, (other.name, plug), (snap.name, slot))
+
+
+def _by_interface(ports: dict[str, Port], snap: Snap, app: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, port in _ports_of(ports, snap, app):
+        found.setdefault(port.interface, []).append(name)
+    return found
 
 
 def _ports_of(ports: dict[str, Port], snap: Snap, app: str) -> list[tuple[str, Port]]:
@@ -186,13 +245,14 @@ def _ports_of(ports: dict[str, Port], snap: Snap, app: str) -> list[tuple[str, P
 
 def _unconnected(
     compiler: Compiler, plug: tuple[str, str], slot: tuple[str, str]
-) -> Iterator[Connection]:
+) -> Connection | None:
     connection = Connection(plug_snap=plug[0], plug=plug[1], slot_snap=slot[0], slot=slot[1])
-    if not compiler.is_connected(connection):
-        yield connection
+    return None if compiler.is_connected(connection) else connection
 
 
-def _new_plugs(compiler: Compiler, snap: Snap, app: str, question: Question) -> Iterator[Remedy]:
+def _new_plugs(
+    compiler: Compiler, snap: Snap, app: str, question: Question, found: list[Remedy]
+) -> _Finding:
     """Find interfaces of the host of which the snap has no plug."""
     tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
     library, maker = compiler.library, BlockMaker(compiler.library, compiler.system)
@@ -206,13 +266,17 @@ def _new_plugs(compiler: Compiler, snap: Snap, app: str, question: Question) -> 
         except SnapError:
             continue  # it needs attributes
         added = [rule for _, blocks in made if tag in blocks for rule in blocks[tag].rules]
-        because = _allowing(added, me, question)
+        yield RULE_WORK * len(added)
+        because = yield from _allowing(added, me, question)
         if because is not None:
-            yield Remedy(because=because, opens=breadth(added), plug=name)
+            found.append(Remedy(because=because, opens=breadth(added), plug=name))
 
 
-def _allowing(added: list[Rule], me: Identity, question: Question) -> Rule | None:
-    verdict = judge(AccessList(rules=tuple(added), receive_from_host=False), me, question)
+def _allowing(
+    added: list[Rule], me: Identity, question: Question
+) -> Generator[int, None, Rule | None]:
+    access = AccessList(rules=tuple(added), receive_from_host=False)
+    verdict = yield from _judging(access, me, question)
     return verdict.rule if verdict.allowed else None
 
 

@@ -3,33 +3,46 @@
 A pattern is checked when it is compiled: PatternError says what is wrong and where. The text it
 is later matched against is not checked: whoever has it has parsed it.
 
-A glob of three wildcards, tried naively against a long path, takes cubic time, and the app chooses the path.
-So braces are expanded first, and each alternative becomes a regular expression whose wildcards
-commit (atomic groups): a piece of fixed text between two wildcards is taken where it is found
-first. That is right because whatever a later place could reach, the next wildcard can reach from the
-first place, too. Only a `*` after a `**` cannot (it stops at `/`): hence `**` commits with
-all of the text up to the next `**`. What is left is quadratic, and `match.MAX_PATH` bounds it.
+Compiling takes time linear in the pattern, and in its alternatives written out, which are 64 at the most. What
+comes of it (policy.matcher) takes as many steps as the pattern has pieces, whatever the text.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Final, Literal
 
 import msgspec
 
+from policy.matcher import ANY, Chars, Pattern, Piece, Program, Shape, Shapes, Star, Tree
+
 MAX_NAME: Final = 255  # bytes; names, interfaces and members, by the D-Bus specification
 MAX_PATTERN: Final = 1024  # characters
 MAX_ALTERNATIVES: Final = 64  # of one pattern, after all its braces are expanded
-# Many sandboxes have the same rules; compiling a regular expression takes 0.1 ms.
+# Many sandboxes have the same rules. Patterns that are remembered, and the longest worth it: some MiB together.
 _COMPILED: Final = 4096
+_WORTH_IT: Final = 128  # characters
+# Of a pattern of which each alternative is only a beginning and an end: more of them go by the tree.
+_MAX_SHAPES: Final = 8
 
-Predicate = Callable[[str], object]  # true or false by its truth
-
-_ALNUM: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
 _WILDCARDS: Final = re.compile(r"[*?\[{]")
 _CLASS: Final = re.compile(r"\[[!^]?[A-Za-z0-9_-]+\]")
-_PIECE: Final = re.compile(r"\*\*+|\*|\?|\[[^\]]*\]|[^*?\[]+")
+_PIECE: Final = re.compile(r"\*+|\?|\[[^\]]*\]|[^*?\[]+")
+_BRACES: Final = re.compile(r"[{},]")
+# What cannot stand somewhere.
+_NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]")
+_NO_NAME_PATTERN: Final = re.compile(r"[^A-Za-z0-9_.*?-]")
+_NO_PATH: Final = re.compile(r"[^A-Za-z0-9_/]")
+_NO_PATH_PATTERN: Final = re.compile(r"[^A-Za-z0-9_/*?{,}]")
+_NO_INTERFACE: Final = re.compile(r"[^A-Za-z0-9_.]")
+_NO_INTERFACE_PATTERN: Final = re.compile(r"[^A-Za-z0-9_.*?{,}]")
+_NO_MEMBER: Final = re.compile(r"[^A-Za-z0-9_]")
+_NO_MEMBER_PATTERN: Final = re.compile(r"[^A-Za-z0-9_*?{,}]")
+# An element that is empty or begins with a digit.
+_BAD_ELEMENT: Final = re.compile(r"(?:\A|\.)(?:[0-9.]|\Z)")
+
+# Text with wildcards, and between it the branches of a brace.
+_Sequence = list["str | list[_Sequence]"]
 
 
 class PatternError(ValueError):
@@ -54,7 +67,7 @@ class NamePattern(msgspec.Struct, frozen=True, kw_only=True):
 
     def matches(self, name: str) -> bool:
         """Say whether the pattern covers this name."""
-        return bool(compile_name(self.text)(name))
+        return compile_name(self.text)(name)
 
 
 @lru_cache(_COMPILED)
@@ -64,66 +77,66 @@ def parse_name_pattern(text: str) -> NamePattern:
         check_bus_name(text)
         return NamePattern(kind="exact", text=text)
     if text.endswith(".*") and not _WILDCARDS.search(text, 0, len(text) - 1):
-        _check_dotted(text[:-2], "bus name", _ALNUM | {"-"}, least=1)
+        _check_dotted(text[:-2], "bus name", _NO_NAME, least=1)
         return NamePattern(kind="subtree", text=text)
     _check_classes(text)
     plain = _CLASS.sub(lambda found: "?" * len(found[0]), text)
-    _check_dotted(plain, "bus name", _ALNUM | set("-*?"), least=1)
+    _check_dotted(plain, "bus name", _NO_NAME_PATTERN, least=1)
     return NamePattern(kind="glob", text=text)
 
 
-@lru_cache(_COMPILED)
-def compile_name(pattern: str) -> Predicate:
+def _remembering(compile_pattern: Callable[[str], Pattern]) -> Callable[[str], Pattern]:
+    remembered = lru_cache(_COMPILED)(compile_pattern)
+
+    def compile_once(pattern: str) -> Pattern:
+        return (remembered if len(pattern) <= _WORTH_IT else compile_pattern)(pattern)
+
+    compile_once.__doc__ = compile_pattern.__doc__
+    return compile_once
+
+
+@_remembering
+def compile_name(pattern: str) -> Pattern:
     """Return the predicate of a bus name pattern. Raises PatternError."""
     parsed = parse_name_pattern(pattern)
     match parsed.kind:
         case "exact":
-            return pattern.__eq__
+            return _literal(pattern)
         case "subtree":
-            base, below = parsed.base, pattern[:-1]
-            return lambda name: name == base or name.startswith(below)
+            return Shapes(parsed.base, [parsed.base], [(pattern[:-1], "", True)])
         case "glob":
-            return re.compile(_regex(re.sub(r"\*+", "**", pattern)) + r"\Z").match
+            # Names have no `/`: its stars are all of one kind.
+            return _union([re.sub(r"\*+", "**", pattern)], None)
 
 
-@lru_cache(_COMPILED)
-def compile_path(pattern: str) -> Predicate:
+@_remembering
+def compile_path(pattern: str) -> Pattern:
     """Return the predicate of an object path or a glob of them. Raises PatternError."""
     if is_literal(pattern):
         check_path(pattern)
-        return pattern.__eq__
-    alternatives = _expand(pattern, "path", _ALNUM | {"/"})
+        return _literal(pattern)
+    sequence = _parse(pattern, "path", _NO_PATH_PATTERN)
+    alternatives = _texts(sequence)
     for alternative in alternatives:
         _check_path_elements(alternative)
-    return _union(alternatives)
+    return _union(alternatives, sequence)
 
 
-@lru_cache(_COMPILED)
-def compile_interface(pattern: str) -> Predicate:
+@_remembering
+def compile_interface(pattern: str) -> Pattern:
     """Return the predicate of an interface or a glob of them. Raises PatternError."""
     return _compile_dotted(pattern, "interface", check_interface)
 
 
-@lru_cache(_COMPILED)
-def compile_member_glob(pattern: str) -> Predicate:
+@_remembering
+def compile_member_glob(pattern: str) -> Pattern:
     """Return the predicate of a member or a glob of them. Raises PatternError."""
     return _compile_dotted(pattern, "member", check_member)
 
 
 def expand_braces(pattern: str) -> list[str]:
     """Return the patterns without braces that a pattern (which was checked) is the union of."""
-    work, done = [pattern], []
-    while work:
-        text = work.pop()
-        opening = text.find("{")
-        if opening < 0:
-            done.append(text)
-            continue
-        alternatives, end = _alternatives(text, opening)
-        work.extend(text[:opening] + alternative + text[end:] for alternative in alternatives)
-        if len(work) + len(done) > MAX_ALTERNATIVES:
-            raise PatternError(f"more than {MAX_ALTERNATIVES} alternatives", pattern.index("{"))
-    return done
+    return _texts(_split(pattern))
 
 
 def stem(pattern: str) -> str:
@@ -139,52 +152,55 @@ def is_literal(pattern: str) -> bool:
 def check_bus_name(text: str) -> None:
     """Accept a well-known or unique bus name. Raises PatternError."""
     if text.startswith(":"):
-        _check_dotted(text, "bus name", _ALNUM | {"-"}, start=1, digits=True)
+        _check_dotted(text, "bus name", _NO_NAME, start=1, digits=True)
     else:
-        _check_dotted(text, "bus name", _ALNUM | {"-"})
+        _check_dotted(text, "bus name", _NO_NAME)
 
 
 def check_path(text: str) -> None:
     """Accept an object path. Raises PatternError."""
-    _check_letters(text, "path", _ALNUM | {"/"})
+    _check_letters(text, "path", _NO_PATH)
     _check_path_elements(text)
 
 
 def check_interface(text: str) -> None:
     """Accept an interface name. Raises PatternError."""
-    _check_dotted(text, "interface", _ALNUM)
+    _check_dotted(text, "interface", _NO_INTERFACE)
 
 
 def check_member(text: str) -> None:
     """Accept a member name. Raises PatternError."""
-    _check_letters(text, "member", _ALNUM)
-    _check_dotted(text, "member", _ALNUM, least=1)
+    _check_letters(text, "member", _NO_MEMBER)
+    _check_dotted(text, "member", _NO_MEMBER, least=1)
 
 
-def _compile_dotted(pattern: str, what: str, check: Callable[[str], None]) -> Predicate:
+# -- checking --------------------------------------------------------------------------------------
+
+
+def _compile_dotted(pattern: str, what: str, check: Callable[[str], None]) -> Pattern:
     if is_literal(pattern):
         check(pattern)
-        return pattern.__eq__
-    letters = _ALNUM if what == "member" else _ALNUM | {"."}
-    alternatives = _expand(pattern, what, letters)
+        return _literal(pattern)
+    others = _NO_MEMBER_PATTERN if what == "member" else _NO_INTERFACE_PATTERN
+    sequence = _parse(pattern, what, others)
+    alternatives = _texts(sequence)
     for alternative in alternatives:
         if is_literal(alternative):
             check(alternative)
         else:
             _check_elements(alternative, what)
-    return _union(alternatives)
+    return _union(alternatives, sequence)
 
 
-def _check_letters(text: str, what: str, letters: frozenset[str]) -> None:
-    for at, char in enumerate(text):
-        if char not in letters:
-            raise PatternError(f"{char!r} cannot stand in a {what}", at)
+def _check_letters(text: str, what: str, others: re.Pattern[str]) -> None:
+    if (found := others.search(text)) is not None:
+        raise PatternError(f"{found[0]!r} cannot stand in a {what}", found.start())
 
 
 def _check_dotted(
     text: str,
     what: str,
-    letters: frozenset[str],
+    others: re.Pattern[str],
     *,
     start: int = 0,
     least: int = 2,
@@ -194,7 +210,7 @@ def _check_dotted(
         raise PatternError(f"{what} longer than {MAX_NAME} characters", MAX_NAME)
     rest = text[start:]
     try:
-        _check_letters(rest, what, letters | {"."})
+        _check_letters(rest, what, others)
         _check_elements(rest, what, digits=digits)
     except PatternError as exc:
         raise PatternError(exc.problem, exc.position + start) from None
@@ -203,6 +219,8 @@ def _check_dotted(
 
 
 def _check_elements(text: str, what: str, *, digits: bool = False) -> None:
+    if not _BAD_ELEMENT.search(text):
+        return
     at = 0
     for element in text.split("."):
         if not element:
@@ -222,28 +240,18 @@ def _check_path_elements(text: str) -> None:
         raise PatternError("a path does not end with '/'", len(text) - 1)
 
 
-def _expand(pattern: str, what: str, letters: frozenset[str]) -> list[str]:
-    """Return the patterns without braces that the pattern is the union of."""
-    if len(pattern) > MAX_PATTERN:
-        raise PatternError(f"{what} pattern longer than {MAX_PATTERN} characters", MAX_PATTERN)
-    _check_brackets(pattern)
-    outside = _CLASS.sub(lambda found: "?" * len(found[0]), pattern)
-    _check_letters(outside, what, letters | set("*?{,}"))
-    return expand_braces(pattern)
-
-
-def _check_brackets(pattern: str) -> None:
+def _check_braces(pattern: str) -> None:
     opened: list[int] = []
-    _check_classes(pattern)
-    for at, char in enumerate(pattern):
-        match char:
+    for found in _BRACES.finditer(pattern):
+        at = found.start()
+        match found[0]:
             case "{":
                 opened.append(at)
             case "}" if not opened:
                 raise PatternError("'}' without '{'", at)
             case "}":
                 opened.pop()
-            case "," if not opened:
+            case _ if not opened:
                 raise PatternError("',' outside braces", at)
             case _:
                 pass
@@ -258,73 +266,201 @@ def _check_classes(pattern: str) -> None:
         if found is None:
             raise PatternError("'[' without a list of characters and ']'", at)
         try:
-            re.compile(_class_regex(found[0]))
-        except re.error:
+            _read_class(found[0])
+        except ValueError:
             raise PatternError(f"bad range in {found[0]!r}", at) from None
         at = pattern.find("[", found.end())
 
 
-def _alternatives(text: str, opening: int) -> tuple[list[str], int]:
-    """Return what stands between the commas, and where the text goes on."""
-    depth, start, found = 0, opening + 1, []
-    for at in range(opening, len(text)):
-        match text[at]:
+# -- braces ----------------------------------------------------------------------------------------
+
+
+def _parse(pattern: str, what: str, others: re.Pattern[str]) -> _Sequence:
+    """Check a pattern with wildcards but for its alternatives, and return it in parts."""
+    if len(pattern) > MAX_PATTERN:
+        raise PatternError(f"{what} pattern longer than {MAX_PATTERN} characters", MAX_PATTERN)
+    _check_classes(pattern)
+    _check_braces(pattern)
+    outside = _CLASS.sub(lambda found: "?" * len(found[0]), pattern) if "[" in pattern else pattern
+    _check_letters(outside, what, others)
+    return _split(pattern)
+
+
+class _Open:
+    """A brace that is being read, or the whole pattern, and how many alternatives there are so far."""
+
+    def __init__(self) -> None:
+        self.branches: Final[list[_Sequence]] = [[]]
+        self.before = 0  # alternatives of all branches but the last
+        self.last = 1
+
+    def add(self, text: str) -> None:
+        """Take more text."""
+        sequence = self.branches[-1]
+        if text and sequence and isinstance(last := sequence[-1], str):
+            sequence[-1] = last + text
+        elif text:
+            sequence.append(text)
+
+    def add_brace(self, brace: "_Open") -> None:
+        """Take a brace that is closed. One with a single branch is none."""
+        self.last = min(self.last * (brace.before + brace.last), MAX_ALTERNATIVES + 1)
+        if len(brace.branches) > 1:
+            self.branches[-1].append(brace.branches)
+            return
+        for item in brace.branches[0]:
+            if isinstance(item, str):
+                self.add(item)
+            else:
+                self.branches[-1].append(item)
+
+    def next_branch(self) -> None:
+        """Begin with another branch."""
+        self.before = min(self.before + self.last, MAX_ALTERNATIVES + 1)
+        self.last = 1
+        self.branches.append([])
+
+
+def _split(pattern: str) -> _Sequence:
+    """Return the parts of a pattern whose braces are checked. Raises PatternError."""
+    whole = _Open()
+    opened = [whole]
+    at = 0
+    for found in _BRACES.finditer(pattern):
+        opened[-1].add(pattern[at : found.start()])
+        at = found.end()
+        match found[0]:
             case "{":
-                depth += 1
-            case "," if depth == 1:
-                found.append(text[start:at])
-                start = at + 1
-            case "}" if depth == 1:
-                return [*found, text[start:at]], at + 1
-            case "}":
-                depth -= 1
+                opened.append(_Open())
+            case ",":
+                opened[-1].next_branch()
             case _:
-                pass
-    raise AssertionError(text)  # _check_brackets has seen to it
+                brace = opened.pop()
+                opened[-1].add_brace(brace)
+    whole.add(pattern[at:])
+    if whole.last > MAX_ALTERNATIVES:
+        raise PatternError(f"more than {MAX_ALTERNATIVES} alternatives", pattern.index("{"))
+    return whole.branches[0]
 
 
-def _union(alternatives: list[str]) -> Predicate:
-    # A `|` of branches with atomic groups still tries each branch: \Z is outside of the groups.
-    return re.compile(f"(?:{'|'.join(map(_regex, alternatives))})\\Z").match
+def _texts(sequence: _Sequence) -> list[str]:
+    """Return the alternatives written out: few, as their number is checked."""
+    found = [""]
+    for item in sequence:
+        more = [item] if isinstance(item, str) else [t for each in item for t in _texts(each)]
+        found = [left + right for left in found for right in more]
+    return found
 
 
-def _regex(glob: str) -> str:
-    """Return the regular expression, to be followed by `\\Z`, of a glob without braces."""
-    # stretches: between two `**`; each a list of the fixed texts between two `*`.
-    stretches = [[""]]
-    for piece in _PIECE.findall(glob):
-        if piece.startswith("**"):
-            stretches.append([""])
-        elif piece == "*":
-            stretches[-1].append("")
+# -- what is laid over a text -----------------------------------------------------------------------
+
+
+def _literal(text: str) -> Pattern:
+    return Shapes(text, [text], [])
+
+
+def _union(alternatives: list[str], sequence: _Sequence | None) -> Pattern:
+    """Return the predicate of alternatives; `sequence` says them in short, if there are several."""
+    wild = [text for text in dict.fromkeys(alternatives) if not is_literal(text)]
+    if len(wild) <= _MAX_SHAPES and None not in (shapes := [_shape(text) for text in wild]):
+        exact = [text for text in alternatives if is_literal(text)]
+        return Shapes(_common(alternatives), exact, [shape for shape in shapes if shape])
+    if sequence is None or len(alternatives) == 1:
+        return Tree(tuple(_pieces(alternatives[0])))
+    return Tree(_program(sequence), stars_meet=_has_stars_that_meet(sequence))
+
+
+def _common(texts: list[str]) -> str:
+    """Return the fixed text that all of them begin with."""
+    low, high = min(stems := [stem(text) for text in texts]), max(stems)
+    at = next((at for at, char in enumerate(low) if char != high[at]), len(low))
+    return low[:at]
+
+
+def _shape(glob: str) -> Shape | None:
+    """Return the beginning and end of a glob, if there is one star and nothing else in between."""
+    before, star, after = glob.partition("*")
+    deep = after.startswith("*")
+    after = after.lstrip("*")
+    return (before, after, deep) if star and is_literal(before) and is_literal(after) else None
+
+
+def _program(sequence: _Sequence) -> Program:
+    pieces: list[Piece] = []
+    for item in sequence:
+        if isinstance(item, str):
+            pieces += _pieces(item)
         else:
-            stretches[-1][-1] += _fixed(piece)
-    *front, last = stretches
-    regex = "".join(f"(?>.*?{_leftmost(texts)})" for texts in front[1:])
-    if front:
-        regex = _leftmost(front[0]) + regex + ".*"
-    if len(last) == 1:
-        return regex + last[0]
-    return f"{regex}{_leftmost(last[:-1])}[^/]*{last[-1]}"
+            pieces.append(tuple(_program(branch) for branch in item))
+    return tuple(pieces)
 
 
-def _leftmost(texts: list[str]) -> str:
-    # A text that begins with the next `/` can be in one place only: nothing to commit to, and faster.
-    return texts[0] + "".join(
-        f"[^/]*{text}" if text.startswith("/") else f"(?>[^/]*?{text})" for text in texts[1:]
-    )
+def _pieces(glob: str) -> Iterator[Piece]:
+    for piece in _PIECE.findall(glob):
+        match piece[0]:
+            case "*":
+                yield Star.WITHIN if len(piece) == 1 else Star.DEEP
+            case "?":
+                yield ANY
+            case "[":
+                yield _read_class(piece)
+            case _:
+                yield piece
 
 
-def _fixed(piece: str) -> str:
-    if piece == "?":
-        return "[^/]"
-    if piece.startswith("["):
-        return _class_regex(piece)
-    return re.escape(piece)
+def _read_class(text: str) -> Chars:
+    """Return `[...]`. Raises ValueError for a range that is none."""
+    negated = text[1] in "!^"
+    inner = text[1 + negated : -1]
+    chars = {"/"} if negated else set()
+    at = 0
+    while at < len(inner):
+        first, last, at = inner[at], inner[at], at + 1
+        if inner[at : at + 1] == "-" and at + 1 < len(inner):
+            last, at = inner[at + 1], at + 2
+        if first > last:
+            raise ValueError(text)
+        chars.update(map(chr, range(ord(first), ord(last) + 1)))
+    return Chars("".join(sorted(chars)), negated)
 
 
-def _class_regex(text: str) -> str:
-    inner = text[1:-1]
-    if inner[0] in "!^":
-        return f"[^/{inner[1:]}]"
-    return f"[{inner}]"
+class _Edges(msgspec.Struct, frozen=True):
+    """Whether a star can stand at the beginning or end, and whether it can be no text at all."""
+
+    first: bool
+    last: bool
+    empty: bool
+
+
+def _has_stars_that_meet(sequence: _Sequence) -> bool:
+    try:
+        _edges(sequence)
+    except _StarsMeet:
+        return True
+    return False
+
+
+class _StarsMeet(Exception):  # noqa: N818 - an answer, no error
+    """Two stars can come to stand side by side."""
+
+
+def _edges(sequence: _Sequence) -> _Edges:
+    so_far = _Edges(first=False, last=False, empty=True)
+    for item in sequence:
+        if isinstance(item, str):
+            here = _Edges(first=item[0] == "*", last=item[-1] == "*", empty=False)
+        else:
+            branches = [_edges(branch) for branch in item]
+            here = _Edges(
+                first=any(each.first for each in branches),
+                last=any(each.last for each in branches),
+                empty=any(each.empty for each in branches),
+            )
+        if so_far.last and here.first:
+            raise _StarsMeet
+        so_far = _Edges(
+            first=so_far.first or (so_far.empty and here.first),
+            last=here.last or (here.empty and so_far.last),
+            empty=so_far.empty and here.empty,
+        )
+    return so_far

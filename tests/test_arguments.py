@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from broker.api.arguments import MAX_PLUGS, MAX_TEXT, NAMED, Context, parse_request
+from broker.api.arguments import MAX_PLUGS, MAX_TEXT, NAMED, Context, reading_request
 from broker.bus.values import Variant, unpack
 from broker.supervisor import cgroups
 from broker.supervisor.ends import Cgroup
@@ -12,6 +12,7 @@ from broker.supervisor.processes import identify
 from broker.supervisor.requests import AddRequest
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
 from policy.rules import Access, AccessList, Rule
+from tests.steps import at_once
 
 ORIGIN = "AddServer by :1.1"
 ME = identify(os.getpid(), os.getuid())
@@ -35,7 +36,7 @@ def parse(
     context = Context(
         bus="system", buses=("session", "system"), fds=fds, uid=os.getuid(), origin=ORIGIN
     )
-    return parse_request([type_, app, metadata or {}, named], context)
+    return at_once(reading_request([type_, app, metadata or {}, named], context))
 
 
 def test_without_named_arguments_there_are_defaults() -> None:

@@ -60,7 +60,7 @@ FIELDS: Final = {
     "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over lost"),
     "server.Gate": (
         "_asked _control _kept _own _reader _sandboxes _supervisor",
-        "_manager _most_unread _upstreams",
+        "_is_working _manager _most_unread _upstreams",
     ),
 }
 

@@ -2,10 +2,11 @@
 
 import pytest
 
-from policy import match
+from policy import tables
 from policy.globs import PatternError
-from policy.match import MAX_KNOWN_NAMES, MAX_PATH, Judge, NamesUsed, Verdict
+from policy.match import Judge, NamesUsed, Verdict
 from policy.rules import Access, AccessList, Identity, Rule
+from policy.tables import MAX_KNOWN_NAMES, MAX_PATH
 from policy.text import parse_rule
 
 ME = Identity(type="io.snap", app="me", component="one")
@@ -289,10 +290,10 @@ def test_too_long_a_path_is_refused_whatever_the_rules_say() -> None:
 
 
 def test_what_is_remembered_of_names_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(match, "MAX_KNOWN_NAMES", 4)
+    monkeypatch.setattr(tables, "MAX_KNOWN_NAMES", 4)
     one = judge("send:org.x.*")
     for number in range(20):
         assert send(one, f"org.x.a{number}")
         assert not send(one, f"org.y.a{number}")
-        assert len(one._send._allow._known) <= 4
+        assert len(one._tables._names._known) <= 4
     assert MAX_KNOWN_NAMES > 4

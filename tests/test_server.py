@@ -77,6 +77,8 @@ class Supervisor:
         frame = make_frame(Envelope(serial=self.serial, body=request, fds=len(fds)))
         socket.send_fds(self.sock, [frame], fds)
         self.turn()
+        while self.gate._is_working:
+            self.turn(1)
         answers = [e for e in self.take() if e.serial]
         assert [e.serial for e in answers] == [self.serial]
         body = answers[0].body

@@ -12,8 +12,8 @@ import trio.testing
 from broker.gate.control import Denied, Listener, SandboxSpec
 from broker.supervisor.config import Limits
 from broker.supervisor.requests import AddRequest, Caller
+from broker.supervisor.rules import MAX_RULES
 from broker.supervisor.salvage import open_state
-from broker.supervisor.spec import MAX_RULES
 from broker.supervisor.state import State
 from broker.supervisor.supervisor import Outside, Supervisor
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError

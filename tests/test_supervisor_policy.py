@@ -12,7 +12,7 @@ import trio.testing
 from broker.engines.base import EngineLostError
 from broker.supervisor import snaps as snaps_module
 from broker.supervisor.registry import PORTAL_RULES
-from broker.supervisor.spec import MAX_RULES
+from broker.supervisor.rules import MAX_RULES
 from broker.supervisor.state import State
 from broker.wire.errors import ACCESS_DENIED, NOT_CONTAINER, CallRefusedError
 from policy.rules import AccessList

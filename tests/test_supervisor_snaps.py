@@ -37,13 +37,13 @@ async def test_a_denial_is_explained_for_a_tag_and_for_a_sandbox(stage: Stage) -
         "remote.remote",
         "snap.remote.remote",
     ):
-        explanation = stage.policy.explain(ME, what, QUESTION)
+        explanation = await stage.policy.explain(ME, what, QUESTION)
         assert not explanation.verdict.allowed
         found = [str(one.connection) for one in explanation.remedies if one.connection]
         assert found == [" ".join(PAIR)]
     await stage.policy.connect(ME, *PAIR)
     for what in (id_, "remote.remote"):
-        explanation = stage.policy.explain(ME, what, QUESTION)
+        explanation = await stage.policy.explain(ME, what, QUESTION)
         assert explanation.verdict.allowed
         assert "connected remote:control player:control" in explanation.origin
 
@@ -51,21 +51,21 @@ async def test_a_denial_is_explained_for_a_tag_and_for_a_sandbox(stage: Stage) -
 async def test_what_a_sandbox_was_given_is_part_of_the_explanation(stage: Stage) -> None:
     id_ = await stage.add("remote", access=AccessList(rules=(parse_rule("send:", deny=True),)))
     await stage.policy.connect(ME, *PAIR)
-    explanation = stage.policy.explain(ME, id_, QUESTION)
+    explanation = await stage.policy.explain(ME, id_, QUESTION)
     assert explanation.verdict.rule == parse_rule("send:", deny=True)
     assert explanation.remedies == ()
     stranger = await stage.add("remote", type="org.example.Other")
-    (remedy,) = stage.policy.explain(ME, stranger, QUESTION).remedies
+    (remedy,) = (await stage.policy.explain(ME, stranger, QUESTION)).remedies
     assert remedy.rule is not None
 
 
 async def test_who_may_ask_about_whom(stage: Stage) -> None:
     id_ = await stage.add("remote")
     with pytest.raises(CallRefusedError, match="of another user"):
-        stage.policy.explain(ME + 1, id_, QUESTION)
+        await stage.policy.explain(ME + 1, id_, QUESTION)
     for what in ("c99", "remote.nothing", ""):
         with pytest.raises(CallRefusedError, match="no app of a snap"):
-            stage.policy.explain(ME, what, QUESTION)
+            await stage.policy.explain(ME, what, QUESTION)
 
 
 # the catalogue and the state file

@@ -1,6 +1,6 @@
 """AddServer's arguments, checked. Pure, but for a look at the descriptors, the process and the cgroup among them."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -8,10 +8,12 @@ from broker.bus.values import Variant, holds_descriptor, nesting, pack
 from broker.supervisor import cgroups, processes
 from broker.supervisor.ends import Process
 from broker.supervisor.requests import AddRequest
+from broker.supervisor.rules import check_number
 from broker.supervisor.sockets import check_readable, check_writable
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
 from broker.wire.names import is_interface
 from policy.containers1 import parse_usos
+from policy.match import RULE_WORK, reading_work
 from policy.rules import AccessList, Rule
 from policy.text import parse_rule
 
@@ -52,8 +54,8 @@ class Context:
     origin: str  # for the rules
 
 
-def parse_request(values: Sequence[Any], context: Context) -> AddRequest:
-    """Return what AddServer's four arguments ask for. Raises CallRefusedError."""
+def reading_request(values: Sequence[Any], context: Context) -> Generator[int, None, AddRequest]:
+    """Return what AddServer's four arguments ask for, and tell how much work it was. Raises CallRefusedError."""
     type_, app, metadata, variants = values
     if not is_interface(type_):
         raise CallRefusedError(INVALID_ARGS, f"type {type_[:100]!r} is not an interface name")
@@ -67,10 +69,8 @@ def parse_request(values: Sequence[Any], context: Context) -> AddRequest:
     component = named.get("Component") or None
     if component is not None:
         check_text(component, "Component")
-    rules = (
-        *parse_allow(named.get("Allow", ()), context.origin),
-        *parse_rules(named.get("Rules", ()), context.origin),
-    )
+    allow = yield from reading_allow(named.get("Allow", ()), context.origin)
+    rules = allow + (yield from reading_rules(named.get("Rules", ()), context.origin))
     return AddRequest(
         type=type_,
         app=app,
@@ -90,20 +90,34 @@ def parse_request(values: Sequence[Any], context: Context) -> AddRequest:
     )
 
 
-def parse_allow(entries: Sequence[tuple[int, str, str, str]], origin: str) -> tuple[Rule, ...]:
-    """Return the rules of `a(usos)`. Raises CallRefusedError."""
-    try:
-        return parse_usos(entries, origin=origin)
-    except ValueError as exc:
-        raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+def reading_allow(
+    entries: Sequence[tuple[int, str, str, str]], origin: str
+) -> Generator[int, None, tuple[Rule, ...]]:
+    """Return the rules of `a(usos)`, and tell how much work it was. Raises CallRefusedError."""
+    check_number(entries, sum(len(text) for entry in entries for text in entry[1:]))
+    rules: list[Rule] = []
+    for index, entry in enumerate(entries):
+        try:
+            rules += parse_usos([entry], origin=origin, first=index)
+        except ValueError as exc:
+            raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+        yield RULE_WORK + sum(map(len, entry[1:]))
+    return tuple(rules)
 
 
-def parse_rules(entries: Sequence[tuple[bool, str]], origin: str) -> tuple[Rule, ...]:
-    """Return the rules of `a(bs)`, each deny or not and text. Raises CallRefusedError."""
-    try:
-        return tuple(parse_rule(text, deny=deny, origin=origin) for deny, text in entries)
-    except ValueError as exc:
-        raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+def reading_rules(
+    entries: Sequence[tuple[bool, str]], origin: str
+) -> Generator[int, None, tuple[Rule, ...]]:
+    """Return the rules of `a(bs)`, each deny or not and text, and tell how much work it was. Raises CallRefusedError."""
+    check_number(entries, sum(len(text) for _, text in entries))
+    rules = []
+    for deny, text in entries:
+        try:
+            rules.append(parse_rule(text, deny=deny, origin=origin))
+        except ValueError as exc:
+            raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+        yield RULE_WORK + reading_work(text)
+    return tuple(rules)
 
 
 def check_text(text: str, name: str) -> None:

@@ -2,13 +2,14 @@
 
 from typing import Final
 
-from broker.api.arguments import NAMED, Context, parse_allow, parse_request
+from broker.api.arguments import NAMED, Context, reading_allow, reading_request
 from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Property, Reply, Signal, args
 from broker.bus.connection import DRIVER, Call
 from broker.bus.values import Variant, unpack
 from broker.supervisor.lifetime import Watch
 from broker.supervisor.registry import INSTANCE_PREFIX, Record
+from broker.supervisor.rules import in_slices
 from broker.wire.errors import (
     INVALID_ARGS,
     NAME_HAS_NO_OWNER,
@@ -80,7 +81,8 @@ class Containers1:
                 uid=caller.uid,
                 origin=f"AddServer by {call.sender}",
             )
-            record = await self._supervisor.add(parse_request(call.values, context), caller)
+            request = await in_slices(reading_request(call.values, context))
+            record = await self._supervisor.add(request, caller)
         except BaseException:
             self._watch.discard(call.sender)
             raise
@@ -106,7 +108,8 @@ class Containers1:
     async def _set_access(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
         target, entries = call.values
-        rules = parse_allow(entries, f"SetContainerAccess by {call.sender}")
+        origin = f"SetContainerAccess by {call.sender}"
+        rules = await in_slices(reading_allow(entries, origin))
         await self._supervisor.set_access(caller, target, rules)
         return Reply()
 

@@ -1,12 +1,11 @@
 """org.buswarden.Broker1: what our command line asks. Not for callers in sandboxes, nor for other users."""
 
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
-from broker.api.arguments import parse_rules
+from broker.api.arguments import reading_rules
 from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Reply, Signal, args
 from broker.bus.connection import Call
@@ -16,9 +15,8 @@ from broker.gate.control import Denied
 from broker.supervisor.config import Config
 from broker.supervisor.registry import PORTAL_RULES, Sandbox
 from broker.supervisor.requests import Caller
+from broker.supervisor.rules import formatted, in_slices
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
-from policy.rules import Rule
-from policy.text import format_rule
 
 PATH: Final = "/org/buswarden/Broker1"
 NAME: Final = "org.buswarden.Broker1"
@@ -61,7 +59,7 @@ class Management:
     async def _list(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
         shown = [sandbox for sandbox in self._registry if _may_see(caller, sandbox)]
-        return Reply(([self._describe(sandbox) for sandbox in shown],))
+        return Reply(([await self._describe(sandbox) for sandbox in shown],))
 
     async def _show(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
@@ -73,23 +71,23 @@ class Management:
         built_in = () if sandbox.record.portals_as_host else PORTAL_RULES
         more = {
             "denials": Variant("aa{sv}", denials),
-            "built_in": Variant("a(bs)", format_rules(built_in)),
+            "built_in": Variant("a(bs)", await in_slices(formatted(built_in))),
             "use": Variant("a{st}", used),
         }
-        return Reply((self._describe(sandbox) | more,))
+        return Reply((await self._describe(sandbox) | more,))
 
     async def _change_access(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
         target, entries, replace = call.values
-        rules = parse_rules(entries, f"ChangeAccess by {call.sender}")
+        rules = await in_slices(reading_rules(entries, f"ChangeAccess by {call.sender}"))
         access = await self._door.supervisor.set_access(caller, target, rules, replace=replace)
-        return Reply((format_rules(access.rules),))
+        return Reply((await in_slices(formatted(access.rules)),))
 
     async def _status(self, call: Call) -> Reply:
         await self._door.host_caller(call)
         used = await self._used(None)
         config = self._config
-        limits: Mapping[str, int] = msgspec.structs.asdict(config.limits)
+        limits: dict[str, int] = msgspec.structs.asdict(config.limits)
         status: Dict = {
             "version": Variant("s", _version()),
             "scope": Variant("s", config.scope),
@@ -125,8 +123,9 @@ class Management:
             return {}
         return {"max_connections_per_container": used.pop("connections"), **used}
 
-    def _describe(self, sandbox: Sandbox) -> Dict:
+    async def _describe(self, sandbox: Sandbox) -> Dict:
         record = sandbox.record
+        rules = await in_slices(formatted(record.access.rules))
         sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}
         (metadata,) = unpack("a{sv}", record.metadata)
         # An empty path is of one that is being made again.
@@ -148,7 +147,7 @@ class Management:
             "engine": Variant("s", "containers1" if instances else "gate"),
             "engines": Variant("a{ss}", engines),
             "instances": Variant("a{ss}", {bus: path for bus, path in instances.items() if path}),
-            "access": Variant("a(bs)", format_rules(record.access.rules)),
+            "access": Variant("a(bs)", rules),
             "receive_from_host": Variant("b", record.access.receive_from_host),
             "portals_as_host": Variant("b", record.portals_as_host),
             "keep_after_creator": Variant("b", record.keep_after_creator),
@@ -171,11 +170,6 @@ def describe_denial(event: Denied) -> Dict:
     del values["sandbox"]
     texts = {key: Variant("s", value) for key, value in values.items() if isinstance(value, str)}
     return texts | {"more": Variant("u", event.more)}
-
-
-def format_rules(rules: Sequence[Rule]) -> list[tuple[bool, str]]:
-    """Return rules as (deny, text)."""
-    return [(rule.deny, format_rule(rule)) for rule in rules]
 
 
 def _version() -> str:

@@ -101,7 +101,7 @@ class PolicyInterface:
         caller = await self._door.host_caller(call)
         what, message = call.values
         question = parse_question(message)
-        return Reply((describe(self._policy.explain(caller.uid, what, question)),))
+        return Reply((describe(await self._policy.explain(caller.uid, what, question)),))
 
     async def _interface(self, call: Call) -> Reply:
         await self._door.host_caller(call)

@@ -44,6 +44,7 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     match_rules: int = 1024  # of all connections
     names: int = 256  # owned or queued for, of all connections
     tracked_names: int = 1024  # names that no rule names but that the app wrote to, a connection
+    rule_steps: int = 32_768  # of a judgement by its rules, at the worst: policy.tables.Cost
     fds: int = 256  # descriptors that are in the gate, of all connections and both ways
     messages_per_second: int = 25_000  # from the sandbox; over it, it is read more slowly
     log_lines_per_second: int = 10  # warnings of the gate
@@ -232,6 +233,7 @@ class Use(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=Tru
     match_rules: int = 0
     names: int = 0
     tracked_names: int = 0
+    rule_steps: int = 0
     fds: int = 0
     messages_per_second: int = 0  # of what may come at once
     log_lines_per_second: int = 0  # in this second

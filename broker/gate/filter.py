@@ -113,6 +113,11 @@ class Filter:
         """How many names are followed only because the app wrote to them."""
         return self._owners.extra_count
 
+    @property
+    def followed_names(self) -> int:
+        """How many names there are of which it is known who owns them."""
+        return len(self._owners.names)
+
     def close(self) -> list[int]:
         """Return every descriptor that is still here: the caller closes them."""
         fds = self.from_app.take_fds() + self._from_bus.take_fds()

@@ -4,7 +4,7 @@ import os
 import select
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Final
 
@@ -31,12 +31,16 @@ from broker.gate.link import Link
 from broker.gate.loop import Loop
 from broker.gate.pipe import adopt, close_fds, unlink_socket
 from broker.gate.reports import Reports
+from broker.gate.slices import Work
 from broker.gate.upstream import Upstream
-from policy.match import Judge
+from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
+from policy.match import Judge, excess, make_judge
 from policy.rules import AccessList
 
 # What a socket calls itself in the handshake when nobody gave it a guid: 32 hex digits.
 GUID: Final = os.urandom(16).hex()
+# What it takes to look at a name that a connection follows, when its rules change: as `policy.match` counts work.
+FOLLOWED_WORK: Final = 64
 
 
 class Sandbox:
@@ -149,18 +153,35 @@ class Sandbox:
             self._judges[bus] = judge
         return judge
 
-    def set_access(self, access: AccessList) -> None:
-        """Judge by other rules from now on. Raises ValueError, and nothing has changed."""
-        judges = {
-            listener.bus: Judge(access, bus=listener.bus, me=self.identity)
-            for listener in self.spec.listeners
-        }
+    def compile(self) -> Work:
+        """Compile the rules that it comes with. Raises CallRefusedError."""
+        self._judges = yield from self._compiled(self.spec.access)
+
+    def set_access(self, access: AccessList) -> Work:
+        """Judge by other rules once this is done. Raises CallRefusedError, and nothing has changed."""
+        judges = yield from self._compiled(access)
+        if self.is_over:
+            raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
         self.spec = msgspec.structs.replace(self.spec, access=access)
         self._judges = judges
         for link in list(self.links):
             judging = link.filter
-            if judging is not None:
+            if judging is not None and link in self.links:
                 link.use(self.judge(judging.core.bus.name))
+                yield FOLLOWED_WORK * judging.followed_names
+
+    def _compiled(self, access: AccessList) -> Generator[int, None, dict[str, Judge]]:
+        """Return the judges of each bus. Whoever made the list is not trusted to have counted what it costs."""
+        judges = {}
+        for listener in self.spec.listeners:
+            try:
+                judge = yield from make_judge(access, bus=listener.bus, me=self.identity)
+            except ValueError as exc:
+                raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+            if (text := excess(judge.cost, self.limits.rule_steps)) is not None:
+                raise CallRefusedError(LIMITS_EXCEEDED, text)
+            judges[listener.bus] = judge
+        return judges
 
     def set_upstream(self, bus: str, upstream: Upstream | None) -> None:
         """Make connections to that bus there from now on, those that wait for it included."""
@@ -314,6 +335,7 @@ class Sandbox:
         """Return what is taken of the limits."""
         mine = Use(
             bytes_held=self.bytes_held,
+            rule_steps=max((judge.cost.steps for judge in self._judges.values()), default=0),
             messages_per_second=self.messages.used,
             log_lines_per_second=self.complaints.used,
             throttled=self._throttled_count,

@@ -54,6 +54,7 @@ from broker.gate.managed import Manager
 from broker.gate.parts import PART, cut
 from broker.gate.pipe import Closed, Pipe, adopt, close_fds
 from broker.gate.sandbox import Sandbox
+from broker.gate.slices import Sliced, Work
 from broker.gate.takeover import Channel, hand_over, leave
 from broker.gate.upstream import CallBus, Called, SetUpstream
 from broker.gate.upstreams import Upstreams
@@ -81,6 +82,7 @@ class Gate:
         self._supervisor: Pipe | None = None
         self._reader = FrameReader()
         self._asked: Final[deque[tuple[Envelope, list[int]]]] = deque()  # and not looked at
+        self._is_working = False  # on a request that takes more than a turn: the others wait
         self._control = -1  # what it listens on for supervisors
         self._most_unread: float = MAX_UNREAD  # and more while a snapshot is on its way
 
@@ -126,8 +128,7 @@ class Gate:
         try:
             data, fds = supervisor.read()
             self._asked.extend(self._reader.feed(data, fds))
-            while self._asked:
-                self._answer(*self._asked.popleft())
+            self._answer_all()
         except BlockingIOError:
             return
         except Closed:
@@ -137,6 +138,8 @@ class Gate:
 
     def _lose_supervisor(self, reason: str) -> None:
         LOGGER.info("supervisor-gone: %s", reason)
+        while self._asked:  # and waits for what takes long: nobody was told that it is done
+            close_fds(self._asked.popleft()[1])
         close_fds(self._reader.take_all_fds())
         if self._supervisor is not None:
             self._supervisor.close()
@@ -164,10 +167,21 @@ class Gate:
 
     # -- requests ------------------------------------------------------------------------------------
 
+    def _answer_all(self) -> None:
+        """Answer one request after the other, until one takes longer than a turn of the loop."""
+        while self._asked and not self._is_working:
+            self._answer(*self._asked.popleft())
+
     def _answer(self, envelope: Envelope, fds: list[int]) -> None:
         answer: Answer
         given: Sequence[int] = ()
         self._kept.confirm(envelope.number)
+        if isinstance(envelope.body, AddSandbox):
+            self._work_on(envelope.serial, self._add(envelope.body.spec, fds), fds)
+            return
+        if isinstance(envelope.body, SetAccess):
+            self._work_on(envelope.serial, self._set_access(envelope.body), fds)
+            return
         try:
             if isinstance(envelope.body, TakeListeners):
                 answer, given = self._lend(envelope.body)
@@ -182,11 +196,27 @@ class Gate:
                 self._own.call(self._bus(envelope.body.bus), envelope.body, envelope.serial)
                 return
             else:
-                answer = self._carry_out(envelope.body, fds)  # type: ignore[arg-type]
+                answer = self._carry_out(envelope.body)  # type: ignore[arg-type]
         except CallRefusedError as exc:
             close_fds(fds)
             answer = Refused(exc.dbus_name, str(exc))
         self._write(Envelope(serial=envelope.serial, body=answer, fds=len(given)), given)
+
+    def _work_on(self, serial: int, work: Work, fds: list[int]) -> None:
+        """Do in slices what compiling rules may make long, and answer then."""
+        asker = self._supervisor
+
+        def ended(refused: CallRefusedError | None) -> None:
+            self._is_working = False
+            answer: Answer = Done()
+            if refused is not None:
+                close_fds(fds)
+                answer = Refused(refused.dbus_name, str(refused))
+            if self._supervisor is asker:  # another one did not ask
+                self._write(Envelope(serial=serial, body=answer))
+
+        self._is_working = True
+        Sliced(self._loop, work, ended).begin(self._answer_all)
 
     def _answer_late(self, asked: int, answer: Called | Refused) -> None:
         self._write(Envelope(serial=asked, body=answer))
@@ -205,12 +235,8 @@ class Gate:
             raise CallRefusedError(errors.FAILED, exc.strerror or "no descriptor") from exc
         return Listeners(tuple((id_, bus) for id_, bus, _ in what)), fds
 
-    def _carry_out(self, request: Request, fds: list[int]) -> Answer:  # noqa: C901, PLR0912 - a table
+    def _carry_out(self, request: Request) -> Answer:  # noqa: C901 - a table
         match request:
-            case AddSandbox():
-                self._add(request.spec, fds)
-            case SetAccess():
-                self._set_access(request)
             case StopListening():
                 self._find(request.sandbox).stop_listening()
             case StopSandbox():
@@ -233,14 +259,21 @@ class Gate:
                 self._bus(request.bus)
                 self._upstreams.set(self._find(request.sandbox), request.bus, request.upstream)
             case (
-                Confirm() | StartNext() | TakeListeners() | TakeSnapshot() | HandOver() | CallBus()
+                AddSandbox()
+                | SetAccess()
+                | Confirm()
+                | StartNext()
+                | TakeListeners()
+                | TakeSnapshot()
+                | HandOver()
+                | CallBus()
             ):
-                pass  # done by now
+                pass  # done by now, or elsewhere
             case _:
                 assert_never(request)
         return Done()
 
-    def _add(self, spec: SandboxSpec, fds: list[int]) -> None:
+    def _add(self, spec: SandboxSpec, fds: list[int]) -> Work:
         if spec.id in self._sandboxes:
             raise CallRefusedError(errors.FAILED, f"sandbox {spec.id} is there already")
         for listener in spec.listeners:
@@ -251,11 +284,7 @@ class Gate:
         if sorted(wanted) != list(range(len(fds))):
             raise CallRefusedError(errors.INVALID_ARGS, "the descriptors do not fit the sandbox")
         sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
-        try:
-            for listener in spec.listeners:
-                sandbox.judge(listener.bus)
-        except ValueError as exc:
-            raise CallRefusedError(errors.INVALID_ARGS, str(exc)) from exc
+        yield from sandbox.compile()
         self._own.claim(spec.id, spec.uid, spec.upstreams)
         self._kept.forget_end(spec.id)
         self._sandboxes[spec.id] = sandbox
@@ -265,11 +294,8 @@ class Gate:
             sandbox.stop("stopped")
             raise CallRefusedError(errors.FAILED, exc.strerror or "no room") from exc
 
-    def _set_access(self, request: SetAccess) -> None:
-        try:
-            self._find(request.sandbox).set_access(request.access)
-        except ValueError as exc:
-            raise CallRefusedError(errors.INVALID_ARGS, str(exc)) from exc
+    def _set_access(self, request: SetAccess) -> Work:
+        yield from self._find(request.sandbox).set_access(request.access)
 
     def _tag(self, bus: Bus, request: TagHeaders) -> None:
         change = bus.tagged.add if request.wanted else bus.tagged.discard
@@ -384,8 +410,7 @@ class Gate:
         self._write(Envelope(serial=serial, body=HandedOver(os.getpid())))
         for sandbox in list(self._sandboxes.values()):
             sandbox.resume()
-        while self._asked:
-            self._answer(*self._asked.popleft())
+        self._answer_all()
 
     def _shut_down(self) -> None:
         for sandbox in list(self._sandboxes.values()):

@@ -49,11 +49,12 @@ class Sight:
 
     def visible_owners(self) -> dict[str, str]:
         """Return the owned names that may be seen, with their owners."""
-        return {
-            name: target.owner
-            for name, target in self._owners.names.items()
-            if target.owner and self.sees(name)
-        }
+        owned = [(name, one.owner) for name, one in self._owners.names.items() if one.owner]
+        if self._core.bus.judges_names_alone:
+            return {name: owner for name, owner in owned if self.sees(name)}
+        # All names of an owner are seen if one of them is: it is judged once, however many these are.
+        seen = {owner: self.sees(owner) for owner in {owner for _, owner in owned}}
+        return {name: owner for name, owner in owned if seen[owner]}
 
     def owner_changed(self, name: str, old: str, new: str) -> list[tuple[str, str, str]]:
         """Take note of a NameOwnerChanged; return the changes that the app may hear of.

@@ -50,6 +50,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     match_rules: int = SandboxLimits().match_rules
     names: int = SandboxLimits().names
     tracked_names: int = SandboxLimits().tracked_names
+    rule_steps: int = SandboxLimits().rule_steps
     fds: int = SandboxLimits().fds
     messages_per_second: int = SandboxLimits().messages_per_second
     log_lines_per_second: int = SandboxLimits().log_lines_per_second

@@ -8,7 +8,7 @@ a time, and no sandbox of a snap comes into being meanwhile.
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
@@ -17,12 +17,12 @@ import trio
 
 from broker.engines.base import Engine, EngineLostError
 from broker.supervisor.registry import INSTANCE_PREFIX, Record, Registry
+from broker.supervisor.rules import check_cost, check_list, in_slices
 from broker.supervisor.snaps import Snaps, decode_world, is_snap, world_of
-from broker.supervisor.spec import check_rules
 from broker.supervisor.state import State
 from broker.wire.errors import ACCESS_DENIED, INVALID_ARGS, NOT_CONTAINER, CallRefusedError
 from policy.compiler import Change, Compiler
-from policy.explain import Explanation, Question, explain, explain_list
+from policy.explain import Explanation, Question, explaining, explaining_list
 from policy.rules import AccessList
 from policy.snaps import SnapError, parse_connection, tag_of
 
@@ -36,13 +36,20 @@ class Policy:
     """The snaps' connections as callers change them and ask about them."""
 
     def __init__(
-        self, state: State, engine: Engine, registry: Registry, snaps: Snaps, changing: trio.Lock
+        self,
+        state: State,
+        engine: Engine,
+        registry: Registry,
+        snaps: Snaps,
+        changing: trio.Lock,
+        rule_steps: int,
     ) -> None:
         self._state: Final = state
         self._engine: Final = engine
         self._registry: Final = registry
         self._snaps: Final = snaps
         self._changing: Final = changing
+        self._rule_steps: Final = rule_steps
 
     async def connect(self, uid: int, plug: str, slot: str) -> tuple[Change, ...]:
         """Connect a plug to a slot and say what that changed. Raises CallRefusedError."""
@@ -101,23 +108,32 @@ class Policy:
                 if sandbox := self._registry.get(record.id):
                     self._state.put_fact(sandbox.record)
 
-    def explain(self, uid: int, what: str, question: Question) -> Explanation:
+    async def explain(self, uid: int, what: str, question: Question) -> Explanation:
         """Explain for a sandbox, or for an app of a snap. Raises CallRefusedError."""
+        # Others have turns meanwhile, and nobody is to change what is looked at.
+        async with self._changing:
+            return await in_slices(self._explaining(uid, what, question))
+
+    def _explaining(
+        self, uid: int, what: str, question: Question
+    ) -> Generator[int, None, Explanation]:
         sandbox = self._registry.get(what.removeprefix(INSTANCE_PREFIX))
         if sandbox is None:
-            return _refusing(explain, self._snaps.ready(), self._snaps.tag(what), question)
+            compiler, app = self._snaps.ready(), self._snaps.tag(what)
+            return (yield from _refusing_late(explaining(compiler, app, question)))
         record = sandbox.record
         if uid not in {0, record.uid}:
             raise CallRefusedError(ACCESS_DENIED, f"{record.id} is of another user")
-        explanation = explain_list(self._in_force(record), record.identity, question)
+        access = self._in_force(record)
+        explanation = yield from explaining_list(access, record.identity, question)
         tag = self._snaps.tag_for(record.identity)
         if tag is None or explanation.verdict.allowed or explanation.verdict.rule is not None:
             return explanation
-        remedies = _refusing(explain, self._snaps.ready(), tag, question).remedies
-        return msgspec.structs.replace(explanation, remedies=remedies)
+        more = yield from _refusing_late(explaining(self._snaps.ready(), tag, question))
+        return msgspec.structs.replace(explanation, remedies=more.remedies)
 
     async def _carry_out(
-        self, tags: Collection[str], *, store: Callable[[], object], undo: Callable[[], object]
+        self, tags: set[str], *, store: Callable[[], object], undo: Callable[[], object]
     ) -> None:
         """Have what the compiler says now in force and stored; or undone, if anything fails."""
         try:
@@ -129,15 +145,30 @@ class Policy:
                 await self._enforce_old(tags)
             raise
 
-    async def _enforce(self, tags: Collection[str]) -> None:
+    async def _enforce(self, tags: set[str]) -> None:
         # All are looked at before the first is changed.
-        lists = {record.id: check_rules(self._in_force(record)) for record in self._records(tags)}
+        await self._check_apps(tags)
+        lists = {}
+        for record in self._records(tags):
+            access, buses = self._in_force(record), record.sockets
+            lists[record.id] = await check_list(access, record.identity, buses, self._rule_steps)
         for id_, access in lists.items():
             try:
                 await self._engine.set_access(id_, access)
             except CallRefusedError as exc:
                 if exc.dbus_name != NOT_CONTAINER:  # else it has ended, and needs no rules
                     raise
+
+    async def _check_apps(self, tags: set[str]) -> None:
+        """Refuse lists that cost too much, be it that no sandbox has them yet. Raises CallRefusedError."""
+        compiler = self._snaps.ready()
+        for tag in tags & set(compiler.tags):
+            access, me = compiler.access(tag), compiler.identity(tag)
+            buses = {rule.bus for rule in access.rules if rule.bus is not None} or {""}
+            try:
+                await in_slices(check_cost(access, me, buses, self._rule_steps))
+            except CallRefusedError as exc:
+                raise CallRefusedError(exc.dbus_name, f"{tag}: {exc}") from exc
 
     async def _enforce_old(self, tags: Collection[str]) -> None:
         for record in self._records(tags):
@@ -191,5 +222,13 @@ def _refusing(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call it; what makes no sense about snaps is the caller's mistake."""
     try:
         return function(*args, **kwargs)
+    except SnapError as exc:
+        raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+
+
+def _refusing_late(work: Generator[int, None, T]) -> Generator[int, None, T]:
+    """Do the same with work in slices."""
+    try:
+        return (yield from work)
     except SnapError as exc:
         raise CallRefusedError(INVALID_ARGS, str(exc)) from exc

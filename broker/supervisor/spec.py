@@ -1,7 +1,6 @@
-"""What the gate is told of a new sandbox, and how many rules it may be given. Pure."""
+"""What the gate is told of a new sandbox. Pure."""
 
 from collections.abc import Mapping
-from typing import Final
 
 import msgspec
 
@@ -9,13 +8,7 @@ from broker.gate.control import Listener, SandboxSpec
 from broker.supervisor.config import Limits
 from broker.supervisor.registry import Record
 from broker.supervisor.sockets import Bound
-from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
 from policy.rules import AccessList
-
-# An access list of this many takes about 2 MiB, in each of the places that have it.
-MAX_RULES: Final = 10_000
-# And of unusual ones: the gate's frames carry a list, twice for snaps, and as much again of a sandbox besides.
-MAX_RULES_BYTES: Final = 8 * 1024 * 1024
 
 
 def make_spec(
@@ -59,13 +52,3 @@ def make_spec(
 
 def _no_rules(record: Record) -> AccessList:
     return msgspec.structs.replace(record.access, rules=())
-
-
-def check_rules(access: AccessList) -> AccessList:
-    """Return the list, if it has not too many rules or bytes. Raises CallRefusedError LimitsExceeded."""
-    if len(access.rules) > MAX_RULES:
-        raise CallRefusedError(LIMITS_EXCEEDED, f"max_rules={MAX_RULES} would be exceeded")
-    if len(msgspec.msgpack.encode(access)) > MAX_RULES_BYTES:
-        text = f"max_rules_bytes={MAX_RULES_BYTES} would be exceeded"
-        raise CallRefusedError(LIMITS_EXCEEDED, text)
-    return access

@@ -33,10 +33,11 @@ from broker.supervisor.processes import Processes
 from broker.supervisor.registry import Record, Registry, Removed, Sandbox, SandboxId, Step
 from broker.supervisor.requests import AddRequest, Caller, Times, make_record
 from broker.supervisor.restore import is_held, make_again
+from broker.supervisor.rules import check_list, check_rules
 from broker.supervisor.salvage import settle
 from broker.supervisor.snaps import Snaps, is_snap, load_own_library
 from broker.supervisor.sockets import Bound, bound_socket, given_socket, notify, sweep
-from broker.supervisor.spec import check_rules, make_spec
+from broker.supervisor.spec import make_spec
 from broker.supervisor.state import State
 from broker.supervisor.tags import Tags
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
@@ -92,7 +93,12 @@ class Supervisor:
         self._changing: Final = trio.Lock()
         self.snaps: Final = Snaps(outside.state.load_world(), outside.load_library)
         self.policy: Final = Policy(
-            outside.state, outside.engine, self.registry, self.snaps, self._changing
+            outside.state,
+            outside.engine,
+            self.registry,
+            self.snaps,
+            self._changing,
+            limits.rule_steps,
         )
         self._jobs: Final = Jobs()
         self._later: Final = self._jobs.add
@@ -127,7 +133,7 @@ class Supervisor:
             now = Times(created=self._outside.now(), boot=self._outside.boot_time())
             record = make_record(number, request, caller, bound, now)
             with self._taken_in(record):
-                access = check_rules(self.in_force(record))
+                access = await self._checked(record)
                 spec, fds = make_spec(record, access, bound, request.close_notify, self._limits)
                 await self._outside.engine.add(spec, fds)
                 self._store_new(record)
@@ -175,8 +181,8 @@ class Supervisor:
             # The same rule twice says nothing more; its origin is no part of what it says.
             meanings = {_meaning(rule): rule for rule in (*before, *rules)}
             access = msgspec.structs.replace(record.access, rules=tuple(meanings.values()))
-            wanted = self.in_force(msgspec.structs.replace(record, access=access))
-            await self._outside.engine.set_access(record.id, check_rules(wanted))
+            wanted = await self._checked(msgspec.structs.replace(record, access=access))
+            await self._outside.engine.set_access(record.id, wanted)
             sandbox = self.registry.find(record.id)
             try:
                 self._store(msgspec.structs.replace(sandbox.record, access=access))
@@ -307,6 +313,11 @@ class Supervisor:
         await self._jobs.run()
 
     # -- helpers -------------------------------------------------------------------------------------------
+
+    async def _checked(self, record: Record) -> AccessList:
+        """Return the list to be in force, if it is not too long or slow. Raises CallRefusedError."""
+        access, steps = self.in_force(record), self._limits.rule_steps
+        return await check_list(access, record.identity, record.sockets, steps)
 
     def _changeable(self, caller: Caller, id_or_path: str) -> Record:
         record = self.registry.find(id_or_path).record

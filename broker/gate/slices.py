@@ -1,0 +1,52 @@
+"""Work that takes longer than anybody may be kept waiting: done in slices, one a turn of the loop. No I/O."""
+
+from collections.abc import Callable, Generator
+from typing import Final
+
+from broker.gate.loop import Loop
+from broker.wire.errors import CallRefusedError
+
+# As much as takes some milliseconds on a slow machine; what policy.match calls work, of which 64 are one steps' time.
+SLICE: Final = 50_000
+
+# Tells how much work was done since it was last asked, and raises CallRefusedError if it cannot be done.
+Work = Generator[int, None, None]
+
+
+class Sliced:
+    """One piece of work, and who is to know that it is done or refused."""
+
+    def __init__(
+        self, loop: Loop, work: Work, ended: Callable[[CallRefusedError | None], None]
+    ) -> None:
+        self._loop: Final = loop
+        self._work: Final = work
+        self._ended: Final = ended
+        self._later: Callable[[], None] | None = None
+
+    def begin(self, later: Callable[[], None]) -> bool:
+        """Do the first slice. True: that was all; otherwise `later` is called when it is all done."""
+        if self._slice():
+            return True
+        self._later = later
+        self._loop.next_turn(self._go_on)
+        return False
+
+    def _go_on(self) -> None:
+        if not self._slice():
+            self._loop.next_turn(self._go_on)
+        elif self._later is not None:
+            self._later()
+
+    def _slice(self) -> bool:
+        done = 0
+        try:
+            while done < SLICE:
+                done += next(self._work)
+        except StopIteration:
+            self._ended(None)
+        except CallRefusedError as exc:
+            self._ended(exc)
+        else:
+            return False
+        return True

@@ -1,0 +1,86 @@
+"""How many rules a sandbox may be given and what they may cost; and work on rules that leaves others their turn.
+
+Reading, compiling and writing ten thousand rules takes longer than a caller may be kept waiting by another one: whatever does
+it is a generator that tells how much work was done, and `in_slices` lets others go on in between.
+"""
+
+from collections.abc import Collection, Generator, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+import trio
+
+from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
+from policy.match import RULE_WORK, excess, make_judge, most_steps
+from policy.rules import AccessList, Identity, Rule
+from policy.text import format_rule
+
+# An access list of this many takes about 2 MiB, in each of the places that have it.
+MAX_RULES: Final = 10_000
+# And of unusual ones: the gate's frames carry a list, twice for snaps, and as much again of a sandbox besides.
+MAX_RULES_BYTES: Final = 8 * 1024 * 1024
+# What policy.match counts as work, between two turns of others: some milliseconds.
+SLICE: Final = 50_000
+
+T = TypeVar("T")
+
+
+async def in_slices(work: Generator[int, None, T]) -> T:
+    """Do the work and return what comes of it; whoever else waits has a turn now and then."""
+    done = 0
+    while True:
+        try:
+            done += next(work)
+        except StopIteration as exc:
+            await trio.lowlevel.checkpoint()
+            result: T = exc.value
+            return result
+        if done >= SLICE:
+            done = 0
+            await trio.lowlevel.checkpoint()
+
+
+def check_number(entries: Sequence[object], characters: int = 0) -> None:
+    """Refuse what would be too many rules, before they are read. Raises CallRefusedError LimitsExceeded."""
+    if len(entries) > MAX_RULES:
+        raise CallRefusedError(LIMITS_EXCEEDED, f"max_rules={MAX_RULES} would be exceeded")
+    if characters > MAX_RULES_BYTES:
+        text = f"max_rules_bytes={MAX_RULES_BYTES} would be exceeded"
+        raise CallRefusedError(LIMITS_EXCEEDED, text)
+
+
+def check_rules(access: AccessList) -> None:
+    """Refuse a list of too many rules or bytes. Raises CallRefusedError LimitsExceeded."""
+    check_number(access.rules)
+    check_number((), len(msgspec.msgpack.encode(access)))
+
+
+async def check_list(
+    access: AccessList, me: Identity, buses: Collection[str], rule_steps: int
+) -> AccessList:
+    """Return the list if it has not too many rules and does not cost too much. Raises CallRefusedError."""
+    check_rules(access)
+    await in_slices(check_cost(access, me, buses, rule_steps))
+    return access
+
+
+def check_cost(
+    access: AccessList, me: Identity, buses: Collection[str], rule_steps: int
+) -> Generator[int, None, None]:
+    """Refuse a list that costs too much on any of these buses. Raises CallRefusedError LimitsExceeded."""
+    yield RULE_WORK * len(access.rules) // 8
+    if most_steps(access) <= rule_steps:
+        return
+    for bus in buses:
+        judge = yield from make_judge(access, bus=bus, me=me)
+        if (text := excess(judge.cost, rule_steps)) is not None:
+            raise CallRefusedError(LIMITS_EXCEEDED, text)
+
+
+def formatted(rules: Sequence[Rule]) -> Generator[int, None, list[tuple[bool, str]]]:
+    """Return rules as (deny, text)."""
+    texts = []
+    for rule in rules:
+        texts.append((rule.deny, format_rule(rule)))
+        yield RULE_WORK
+    return texts
