@@ -364,6 +364,11 @@ class Dialogue:
         return self.deliver(make_reply(to, sender=sender, destination=self.model.me))
 
     @property
+    def waiting(self) -> list[Message]:
+        """What the paused bus has yet to see."""
+        return self._late
+
+    @property
     def sent(self) -> list[str]:
         """What arrived at the bus and is not the gate's own, in short."""
         return [m.text for m in self.model.seen if m.header.serial < OWN_SERIALS]

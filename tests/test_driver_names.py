@@ -1,14 +1,32 @@
 """Names, as an app may look them up, start and own them."""
 
+import struct
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 
+from broker.bus.values import Variant, pack, unpack
+from broker.gate.arguments import without_descriptors
 from broker.gate.bus import DRIVER
 from broker.gate.control import SandboxLimits
 from broker.wire import errors
-from broker.wire.header import Flag
-from tests.messages import NO_REPLY, access, big, call, changed, driver_call, names, signal
+from broker.wire.errors import PeerProtocolError
+from broker.wire.header import Flag, measure, parse_header, serialise_header
+from tests.messages import (
+    NO_REPLY,
+    Message,
+    access,
+    big,
+    call,
+    changed,
+    driver_call,
+    make_reply,
+    names,
+    signal,
+    split,
+)
 from tests.modelbus import ME, OTHER_APP, Dialogue
 
 OWNERS = {"org.a": ":1.2", "org.a2": ":1.2", "org.b": ":1.3"}
@@ -110,6 +128,112 @@ def test_refused_list_is_passed_on() -> None:
     talk = Dialogue()
     talk.model.refuse["ListNames"] = (errors.FAILED, "no")
     assert answer(talk, driver_call(2, "ListNames")) == ("error Failed",)
+
+
+# -- credentials ------------------------------------------------------------------------------------------
+
+CREDENTIALS = {
+    "UnixUserID": Variant("u", 1000),
+    "ProcessFD": Variant("h", 0),
+    "LinuxSecurityLabel": Variant("ay", b"unconfined\0"),
+    "org.example.Handles": Variant("a(sh)", [("x", 0)]),
+    "ProcessID": Variant("u", 7),
+    "UnixGroupIDs": Variant("au", [1000, 27]),
+}
+KEPT = {name: value for name, value in CREDENTIALS.items() if "h" not in value.signature}
+
+
+def credentials(
+    to: Message, values: dict[str, Variant] = CREDENTIALS, *, signature: str = "a{sv}", fds: int = 1
+) -> bytes:
+    """Return the answer of a bus, dbus 1.16 if it has a descriptor."""
+    body = pack(signature, [values] if signature == "a{sv}" else [7])
+    reply = make_reply(to, sender=DRIVER, destination=ME)
+    return changed(reply, signature=signature, body_length=len(body), unix_fds=fds) + body
+
+
+@pytest.mark.parametrize("app_takes_fds", [True, False])
+@pytest.mark.parametrize("serial", [2, 0xFFF00001])
+@pytest.mark.parametrize("name", [ME, "org.a"])
+def test_app_is_given_no_descriptor_of_a_process(
+    name: str, serial: int, *, app_takes_fds: bool
+) -> None:
+    talk = Dialogue(access("see:org.a"), owners=OWNERS, app_takes_fds=app_takes_fds)
+    talk.paused = True
+    talk.app(driver_call(serial, "GetConnectionCredentials", "s", name))
+    (asked,) = talk.waiting
+    (got,) = talk.deliver(credentials(asked), fds=(33,))
+    assert (got.fds, got.header.unix_fds, talk.host.closed) == ((), 0, [33])
+    assert (got.header.reply_serial, got.header.sender) == (serial, DRIVER)
+    assert unpack("a{sv}", got.raw[got.header.size :]) == [KEPT]
+
+
+def test_credentials_with_nothing_but_a_descriptor_are_empty() -> None:
+    talk = Dialogue()
+    talk.paused = True
+    talk.app(driver_call(2, "GetConnectionCredentials", "s", ME))
+    answer = credentials(talk.waiting[0], {"ProcessFD": Variant("h", 0)})
+    (got,) = talk.deliver(answer, fds=(33,))
+    assert unpack("a{sv}", got.raw[got.header.size :]) == [{}]
+
+
+def test_credentials_without_descriptors_are_passed_on_as_they_are() -> None:
+    talk = Dialogue()
+    talk.paused = True
+    talk.app(driver_call(2, "GetConnectionCredentials", "s", ME))
+    (got,) = talk.deliver(credentials(talk.waiting[0], KEPT, fds=0))
+    assert unpack("a{sv}", got.raw[got.header.size :]) == [KEPT]
+    assert not talk.host.closed
+
+
+def test_credentials_that_are_none_are_the_end_with_the_descriptor_closed() -> None:
+    talk = Dialogue()
+    talk.paused = True
+    talk.app(driver_call(2, "GetConnectionCredentials", "s", ME))
+    with pytest.raises(PeerProtocolError, match=r"answered \(u\)"):
+        talk.deliver(credentials(talk.waiting[0], signature="u"), fds=(33,))
+    assert talk.host.closed == [33]
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("count", range(len(CREDENTIALS)))
+def test_entries_keep_their_alignment_whatever_goes_before_them(
+    count: int, order: Literal["little", "big"]
+) -> None:
+    names = list(CREDENTIALS)
+    turned = {name: CREDENTIALS[name] for name in names[count:] + names[:count]}
+    (asked,) = split(driver_call(2, "GetConnectionCredentials", "s", ME))
+    message = credentials(Message(header=parse_header(asked), raw=asked), turned)
+    if order == "big":
+        message = in_big_order(message, turned)
+    found = without_descriptors(message)
+    header = parse_header(found)
+    assert (header.little, header.unix_fds) == (order == "little", 0)
+    left = {name: value for name, value in turned.items() if name in KEPT}
+    assert unpack("a{sv}", found[header.size :], little=header.little) == [left]
+    assert measure(found) == len(found)
+
+
+def in_big_order(message: bytes, values: dict[str, Variant]) -> bytes:
+    """Return the message as a big-endian bus would have written it."""
+    out = bytearray(8)
+    for name, value in values.items():
+        out += bytes(-len(out) % 8) + struct.pack(">I", len(name)) + name.encode() + b"\0"
+        out += bytes([len(value.signature)]) + value.signature.encode() + b"\0"
+        out += bytes(-len(out) % 4)
+        content = value.value
+        if isinstance(content, bytes):
+            out += struct.pack(">I", len(content)) + content
+        elif value.signature == "a(sh)":
+            out += struct.pack(">I", 12) + bytes(-(len(out) + 4) % 8)
+            out += struct.pack(">I", 1) + b"x\0\0\0" + bytes(4)
+        elif isinstance(content, list):
+            out += struct.pack(f">{len(content) + 1}I", 4 * len(content), *content)
+        else:
+            out += struct.pack(">I", content)
+    struct.pack_into(">I", out, 0, len(out) - 8)
+    header = replace(parse_header(message), little=False, body_length=len(out))
+    return serialise_header(header, sender=True) + bytes(out)
 
 
 # -- starting ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from broker.gate.arguments import arguments, bus_name, results
+from broker.gate.arguments import arguments, bus_name, results, without_descriptors
 from broker.gate.bus import DRIVER, DRIVER_PATH
 from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Special, Target
 from broker.gate.handover import Then
@@ -55,6 +55,7 @@ class Driver:
         core.finishers["hello"] = self._greeted
         core.finishers["add-match"] = self._added_match
         core.finishers["list"] = self._listed
+        core.finishers["credentials"] = self._told_credentials
         core.finishers["request-name"] = self._requested_name
 
     def call(self, header: Header, data: bytes) -> bool:
@@ -257,7 +258,8 @@ class Driver:
         if self._owners.waiting:
             return False
         if self._sight.sees(name):
-            return self._call(header, "s", (name,))
+            then = Then("credentials") if header.member == "GetConnectionCredentials" else None
+            return self._call(header, "s", (name,), then)
         core = self._core
         self._report(header, "the name may not be seen", direction="see", name=name)
         if header.member == "NameHasOwner":
@@ -265,6 +267,17 @@ class Driver:
                 core.answer(header.serial, "b", (False,))
             return True
         raise CallRefusedError(*core.bus.no_such_name(header.member or "", name))
+
+    def _told_credentials(
+        self, _then: Then, _reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
+        core = self._core
+        if fds:
+            # From dbus 1.16 on ProcessFD is among them. Of an app's connection it is the gate's process, of a
+            # service's a process of the host; no sandbox is to hold either.
+            core.sandbox.close_fds(fds)
+            data = without_descriptors(data)
+        core.deliver(data)
 
     def _start_service(self, header: Header, data: bytes) -> bool:
         name, flags = arguments(header, data, "su")

@@ -44,7 +44,7 @@ class Incoming:
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
-            if self._owners.waiting and self._is_list(header):
+            if self._owners.waiting and self._kind_of(header) == "list":
                 return False
             self._reply(header, data, fds)
         elif header.type == MessageType.SIGNAL and header.sender in (DRIVER, None):
@@ -62,13 +62,13 @@ class Incoming:
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def _is_list(self, header: Header) -> bool:
-        """Say whether it is a list of names for the app: what may be seen depends on all names of an owner."""
+    def _kind_of(self, header: Header) -> str:
+        """Return the kind of `Then` that a reply is waited for with; "" if it is simply passed on."""
         entry = self._core.pending.get(header.reply_serial or 0)
         if not isinstance(entry, Special):
-            return False
+            return ""
         then = entry.then.after if entry.then.kind == "translate" else entry.then
-        return then is not None and then.kind == "list"
+        return then.kind if then is not None else ""
 
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core
@@ -81,8 +81,10 @@ class Incoming:
                     core, Denial("receive", "reply", sender, "", "", "", "not asked for", "")
                 )
             return
+        # The bus may add descriptors to credentials of which the app never gets any: no reason to refuse.
+        app_gets_fds = self._kind_of(header) != "credentials"
         del core.pending[header.reply_serial or 0]
-        if fds and not core.app_takes_fds:
+        if fds and not core.app_takes_fds and app_gets_fds:
             core.sandbox.close_fds(fds)
             fds = ()
             header, data = without_fds(header)
