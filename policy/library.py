@@ -251,13 +251,13 @@ def _line_of(text: str, steps: Sequence[str | int], value: str = "") -> int:
     if key is None:
         return at + 1
     for n in range(at, end):
-        if re.match(rf"\s*\"?{re.escape(key)}\"?\s*=", lines[n]):
+        if re.match(rf"[ \t]*\"?{re.escape(key)}\"?[ \t]*=", lines[n]):
             inside = (m for m in range(n, end) if value and f'"{value}"' in lines[m])
             return next(inside, n) + 1
     return at + 1
 
 
 def _heading(lines: Sequence[str], name: str, number: int) -> int | None:
-    pattern = re.compile(rf"\s*\[\[?\s*{re.escape(name)}\s*\]\]?\s*(#.*)?")
+    pattern = re.compile(rf"[ \t]*\[\[?[ \t]*{re.escape(name)}[ \t]*\]\]?[ \t]*(#.*)?")
     found = [n for n, line in enumerate(lines) if pattern.fullmatch(line)]
     return found[number] if number < len(found) else None

@@ -37,7 +37,7 @@ NO_VALUES: Final = bytes(8)  # a marshalled a{sv}
 UNKNOWN_PLUG: Final = "?"
 _JOURNAL: Final = "-wal"
 # What callers gave says who they were; what the connections of snaps gave does not.
-_BY_CALLER: Final = re.compile(r"\w+ by ")
+_BY_CALLER: Final = re.compile(r"[A-Za-z0-9_]+ by ")
 
 
 @contextmanager

@@ -20,8 +20,8 @@ _WELL_KNOWN: Final = re.compile(rf"{_BUS_ELEMENT}(?:\.{_BUS_ELEMENT})+").fullmat
 _NAMESPACE: Final = re.compile(rf"{_BUS_ELEMENT}(?:\.{_BUS_ELEMENT})*").fullmatch
 _INTERFACE: Final = re.compile(rf"{_ELEMENT}(?:\.{_ELEMENT})+").fullmatch
 _MEMBER: Final = re.compile(_ELEMENT).fullmatch
-# Possessive, so that no way back is remembered: seven times as fast on a path of a megabyte.
-_PATH: Final = re.compile(r"/|(?:/[A-Za-z0-9_]++)++").fullmatch
+# Of one repeat, so that no way back is remembered: seven times as fast on a path of a megabyte. Slashes are looked at apart.
+_PATH: Final = re.compile(r"/[A-Za-z0-9_/]*").fullmatch
 
 Predicate = Callable[[str], bool]
 
@@ -48,7 +48,7 @@ def is_name_space(text: str) -> bool:
 
 def is_object_path(text: str) -> bool:
     """Say whether this is an object path, of any length."""
-    return _PATH(text) is not None
+    return _PATH(text) is not None and (text == "/" or not (text.endswith("/") or "//" in text))
 
 
 def is_interface(text: str) -> bool:

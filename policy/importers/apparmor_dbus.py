@@ -30,7 +30,7 @@ _ACCESS: Final = {
 _SUBJECT: Final = frozenset({"bus", "name", "path", "interface", "member"})
 _PEER: Final = frozenset({"name", "label"})
 _OF_MESSAGES: Final = frozenset({"path", "interface", "member", "label", "peer name"})
-_GAP: Final = re.compile(r"(?:[ \t\r\n,]++|#[^\n]*+)++")
+_GAP: Final = re.compile(r"(?>(?:[ \t\r\n,]+|(?>#[^\n]*))+)")
 
 
 class DbusRule(msgspec.Struct, frozen=True, kw_only=True):
