@@ -3,13 +3,13 @@
 FROM debian:12-slim
 
 RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-      bubblewrap ca-certificates dbus dbus-broker dbus-tests libglib2.0-bin make \
-      python3 python3-venv systemd xdg-dbus-proxy \
+ && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends make python3 \
  && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /buswarden
-# The dependencies alone first: they change less often than the sources.
+# The Debian packages and the dependencies first: they change less often than the sources.
+COPY .ci/packages .ci/
+RUN .ci/packages && rm -rf /var/lib/apt/lists/*
 COPY requirements.lock ./
 RUN python3 -m venv .venv && .venv/bin/pip install --no-cache-dir -r requirements.lock
 COPY . .

@@ -144,8 +144,9 @@ Type=notify
 NotifyAccess=main
 ExecStart={_command(installation, arguments)}
 {_environment(installation)}\
-# The gate is replaced by a new process without one connection closed.
-ExecReload=/bin/kill -HUP $MAINPID
+# The gate is replaced by a new process without one connection closed. The shell's own kill: a minimal system has no other,
+# and Type=notify-reload takes systemd 253.
+ExecReload=/bin/sh -c 'kill -HUP "$$MAINPID"'
 # Connections and rules are the gate's meanwhile. A mistake in the settings (2) is not mended by another try.
 Restart=on-failure
 RestartSec=100ms
@@ -258,7 +259,7 @@ def _environment(installation: Installation) -> str:
 def quote(text: str) -> str:
     """Return a word as it stands in a unit for exactly this text."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{escaped}"' if re.search(r"[^\w@%+=:,./$-]", escaped) else escaped
+    return f'"{escaped}"' if re.search(r"[^A-Za-z0-9_@%+=:,./$-]", escaped) else escaped
 
 
 def _mark(text: str, comment: str) -> str:
