@@ -1,17 +1,21 @@
 """A socket in front of a bus that counts what each connection sends to it: to see what a gate passes on, and when.
 
-Passes bytes, and no descriptors: a gate behind it must be given none.
+Passes bytes and descriptors: newer buses put some into what they say about a connection.
 """
 
+import array
+import os
 import selectors
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from integration.rawclient import connect_socket
+
+MAX_FDS: Final = 253  # in one message, by the kernel
 
 
 class Relay:
@@ -63,16 +67,40 @@ class Relay:
         if source.fileno() < 0:
             return  # closed with the other one, in this turn
         try:
-            data = source.recv(65536)
-            sink.sendall(data)
+            data, fds = receive_all(source)
+        except OSError:
+            data, fds = b"", []
+        try:
+            if data:
+                send_all(sink, data, fds)
         except OSError:
             data = b""
+        finally:
+            for fd in fds:
+                os.close(fd)
         if not data:
             for sock in (source, sink):
                 self._selector.unregister(sock)
                 sock.close()
         elif to_bus:
             self.passed += len(data)
+
+
+def receive_all(source: socket.socket) -> tuple[bytes, list[int]]:
+    """Return what is there to be read, and the descriptors that came with it, which are the caller's."""
+    fds = array.array("i")
+    data, ancillary, flags, _ = source.recvmsg(65536, socket.CMSG_SPACE(MAX_FDS * fds.itemsize))
+    assert not flags & socket.MSG_CTRUNC, "descriptors were lost"
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
+
+
+def send_all(sink: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    """Send it all, with the descriptors at its first byte."""
+    sent = socket.send_fds(sink, [data], list(fds)) if fds else 0
+    sink.sendall(data[sent:])
 
 
 @contextmanager

@@ -265,7 +265,11 @@ def test_serials_start_again_at_one() -> None:
     assert [counting.next_serial(), counting.next_serial()] == [0xFFFFFFFF, 1]
 
 
-async def test_what_was_said_last_is_sent_before_the_end(tmp_path: Path) -> None:
+async def test_what_was_said_last_is_sent_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How long it takes is not what is asked here, and a busy machine may take long.
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 60)
     async with open_fake_bus(tmp_path) as fake, open_bus(fake.address) as hearer:
         got: list[Signal] = []
         got_all = trio.Event()
@@ -280,7 +284,7 @@ async def test_what_was_said_last_is_sent_before_the_end(tmp_path: Path) -> None
             for _ in range(20):
                 teller.emit("/a", "org.example.I", "Happened", "ay", [bytes(300_000)])
             assert teller.backlog
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await got_all.wait()
 
 

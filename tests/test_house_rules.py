@@ -1,7 +1,9 @@
 """The layers and sizes that docs/design.md promises, checked on the source text."""
 
 import ast
+import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Final
 
@@ -201,3 +203,28 @@ def test_an_import_against_the_arrows_is_found(
     path.parent.mkdir(parents=True)
     path.write_text("from broker.gate import control, core\nimport policy.rules\nimport trio\n")
     assert wrong_imports(path) == {"broker.gate.core"}
+
+
+def test_everything_names_the_supported_pythons() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    least, limit = re.findall(r"3\.([0-9]+)", project["requires-python"])
+    *others, last = [f"3.{minor}" for minor in range(int(least), int(limit))]
+    people_read = f"Python {', '.join(others)} or {last}"
+    code = f"(3, {least}) <= sys.version_info < (3, {limit})"
+    for name, texts in {
+        "README.md": (people_read,),
+        "Makefile": (people_read, code),
+        ".ci/other-python": (code, " ".join(reversed([*others, last]))),
+    }.items():
+        for text in texts:
+            assert text in (PROJECT / name).read_text(), f"{name} does not say: {text}"
+
+
+def test_there_is_one_list_of_debian_packages() -> None:
+    installs = [
+        line
+        for line in (PROJECT / "Dockerfile").read_text().splitlines()
+        if "install" in line and "apt-get" in line
+    ]
+    # What a bare machine has: `make setup` does the rest, as everywhere.
+    assert [line.rpartition("recommends ")[2] for line in installs] == ["make python3 \\"]

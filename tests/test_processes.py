@@ -2,7 +2,8 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -76,6 +77,16 @@ def start_sleeping() -> int:
 def end(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def others() -> Iterator[tuple[Process, Process]]:
+    """Two processes of the test's own. The first of the machine and our parent may be one and the same."""
+    first, second = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+    yield Process(first.pid, 1), Process(second.pid, 1)
+    for child in (first, second):
+        child.kill()
+        child.wait()
 
 
 @pytest.fixture
@@ -183,21 +194,22 @@ async def test_a_pid_that_is_used_again_at_once_is_watched_anew(
     assert watched._pids == {}
 
 
-async def test_many_are_watched_by_the_connector_and_few_are_not(ended: set[int]) -> None:
+async def test_many_are_watched_by_the_connector_and_few_are_not(
+    ended: set[int], others: tuple[Process, Process]
+) -> None:
     told, connectors = Told(), [FakeConnector(), FakeConnector()]
     left = list(connectors)
     watched = Processes(lambda: left.pop(0), many=2)
-    parent = Process(os.getppid(), 1)
-    first = Process(1, 1)
+    first, second = others
     async with running(watched):
         watched.watch("a", ME, told.of("a"))
-        watched.watch("b", parent, told.of("b"))
+        watched.watch("b", second, told.of("b"))
         assert watched.way == "pidfds"
         watched.watch("c", first, told.of("c"))
         await _until(lambda: watched.way == "process connector")
         assert watched._pidfds == {}
         ended.add(first.pid)
-        ended.add(parent.pid)
+        ended.add(second.pid)
         connectors[0].tell({first.pid, 12345})
         await _until(lambda: told.names == ["c"])
         connectors[0].tell(None)  # it missed something: all are looked at
@@ -206,49 +218,55 @@ async def test_many_are_watched_by_the_connector_and_few_are_not(ended: set[int]
         assert watched.way == "pidfds"
         assert connectors[0].is_closed
         ended.clear()
-        for holder, process in (("a", ME), ("b", parent), ("c", first)):
+        for holder, process in (("a", ME), ("b", second), ("c", first)):
             watched.watch(holder, process, told.of(holder))
         await _until(lambda: watched.way == "process connector")
     assert connectors[1].is_closed
 
 
-async def test_what_ends_while_the_connector_is_opened_is_not_missed(ended: set[int]) -> None:
+async def test_what_ends_while_the_connector_is_opened_is_not_missed(
+    ended: set[int], others: tuple[Process, Process]
+) -> None:
     told, connector = Told(), FakeConnector()
 
     def open_connector() -> FakeConnector:
-        ended.add(1)
+        ended.add(others[0].pid)
         return connector
 
     watched = Processes(open_connector, many=1)
     async with running(watched):
-        watched.watch("a", Process(1, 1), told.of("a"))
+        watched.watch("a", others[0], told.of("a"))
         watched.watch("b", ME, told.of("b"))
         await _until(lambda: told.names == ["a"])
 
 
-async def test_without_a_connector_pidfds_do(ended: set[int]) -> None:
+async def test_without_a_connector_pidfds_do(
+    ended: set[int], others: tuple[Process, Process]
+) -> None:
     tries: list[int] = []
     watched = Processes(lambda: tries.append(1), many=1)
     told = Told()
     async with running(watched):
-        for number, pid in enumerate((1, os.getppid(), os.getpid())):
-            watched.watch(f"c{number}", Process(pid, 1), told.of(f"c{number}"))
+        for number, process in enumerate((*others, ME)):
+            watched.watch(f"c{number}", process, told.of(f"c{number}"))
         await _until(lambda: bool(tries))
         await trio.testing.wait_all_tasks_blocked(0.01)
-        watched.watch("c9", Process(1, 1), told.of("c9"))
+        watched.watch("c9", others[0], told.of("c9"))
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert tries == [1]
         assert watched.way == "pidfds"
         assert len(watched._pidfds) == 3
 
 
-async def test_a_connector_that_drops_too_much_is_left(ended: set[int]) -> None:
+async def test_a_connector_that_drops_too_much_is_left(
+    ended: set[int], others: tuple[Process, Process]
+) -> None:
     connector = FakeConnector()
     watched = Processes(lambda: connector, many=1)
     told = Told()
     async with running(watched):
         watched.watch("a", ME, told.of("a"))
-        watched.watch("b", Process(1, 1), told.of("b"))
+        watched.watch("b", others[0], told.of("b"))
         await _until(lambda: watched.way == "process connector")
         for _ in range(MAX_OVERRUNS):
             assert not connector.is_closed
@@ -256,7 +274,7 @@ async def test_a_connector_that_drops_too_much_is_left(ended: set[int]) -> None:
             await trio.testing.wait_all_tasks_blocked(0.01)
         assert connector.is_closed
         assert watched.way == "pidfds"
-        assert set(watched._pidfds) == {1, ME.pid}
+        assert set(watched._pidfds) == {others[0].pid, ME.pid}
 
 
 async def test_without_descriptors_processes_are_looked_at(
