@@ -2,6 +2,8 @@
 #
 #   make demo    a guided tour, under half a minute: make demo ENGINE=containers1 with a bus that labels
 #   make test    all tests, then those on real buses
+#   make tests   the first part of it, which needs no other program
+#   make test-bare   demo and tests on a bare Debian, as root: make test-bare SUITE=trixie BARE=quick
 #   make containers1-daemon   builds a dbus-daemon with Containers1 for them, in about two minutes
 #   make check   linters and type checker
 #   make fuzz    fuzzing, ten minutes: make fuzz ARGS="--seconds 60 --only header"
@@ -22,7 +24,7 @@ SOURCES := broker policy tests integration
 # So many at a time: most of a test of real programs is waiting.
 JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
-.PHONY: demo containers1-daemon test check fuzz bench coverage setup clean
+.PHONY: demo containers1-daemon test tests test-bare check fuzz bench coverage setup supported clean
 
 demo: setup $(if $(filter containers1,$(ENGINE)),containers1-daemon)
 	$(PY) -m integration.demo$(if $(filter containers1,$(ENGINE)),_containers1)
@@ -37,6 +39,12 @@ test: setup
 	$(PY) -m coverage report --include='policy/*,broker/wire/*' --fail-under=95
 	$(PY) -m pytest integration -m 'not alone' -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(PY) -m pytest integration -m alone
+
+tests: setup
+	$(PY) -m pytest tests -n $(JOBS)
+
+test-bare:
+	@.ci/bare
 
 # The second linter has rules for asynchronous code alone, so it reads the files that have such code.
 check: setup
@@ -59,18 +67,21 @@ fuzz: setup
 coverage: setup
 	$(PY) -m pytest tests --cov --cov-branch --cov-report=term --cov-report=html:.cache/coverage
 
-setup: $(PACKAGES) $(INSTALLED)
+setup: supported $(PACKAGES) $(INSTALLED)
 
-$(PACKAGES): .ci/packages
+# The same limits as in pyproject.toml: trio-asyncio does not work with a newer one yet.
+supported:
+	@"$$(test -x $(PY) && echo $(PY) || echo "$(PYTHON)")" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "buswarden needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python3" >&2; exit 1; }
+
+$(PACKAGES): .ci/packages | supported
 	.ci/packages
 	@mkdir -p $(@D)
 	@touch $@
 
 # Not after the stamp of the packages by time, only by order: installing one package more is no reason
 # to make the environment again.
-$(INSTALLED): requirements.lock pyproject.toml | $(PACKAGES)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "buswarden needs Python 3.11 or later: make PYTHON=/path/to/python3"; exit 1; }
+$(INSTALLED): requirements.lock pyproject.toml | supported $(PACKAGES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
