@@ -152,6 +152,37 @@ def test_attack_x1_a_second_mount_of_a_hidden_folder(shared: Warden, visible: Pa
     assert report["reached"] == [INSIDE]
 
 
+def test_what_is_mounted_inside_a_folder_is_there_but_its_sockets(shared: Warden) -> None:
+    """A file, a socket in a file's place, an overlay, a kernel's file system, a name with a newline."""
+    with ExitStack() as stack:
+        top = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/opt", prefix="bw-")))
+        away = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
+        for name in ("lower", "lower2"):
+            (away / name).mkdir()
+        (away / "text").write_text("text\n")
+        (away / "lower/inner").write_text("inner\n")
+        (top / "file").touch()
+        (top / "socket").touch()
+        for name in ("over", "proc", "a\nb c"):
+            (top / name).mkdir()
+        listen(stack, str(away / "s"))
+        prefix = in_private_mounts(
+            f"mount --bind {away}/text {top}/file",
+            f"mount --bind {away}/s {top}/socket",
+            f"mount -t overlay none -o lowerdir={away}/lower:{away}/lower2 {top}/over",
+            f"mount -t proc none {top}/proc",
+            f"mount --bind {away} '{top}/a\nb c'",
+        )
+        argv = [*prefix, PYTHON, "-m", "broker.cli", "exec", "--"]
+        env = {"XDG_RUNTIME_DIR": str(shared.runtime)}
+        script = f"cat {top}/file {top}/over/inner '{top}/a\nb c/text'; ls {top}/proc; wc -c < {top}/socket"
+        outcome = run(*argv, "sh", "-c", script, env=env)
+        paths = [str(top / "socket"), str(top / "a\nb c/s")]
+        report = report_of(run(*argv, *probe(reach=paths), env=env))
+    assert outcome.out == "text\ninner\ntext\n0\n", outcome.err
+    assert report["reached"] == [INSIDE]
+
+
 @pytest.mark.parametrize("where", ["", "/buswarden", "/buswarden/containers"])
 def test_program_p1_a_folder_of_the_runtime_directory_is_shared(shared: Warden, where: str) -> None:
     """It is shown, and neither the real bus nor the gate nor another sandbox answers in it."""
