@@ -352,3 +352,36 @@ def test_a_snapshot_may_be_longer_than_what_a_supervisor_leaves_unread(
     assert [state.spec.id for part in parts for state in part.sandboxes] == ids
     assert supervisor.events == [Ended(id_, "close-notify") for id_ in ids]
     assert supervisor.gate._most_unread == 100_000  # as before
+
+
+def test_attack_f2_a_descriptor_that_cannot_end_is_refused_by_the_gate_too(
+    supervisor: Supervisor, tmp_path: Path
+) -> None:
+    before = count_fds()
+    with socket.socket(socket.AF_UNIX) as sock, socket.socket(type=socket.SOCK_DGRAM) as udp:
+        sock.bind(str(tmp_path / "sandbox"))
+        spec = SandboxSpec(
+            id="c1",
+            identity=APP,
+            uid=os.getuid(),
+            access=AccessList(),
+            listeners=(Listener(bus="session", fd=0),),
+            close_notify=1,
+        )
+        answer = supervisor.ask(AddSandbox(spec), (sock.fileno(), udp.fileno()))
+        assert isinstance(answer, Refused)  # it does not listen
+        sock.listen()
+        answer = supervisor.ask(AddSandbox(spec), (sock.fileno(), udp.fileno()))
+        assert isinstance(answer, Refused)
+        assert answer.error == "org.freedesktop.DBus.Error.InvalidArgs"
+        assert "CloseNotify is not the read end of a pipe" in answer.text
+        read_end = pipe_end()
+        assert supervisor.ask(AddSandbox(spec), (sock.fileno(), read_end)) == Done()
+        os.close(read_end)
+    assert count_fds() == before
+
+
+def pipe_end() -> int:
+    read_end, write_end = os.pipe()
+    os.close(write_end)
+    return read_end

@@ -16,6 +16,7 @@ import trio
 from broker.bus.connection import Target, open_bus
 from broker.bus.values import Variant, plain
 from broker.cli.options import Settings
+from broker.posix.files import read_small
 from broker.wire.address import parse_address
 from broker.wire.errors import SERVICE_UNKNOWN, BrokerError, CallRefusedError, ConfigError
 
@@ -34,6 +35,7 @@ SYSTEM_RUNTIME_DIR: Final = Path("/run/buswarden")
 ADDRESS_FILE: Final = "bus-address"
 # Seconds for a whole command: far more than any answer takes, far less than a person waits.
 TIMEOUT: Final = 30.0
+_MAX_ADDRESS: Final = 64 * 1024  # bytes: several alternatives, each with a path
 T = TypeVar("T")
 
 
@@ -334,6 +336,6 @@ def _user_runtime_dir(environ: Mapping[str, str]) -> Path | None:
 
 def _read_address(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+        return read_small(path, _MAX_ADDRESS).decode("utf-8", "surrogateescape").strip()
     except OSError:
         return ""

@@ -102,9 +102,11 @@ def read_data(file: Path) -> Any:
 def read_text(file: Path) -> str:
     """Return the text of a file. Raises ConfigError."""
     try:
-        if file.stat().st_size > MAX_FILE:
+        with file.open("rb") as opened:  # perhaps a pipe, as the shell makes one of <(command)
+            data = opened.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
             raise ConfigError(f"{file}: more than {MAX_FILE} bytes")
-        return file.read_text(encoding="utf-8")
+        return data.decode()
     except OSError as exc:
         raise ConfigError(f"{file}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:

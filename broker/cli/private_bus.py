@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from broker.posix.files import check_entries, open_file, open_folder
 from broker.supervisor.doors import StartError
 from broker.wire.address import make_unix_address
 
@@ -39,7 +40,6 @@ class PrivateBus:
 @contextmanager
 def private_bus(runtime_dir: Path) -> Iterator[PrivateBus]:
     """Start one, or take over what an earlier broker left, and end it. Raises StartError."""
-    runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = runtime_dir / SOCKET_NAME
     with _held(runtime_dir / f"{SOCKET_NAME}.lock"):
         yield from _keep(path)
@@ -49,13 +49,20 @@ def private_bus(runtime_dir: Path) -> Iterator[PrivateBus]:
 def _held(path: Path) -> Iterator[None]:
     # The broker has a lock of its own, but takes it later: without this one a second broker would take
     # the bus over from the first, be refused, and end the bus on its way out.
-    path.touch(mode=0o600)
-    with path.open("wb") as lock:
+    try:
+        with open_folder(path.parent, make=0o700, ours=True):
+            lock = open_file(path, os.O_RDWR | os.O_CREAT)
+        check_entries(path.parent)
+    except OSError as exc:
+        raise StartError(f"{exc.filename or path}: {exc.strerror}") from exc
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StartError(f"a broker with a private bus is running in {path.parent}") from None
         yield
+    finally:
+        os.close(lock)
 
 
 def _keep(path: Path) -> Iterator[PrivateBus]:

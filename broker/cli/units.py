@@ -10,6 +10,7 @@ import click
 
 import broker
 from broker.cli.output import print_line
+from broker.posix.files import open_folder, read_small, write_file
 from broker.systemd.units import (
     BUS_POLICY,
     BUS_SERVICE,
@@ -28,6 +29,7 @@ _SYSTEM_FOLDERS: Final = {
 # What PrivateTmp= gives a service an empty one of.
 _PRIVATE: Final = ("/tmp", "/var/tmp")  # noqa: S108 - nothing is written there
 _ENABLED: Final = "buswarden-gate.socket buswarden.service"
+_MAX_UNIT: Final = 1024 * 1024  # bytes, of a file that is there already
 
 
 class UnitsError(BrokerError):
@@ -109,7 +111,7 @@ def _check(files: dict[Path, str]) -> None:
     """All are looked at before the first is touched. Raises UnitsError."""
     for path in files:
         try:
-            before = path.read_text(encoding="utf-8", errors="replace")
+            before = read_small(path, _MAX_UNIT).decode("utf-8", "replace")
         except FileNotFoundError:
             continue
         except OSError as exc:
@@ -120,14 +122,10 @@ def _check(files: dict[Path, str]) -> None:
 
 def _write(files: dict[Path, str]) -> None:
     for path, text in files.items():
-        new = path.with_name(f".{path.name}.new")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(text, encoding="utf-8")
-            new.chmod(0o644)
-            new.rename(path)
+            with open_folder(path.parent, make=0o755):
+                write_file(path, text.encode(), 0o644)
         except OSError as exc:
-            new.unlink(missing_ok=True)
             _fail(exc, path)
         print_line(f"wrote {path}")
 
@@ -144,7 +142,7 @@ def _remove(files: dict[Path, str]) -> None:
 
 
 def _fail(exc: OSError, path: Path) -> NoReturn:
-    raise UnitsError(f"{path}: {exc.strerror}") from exc
+    raise UnitsError(f"{exc.filename or path}: {exc.strerror}") from exc
 
 
 def _next(scope: str, *, remove: bool) -> str:

@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from broker.wire.trace import describe, read_rings
+from broker.posix.files import open_file, read_small, write_file
+from broker.wire.trace import SIZE, describe, read_rings
 
 LOGGER: Final = logging.getLogger(__name__)
 TRACE: Final = "gate-trace"
@@ -20,6 +21,8 @@ MAX_CRASHES: Final = 5
 _PATTERN: Final = "gate-crash-*.txt"
 # Far longer than the line that we write.
 _MAX_FIRST_LINE: Final = 1000
+# Of another version of the gate it may be larger.
+_MAX_TRACE: Final = 16 * SIZE
 
 
 def keep_crash(
@@ -36,9 +39,9 @@ def keep_crash(
     path = folder / f"gate-crash-{when:%Y%m%dT%H%M%S.%f}-{pid}.txt"
     trace = find_trace(folder)
     try:
-        entries = read_rings(trace.read_bytes()) if trace.is_file() else []
+        entries = read_rings(read_small(trace, _MAX_TRACE)) if trace.is_file() else []
         lines = [f"{_describe_time(entry.when)} {describe(entry)}\n" for entry in entries]
-        path.write_text("".join([f"{line}\n", *lines]), encoding="utf-8")
+        write_file(path, "".join([f"{line}\n", *lines]).encode())
         trace.unlink(missing_ok=True)
         _drop_old(folder)
     except OSError as exc:
@@ -59,7 +62,8 @@ def last_crash(folder: Path) -> str:
     if not paths:
         return ""
     try:
-        with paths[-1].open(encoding="utf-8", errors="replace") as file:
+        fd = open_file(paths[-1], os.O_RDONLY)
+        with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
             return f"{file.readline(_MAX_FIRST_LINE).rstrip()}: {paths[-1]}"
     except OSError:
         return ""

@@ -14,6 +14,7 @@ import trio
 
 import broker
 from broker.engines.crash import MOVED, TRACE, find_trace, keep_crash
+from broker.posix.files import read_small, write_file
 from broker.wire.errors import BrokerError
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _READY_FD: Final = 3  # in the gate
 _TAKE_OVER_FD: Final = 4
 # In place of the number of a gate that is about to be started: should we end in between, it is ours all the same.
 _ANY: Final = "?"
+_MAX_MARK: Final = 4096  # bytes: a few process numbers
 
 # Has a gate started by another: argv, environment, and the descriptors for its ends. Returns its pid, 0 for "no".
 StartNext = Callable[[tuple[str, ...], dict[str, str], Sequence[int]], Awaitable[int]]
@@ -166,7 +168,7 @@ class GateProcess:
 
     def _noted(self) -> list[str]:
         try:
-            return self._mark.read_text(encoding="ascii").split()
+            return read_small(self._mark, _MAX_MARK).decode("ascii").split()
         except (OSError, ValueError):
             return []
 
@@ -176,17 +178,13 @@ class GateProcess:
 
     def _note(self, *words: str) -> None:
         """Say which gates are ours, whole or not at all."""
-        new = self._mark.with_suffix(".pid-new")
         try:
             if words:
-                new.write_text(" ".join(words), encoding="ascii")
-                new.rename(self._mark)
+                write_file(self._mark, " ".join(words).encode())
             else:
                 self._mark.unlink(missing_ok=True)
         except OSError as exc:
             LOGGER.warning("%s: %s: the next supervisor will not end the gate", self._mark, exc)
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
 
     def _keep_unseen(self, pid: int) -> None:
         LOGGER.error("%s", keep_crash(self.folder, pid, None, time.time(), unseen=True))

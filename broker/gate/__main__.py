@@ -22,6 +22,7 @@ from broker.gate.server import Gate
 from broker.gate.successor import LONGEST_WAIT, offer, take_over
 from broker.gate.takeover import Channel
 from broker.gate.trace import trace_into
+from broker.posix.files import UnsafeFileError, open_folder
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             gate.serve(manager.control() or _listen(args.control))
         except OSError as exc:
-            sys.stderr.write(f"buswarden: cannot listen on {args.control}: {exc.strerror}\n")
+            sys.stderr.write(f"buswarden: cannot listen on {args.control}: {_reason(exc)}\n")
             return EXIT_REFUSED
 
     def begin() -> None:
@@ -166,9 +167,10 @@ def _listen(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
-        if _is_stale(path):
-            Path(path).unlink()
-        sock.bind(path)
+        with open_folder(Path(path).parent):
+            if _is_stale(path):
+                Path(path).unlink()
+            sock.bind(path)
     except OSError:
         sock.close()
         raise
@@ -176,6 +178,11 @@ def _listen(path: str) -> socket.socket:
         os.umask(before)
     sock.listen(8)
     return sock
+
+
+def _reason(exc: OSError) -> str:
+    where = f"{exc.filename}: " if isinstance(exc, UnsafeFileError) else ""
+    return f"{where}{exc.strerror}"
 
 
 def _is_stale(path: str) -> bool:

@@ -58,6 +58,7 @@ from broker.gate.slices import Sliced, Work
 from broker.gate.takeover import Channel, hand_over, leave
 from broker.gate.upstream import CallBus, Called, SetUpstream
 from broker.gate.upstreams import Upstreams
+from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
 from broker.wire import errors
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 
@@ -283,6 +284,7 @@ class Gate:
             wanted.append(spec.close_notify)
         if sorted(wanted) != list(range(len(fds))):
             raise CallRefusedError(errors.INVALID_ARGS, "the descriptors do not fit the sandbox")
+        _check_kinds(spec, fds)
         sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
         yield from sandbox.compile()
         self._own.claim(spec.id, spec.uid, spec.upstreams)
@@ -417,3 +419,12 @@ class Gate:
             sandbox.stop("stopped")
         self._own.close()
         self._loop.stop()
+
+
+def _check_kinds(spec: SandboxSpec, fds: Sequence[int]) -> None:
+    """Check once more what the supervisor has checked: the gate would wait for it for good."""
+    for listener in spec.listeners:
+        if not listens(fds[listener.fd]):
+            raise CallRefusedError(errors.INVALID_ARGS, "a socket is not one that listens")
+    if spec.close_notify is not None and not ends_with_its_writers(fds[spec.close_notify]):
+        raise CallRefusedError(errors.INVALID_ARGS, f"CloseNotify is not {READABLE_KIND}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from broker.gate.core import Output
 from broker.gate.words import U32
+from broker.posix.files import open_file
 from broker.wire.header import FIXED_SIZE, READ_LIMITS, Header, parse_header
 from broker.wire.trace import (
     FROM_APP,
@@ -101,7 +102,8 @@ def trace_into(path: Path | None) -> None:
     if path is None:
         return
     new = path.with_name(f"{path.name}.{os.getpid()}")
-    fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    new.unlink(missing_ok=True)  # of a process that had our number
+    fd = open_file(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         # Room now: a page that the file system has none for would be the end of us later.
         os.posix_fallocate(fd, 0, SIZE)

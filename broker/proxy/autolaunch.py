@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from broker.proxy.files import read_small
+from broker.posix.files import read_small
 from broker.wire.errors import ConfigError
 
 MACHINE_IDS: Final = ("/var/lib/dbus/machine-id", "/etc/machine-id")

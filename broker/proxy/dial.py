@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from broker.gate.connector import Done, connect
 from broker.gate.loop import WRITABLE, Loop, Timer
-from broker.proxy.files import read_small
+from broker.posix.files import read_small
 from broker.wire.address import UnixAddress, make_unix_address
 
 LOGGER: Final = logging.getLogger(__name__)

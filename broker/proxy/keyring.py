@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from broker.proxy.files import read_small
+from broker.posix.files import read_small
 from broker.wire.sasl_steps import CookieError
 
 # A bus keeps a handful of cookies, of some 70 bytes each.

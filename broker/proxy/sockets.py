@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from broker.posix.files import UnsafeFileError, open_folder
 from broker.wire.address import MAX_PATH
 from broker.wire.errors import ConfigError
 from policy.importers.report import cut
@@ -37,13 +38,15 @@ def bind_socket(path: str) -> Bound:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
-        _make_room(Path(absolute))
-        sock.bind(path)
-        found = Path(absolute).lstat()
-        sock.listen(BACKLOG)
+        with open_folder(Path(absolute).parent):
+            _make_room(Path(absolute))
+            sock.bind(path)
+            found = Path(absolute).lstat()
+            sock.listen(BACKLOG)
     except OSError as exc:
         sock.close()
-        raise ConfigError(f"{cut(path)}: cannot listen there: {exc.strerror}") from exc
+        where = f"{exc.filename}: " if isinstance(exc, UnsafeFileError) else ""
+        raise ConfigError(f"{cut(path)}: cannot listen there: {where}{exc.strerror}") from exc
     except ConfigError:
         sock.close()
         raise

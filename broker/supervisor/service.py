@@ -25,6 +25,7 @@ from broker.bus.watch import NameWatch
 from broker.engines.containers1 import Containers1Engine
 from broker.engines.gate import GateEngine
 from broker.gate.control import Denied
+from broker.posix.files import check_entries, open_file, open_folder, write_file
 from broker.supervisor.config import CONTAINERS, Config
 from broker.supervisor.connector import open_connector
 from broker.supervisor.doors import Line, StartError, serve_calls
@@ -286,15 +287,14 @@ class _Announcer:
 
 @contextmanager
 def _locked_folder(config: Config) -> Iterator[None]:
-    """Make the runtime folder and have it for ourselves. Raises StartError."""
+    """Make the runtime folder and have it for ourselves. Raises OSError, StartError."""
     mode = 0o700 if config.scope == "user" else 0o711
     folder = config.runtime_dir
     for path in (folder, folder / CONTAINERS):
-        path.mkdir(mode=mode, exist_ok=True)
-        if path.is_symlink() or path.stat().st_uid != os.geteuid():
-            raise StartError(f"{path} is not ours")
-        path.chmod(mode)
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with open_folder(path, make=mode, ours=True) as fd:
+            os.chmod(".", mode, dir_fd=fd)
+    check_entries(folder)
+    lock = open_file(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -308,10 +308,7 @@ def _locked_folder(config: Config) -> Iterator[None]:
 @contextmanager
 def _address_file(path: Path, address: str) -> Iterator[None]:
     """Say where the service is, for the command line."""
-    new = path.with_suffix(".new")
-    new.write_text(f"{address}\n", encoding="utf-8")
-    new.chmod(0o644)  # in a system's folder others look here, too
-    new.rename(path)
+    write_file(path, f"{address}\n".encode(), 0o644)  # in a system's folder others look here, too
     try:
         yield
     finally:

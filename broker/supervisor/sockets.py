@@ -6,7 +6,6 @@ only if the block failed, as otherwise it is the gate's to unlink.
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -16,12 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from broker.posix.channels import (
+    READABLE_KIND,
+    WRITABLE_KIND,
+    duplicate_socket,
+    ends_with_its_writers,
+    takes_a_byte,
+)
 from broker.wire.address import make_unix_address
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
 
 # Connections that wait for the gate to take them. It counts them from there on.
 BACKLOG: Final = 128
 _TRIES: Final = 16
+_NO_SOCKET: Final = "Socket is not a unix stream socket that can listen"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +59,9 @@ def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
         path = _bind(sock, folder)
         try:
             if uid != os.geteuid():
-                os.chown(path, uid, -1)
+                os.chown(path, uid, -1, follow_symlinks=False)
             sock.listen(BACKLOG)
-            info = path.stat()
+            info = path.lstat()
             yield Bound(
                 fd=sock.fileno(),
                 path=str(path),
@@ -71,11 +78,9 @@ def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
 @contextmanager
 def given_socket(fd: int) -> Iterator[Bound]:
     """Listen on a socket of the caller's, which stays open for it. Raises CallRefusedError."""
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        raise CallRefusedError(INVALID_ARGS, "Socket is not a unix stream socket")
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    with _opened(fd) as sock:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-            raise CallRefusedError(INVALID_ARGS, "Socket is not a unix stream socket")
+            raise CallRefusedError(INVALID_ARGS, _NO_SOCKET)
         try:
             name = sock.getsockname()
             path = name if isinstance(name, str) else name.decode()
@@ -94,15 +99,15 @@ def given_socket(fd: int) -> Iterator[Bound]:
 
 
 def check_readable(fd: int, name: str) -> None:
-    """Check that it is the read end of a pipe, or a socket. Raises CallRefusedError."""
-    if not _is_channel(fd) or _mode(fd) == os.O_WRONLY:
-        raise CallRefusedError(INVALID_ARGS, f"{name} is not the read end of a pipe")
+    """Check that the kernel will tell of its end. Raises CallRefusedError."""
+    if not ends_with_its_writers(fd):
+        raise CallRefusedError(INVALID_ARGS, f"{name} is not {READABLE_KIND}")
 
 
 def check_writable(fd: int, name: str) -> None:
-    """Check that it is the write end of a pipe, or a socket. Raises CallRefusedError."""
-    if not _is_channel(fd) or _mode(fd) == os.O_RDONLY:
-        raise CallRefusedError(INVALID_ARGS, f"{name} is not the write end of a pipe")
+    """Check that whoever waits at the other end can be told. Raises CallRefusedError."""
+    if not takes_a_byte(fd):
+        raise CallRefusedError(INVALID_ARGS, f"{name} is not {WRITABLE_KIND}")
 
 
 def notify(fd: int) -> None:
@@ -148,10 +153,11 @@ def _bind(sock: socket.socket, folder: Path) -> Path:
     raise FileExistsError(f"no free name in {folder}")
 
 
-def _is_channel(fd: int) -> bool:
-    mode = os.fstat(fd).st_mode
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def _mode(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+def _opened(fd: int) -> socket.socket:
+    """Return a duplicate as a socket. Raises CallRefusedError."""
+    try:
+        return duplicate_socket(fd)
+    except OSError as exc:
+        if exc.errno in {errno.EBADF, errno.ENOTSOCK}:  # also O_PATH, which is no open socket
+            raise CallRefusedError(INVALID_ARGS, _NO_SOCKET) from exc
+        raise
