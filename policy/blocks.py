@@ -124,23 +124,29 @@ class BlockMaker:
         chosen = self._chosen.get(key)
         if chosen is None:
             kind = "system" if system_slot else "app"
+            confinements: set[str | None] = {None, snap.confinement}
+            if snap.confinement == "classic" and where != "every-snap":
+                # Such a snap may do everything: of interfaces snapd gives it nothing, no denials either.
+                confinements.remove(None)
             templates = [
                 template
                 for template in known.sections[where]
                 if template.entry.never is None
                 and template.entry.on in {None, self._system}
                 and template.entry.slot_is in {None, kind}
-                and template.entry.confinement in {None, snap.confinement}
+                and template.entry.confinement in confinements
             ]
-            chosen = self._chosen[key] = _Chosen(templates, self._system)
+            chosen = self._chosen[key] = _Chosen(templates, self._system, where)
         return chosen
 
 
 class _Chosen:
     """Templates, and whether they come out alike for all apps of a snap."""
 
-    def __init__(self, templates: list[Template], system: System) -> None:
+    def __init__(self, templates: list[Template], system: System, where: Where) -> None:
         self.templates: Final = [(each, each.entry.other_ends(system)) for each in templates]
+        # A slot has to announce things to the apps that are connected, and whoever has a plug has not.
+        self.to_host: Final = where != "plug.connected"
         self.alike: Final = not any(
             "same-app" in ends or "tag:path" in template.placeholders
             for template, ends in self.templates
@@ -165,30 +171,32 @@ def _blocks(
     if not apps or not chosen.templates:
         return {}
     if chosen.alike:
-        block = _block(chosen.templates, origin, {**snap_values(snap), **values}, peers)
+        own_values = {**snap_values(snap), **values}
+        block = _block(chosen, origin, own_values, peers)
         return {tag_of(snap.name, app): block for app in apps}
     made = {}
     for app in apps:
         tag = tag_of(snap.name, app)
         me = Peer(kind="app", type=SNAP_TYPE, app=snap.name, component=app)
         own_values = {**snap_values(snap), **app_values(tag), **values}
-        made[tag] = _block(chosen.templates, origin, own_values, {**peers, "same-app": (me,)})
+        ends = {**peers, "same-app": (me,)}
+        made[tag] = _block(chosen, origin, own_values, ends)
     return made
 
 
 def _block(
-    templates: list[tuple[Template, tuple[OtherEnd | None, ...]]],
+    chosen: _Chosen,
     origin: str,
     values: Mapping[str, str],
     peers: Mapping[OtherEnd | None, Peers],
 ) -> Block:
     rules: list[Rule] = []
     left_out: list[str] = []
-    for template, ends in templates:
+    for template, ends in chosen.templates:
         if template.entry.needs and not values.keys() >= set(template.entry.needs):
             continue
         others = [peer for end in ends for peer in peers[end]]
-        made, unmade = fill(template, others, origin, values)
+        made, unmade = fill(template, others, origin, values, to_host=chosen.to_host)
         rules += made
         left_out += unmade
     return Block(rules=tuple(rules), left_out=tuple(left_out))

@@ -257,6 +257,14 @@ def _new_plugs(
     tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
     library, maker = compiler.library, BlockMaker(compiler.library, compiler.system)
     host = library.system_snap(compiler.system)
+    there = [
+        port.interface
+        for one in compiler.snaps.values()
+        if one.system
+        for port in one.slots.values()
+    ]
+    slots = {name: Port(interface=name) for name in (*host.slots, *there)}
+    host = msgspec.structs.replace(host, slots=slots)
     has = {port.interface for _, port in _ports_of(snap.plugs, snap, app)}
     for name in sorted(host.slots.keys() - has):
         with_plug = msgspec.structs.replace(snap, plugs={name: Port(interface=name)})

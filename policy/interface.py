@@ -30,6 +30,7 @@ AttributeType = Literal[
     "bus-name",  # a well-known name, no pattern
     "name-element",  # what may follow a `.` in one
     "text",
+    "flag",  # true or false; a rule that needs it needs true
 ]
 
 
@@ -55,7 +56,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     on: System | None = None
     slot_is: Literal["app", "system"] | None = None
     confinement: Confinement | None = None
-    needs: tuple[str, ...] = ()  # attributes that must be there, e.g. `plug.action-prefix`
+    # Attributes that must be there, e.g. `plug.action-prefix`; those of type `flag` must be true.
+    needs: tuple[str, ...] = ()
     never: str | None = None  # why this is kept for the record but gives no rule
 
     def other_ends(self, system: System) -> tuple[OtherEnd | None, ...]:
@@ -97,6 +99,8 @@ class Interface(
     summary: str
     # Where the system itself has a slot of this interface.
     system_slot: tuple[System, ...] = ()
+    # Where it has one if the program behind it is installed: the snaps file says so (`system-slots`).
+    system_slot_if_there: tuple[System, ...] = ()
     # Attributes that must be equal in plug and slot for a connection to give rules.
     same: tuple[str, ...] = ()
     attributes: Attributes = Attributes()

@@ -6,7 +6,7 @@ anywhere is refused as a whole, with its name and the line.
 
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Final, Literal
@@ -14,7 +14,7 @@ from typing import Final, Literal
 import msgspec
 
 from policy.interface import EVERY_SNAP, SYSTEMS, Entry, Interface, System
-from policy.snaps import Port, Snap, samples
+from policy.snaps import Port, Snap, SnapError, samples
 from policy.templates import EntryError, Template, find_placeholders, make_template
 
 # Where own files are; the later ones replace the earlier. Whoever calls us opens them.
@@ -65,12 +65,23 @@ class Library(msgspec.Struct, frozen=True, kw_only=True):
     interfaces: dict[str, Known]
     every_snap: Known
 
-    def system_snap(self, system: System, name: str = "snapd") -> Snap:
-        """Return the snap that stands for the host, with the slots it has on this system."""
+    def system_snap(self, system: System, name: str = "snapd", there: Collection[str] = ()) -> Snap:
+        """Return the snap that stands for the host, with the slots it has on this system.
+
+        `there` are interfaces that this machine has a slot of, beside those that every such system
+        has. Raises SnapError for one that it cannot have.
+        """
+        for each in there:
+            known = self.interfaces.get(each)
+            if known is None or system not in (
+                *known.interface.system_slot,
+                *known.interface.system_slot_if_there,
+            ):
+                raise SnapError(f"system-slots: a {system} system has no slot {each[:60]!r}")
         slots = {
             known.name: Port(interface=known.name)
             for known in self.interfaces.values()
-            if system in known.interface.system_slot
+            if system in known.interface.system_slot or known.name in there
         }
         return Snap(name=name, slots=slots, system=True)
 

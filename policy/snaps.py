@@ -68,6 +68,8 @@ class World(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """All that a compilation goes by. Connections are pairs of `SNAP:PLUG` and `SNAP:SLOT`."""
 
     system: System = "classic"
+    # Interfaces that the system has a slot of on this machine, beside those it always has.
+    system_slots: tuple[str, ...] = msgspec.field(default=(), name="system-slots")
     snaps: tuple[Snap, ...] = ()
     connections: tuple[tuple[str, str], ...] = ()
 
@@ -128,6 +130,12 @@ def attribute_values(
             if attribute.required:
                 raise SnapError(f"{where} is missing")
             continue
+        if attribute.type == "flag":
+            if not isinstance(value, bool):
+                raise SnapError(f"{where} is neither true nor false")
+            if value:  # false is as if it were not there: snapd's default
+                values[f"{side}.{key}"] = "true"
+            continue
         values[f"{side}.{key}"] = _check_value(attribute, value, where)
         values[f"{side}.{key}:path"] = "/" + value.replace(".", "/")
     return values
@@ -135,11 +143,8 @@ def attribute_values(
 
 def snap_values(snap: Snap) -> dict[str, str]:
     """Return the placeholders that every snap fills."""
-    # The desktop replaces the `-`; it joins snap and instance key by `+`, which no path can have.
-    return {
-        "snap": snap.name,
-        "snap:desktop": snap.name.replace("_", "+").replace("-", "_"),
-    }
+    # The desktop joins snap and instance key by `+`; in paths snapd makes `_` of that and of each `-`.
+    return {"snap": snap.name, "snap:desktop": snap.name.replace("-", "_")}
 
 
 def app_values(tag: str) -> dict[str, str]:
@@ -153,8 +158,8 @@ def samples(interface: Interface, sides: Iterable[str]) -> dict[str, str]:
     for side in sides:
         declared: Mapping[str, Attribute] = getattr(interface.attributes, side)
         for key, attribute in declared.items():
-            if attribute.type == "text":
-                continue  # it could bring a pattern in
+            if attribute.type in {"text", "flag"}:
+                continue  # a text could bring a pattern in, and a flag stands for none
             found[f"{side}.{key}"] = "x.x" if attribute.type == "bus-name" else "x"
             found[f"{side}.{key}:path"] = "/x"
     return found

@@ -79,11 +79,20 @@ def make_template(entry: Entry, known: Mapping[str, str], attributes: Collection
 
 
 def fill(
-    template: Template, peers: Sequence[Peer | None], origin: str, values: Mapping[str, str]
+    template: Template,
+    peers: Sequence[Peer | None],
+    origin: str,
+    values: Mapping[str, str],
+    *,
+    to_host: bool = True,
 ) -> tuple[list[Rule], list[str]]:
-    """Return the rules, and in words what was left out because no message could match it."""
+    """Return the rules, and in words what was left out because no message could match it.
+
+    Without `to_host` a rule about apps lets no broadcast out, which the host would hear as well.
+    """
     if not template.placeholders:
-        return [_rule(shape, peer, origin) for shape in template.shapes for peer in peers], []
+        shapes = template.shapes
+        return [_rule(one, peer, origin, to_host=to_host) for one in shapes for peer in peers], []
     if missing := sorted(template.placeholders - values.keys()):
         return [], [f"{origin}: a rule that needs {missing[0]} is left out"]
     rules, left_out = [], []
@@ -94,7 +103,7 @@ def fill(
         except PatternError as exc:
             left_out.append(f"{origin}: a rule that no message can match is left out: {exc}")
         else:
-            rules += [_rule(filled, peer, origin) for peer in peers]
+            rules += [_rule(filled, peer, origin, to_host=to_host) for peer in peers]
     return rules, left_out
 
 
@@ -110,15 +119,12 @@ def find_placeholders(text: str) -> list[str]:
     return PLACEHOLDER.findall(text)
 
 
-def _rule(shape: Shape, peer: Peer | None, origin: str) -> Rule:
+def _rule(shape: Shape, peer: Peer | None, origin: str, *, to_host: bool = True) -> Rule:
     name = shape.name
-    if (
-        name is None
-        and peer is not None
-        and peer.kind == "same-app"
-        and Access.SEND in shape.access
-    ):
-        name = ANY_CONNECTION
+    if name is None and peer is not None and Access.SEND in shape.access:
+        is_apps_alone = peer.kind == "app" and not to_host and not shape.deny
+        if peer.kind == "same-app" or is_apps_alone:
+            name = ANY_CONNECTION
     return Rule(
         access=shape.access,
         deny=shape.deny,

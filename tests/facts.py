@@ -26,7 +26,8 @@ DRIVER_PATH: Final = "/org/freedesktop/DBus"
 PLUG_APP: Final = identity_of("consumer", "app")
 SLOT_APP: Final = identity_of("provider", "svc")
 STRANGER: Final = identity_of("stranger", "app")
-ATTRIBUTES: Final = {
+ATTRIBUTES: Final[dict[str, dict[str, object]]] = {
+    "browser-support": {"allow-sandbox": True},
     "dbus": {"bus": "session", "name": "org.example.Thing"},
     "mpris": {"name": "player"},
     "polkit": {"action-prefix": "org.example"},

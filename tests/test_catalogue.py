@@ -12,7 +12,7 @@ from policy.interface import SYSTEMS
 from policy.library import load_library
 from policy.match import Judge
 from policy.rules import Access, AccessList, Identity
-from policy.snaps import Snap, World, identity_of
+from policy.snaps import Port, Snap, SnapError, World, identity_of
 from tests import facts
 from tests.facts import PLUG_APP, SLOT_APP, Message, Scene
 
@@ -136,3 +136,89 @@ def test_snaps_in_classic_confinement_may_do_everything() -> None:
         assert judge.send(("org.x.Y",), *message, facts.STRANGER).allowed is free
         assert judge.receive((":1.5",), *message, None, broadcast=True).allowed is free
         assert judge.own("org.x.Y").allowed is free
+
+
+def test_a_browser_without_a_sandbox_of_its_own_has_no_part_of_rtkit() -> None:
+    scene = Scene(interface="browser-support", system="classic", system_slot=True)
+    for allowed in (True, False):
+        end = Port(interface="browser-support", attributes={"allow-sandbox": allowed})
+        world = msgspec.structs.replace(
+            scene.world(),
+            snaps=(
+                Snap(name="snapd", system=True, slots={"end": Port(interface="browser-support")}),
+                Snap(name="consumer", apps=("app",), plugs={"end": end}),
+            ),
+        )
+        judge = Judge(Compiler(LIBRARY, world).access(tag(PLUG_APP)), bus="system", me=PLUG_APP)
+        path, interface = "/org/freedesktop/RealtimeKit1", "org.freedesktop.RealtimeKit1"
+        for wanted, member in (
+            (interface, "MakeThreadRealtime"),
+            ("org.freedesktop.DBus.Properties", "Get"),
+        ):
+            verdict = judge.send((interface,), path, wanted, member, None)
+            assert verdict.allowed is allowed
+
+
+def test_interfaces_take_nothing_from_snaps_in_classic_confinement() -> None:
+    plugs = {"b": Port(interface="browser-support"), "n": Port(interface="network-manager")}
+    snap = Snap(name="free", apps=("app",), confinement="classic", plugs=plugs)
+    world = World(
+        snaps=(snap, LIBRARY.system_snap("classic")),
+        connections=(("free:b", "snapd:browser-support"), ("free:n", "snapd:network-manager")),
+    )
+    access = Compiler(LIBRARY, world).access("snap.free.app")
+    assert all(rule.origin.startswith("every-snap") for rule in access.rules)
+    me = identity_of("free", "app")
+    judge = Judge(access, bus="session", me=me)
+    name = "org.gnome.GConf"
+    assert judge.send((name,), "/a", "org.gnome.GConf.Server", "Get", None).allowed
+
+
+@pytest.mark.parametrize("interface", ["calendar-service", "contacts-service"])
+def test_the_services_of_unity_have_a_system_slot_on_classic(interface: str) -> None:
+    assert interface in LIBRARY.system_snap("classic").slots
+    assert interface not in LIBRARY.system_snap("core").slots
+
+
+@pytest.mark.parametrize(
+    "interface", ["polkit", "polkit-agent", "upower-observe", "locale-control", "steam-support"]
+)
+def test_what_depends_on_the_machine_is_there_if_it_says_so(interface: str) -> None:
+    assert interface not in LIBRARY.system_snap("core").slots
+    assert interface in LIBRARY.system_snap("core", there=(interface,)).slots
+    with pytest.raises(SnapError, match="a core system has no slot 'unity7'"):
+        LIBRARY.system_snap("core", there=(interface, "unity7"))
+    with pytest.raises(SnapError, match="no slot 'nothing'"):
+        LIBRARY.system_snap("core", there=("nothing",))
+
+
+def test_parallel_instances_have_paths_of_the_desktop() -> None:
+    end = {"end": Port(interface="unity7")}
+    world = World(
+        snaps=(
+            Snap(name="snapd", system=True, slots=end),
+            Snap(name="con-sumer_x1", apps=("app",), plugs=end),
+        ),
+        connections=(("con-sumer_x1:end", "snapd:end"),),
+    )
+    compiler = Compiler(LIBRARY, world)
+    assert not compiler.left_out("snap.con-sumer_x1.app")
+    paths = [rule.path or "" for rule in compiler.access("snap.con-sumer_x1.app").rules]
+    assert any("con_sumer_x1" in path for path in paths)
+
+
+def test_plugs_do_not_broadcast_what_is_for_the_apps_of_a_slot() -> None:
+    scene = Scene(interface="bluez", system="core", system_slot=False)
+    compiler = Compiler(LIBRARY, scene.world())
+    login = ("/org/freedesktop/login1", "org.freedesktop.login1.Manager", "PrepareForShutdown")
+    plug = Judge(compiler.access(tag(PLUG_APP)), bus="system", me=PLUG_APP)
+    assert not plug.broadcast(*login).allowed
+    assert plug.send((":1.7",), "/org/bluez", "org.bluez.Adapter1", "Start", SLOT_APP).allowed
+    for name in LIBRARY.interfaces:
+        for each in facts.scenes(name):
+            if each.system_slot:
+                continue
+            for rule in Compiler(LIBRARY, each.world()).access(tag(PLUG_APP)).rules:
+                if rule.peer is None or rule.peer.app != SLOT_APP.app or rule.deny:
+                    continue
+                assert Access.SEND not in rule.access or rule.name is not None, rule

@@ -69,7 +69,7 @@ def test_bad_attributes_are_refused(attributes: dict[str, object], problem: str)
 def test_values_of_snaps_and_apps() -> None:
     assert snap_values(Snap(name="foo-bar_x")) == {
         "snap": "foo-bar_x",
-        "snap:desktop": "foo_bar+x",
+        "snap:desktop": "foo_bar_x",
     }
     assert app_values("snap.foo-bar.app") == {"tag:path": "snap_2efoo_2dbar_2eapp"}
 

@@ -68,10 +68,10 @@ class Snaps:
         """
         library = self.library
         names = {snap.name for snap in world.snaps}
-        host = library.system_snap(world.system)
-        if host.name not in names and not any(snap.system for snap in world.snaps):
-            world = msgspec.structs.replace(world, snaps=(*world.snaps, host))
         try:
+            host = library.system_snap(world.system, there=world.system_slots)
+            if host.name not in names and not any(snap.system for snap in world.snaps):
+                world = msgspec.structs.replace(world, snaps=(*world.snaps, host))
             compiler = Compiler(library, world)
         except SnapError as exc:
             raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
