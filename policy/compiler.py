@@ -81,8 +81,9 @@ class Compiler:
         if access is None:
             access = AccessList(
                 rules=tuple(rule for block in self._in_order(tag) for rule in block.rules),
-                # As AppArmor: what no rule is about does not come in.
+                # As AppArmor: what no rule is about does not come in, nor go to the bus.
                 receive_from_host=False,
+                bus_by_rule=True,
             )
             self._lists[tag] = access
         return access

@@ -60,6 +60,9 @@ class AccessList(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     # The default for unicast calls and signals from the host that no rule is about: xdg-dbus-proxy
     # lets them in, snapd's AppArmor does not.
     receive_from_host: bool = True
+    # Whether some calls to the bus itself, which every sandbox may make otherwise, need a send rule
+    # as well (broker.gate.methods.BY_RULE_TOO): as under snapd's AppArmor.
+    bus_by_rule: bool = False
 
 
 NO_ACCESS: Final = AccessList()

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from broker.gate.bus import DRIVER
 from broker.gate.control import SandboxLimits
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
+from broker.wire.marshal import Value
 from tests.messages import NO_REPLY, access, big, call, changed, driver_call, names
 from tests.modelbus import Dialogue
 
@@ -217,3 +219,51 @@ def test_match_rule_that_the_bus_refuses_does_not_count() -> None:
     assert answer(talk, driver_call(2, "AddMatch", "s", "")) == ("error LimitsExceeded",)
     assert talk.core.match_count == 0
     assert not talk.core.matches
+
+
+CALLS = [
+    ("RequestName", ("org.example.Mine", 0)),
+    ("ReleaseName", ("org.example.Mine",)),
+    ("ListQueuedOwners", ("org.example.Mine",)),
+    ("ListNames", ()),
+    ("ListActivatableNames", ()),
+    ("GetId", ()),
+    ("GetConnectionUnixUser", (DRIVER,)),
+    ("GetConnectionUnixProcessID", (DRIVER,)),
+    ("GetConnectionCredentials", (DRIVER,)),
+]
+
+
+@pytest.mark.parametrize(("member", "values"), CALLS)
+@pytest.mark.parametrize("interface", [DRIVER, None])
+def test_by_rule_the_bus_tells_names_to_those_who_may_ask(
+    member: str, values: tuple[Value, ...], interface: str | None
+) -> None:
+    rules = ("own:org.example.Mine", "see:org.freedesktop.DBus")
+    asked = f"send:org.freedesktop.DBus:org.freedesktop.DBus.{member}"
+    for given, by_rule, passes in (
+        (rules, False, True),
+        (rules, True, False),
+        ((*rules, asked), True, interface is not None),  # a rule for an interface needs one
+        ((*rules, "send:org.freedesktop.DBus"), True, True),
+    ):
+        talk = Dialogue(msgspec.structs.replace(access(*given), bus_by_rule=by_rule))
+        signature = "".join("u" if isinstance(value, int) else "s" for value in values)
+        got = talk.app(
+            call(2, DRIVER, member, interface=interface, signature=signature, values=values)
+        )
+        if passes:
+            assert "AccessDenied" not in str(names(got)), (given, by_rule)
+            assert not talk.host.denials
+        else:
+            assert names(got) == ["error AccessDenied"]
+            assert not talk.model.seen
+            assert talk.host.denials[0].member == member
+
+
+@pytest.mark.parametrize("member", ["GetNameOwner", "NameHasOwner", "AddMatch"])
+def test_by_rule_the_rest_is_as_ever(member: str) -> None:
+    talk = Dialogue(msgspec.structs.replace(access("see:org.freedesktop.DBus"), bus_by_rule=True))
+    text = "type='signal'" if member == "AddMatch" else DRIVER
+    got = talk.app(driver_call(2, member, "s", text))
+    assert "AccessDenied" not in str(names(got))

@@ -23,6 +23,8 @@ def rule_lines(tag: str, access: AccessList) -> Iterator[str]:
     indent = "  " if tag else ""
     from_host = "let in" if access.receive_from_host else "only by rule"
     yield f"{indent}# from the host: {from_host}"
+    if access.bus_by_rule:
+        yield f"{indent}# names and who has them, asked of the bus: only by rule"
     for rule in access.rules:
         origin = f"  # {rule.origin}" if rule.origin else ""
         yield f"{indent}{'deny' if rule.deny else 'allow'} {format_rule(rule)}{origin}"
@@ -34,7 +36,11 @@ def access_facts(access: AccessList) -> dict[str, Any]:
         {"deny": rule.deny, "rule": format_rule(rule), "origin": rule.origin}
         for rule in access.rules
     ]
-    return {"receive_from_host": access.receive_from_host, "rules": rules}
+    return {
+        "receive_from_host": access.receive_from_host,
+        "bus_by_rule": access.bus_by_rule,
+        "rules": rules,
+    }
 
 
 def usos_facts(access: AccessList) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from broker.gate.bus import DRIVER, DRIVER_PATH
 from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Special, Target
 from broker.gate.handover import Then
 from broker.gate.methods import (
+    BY_RULE_TOO,
     HAS_NAME,
     INTROSPECTABLE,
     LOOK_UPS,
@@ -88,6 +89,8 @@ class Driver:
         if header.interface in (None, DRIVER):
             method = self._methods.get(member)
             if method is not None:
+                if member in BY_RULE_TOO and self._core.judge.access.bus_by_rule:
+                    self._demand_rule(header)
                 return method(header, data)
         if header.interface in (None, PEER) and member == "Ping":
             return self._pass(header, data)
@@ -117,11 +120,15 @@ class Driver:
         raise CallRefusedError(errors.ACCESS_DENIED, f"{header.member} of the bus: {reason}")
 
     def _by_rule(self, header: Header, data: bytes) -> bool:
+        self._demand_rule(header)
+        return self._pass(header, data)
+
+    def _demand_rule(self, header: Header) -> None:
         verdict = self._core.judge.send(
             (DRIVER,), header.path, header.interface, header.member, None
         )
         if verdict.allowed:
-            return self._pass(header, data)
+            return
         origin = verdict.rule.origin if verdict.rule is not None else ""
         self._report(header, verdict.reason, origin=origin)
         raise CallRefusedError(

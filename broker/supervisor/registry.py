@@ -28,7 +28,7 @@ from broker.supervisor.ends import (
     Process,
 )
 from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
-from policy.rules import Access, AccessList, Identity, Rule
+from policy.rules import NO_ACCESS, Access, AccessList, Identity, Rule
 
 SandboxId = NewType("SandboxId", str)
 
@@ -103,14 +103,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def in_force(self, compiled: AccessList | None) -> AccessList:
         """Return the list with what is built in and what the snaps' connections give.
 
-        Only where both lists let in what no rule is about, it comes in.
+        Only where both lists let in what no rule is about, it comes in; likewise what goes to the bus.
         """
         built_in = () if self.portals_as_host else PORTAL_RULES
         compiled = self.held if compiled is None else compiled
-        more, from_host = (compiled.rules, compiled.receive_from_host) if compiled else ((), True)
+        more = compiled or NO_ACCESS
         return AccessList(
-            rules=(*self.access.rules, *more, *built_in),
-            receive_from_host=self.access.receive_from_host and from_host,
+            rules=(*self.access.rules, *more.rules, *built_in),
+            receive_from_host=self.access.receive_from_host and more.receive_from_host,
+            bus_by_rule=self.access.bus_by_rule or more.bus_by_rule,
         )
 
 

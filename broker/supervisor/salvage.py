@@ -92,7 +92,7 @@ def adopt(state: SandboxState, known: Record | None, *, snaps_lost: bool) -> Rec
     given, compiled = _divide(record, spec.access)
     held = None
     if snaps_lost and compiled:
-        held = AccessList(rules=compiled, receive_from_host=spec.access.receive_from_host)
+        held = msgspec.structs.replace(spec.access, rules=compiled)
     access = msgspec.structs.replace(record.access, rules=given)
     return msgspec.structs.replace(record, access=access, held=held, listening=state.listening)
 
@@ -286,7 +286,7 @@ def _guess(state: SandboxState) -> Record:
         addresses={
             one.bus: make_unix_address(one.path, one.guid) for one in spec.listeners if one.path
         },
-        access=AccessList(receive_from_host=spec.access.receive_from_host),
+        access=msgspec.structs.replace(spec.access, rules=()),
         portals_as_host=not set(PORTAL_RULES) <= set(spec.access.rules),
         # Whom it should follow is not known: it ends with its last connection, its pipe, or when told.
         keep_after_creator=True,
