@@ -17,6 +17,7 @@ from broker.supervisor.registry import (
     SandboxId,
 )
 from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
+from policy.match import Judge
 from policy.rules import Access, AccessList, Identity, Rule
 from tests.records import make_record, make_snapshot, make_state
 
@@ -47,6 +48,23 @@ def test_a_record_knows_its_names() -> None:
     assert record.id == "c7"
     assert record.path == "/org/freedesktop/DBus/Containers1/c7"
     assert record.identity == Identity(type="org.example.Type", app="app", component="part")
+
+
+def test_a_rule_for_owning_lets_the_name_be_asked_for_where_that_needs_a_rule() -> None:
+    own = Rule(access=frozenset({Access.OWN}), name="org.example.Mine", bus="session")
+    record = make_record(access=AccessList(rules=(own,)), portals_as_host=True)
+    assert record.in_force(AccessList()).rules == (own,)
+    compiled = AccessList(rules=(), bus_by_rule=True)
+    access = record.in_force(compiled)
+    assert access.bus_by_rule
+    judge = Judge(access, bus="session", me=record.identity)
+    asking = ("/org/freedesktop/DBus", "org.freedesktop.DBus")
+    for member, allowed in (("RequestName", True), ("ReleaseName", True), ("ListNames", False)):
+        assert judge.send(("org.freedesktop.DBus",), *asking, member, None).allowed is allowed
+    elsewhere = Judge(access, bus="system", me=record.identity)
+    assert not elsewhere.send(("org.freedesktop.DBus",), *asking, "RequestName", None).allowed
+    bare = make_record(access=AccessList(), portals_as_host=True)
+    assert bare.in_force(compiled).rules == ()
 
 
 def test_portals_are_denied_unless_the_caller_insists() -> None:

@@ -35,7 +35,7 @@ async def stage(empty: Stage) -> Stage:
 
 
 async def test_a_snaps_app_has_its_compiled_rules_and_what_was_given(stage: Stage) -> None:
-    given = parse_rule("own:org.example.Mine")
+    given = parse_rule("send:org.example.Mine")
     id_ = await stage.add(access=AccessList(rules=(given,)))
     access = stage.engine.access[id_]
     compiled = stage.supervisor.snaps.ready().access("snap.remote.remote")

@@ -50,6 +50,11 @@ PORTAL_RULES: Final = tuple(
 )
 
 
+DRIVER: Final = "org.freedesktop.DBus"
+# The origin of a rule that a caller's `own` rule brings where calls to the bus need rules, too.
+OWN_CALLS: Final = "built in: a rule for owning a name lets it be asked for"
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is known of a sandbox and stored. Metadata and credentials are marshalled `a{sv}`."""
 
@@ -108,11 +113,29 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         built_in = () if self.portals_as_host else PORTAL_RULES
         compiled = self.held if compiled is None else compiled
         more = compiled or NO_ACCESS
+        if more.bus_by_rule:
+            built_in += _own_calls(self.access.rules)
         return AccessList(
             rules=(*self.access.rules, *more.rules, *built_in),
             receive_from_host=self.access.receive_from_host and more.receive_from_host,
             bus_by_rule=self.access.bus_by_rule or more.bus_by_rule,
         )
+
+
+def _own_calls(given: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return what is needed to own names beside the rules that callers gave for them."""
+    buses = {rule.bus for rule in given if Access.OWN in rule.access and not rule.deny}
+    return tuple(
+        Rule(
+            access=frozenset({Access.SEND}),
+            bus=bus,
+            name=DRIVER,
+            interface=DRIVER,
+            member="{Request,Release}Name",
+            origin=OWN_CALLS,
+        )
+        for bus in sorted(buses, key=str)
+    )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -23,7 +23,7 @@ from typing import Final
 import msgspec
 
 from broker.gate.control import SandboxState, Snapshot
-from broker.supervisor.registry import PORTAL_RULES, Record, Registry
+from broker.supervisor.registry import OWN_CALLS, PORTAL_RULES, Record, Registry
 from broker.supervisor.state import DamagedError, State, Unsettled, decode_record, unusable
 from broker.wire.address import make_unix_address
 from broker.wire.errors import CallRefusedError
@@ -299,7 +299,7 @@ def _guess(state: SandboxState) -> Record:
 def _divide(record: Record, access: AccessList) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
     """Return the rules that callers gave and those of connections; without the built-in ones."""
     built_in = () if record.portals_as_host else PORTAL_RULES
-    rules = [rule for rule in access.rules if rule not in built_in]
+    rules = [r for r in access.rules if r not in built_in and r.origin != OWN_CALLS]
     if record.type != SNAP_TYPE:
         return tuple(rules), ()
     given = [r for r in rules if r in record.access.rules or _BY_CALLER.match(r.origin)]
