@@ -1,13 +1,15 @@
 """A bus as one connection of it sees it, on the other side of a Filter: for tests of the gate.
 
 It answers calls to the bus driver as dbus-daemon does, keeps what it cannot answer in `calls`, delivers
-what a test says, and notes everything that went past. `Dialogue` is an app, a filter and such a bus.
+what a test says, and notes everything that went past. `Dialogue` is an app, a filter and such a bus; a `Town` is
+many of them, which hear of each other's names.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from broker.gate.budgets import MessageBudget
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
 from broker.gate.control import SandboxLimits
 from broker.gate.core import OWN_SERIALS, Chunk, Core, Denial, Output
@@ -47,6 +49,7 @@ class FakeHost:
     cores: list[Core] = field(default_factory=list)
     denials: list[Denial] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
+    messages: MessageBudget = field(default_factory=lambda: MessageBudget(25_000))
 
     def denied(self, core: Core, denial: Denial) -> None:
         assert core.sandbox is self
@@ -54,6 +57,7 @@ class FakeHost:
 
     def said_hello(self, core: Core) -> None:
         core.bus.connected(core.unique_name, self.id, self.identity)
+        core.bus.payers.joined(core.unique_name, self.messages)
 
     def close_fds(self, fds: Sequence[int]) -> None:
         self.closed += fds
@@ -74,6 +78,8 @@ class ModelBus:
         self.refuse: Final[dict[str, tuple[str, str]]] = {}  # driver method -> error
         # As dbus-daemon does: calls to the driver, and with an error whatever it cannot pass on.
         self.answers_mute = False
+        # Who else is to know of an owner change: gets the name and the new owner.
+        self.tell: Callable[[str, str], None] = lambda _name, _new: None
         self._serial = 0
 
     def serial(self) -> int:
@@ -108,6 +114,12 @@ class ModelBus:
 
     def change(self, name: str, new: str) -> bytes:
         """Give a name to somebody; return the signal, if the connection hears it."""
+        said = self.hear_of(name, new)
+        self.tell(name, new)
+        return said
+
+    def hear_of(self, name: str, new: str) -> bytes:
+        """The same, where it is somebody else who has been told."""
         old = self.owners.pop(name, "")
         if new:
             self.owners[name] = new
@@ -286,12 +298,18 @@ class Dialogue:
         identity: Identity = APP,
         app_takes_fds: bool = True,
         hello: bool = True,
+        host: FakeHost | None = None,
     ) -> None:
         self.model: Final = ModelBus(owners, me=me)
         self.bus: Final = shared if shared is not None else Bus("session", "unix:path=/none")
-        self.host: Final = FakeHost(identity=identity, limits=limits or SandboxLimits())
+        own_host = FakeHost(identity=identity, limits=limits or SandboxLimits())
+        self.host: Final = own_host if host is None else host
         self.filter: Final = Filter(
-            self.bus, self.host, self._judge(rules or access()), app_takes_fds=app_takes_fds
+            self.bus,
+            self.host,
+            self._judge(rules or access()),
+            app_takes_fds=app_takes_fds,
+            clock=lambda: 0.0,  # what things cost is counted
         )
         self.core: Final = self.filter.core
         self.host.cores.append(self.core)
@@ -387,6 +405,47 @@ class Dialogue:
             answer = self.model.handle(self._late.pop(0))
             if answer:
                 self.filter.feed_bus(answer)
+
+
+class Town:
+    """Connections of several sandboxes to one bus: what becomes of a name all of them hear who want to."""
+
+    def __init__(self, owners: dict[str, str] | None = None) -> None:
+        self.bus: Final = Bus("session", "unix:path=/none")
+        self.talks: Final[list[Dialogue]] = []
+        self._owners: Final = dict(owners or {})
+
+    def add(self, *rules: str, host: FakeHost | None = None) -> Dialogue:
+        """Let an app connect, from a sandbox of its own or from that one."""
+        me = f":1.{100 + len(self.talks)}"
+        own = FakeHost(id=f"c{len(self.talks)}", identity=Identity(type="org.test", app=me[3:]))
+        for talk in self.talks:
+            talk.deliver(talk.model.owner_changed(me, "", me))
+        talk = Dialogue(
+            access(*rules), owners=self._owners, shared=self.bus, me=me, host=host or own
+        )
+        talk.model.tell = lambda name, new: self._tell(talk, name, new)
+        talk.model.uniques.update(other.model.me for other in self.talks)
+        self.talks.append(talk)
+        return talk
+
+    def change(self, name: str, new: str) -> None:
+        """Let a name change its owner; "" is nobody."""
+        self._tell(None, name, new)
+
+    def emit(self, sender: str, member: str = "Changed") -> None:
+        """Have a broadcast arrive at all."""
+        for talk in self.talks:
+            talk.deliver(signal(5, member, sender=sender))
+
+    def _tell(self, teller: Dialogue | None, name: str, new: str) -> None:
+        if new:
+            self._owners[name] = new
+        else:
+            self._owners.pop(name, None)
+        for talk in self.talks:
+            if talk is not teller and (said := talk.model.hear_of(name, new)):
+                talk.deliver(said)
 
 
 def _messages(output: Output) -> list[Message]:

@@ -5,14 +5,11 @@ import pytest
 from broker.gate.bus import Bus
 from broker.gate.core import (
     LAST_SERIAL,
-    MAX_REMEMBERED,
-    MAX_REMEMBERED_BYTES,
     OWN_SERIALS,
     Core,
     Target,
-    remember,
-    remember_shape,
 )
+from broker.gate.verdicts import remember_shape
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import parse_header
 from broker.wire.marshal import make_return
@@ -54,18 +51,9 @@ def test_only_serials_of_the_app_wait_for_the_app() -> None:
     assert [core.waits(serial) for serial in (5, 6, OWN_SERIALS)] == [True, False, False]
 
 
-def test_remembered_verdicts_are_bounded_in_number_and_size() -> None:
-    table: dict[bytes, bool] = {}
-    for n in range(MAX_REMEMBERED + 1):
-        remember(table, n.to_bytes(4, "little"), True)
-    assert len(table) == 1
-    remember(table, bytes(MAX_REMEMBERED_BYTES + 1), True)
-    assert len(table) == 1
-
-
 def shaped(path: str, serial: int = 7) -> bytes:
     plain = make_return(1, reply_serial=serial, destination=":1.2", sender=":1.3")
-    return changed(plain, path=path)
+    return changed(plain, extra={10: ("o", path)})
 
 
 def test_shapes_of_one_length_lack_the_same_bytes() -> None:
@@ -94,18 +82,8 @@ def test_shape_that_is_too_long_leaves_nothing() -> None:
 
 def test_stranger_that_was_judged_as_host_drops_the_verdicts() -> None:
     core = make_core()
-    core.judged_as_host(":1.5")
-    remember(core.app_calls, b"key", Target(":1.5"))
+    core.app_calls.remember(b"key", Target(":1.5"), ":1.5")
     core.stranger_appeared(":1.6")
     assert core.app_calls
     core.stranger_appeared(":1.5")
     assert not core.app_calls
-
-
-def test_judged_strangers_are_bounded() -> None:
-    core = make_core()
-    remember(core.bus_signals, b"key", True)
-    for n in range(MAX_REMEMBERED + 1):
-        core.judged_as_host(f":1.{n}")
-    assert not core.bus_signals  # rather than one that nobody remembers the reason of
-    assert len(core._judged_uniques) == 1

@@ -180,7 +180,7 @@ def test_bad_match_rule_is_refused(rule: str, error: str) -> None:
     talk = Dialogue(EVERYTHING)
     assert answer(talk, driver_call(2, "AddMatch", "s", rule)) == (f"error {error}",)
     assert not talk.sent
-    assert talk.core.match_count == 0
+    assert talk.core.matches.count == 0
 
 
 def test_match_rule_that_was_not_added_cannot_be_removed() -> None:
@@ -200,7 +200,7 @@ def test_match_rules_are_counted() -> None:
     assert answer(talk, add) == ("error LimitsExceeded",)
     assert answer(talk, driver_call(2, "RemoveMatch", "s", "")) == ()
     assert answer(talk, add) == ()
-    assert talk.core.match_count == 2
+    assert talk.core.matches.count == 2
 
 
 def test_match_rules_of_all_connections_are_counted_together() -> None:
@@ -217,7 +217,7 @@ def test_match_rule_that_the_bus_refuses_does_not_count() -> None:
     talk = Dialogue()
     talk.model.refuse["AddMatch"] = (errors.LIMITS_EXCEEDED, "full")
     assert answer(talk, driver_call(2, "AddMatch", "s", "")) == ("error LimitsExceeded",)
-    assert talk.core.match_count == 0
+    assert talk.core.matches.count == 0
     assert not talk.core.matches
 
 

@@ -12,7 +12,7 @@ import pytest
 GATE: Final = Path(__file__).resolve().parent.parent / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
-_about _account _app _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _loop _methods _most
+_about _account _app _budgets _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _least _loop _methods _most
 _outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd finishers
 from_app id identity limits sandbox sock
 """
@@ -21,8 +21,8 @@ _next_own app_takes_fds asked callers counts_callers greeting lent matches name_
 unique_name
 """
 CORE_AGAIN: Final = """
-_judged_uniques app_calls app_mute app_replies app_reply_at app_signals bus_calls bus_mute bus_replies bus_reply_at
-bus_signals judge match_count to_app to_bus
+app_calls app_mute app_replies app_reply_at app_signals bus_calls bus_mute bus_refused bus_replies bus_reply_at
+bus_signals judge tables to_app to_bus
 """
 LINK: Final = """
 bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
@@ -33,28 +33,34 @@ _close_pipe _guid _listening _throttled_count _waiting complaints denied_count i
 # Class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
 FIELDS: Final = {
     "core.Core": (CORE, CORE_AGAIN),
-    "owners.Owners": ("_extra _matches _then _uses names waiting", "_by_owner _histories"),
+    "subscriptions.Subscriptions": ("", "_counts _filed _spaces count"),
+    "owners.Owners": (
+        "_asking _extra _matches _then _unasked _uses names waiting",
+        "_histories views",
+    ),
+    "views.Views": ("", "_by_owner _bus _views"),
     "sight.Sight": ("lately_seen", ""),
     "swap.Swap": ("told", ""),
     "intake.Intake": ("_batches _fds _need _number _parts _skip unfinished", "_held"),
     "filter.Filter": (
         "_from_bus _stash _wake held yielded",
-        "_pass_app _pass_bus _stashed_bytes answered spent",
+        "_note_refusal _pass_app _pass_bus _stashed_bytes answered billed spent",
     ),
-    "incoming.Incoming": ("", ""),
+    "incoming.Incoming": ("", "_arrives _cause _cost"),
     "outgoing.Outgoing": ("", ""),
     "driver.Driver": ("", ""),
     "bus.Bus": (
         "_guid _late _wording address identities name sandboxes speakers tagged",
-        "judges_names_alone links members takes_fds tells_unique_names",
+        "judges_names_alone links members payers takes_fds tells_unique_names",
     ),
+    "payers.Payers": ("_arriving _late _movers", "_orphans budgets"),
     "pipe.Pipe": (
         "_queue _reading",
         "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
     ),
     "link.Link": (LINK, "_bus_sock _client _closed _goes_on _meter _new_judge _server"),
     "meter.Meter": ("", "_asked _asks _budget answered ask_from counted"),
-    "budgets.MessageBudget": ("_filled left", ""),
+    "budgets.MessageBudget": ("_filled caused left", ""),
     "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),
     "reports.Reports": ("left unreported", ""),
     "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over lost"),

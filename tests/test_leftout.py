@@ -14,7 +14,7 @@ from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import MAX_FIELDS, MessageType, parse_header
 from broker.wire.reader import MAX_STEPS
-from policy.match import MAX_PATH
+from policy.tables import MAX_PATH
 from tests.messages import NO_REPLY, access, big, call, changed, misplaced, signal
 from tests.modelbus import ME, Dialogue
 from tests.test_header import write_fields

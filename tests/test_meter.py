@@ -2,8 +2,8 @@
 
 import pytest
 
-from broker.gate.budgets import BYTES_A_MESSAGE, JUDGED_COST, MessageBudget
-from broker.gate.meter import BUSY_SECOND, EVERY, Meter
+from broker.gate.budgets import BUSY_SECOND, BYTES_A_MESSAGE, JUDGED_COST, MessageBudget
+from broker.gate.meter import EVERY, Meter
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import parse_header
 from broker.wire.marshal import make_return

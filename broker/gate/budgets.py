@@ -16,12 +16,24 @@ JUDGED_COST: Final = 5
 CONNECTION_COST: Final = 250
 # A read, in a handshake: what it says is bounded in sasl.py. Elsewhere meter.py looks at what it brought.
 READ_COST: Final = 1
+# What the bus brings, for each connection that hears it. Whoever caused it pays (payers.py): 1 if it is known, more if it
+# has to be looked at. An answer is in the price of what it answers, as far as that was the app's.
+HEARD_COST: Final = 4
+ANSWER_COST: Final = 1
+# A question of the gate's own, with its answer: each is a message for the bus as well.
+QUESTION_COST: Final = 5
+# Each message more that the app is told of one owner change: the owner came into sight, say, with all of its names.
+TOLD_COST: Final = 1
+# Messages that a second counts for, of the gate's time or of the bus's: the default budget is 40 % of it.
+BUSY_SECOND: Final = 62_500
 # So many bytes cost a message more: that is what copying them takes, here, in the bus and in who gets them.
 BYTES_A_MESSAGE: Final = 3072
 # Messages to be judged anew that one connection gets done before the others have their turn.
 JUDGED_A_TURN: Final = 8
 # Seconds' worth of messages that may come at once: apps ask for much when they start.
 BURST: Final = 1.0
+# Seconds' worth that a sandbox may owe for what it caused: that comes to light when the bus has brought it to all.
+MOST_OWED: Final = 10
 # Whoever has taken too much waits at least so long, or each timer would be for a handful of messages.
 SHORTEST_PAUSE: Final = 0.005
 
@@ -37,9 +49,11 @@ class MessageBudget:
     def __init__(self, a_second: int, clock: Clock = time.monotonic) -> None:
         self._rate: Final = max(1, a_second)
         self._full: Final = max(1, int(self._rate * BURST))
+        self._least: Final = -self._rate * MOST_OWED
         self._clock: Final = clock
         self._filled = clock()
         self.left = self._full
+        self.caused = 0  # of all that was taken away, so far: what came back from the bus
 
     def fill(self) -> None:
         """Put in what has come together since the last time."""
@@ -48,6 +62,12 @@ class MessageBudget:
         # What is less than one message is kept for the next time.
         self._filled += earned / self._rate
         self.left = min(self._full, self.left + earned)
+
+    def charge(self, cost: int) -> None:
+        """Take away what the bus brought to anybody because of this sandbox; what it owes has a bound."""
+        if self.left > self._least:
+            self.left = max(self.left - cost, self._least)
+        self.caused += cost
 
     def take_more(self, cost: int) -> None:
         """Take away what things cost beyond what was counted; never so much that it lasts over a second."""
@@ -67,11 +87,11 @@ class MessageBudget:
 
     def dump(self) -> BudgetDump:
         """Return what is left, and since when."""
-        return BudgetDump(left=self.left, filled=self._filled)
+        return BudgetDump(left=self.left, filled=self._filled, caused=self.caused)
 
     def load(self, dump: BudgetDump) -> None:
         """Have left what the one had that made the dump."""
-        self.left, self._filled = dump.left, dump.filled
+        self.left, self._filled, self.caused = dump.left, dump.filled, dump.caused
 
 
 class Complaints:

@@ -13,6 +13,7 @@ from broker.gate.connector import Done, connect
 from broker.gate.control import BusSpec
 from broker.gate.handover import BusDump
 from broker.gate.loop import Loop
+from broker.gate.payers import Payers
 from broker.wire import errors
 from broker.wire.sasl import Client, SaslClient
 from policy.match import Judge
@@ -59,6 +60,7 @@ class Bus:
         self.identities: Final[dict[str, Identity]] = {}
         self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
         self.members: Final[set[Member]] = set()
+        self.payers: Final = Payers()
         # Senders whose rules say which apps hear their broadcasts: their unique names.
         self.speakers: Final[dict[str, Judge]] = {}
         self._late: Final[OrderedDict[str, None]] = OrderedDict()
@@ -101,6 +103,7 @@ class Bus:
             self._late.clear()
             self.tagged.clear()
             self._wording.clear()
+            self.payers.clear()
         self._guid = guid
 
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
@@ -151,6 +154,7 @@ class Bus:
             speakers=tuple((name, places[id(judge)]) for name, judge in late.items()),
             tagged=tuple(sorted(self.tagged)),
             wording=tuple((question, *words) for question, words in self._wording.items()),
+            payers=self.payers.dump(),
         )
 
     def load(self, dump: BusDump) -> None:
@@ -163,6 +167,7 @@ class Bus:
         self.speakers.update((name, judges[place]) for name, place in dump.speakers)
         self.tagged.update(dump.tagged)
         self._wording.update((question, (error, text)) for question, error, text in dump.wording)
+        self.payers.load(dump.payers)
 
     # -- how this bus words "there is no such name" ------------------------------------------
 

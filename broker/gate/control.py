@@ -241,6 +241,7 @@ class Use(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=Tru
     message_seconds: int = 0  # connections with half a message
     throttled: int = 0  # times that the sandbox was read more slowly, so far
     suppressed: int = 0  # lines that were left out of the log, so far
+    caused: int = 0  # messages charged for what the bus brought because of it, to anybody, so far
 
     def __add__(self, other: "Use") -> "Use":
         """Return both together."""

@@ -5,7 +5,7 @@ messages; what it has not seen before goes to `Outgoing`, `Driver` or `Incoming`
 leave a memory in `fast`, so that the next message with the same header bytes costs one look-up.
 
 Rule 1: whatever a remembered verdict depends on (rules, owners, identities, tags) calls `forget_verdicts`
-when it changes, in the same step.
+when it changes, in the same step; or `forget_about`, if that is a name's owner or what an owner is and has.
 Rule 2: `pending` has one entry for each call that waits for a reply, whoever asked. An entry's `owner` is the one unique
 name whose reply is let through without a second look; "" makes every reply take the slow path. Many entries may be one Target.
 Rule 3: serials from OWN_SERIALS up are the gate's. An app's message that has one is given another.
@@ -15,7 +15,7 @@ Rule 5: what is known for longer than a turn of the loop is data, and in `dump`:
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
 from broker.gate.handover import (
@@ -29,20 +29,19 @@ from broker.gate.handover import (
 )
 from broker.gate.history import Since
 from broker.gate.host import Host
+from broker.gate.subscriptions import Subscriptions
+from broker.gate.verdicts import Verdicts
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Header
 from broker.wire.marshal import Value
-from broker.wire.matchrule import MatchRule, parse_match_rule
+from broker.wire.matchrule import parse_match_rule
 from policy.match import Judge
 
 OWN_SERIALS: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
 REPLY_SERIAL: Final = 0xFFFFFFFF  # of replies that the gate makes itself: no bus uses it
 MAX_CALLERS: Final = 1024  # that are remembered: whoever called the app may be seen by it
-# Remembered verdicts a table, and the longest header worth remembering: 256 KiB at the most.
-MAX_REMEMBERED: Final = 512
-MAX_REMEMBERED_BYTES: Final = 512
 MAX_FORMER_OWNERS: Final = 64  # that one waiting call is followed through
 
 
@@ -53,7 +52,6 @@ class Chunk(NamedTuple):
     fds: tuple[int, ...]
 
 
-Remembered = TypeVar("Remembered")
 Output = list[bytes | Chunk]
 
 
@@ -121,27 +119,30 @@ class Core:
         self.lent: Final[set[int]] = set()
         # Calls to the app that wait for its reply: (caller, serial).
         self.asked: Final[set[tuple[str, int]]] = set()
-        self.matches: Final[dict[MatchRule, int]] = {}
-        self.match_count = 0
+        self.matches: Final = Subscriptions()
         # Names that the app has or waits for, and the number of its last request for each.
         self.requested_names: Final[dict[str, int]] = {}
         self.name_requests = 0  # so far
         self.callers: Final[OrderedDict[str, None]] = OrderedDict()
         self.counts_callers = False  # it is being asked which of them are still there
         # Remembered verdicts, by the first header word (byte order, type, flags, version), then the field array.
-        self.app_calls: Final[dict[bytes, Target]] = {}  # -> who may reply
-        self.app_mute: Final[dict[bytes, bool]] = {}  # calls that want no reply
-        self.app_signals: Final[dict[bytes, bool]] = {}
-        self.bus_calls: Final[dict[bytes, str]] = {}  # -> caller
-        self.bus_mute: Final[dict[bytes, bool]] = {}
-        self.bus_signals: Final[dict[bytes, bool]] = {}
+        self.app_calls: Final[Verdicts[Target]] = Verdicts()  # -> who may reply
+        self.app_mute: Final[Verdicts[bool]] = Verdicts()  # calls that want no reply
+        self.app_signals: Final[Verdicts[bool]] = Verdicts()
+        self.bus_calls: Final[Verdicts[str]] = Verdicts()  # -> caller
+        self.bus_mute: Final[Verdicts[str]] = Verdicts()  # -> sender
+        self.bus_signals: Final[Verdicts[str]] = Verdicts()
+        self.bus_refused: Final[Verdicts[Denial]] = Verdicts()  # broadcasts
+        self.tables: Final[tuple[Verdicts[Any], ...]] = (
+            *(self.app_calls, self.app_mute, self.app_signals),
+            *(self.bus_calls, self.bus_mute, self.bus_signals, self.bus_refused),
+        )
         # Replies of one sender have one shape, the field array without the four bytes of REPLY_SERIAL:
         # length of the array -> where those are; shape -> sender (destination).
         self.bus_reply_at: Final[dict[int, int]] = {}
         self.bus_replies: Final[dict[bytes, str]] = {}
         self.app_reply_at: Final[dict[int, int]] = {}
         self.app_replies: Final[dict[bytes, str]] = {}
-        self._judged_uniques: Final[set[str]] = set()
         self._next_own = OWN_SERIALS
         # Who knows what to do with a reply to a Special call: by Then.kind. Each part of the connection
         # puts its own in.
@@ -154,35 +155,25 @@ class Core:
 
     def forget_verdicts(self) -> None:
         """Judge everything anew."""
-        for table in (
-            self.app_calls,
-            self.app_mute,
-            self.app_signals,
-            self.bus_calls,
-            self.bus_mute,
-            self.bus_signals,
-            self.app_replies,
-        ):
+        for table in self.tables:
             table.clear()
-        self._judged_uniques.clear()
+        self.app_replies.clear()
 
-    def judged_as_host(self, unique_name: str) -> None:
-        """Note that a verdict rests on this unique name being nobody's we know."""
-        if len(self._judged_uniques) >= MAX_REMEMBERED:
-            self.forget_verdicts()
-        self._judged_uniques.add(unique_name)
+    def forget_about(self, *names: str) -> None:
+        """Judge anew what is to or from whoever has, or had, one of these names."""
+        for table in self.tables:
+            table.forget_about(*names)
 
     def stranger_appeared(self, unique_name: str) -> None:
         """Unique names can be guessed: a verdict may be older than the connection it is about."""
-        if unique_name in self._judged_uniques:
-            self.forget_verdicts()
+        self.forget_about(unique_name)
 
     # -- what the sandbox has in all ------------------------------------------------------------
 
     @property
     def all_match_rules(self) -> int:
         """How many match rules the connections of the sandbox have together."""
-        return sum(core.match_count for core in self.sandbox.cores)
+        return sum(core.matches.count for core in self.sandbox.cores)
 
     @property
     def all_names(self) -> int:
@@ -332,8 +323,8 @@ class Core:
             self.pending[call.serial] = _load_call(call, since)
         self.lent.update(dump.lent)
         self.asked.update(dump.asked)
-        self.matches.update((parse_match_rule(text), count) for text, count in dump.matches)
-        self.match_count = sum(self.matches.values())
+        for text, count in dump.matches:
+            self.matches.add(parse_match_rule(text), count)
         self.requested_names.update(dump.requested_names)
         self.name_requests = dump.name_requests
         self.callers.update(dict.fromkeys(dump.callers))
@@ -411,31 +402,3 @@ def _load_call(
 
 def _ignore(_then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
     """It makes no difference what was answered."""
-
-
-def remember(table: dict[bytes, Remembered], key: bytes, value: Remembered) -> None:
-    """Remember a verdict, within bounds."""
-    if len(key) > MAX_REMEMBERED_BYTES:
-        return
-    if len(table) >= MAX_REMEMBERED:
-        table.clear()
-    table[key] = value
-
-
-def remember_shape(
-    shapes: dict[bytes, str], positions: dict[int, int], header: Header, data: bytes, peer: str
-) -> None:
-    """Remember what replies from or to this peer look like, within bounds.
-
-    All shapes of one length lack the bytes at the same place. Otherwise a reply could be made that looks
-    like one of them with other bytes left out, and says something else.
-    """
-    at = header.reply_serial_at
-    shape = data[12:at] + data[at + 4 : header.size]
-    if len(shape) > MAX_REMEMBERED_BYTES:
-        return
-    if positions.get(header.size, at) != at:
-        for known in [known for known in shapes if len(known) == len(shape)]:
-            del shapes[known]
-    positions[header.size] = at
-    remember(shapes, shape, peer)

@@ -30,7 +30,7 @@ from broker.wire.header import Flag, Header, MessageType, serialise_header
 from broker.wire.marshal import Value
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from broker.wire.names import is_well_known_name
-from policy.match import MAX_PATH
+from policy.tables import MAX_PATH
 
 
 class Driver:
@@ -226,8 +226,7 @@ class Driver:
             raise CallRefusedError(
                 errors.LIMITS_EXCEEDED, f"match_rules={limit} are in use already"
             )
-        core.matches[rule] = core.matches.get(rule, 0) + 1
-        core.match_count += 1
+        core.matches.add(rule)
         text = rule.canonical()
         return self._call(header, "s", (text,), Then("add-match", (text,)))
 
@@ -235,7 +234,7 @@ class Driver:
         if reply.type == MessageType.ERROR:
             rule = parse_match_rule(str(then.values[0]))
             if rule in self._core.matches:
-                self._drop_match(rule)
+                self._core.matches.drop(rule)
         self._core.deliver(data, fds)
 
     def _remove_match(self, header: Header, data: bytes) -> bool:
@@ -245,15 +244,8 @@ class Driver:
                 errors.MATCH_RULE_NOT_FOUND,
                 "The given match rule wasn't found and can't be removed",
             )
-        self._drop_match(rule)
+        self._core.matches.drop(rule)
         return self._call(header, "s", (rule.canonical(),))
-
-    def _drop_match(self, rule: MatchRule) -> None:
-        core = self._core
-        core.match_count -= 1
-        core.matches[rule] -= 1
-        if not core.matches[rule]:
-            del core.matches[rule]
 
     # -- looking names up ---------------------------------------------------------------------------
 
@@ -353,6 +345,7 @@ class Driver:
         limit = core.sandbox.limits.names
         if name not in core.requested_names and core.all_names >= limit:
             raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
+        core.bus.payers.moves(core.unique_name, name)
         core.name_requests += 1
         request = core.requested_names[name] = core.name_requests
         then = Then("request-name", (name, request))
@@ -370,6 +363,7 @@ class Driver:
     def _release_name(self, header: Header, data: bytes) -> bool:
         name = str(arguments(header, data, "s")[0])
         self._must_own(header, name)
+        self._core.bus.payers.moves(self._core.unique_name, name)
         self._core.requested_names.pop(name, None)
         return self._call(header, "s", (name,))
 

@@ -4,15 +4,17 @@ The fast path is here: a message whose header bytes were judged before costs a s
 messages are passed on as one slice. Everything else is cut out whole and handed to `Outgoing` or `Incoming`. Read core.py's
 theory of operation first. Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not
 read from the app: it waits for an answer of the bus, or (`yielded`) others have to have their turn before `go_on`.
-`spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away.
+`spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away. What
+else the bus brings is charged here, to whoever caused it (payers.py); `billed` is the time of that.
 """
 
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from broker.gate.budgets import BYTES_A_MESSAGE, JUDGED_COST
+from broker.gate.budgets import BUSY_SECOND, BYTES_A_MESSAGE, HEARD_COST, JUDGED_COST, Clock
 from broker.gate.bus import Bus
 from broker.gate.core import OWN_SERIALS, Core, Special
 from broker.gate.handover import ChunkDump, Fds, FilterDump, HandoverError, pick
@@ -25,7 +27,7 @@ from broker.gate.owners import Owners
 from broker.gate.runs import Place, take_calls, take_replies
 from broker.gate.sight import Sight
 from broker.gate.swap import Swap
-from broker.gate.trace import make_pass, parse_from_app, parse_from_bus
+from broker.gate.trace import make_known_note, make_pass, parse_from_app, parse_from_bus
 from broker.gate.words import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import (
@@ -41,6 +43,8 @@ from broker.wire.skim import skim_fixed, skim_header
 from broker.wire.trace import FROM_APP, FROM_BUS
 from policy.match import Judge
 
+_SIGNALS: Final = frozenset(SIGNALS)
+
 
 class Filter:
     """A connection of a sandbox to a bus."""
@@ -53,11 +57,14 @@ class Filter:
         *,
         app_takes_fds: bool,
         judged_a_turn: int = sys.maxsize,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.core: Final = Core(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.held = False
         self.yielded = False
         self.spent = self.answered = 0
+        self.billed = 0.0
+        self._clock: Final = clock
         self._turn = judged_a_turn * JUDGED_COST
         self._owners: Final = Owners(self.core, self._synced)
         self._sight: Final = Sight(self.core, self._owners)
@@ -73,12 +80,14 @@ class Filter:
         core = self.core
         self._pass_app: Final = make_pass(core.to_bus, sandbox.id, FROM_APP)
         self._pass_bus: Final = make_pass(core.to_app, sandbox.id, FROM_BUS)
+        self._note_refusal: Final = make_known_note(sandbox.id, FROM_BUS)
         self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
             **dict.fromkeys(CALLS, core.app_calls),
             **dict.fromkeys(MUTE_CALLS, core.app_mute),
             **dict.fromkeys(SIGNALS, core.app_signals),
         }
-        self.bus_tables: Final[dict[int, Mapping[bytes, object]]] = {
+        self._budgets: Final = bus.payers.budgets
+        self.bus_tables: Final[dict[int, Mapping[bytes, str]]] = {
             **dict.fromkeys(CALLS, core.bus_calls),
             **dict.fromkeys(MUTE_CALLS, core.bus_mute),
             **dict.fromkeys(SIGNALS, core.bus_signals),
@@ -331,7 +340,9 @@ class Filter:
                     table = self.bus_tables.get(first) if fast else None
                     if table is not None:
                         caller = table.get(data[pos + 12 : start])
-                        if caller is not None and self.known_bus_call(table, caller, serial):
+                        if caller is not None and self.known_bus_call(
+                            table, caller, serial, stop - pos
+                        ):
                             pos = stop
                             continue
             if run < pos:
@@ -364,42 +375,47 @@ class Filter:
         del core.pending[asked]
         return stop + (stop - pos) * take_replies(data, place, at, core.pending, sender)
 
-    def known_bus_call(self, table: object, caller: object, serial: int) -> bool:
+    def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
         core = self.core
         if table is core.bus_calls:
             if len(core.asked) >= core.sandbox.limits.pending_calls:
                 return False
-            core.asked.add((caller, serial))  # type: ignore[arg-type]
+            core.asked.add((caller, serial))
+        if (budget := self._budgets.get(caller)) is not None:
+            budget.charge(1 + size // BYTES_A_MESSAGE)
         return True
 
     def _bus_message(self, data: bytes, pos: int) -> int:
         """Deal with one message from the bus; return where it ends, 0 if it is not whole."""
         intake = self._from_bus
+        start = self._clock()
         size = measure(data, pos, BUS_LIMITS)
         if measure_header(data, pos, BUS_LIMITS) > MAX_HEADER:
             return self._leave_out(data, pos, size, TOO_LARGE)
         if pos + size > len(data):
             intake.need(size)
             return 0
+        if not (self._stash or intake.has_fds) and self._known_refusal(data, pos, size):
+            return pos + size
         try:
             header = parse_from_bus(self.core.sandbox.id, data, pos)
         except PeerProtocolError as exc:
             return self._leave_out(data, pos, size, str(exc))
         fds = intake.peek_fds(header.unix_fds, pos)
-        self._take_in(header, data[pos : pos + size], fds)
+        self._take_in(Arrived(header, data[pos : pos + size], fds), start)
         intake.drop_fds(len(fds))
         return pos + size
 
-    def _take_in(self, header: Header, message: bytes, fds: tuple[int, ...]) -> None:
+    def _take_in(self, arrived: Arrived, start: float) -> None:
         """Have a message from the bus judged, or put it behind those that wait."""
         waiting = len(self.core.pending)
-        in_order = not self._stash or self._cannot_wait(header)
-        if not (in_order and self._incoming.message(header, message, fds)):
-            self._stash.append(Arrived(header, message, fds))
-            self._stashed_bytes += len(message)
+        in_order = not self._stash or self._cannot_wait(arrived.header)
+        if not (in_order and self._hear(arrived, start)):
+            self._stash.append(arrived)
+            self._stashed_bytes += len(arrived.data)
         if len(self.core.pending) < waiting:
-            self.answered += len(message) // BYTES_A_MESSAGE
+            self.answered += len(arrived.data) // BYTES_A_MESSAGE
         # One message alone may be as large as the bus allows.
         is_much = self._stashed_bytes > self.core.sandbox.limits.bytes_queued
         if is_much and len(self._stash) > 1:
@@ -419,10 +435,38 @@ class Filter:
         # They were sent with the beginning of their message.
         self.core.sandbox.close_fds(intake.take_fds_before(pos + size))
         intake.skip(max(0, pos + size - len(data)))
+        start = self._clock()
         in_place = leave_out(self.core, header, why)
+        cost = max(HEARD_COST, int((self._clock() - start) * BUSY_SECOND))
+        self.core.bus.payers.charge(header.sender or "", cost + size // BYTES_A_MESSAGE)
         if in_place is not None:
-            self._take_in(parse_header(in_place), in_place, ())
+            self._take_in(Arrived(parse_header(in_place), in_place, ()), self._clock())
         return min(pos + size, len(data))
+
+    def _known_refusal(self, data: bytes, pos: int, size: int) -> bool:
+        """Say whether this is a broadcast that was refused before; it has been again then."""
+        refusals = self.core.bus_refused
+        first, _, _, fields = FIXED.unpack_from(data, pos)
+        if not refusals or first not in _SIGNALS:
+            return False
+        header_size = FIXED_SIZE + (fields + 7 & -8)
+        denial = refusals.get(data[pos + 12 : pos + header_size])
+        if denial is None:
+            return False
+        self._note_refusal(data, pos, header_size)
+        self.core.sandbox.denied(self.core, denial)
+        self.core.bus.payers.charge(denial.peer, 1 + size // BYTES_A_MESSAGE)
+        return True
+
+    def _hear(self, arrived: Arrived, start: float) -> bool:
+        """Deal with a message, at the cost of whoever caused it. False: it must wait."""
+        header, data, fds = arrived
+        if not self._incoming.message(header, data, fds):
+            return False
+        took = self._clock() - start
+        self.billed += took
+        self._incoming.charge(len(data) // BYTES_A_MESSAGE, int(took * BUSY_SECOND))
+        return True
 
     def _cannot_wait(self, header: Header) -> bool:
         """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
@@ -440,8 +484,7 @@ class Filter:
             self._wake = False
             self._stashed_bytes = 0
             while self._stash:
-                stashed = self._stash.popleft()
-                waits = not self._incoming.message(stashed.header, stashed.data, stashed.fds)
+                waits = not self._hear(self._stash.popleft(), self._clock())
                 assert not waits
             if self.held and not self.yielded:
                 self.held = False

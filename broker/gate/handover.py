@@ -112,6 +112,8 @@ class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     globs: bool = False
     matches: tuple[str, ...] = ()
     histories: tuple[HistoryDump, ...] = ()  # of the names that calls wait for
+    unasked: tuple[str, ...] = ()  # names whose owner is still to be asked for
+    asking: int = 0  # how many have been
 
 
 class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -178,6 +180,7 @@ class BudgetDump(msgspec.Struct, frozen=True, kw_only=True):
 
     left: int
     filled: float
+    caused: int = 0
 
 
 class ComplaintsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -207,6 +210,14 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     unreported: int = 0
 
 
+class PayersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who pays for what a bus brings, beside the connections that are there."""
+
+    late: tuple[tuple[str, str], ...] = ()  # (unique name, sandbox)
+    movers: tuple[tuple[str, str], ...] = ()  # (name, who asked for it last)
+    arriving: tuple[tuple[str, int], ...] = ()  # (unique name, what it owes)
+
+
 class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What all connections to a bus know."""
 
@@ -221,6 +232,7 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     speakers: tuple[tuple[str, int], ...] = ()
     tagged: tuple[str, ...] = ()
     wording: tuple[tuple[str, str, str], ...] = ()
+    payers: PayersDump = PayersDump()
 
 
 class OwnCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -6,12 +6,14 @@ The slow path of the bus side; `Filter` comes here with what it does not remembe
 from dataclasses import replace
 from typing import Final, NamedTuple
 
+from broker.gate.budgets import ANSWER_COST, HEARD_COST, QUESTION_COST, TOLD_COST
 from broker.gate.bus import DRIVER
-from broker.gate.core import Core, Denial, Special, Target, remember, remember_shape
+from broker.gate.core import Core, Denial, Special, Target
 from broker.gate.handover import Then
 from broker.gate.outgoing import denial
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
+from broker.gate.verdicts import remember_shape
 from broker.wire import errors, marshal
 from broker.wire.header import (
     READ_LIMITS,
@@ -39,10 +41,15 @@ class Incoming:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
+        # Who pays for the message that is being dealt with, and how much it counts.
+        self._cause = ""
+        self._cost = 0
+        self._arrives = False  # the message is about the one that pays, who has just connected
         core.finishers["count-callers"] = self._counted
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
+        self._cause, self._cost, self._arrives = self._core.unique_name, ANSWER_COST, False
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
             if self._owners.waiting and self._kind_of(header) == "list":
                 return False
@@ -59,6 +66,17 @@ class Incoming:
         else:
             self._core.sandbox.close_fds(fds)
         return True
+
+    def charge(self, size: int, took: int) -> None:
+        """Have the last message paid by whoever caused it: what it counts, or what its time does.
+
+        `size` is what its bytes count.
+        """
+        cost = max(self._cost + size, took)
+        if self._arrives:
+            self._core.bus.payers.charge_arrival(self._cause, cost)
+        else:
+            self._core.bus.payers.charge(self._cause, cost)
 
     # -- replies -----------------------------------------------------------------------------------
 
@@ -77,6 +95,7 @@ class Incoming:
         if entry is None or not self._may_answer(entry, sender):
             core.sandbox.close_fds(fds)
             if sender != DRIVER:
+                self._cause, self._cost = sender, HEARD_COST
                 core.sandbox.denied(
                     core, Denial("receive", "reply", sender, "", "", "", "not asked for", "")
                 )
@@ -93,6 +112,8 @@ class Incoming:
             data = self._clean(header, data)
             header = parse_header(data, 0, READ_LIMITS)
         if isinstance(entry, Special):
+            if entry.is_own:
+                self._cost = QUESTION_COST
             core.finish(entry.then, header, data, fds)
             return
         core.deliver(data, fds)
@@ -110,11 +131,14 @@ class Incoming:
 
     def _driver_signal(self, header: Header, data: bytes) -> None:
         core = self._core
+        self._cost = HEARD_COST
         if header.member == "NameOwnerChanged" and header.interface == DRIVER:
             self._owner_changed(header, data)
         elif header.destination is not None:  # NameAcquired, NameLost
+            self._find_mover(header, data)
             core.deliver(self._clean(header, data))
         else:
+            self._cause = ""
             verdict = core.judge.receive(
                 (DRIVER,), header.path, header.interface, header.member, None, broadcast=True
             )
@@ -126,28 +150,26 @@ class Incoming:
             return
         arguments = marshal.read_body("sss", data[header.size :], little=header.little)
         name, old, new = (str(argument) for argument in arguments)
-        for change in self._sight.owner_changed(name, old, new):
+        self._cause = self._core.bus.payers.who_moved(name, new, old)
+        self._arrives = name[:1] == ":" and not old
+        changes = self._sight.owner_changed(name, old, new)
+        self._cost += len(changes) * TOLD_COST
+        for change in changes:
             if change != (name, old, new):
                 self.tell_owner_change(*change)
             # Our own match rules bring changes that the app has not asked for.
-            elif self._wants_owner_change(*change):
+            elif self._core.matches.want_owner_change(*change):
                 self._core.deliver(self._clean(header, data))
 
-    def _wants_owner_change(self, name: str, old: str, new: str) -> bool:
-        return any(
-            rule.matches(
-                sender_names=(DRIVER,),
-                path="/org/freedesktop/DBus",
-                interface=DRIVER,
-                member="NameOwnerChanged",
-                args=(name, old, new),
-            )
-            for rule in self._core.matches
-        )
+    def _find_mover(self, header: Header, data: bytes) -> None:
+        """Let whoever asked for a name pay for our being told that we have it, or have it no more."""
+        if header.signature == "s":
+            (name,) = marshal.read_body("s", data[header.size :], little=header.little)
+            self._cause = self._core.bus.payers.who_asked(str(name)) or self._cause
 
     def tell_owner_change(self, name: str, old: str, new: str) -> None:
         """Say that a name came into sight or left it, in the words of an owner change."""
-        if self._wants_owner_change(name, old, new):
+        if self._core.matches.want_owner_change(name, old, new):
             self._core.deliver(
                 marshal.make_signal(
                     0xFFFFFFFF,
@@ -165,12 +187,16 @@ class Incoming:
     def _from_peer(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core
         sender = header.sender or ""
+        self._cause, self._cost = sender, HEARD_COST
         is_call = header.type == MessageType.METHOD_CALL
         wants_reply = is_call and not header.flags & Flag.NO_REPLY_EXPECTED
         verdict = self._judge(header, sender)
         problem = None
         if not verdict.allowed:
-            core.sandbox.denied(core, denial("receive", header, sender, verdict))
+            refused = denial("receive", header, sender, verdict)
+            core.sandbox.denied(core, refused)
+            if header.destination is None and not fds and header.little:
+                core.bus_refused.remember(data[12 : header.size], refused, sender)
             problem = (
                 errors.ACCESS_DENIED,
                 f"The sandboxed receiver takes no such call: {verdict.reason}",
@@ -197,8 +223,6 @@ class Incoming:
         """Judge by our rules; a sandbox's broadcast also by its own, if they say who hears it."""
         core = self._core
         peer = core.bus.identities.get(sender)
-        if peer is None:
-            core.judged_as_host(sender)
         broadcast = header.destination is None
         verdict = core.judge.receive(
             self._owners.names_of(sender),
@@ -231,11 +255,11 @@ class Incoming:
     def _remember(self, header: Header, key: bytes, sender: str) -> None:
         core = self._core
         if header.type == MessageType.SIGNAL:
-            remember(core.bus_signals, key, True)
+            core.bus_signals.remember(key, sender, sender)
         elif header.flags & Flag.NO_REPLY_EXPECTED:
-            remember(core.bus_mute, key, True)
+            core.bus_mute.remember(key, sender, sender)
         else:
-            remember(core.bus_calls, key, sender)
+            core.bus_calls.remember(key, sender, sender)
 
     def _clean(self, header: Header, data: bytes) -> bytes:
         """Leave out what the bus let through and does not define: it could be forged."""

@@ -370,8 +370,9 @@ class Link:
             if dump.filter is not None:
                 judging = self._judge_with(self._upstream, app_takes_fds=dump.filter.app_takes_fds)
                 judging.load(dump.filter, fds)
-                if judging.core.unique_name:
-                    self.bus.speaks(judging.core.unique_name, judging.core.judge)
+                if unique_name := judging.core.unique_name:
+                    self.bus.speaks(unique_name, judging.core.judge)
+                    self.bus.payers.joined(unique_name, self.sandbox.messages)
                 return
             self._client = SaslClient(self.sandbox.spec.uid)
             self._client.feed(self._bus_said)

@@ -11,15 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from broker.gate.budgets import BYTES_A_MESSAGE, Clock, MessageBudget
+from broker.gate.budgets import BUSY_SECOND, BYTES_A_MESSAGE, Clock, MessageBudget
 from broker.gate.filter import Filter
 from broker.gate.handover import Then
 from broker.wire.header import Header
 
 # Messages, as budgets.py counts them, from one question to the next: a question costs the bus as much as two.
 EVERY: Final = 512
-# Messages that a second counts for, of the gate's time or of the bus's: the default budget is 40 % of it.
-BUSY_SECOND: Final = 62_500
 # Who has not read more than this part of `bytes_queued` pays for replies by their number as well.
 BEHIND: Final = 16
 KIND: Final = "meter"
@@ -56,16 +54,17 @@ class Meter:
     def feed_bus(self, data: bytes, fds: Sequence[int], *, pays: bool) -> None:
         """Have judged what the bus sent. Raises as the filter does.
 
-        Replies to the app's calls may cost it the time that they take, and if it `pays` their number; what else comes
-        is not its doing.
+        Known replies to the app's calls may cost it the time that they take, and if it `pays` their number. What has to
+        be looked at has been charged to whoever caused it.
         """
         judging = self._judging
+        judging.billed = 0.0
         start = self._clock()
         judging.feed_bus(data, fds)
         if judging.answered:
             if pays:
                 judging.spent, judging.answered = judging.spent + judging.answered, 0
-            self._spend(start, judging.answered)
+            self._spend(start + judging.billed, judging.answered)
             self._ask_if_due()
 
     def _measure_app(self, judge: Callable[[], None], size: int) -> None:

@@ -16,18 +16,18 @@ from broker.gate.core import (
     Denial,
     Special,
     Target,
-    remember,
-    remember_shape,
 )
 from broker.gate.driver import Driver
 from broker.gate.handover import Then
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
+from broker.gate.verdicts import remember_shape
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
-from policy.match import MAX_PATH, Verdict
+from policy.match import Verdict
 from policy.rules import Identity
+from policy.tables import MAX_PATH
 
 # dbus-daemon takes 16 and ends a connection that sends more (max_message_unix_fds).
 MAX_FDS: Final = 16
@@ -122,13 +122,13 @@ class Outgoing:
         if header.flags & Flag.NO_REPLY_EXPECTED:
             plain = self._emit(header, data, fds, target)
             if plain:
-                remember(core.app_mute, data[12 : header.size], True)
+                core.app_mute.remember(data[12 : header.size], True, *_names(header, target))
             return True
         plain = self._emit(header, data, fds, target)
         if header.serial < OWN_SERIALS:
             core.pending[header.serial] = target
         if plain:
-            remember(core.app_calls, data[12 : header.size], target)
+            core.app_calls.remember(data[12 : header.size], target, *_names(header, target))
         return True
 
     def _over_limit(self, header: Header, fds: tuple[int, ...]) -> bool:
@@ -164,7 +164,7 @@ class Outgoing:
         verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, target):
-                remember(core.app_signals, data[12 : header.size], True)
+                core.app_signals.remember(data[12 : header.size], True, *_names(header, target))
         else:
             core.sandbox.close_fds(fds)
             core.sandbox.denied(core, denial("send", header, header.destination or "", verdict))
@@ -175,7 +175,7 @@ class Outgoing:
         verdict = core.judge.broadcast(header.path, header.interface, header.member)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, None):
-                remember(core.app_signals, data[12 : header.size], True)
+                core.app_signals.remember(data[12 : header.size], True)
         else:
             core.sandbox.close_fds(fds)
             core.sandbox.denied(core, denial("send", header, "", verdict))
@@ -201,10 +201,7 @@ class Outgoing:
         names = {name}
         if target.owner and (target.owner == name or not core.bus.judges_names_alone):
             names |= self._owners.names_of(target.owner)
-        peer = core.bus.identities.get(target.owner)
-        if peer is None and target.owner:
-            core.judged_as_host(target.owner)
-        return names, peer
+        return names, core.bus.identities.get(target.owner)
 
     def _refuse(
         self, header: Header, verdict: Verdict, names: Collection[str], peer: Identity | None
@@ -272,6 +269,11 @@ class Outgoing:
             return False
         core.to_bus.append(clean)
         return untouched and header.little
+
+
+def _names(header: Header, target: Target) -> tuple[str, str]:
+    """Return what a verdict rests on: who has the name that is written to, and what else that one has."""
+    return header.destination or "", target.owner
 
 
 def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> tuple[bytes, bool]:

@@ -5,7 +5,7 @@ messages, so each connection asks for itself: a match rule first, the question s
 word wins. While an answer is missing, `waiting` is above zero and what needs it is held.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 from weakref import WeakValueDictionary
@@ -14,6 +14,7 @@ from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER
 from broker.gate.core import MAX_FORMER_OWNERS, Core, Special, Target
 from broker.gate.handover import HistoryDump, OwnersDump, Then
 from broker.gate.history import History, Since
+from broker.gate.views import Views
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
@@ -35,6 +36,9 @@ _LOOK_UPS: Final = (
 )
 # With more names than this, one match for every owner change is cheaper, and the system bus takes 512 at most.
 MAX_NARROW_MATCHES: Final = 64
+# Names whose owner is asked for at a time. With a glob there may be hundreds when an app connects, and what takes
+# the gate long in one piece makes everybody else wait.
+ASKED_A_TURN: Final = 4
 
 
 class Owners:
@@ -46,10 +50,13 @@ class Owners:
         self.names: Final[dict[str, Target]] = {}
         self.waiting = 0  # answers that are on their way
         self._then: Callable[[], None] | None = None
-        self._by_owner: Final[dict[str, set[str]]] = {}
+        self.views: Final = Views(core.bus)
         # Of names with calls that wait, which hold it: who owned them meanwhile.
         self._histories: Final[WeakValueDictionary[str, History]] = WeakValueDictionary()
         self._extra: Final[OrderedDict[str, None]] = OrderedDict()
+        # Names whose owner is still to be asked for, and how many have been and are not known.
+        self._unasked: Final[deque[str]] = deque()
+        self._asking = 0
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
         self._matches: Final[set[str]] = set()
         core.finishers["owner"] = self._told
@@ -64,7 +71,7 @@ class Owners:
 
     def names_of(self, unique_name: str) -> set[str]:
         """Return the unique name and the names that we know it to own."""
-        return {unique_name, *self._by_owner.get(unique_name, ())}
+        return self.views.names_of(unique_name)
 
     # -- what to know -------------------------------------------------------------------------
 
@@ -147,16 +154,13 @@ class Owners:
         if old == new:
             return True
         if old:
-            owned = self._by_owner[old]
-            owned.discard(name)
-            if not owned:
-                del self._by_owner[old]
+            self.views.take(old, name)
         if new:
-            self._by_owner.setdefault(new, set()).add(name)
+            self.views.give(new, name)
         self._follow(target, old, new)
         if not new and name not in self._uses.exact and name not in self._extra:
             del self.names[name]  # names come and go: those of a subtree or glob have no end
-        self._core.forget_verdicts()
+        self._core.forget_about(name, old, new)
         return True
 
     # -- inside --------------------------------------------------------------------------------
@@ -202,14 +206,12 @@ class Owners:
 
     def _forget(self, name: str) -> None:
         target = self.names.pop(name, None)
-        if target is not None:
-            self._keep_history(target)
-        if target is not None and target.owner:
-            owned = self._by_owner[target.owner]
-            owned.discard(name)
-            if not owned:
-                del self._by_owner[target.owner]
-        self._core.forget_verdicts()
+        if target is None:
+            return
+        self._keep_history(target)
+        if target.owner:
+            self.views.take(target.owner, name)
+        self._core.forget_about(name, target.owner)
 
     def _set_matches(self) -> None:
         """Bring the match rules of the connection in line with what is to be known."""
@@ -240,9 +242,20 @@ class Owners:
 
     def _ask_owner(self, name: str) -> None:
         self.names.setdefault(name, Target("", name))
-        self._ask("GetNameOwner", "s", (name,), Then("owner", (name,)))
+        self.waiting += 1
+        self._unasked.append(name)
+        self._ask_on()
+
+    def _ask_on(self) -> None:
+        """Ask about the next names, a few at a time."""
+        while self._unasked and self._asking < ASKED_A_TURN:
+            self._asking += 1
+            name = self._unasked.popleft()
+            self._core.call_driver("GetNameOwner", "s", (name,), Then("owner", (name,)))
 
     def _told(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        self._asking = max(0, self._asking - 1)  # an earlier gate did not count
+        self._ask_on()
         name, owner = str(then.values[0]), ""
         if header.type == MessageType.METHOD_RETURN:
             owner = str(marshal.read_body("s", data[header.size :], little=header.little)[0])
@@ -284,6 +297,8 @@ class Owners:
             globs=self._uses.globs,
             matches=tuple(sorted(self._matches)),
             histories=tuple(self._dump_history(name) for name in sorted(asked)),
+            unasked=tuple(self._unasked),
+            asking=self._asking,
         )
 
     def _dump_history(self, name: str) -> HistoryDump:
@@ -300,7 +315,7 @@ class Owners:
         for name, owner in dump.names:
             self.names[name] = Target(owner, name)
             if owner:
-                self._by_owner.setdefault(owner, set()).add(name)
+                self.views.give(owner, name)
         histories = [self._history_of(one.name) for one in dump.histories]
         for history, one in zip(histories, dump.histories, strict=True):
             history.restore(one.count, one.changes)
@@ -311,6 +326,8 @@ class Owners:
             exact=frozenset(dump.exact), subtrees=frozenset(dump.subtrees), globs=dump.globs
         )
         self._matches.update(dump.matches)
+        self._unasked.extend(dump.unasked)
+        self._asking = dump.asking
         return histories
 
     def since(self, name: str, count: int, before: Collection[str]) -> Since:

@@ -274,6 +274,7 @@ class Sandbox:
     def said_hello(self, core: Core) -> None:
         """Register a connection, before its app can use it."""
         core.bus.connected(core.unique_name, self.id, self.identity)
+        core.bus.payers.joined(core.unique_name, self.messages)
         self._emit(Connected(self.id, core.bus.name, core.unique_name))
         for link in self.links:
             if link.filter is not None and link.filter.core is core:
@@ -287,6 +288,7 @@ class Sandbox:
         core = link.filter.core if link.filter is not None else None
         if core is not None and core.unique_name:
             core.bus.gone(core.unique_name)
+            core.bus.payers.left(core.unique_name, self.id, list(core.requested_names))
             self._emit(Gone(self.id, core.bus.name, core.unique_name))
         self._end_if_done()
 
@@ -340,6 +342,7 @@ class Sandbox:
             log_lines_per_second=self.complaints.used,
             throttled=self._throttled_count,
             suppressed=self.complaints.suppressed_ever,
+            caused=self.messages.caused,
         )
         return sum((link.taken() for link in self.links), mine)
 
@@ -407,6 +410,8 @@ class Sandbox:
         for place in dump.waiting:
             self._waiting[readers[place] if place >= 0 else self._listen_on] = None
         self.messages.load(dump.messages)
+        for bus in self._buses.values():
+            bus.payers.adopt(self.id, self.messages)
         self.complaints.load(dump.complaints)
         self.is_throttled, self._throttled_count = dump.is_throttled, dump.throttled_count
         self.denied_count = dump.denied_count

@@ -148,7 +148,7 @@ def _make_bus_note(payers: Payers) -> Note:
         if first not in REPLIES:
             table = tables.get(first)
             caller = table.get(data[12:start]) if table is not None else None
-            if caller is None or not judging.known_bus_call(table, caller, serial):
+            if caller is None or not judging.known_bus_call(table, caller, serial, size):
                 return False
             trace(data, 0, start)
             return True

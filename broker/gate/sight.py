@@ -42,10 +42,9 @@ class Sight:
         owner = name if name[:1] == ":" else target.owner if target is not None else ""
         if owner and (owner in core.callers or owner == core.unique_name):
             return True
-        names = {name}
         if owner and (owner == name or not core.bus.judges_names_alone):
-            names |= self._owners.names_of(owner)
-        return core.judge.see(names, core.bus.identities.get(owner)).allowed
+            return self._owners.views.sees(core.judge, owner)
+        return core.judge.see((name,), core.bus.identities.get(owner)).allowed
 
     def visible_owners(self) -> dict[str, str]:
         """Return the owned names that may be seen, with their owners."""

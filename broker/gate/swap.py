@@ -52,6 +52,7 @@ class Swap:
         core = self._core
         for name in [name for name in core.requested_names if not core.judge.own(name).allowed]:
             del core.requested_names[name]
+            core.bus.payers.moves("", name)  # who changed the rules did it
             core.call_driver("ReleaseName", "s", (name,), Then("ignore"))
 
     def tell_new(self) -> None:

@@ -57,7 +57,7 @@ def connection_use(judging: Filter | None, *, queued: int, fds: int) -> Use:
         connections=1,
         bytes_queued=queued,
         pending_calls=len(core.pending) + len(core.asked),
-        match_rules=core.match_count,
+        match_rules=core.matches.count,
         names=len(core.requested_names),
         tracked_names=judging.tracked_names,
         fds=fds,

@@ -18,7 +18,8 @@ from integration.bench.changes import measure_changes
 from integration.bench.client import BenchError
 from integration.bench.containers1 import measure_labelled_adding
 from integration.bench.crowd import measure_callers, measure_signals
-from integration.bench.fairness import NAMES as FAIR, measure_fairness
+from integration.bench.fairness import measure_fairness
+from integration.bench.flooder import FLOODS
 from integration.bench.lifetimes import measure_hostile_upgrades, measure_upgrades
 from integration.bench.lifetimes_end import measure_ends
 from integration.bench.many import measure_many, measure_startup
@@ -65,7 +66,10 @@ MEASUREMENTS: Final = (
     Measurement(("rules-10", "rules-1000", "rules-10000", "rules-growth"), measure_counts),
     Measurement(("roundtrip-1000-rules",), measure_rules),
     Measurement(("changes-under-load",), measure_changes),
-    Measurement(FAIR, measure_fairness),
+    *(
+        Measurement((f"fair-{kind}", f"fair-host-{kind}"), partial(measure_fairness, kind))
+        for kind in FLOODS
+    ),
     Measurement(("add-sandbox",), measure_adding),
     Measurement(("pss-1",), partial(measure_memory, 1)),
     Measurement(("pss-100",), partial(measure_memory, 100)),

@@ -17,6 +17,7 @@ from integration.bench.measure import Column, Effort, Result, Series, interleave
 from integration.bench.parties import Scene
 from integration.messages import make_header, make_message
 from integration.values import Variant, decode
+from policy.containers1 import Usos
 
 BROKER: Final = "org.buswarden.Broker1"
 OBJECT: Final = "/org/freedesktop/DBus"
@@ -78,10 +79,14 @@ def measure_memory(count: int, scene: Scene, effort: Effort) -> list[Result]:
 
 
 @contextlib.contextmanager
-def open_sandbox(creator: Client, name: str = parties.SERVICE) -> Iterator[Path]:
-    """Have the supervisor make a sandbox that may talk to that name, for as long as the block lasts; yields its socket."""
-    rules = [(TALK_FLAGS, name, "/", "")]
-    allow = {"Allow": Variant("a(usos)", rules)}
+def open_sandbox(
+    creator: Client, name: str = parties.SERVICE, *, rules: Sequence[Usos] = ()
+) -> Iterator[Path]:
+    """Have the supervisor make a sandbox for as long as the block lasts; yields its socket.
+
+    It may talk to that name, or do what the rules say if there are any.
+    """
+    allow = {"Allow": Variant("a(usos)", list(rules) or [(TALK_FLAGS, name, "/", "")])}
     call = make_broker_call("AddServer", "ssa{sv}a{sv}", (parties.SERVICE, "bench", {}, allow))
     reply = creator.ask(call)
     instance, path, _ = decode("oays", reply[parse_header(reply).size :])

@@ -1,13 +1,14 @@
 """A filter between an app and a model bus, with a Witness of all that passes. What it says is broken is a finding."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from broker.gate.budgets import MessageBudget
 from broker.gate.bus import DRIVER, Bus
 from broker.gate.control import SandboxLimits
 from broker.gate.core import (
     MAX_CALLERS,
-    MAX_REMEMBERED,
     OWN_SERIALS,
     Chunk,
     Output,
@@ -15,6 +16,7 @@ from broker.gate.core import (
     Target,
 )
 from broker.gate.filter import Filter
+from broker.gate.verdicts import MAX_REMEMBERED
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Flag, MessageType, measure, parse_header
@@ -89,12 +91,19 @@ class World:
     def __init__(self, rules: AccessList, *, app_takes_fds: bool = True) -> None:
         self.bus: Final = Bus("session", "unix:path=/none")
         self.bus.connected(BOXED, "c2", OTHER_APP)
+        self.boxed: Final = MessageBudget(25_000)  # of the other sandbox
+        self.bus.payers.joined(BOXED, self.boxed)
         self.host: Final = FakeHost(limits=LIMITS)
         judge = self._judge(rules)
         self.model: Final = WatchedBus(dict(OWNERS), self._name_changes)
         self.witness: Final = Witness(self.bus, self.model.owners, ME, judge)
         self.filter: Final = Filter(
-            self.bus, self.host, judge, app_takes_fds=app_takes_fds, judged_a_turn=TURN
+            self.bus,
+            self.host,
+            judge,
+            app_takes_fds=app_takes_fds,
+            judged_a_turn=TURN,
+            clock=lambda: 0.0,
         )
         self.host.cores.append(self.filter.core)
         self.bus.members.add(self.filter.core)
@@ -107,6 +116,7 @@ class World:
         self._broken = False
         self._fds: Final[list[int]] = []
         self._passed: Final[list[int]] = []
+        self._questions = 0  # of the gate's own
         self.app(driver_call(1, "Hello"))
 
     def _judge(self, rules: AccessList) -> Judge:
@@ -125,8 +135,11 @@ class World:
     def peer(self, message: bytes, fds: int = 0) -> None:
         """Let the bus deliver a whole message of a peer."""
         self.witness.in_order = not self._late
-        self.witness.peer_says(parse_header(message))
-        self._feed(self.filter.feed_bus, message, fds)
+        header = parse_header(message)
+        self.witness.peer_says(header)
+        is_reply = header.type in (MessageType.METHOD_RETURN, MessageType.ERROR)
+        with self._paid_by(header.sender or "", ME if is_reply else ""):
+            self._feed(self.filter.feed_bus, message, fds)
 
     def peer_strange(self, message: bytes) -> None:
         """Let the bus deliver what is legal on it and not read here: it goes nowhere, and ends nothing."""
@@ -140,7 +153,9 @@ class World:
 
     def change(self, name: str, new: str) -> None:
         """Let a name change its owner; "" is nobody."""
-        self._feed(self.filter.feed_bus, self.model.change(name, new))
+        owners = (new, self.model.owners.get(name, ""))
+        with self._paid_by(self.bus.payers.who_moved(name, *owners)):
+            self._feed(self.filter.feed_bus, self.model.change(name, new))
 
     def leave(self, unique_name: str) -> None:
         """Let a peer leave the bus, with its names."""
@@ -195,6 +210,18 @@ class World:
 
     # -- inside ---------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _paid_by(self, *payers: str) -> Iterator[None]:
+        """See that what comes in is charged to nobody else, unless other things wait and come with it."""
+        was_settled, questions = self.is_settled, self._questions
+        boxed, own = self.boxed.caused, self.host.messages.caused
+        yield
+        if was_settled and self.is_settled:
+            assert BOXED in payers or self.boxed.caused == boxed
+            # A question of the gate's own that it brings about is the connection's.
+            asked = self._questions > questions
+            assert ME in payers or asked or self.host.messages.caused == own
+
     def _feed(
         self, feed: Callable[[bytes, Sequence[int]], None], data: bytes, count: int = 0
     ) -> None:
@@ -246,7 +273,9 @@ class World:
             self.got.append(message)
         for message in self._messages(core.to_bus):
             entry = core.pending.get(message.header.serial)
-            self.witness.to_bus(message, is_own=isinstance(entry, Special) and entry.is_own)
+            is_own = isinstance(entry, Special) and entry.is_own
+            self._questions += is_own
+            self.witness.to_bus(message, is_own=is_own)
             self.sent.append(message)
             self._late.append(message)
 
@@ -283,13 +312,13 @@ class World:
         assert len(core.pending) - own - lent <= LIMITS.pending_calls
         assert len(core.pending) == len(self.witness.waiting) or not self.is_settled
         assert len(core.asked) <= LIMITS.pending_calls
-        assert sum(core.matches.values()) == core.match_count <= LIMITS.match_rules
+        assert core.matches.count <= LIMITS.match_rules
+        assert sum(count for _, count in core.matches.items()) == core.matches.count
         assert len(core.requested_names) <= LIMITS.names
         assert self.filter.tracked_names <= LIMITS.tracked_names
         assert len(core.callers) <= MAX_CALLERS
         assert all(serial >= OWN_SERIALS for serial in core.lent)
-        tables = (core.app_calls, core.app_mute, core.app_signals, core.bus_calls, core.bus_replies)
-        assert all(len(table) <= MAX_REMEMBERED for table in tables)
+        assert all(len(table) <= MAX_REMEMBERED for table in (*core.tables, core.bus_replies))
         assert self.host.bytes_held == self.filter.from_app.held
         assert self.host.bytes_held <= LIMITS.bytes_held + FIXED_SIZE + 2 * 2**16
         assert sorted(self._passed + self.host.closed) == sorted(

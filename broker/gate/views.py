@@ -1,0 +1,75 @@
+"""How an app's rules see each owner of names, counted name by name. No I/O.
+
+An owner is seen if a rule lets any of its names be seen, and none hides one of them. Names come and go one at a time, and
+an owner may have hundreds: so for each owner that has names it is counted how many are shown and how many hidden.
+"""
+
+from typing import Final
+
+from broker.gate.bus import Bus
+from policy.match import Judge
+from policy.rules import Identity
+
+
+class View:
+    """One owner, as one list of rules sees whoever that is."""
+
+    __slots__ = ("hidden", "identity", "judge", "shown")
+
+    def __init__(self, judge: Judge, identity: Identity | None) -> None:
+        self.judge: Final = judge
+        self.identity: Final = identity
+        self.shown = self.hidden = 0
+
+    def count(self, name: str, number: int) -> None:
+        """Count a name that came (1) or went (-1)."""
+        verdict = self.judge.see((name,), self.identity)
+        if verdict.allowed:
+            self.shown += number
+        elif verdict.rule is not None:
+            self.hidden += number
+
+
+class Views:
+    """The owners that one connection knows, with their names."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus: Final = bus
+        self._by_owner: Final[dict[str, set[str]]] = {}
+        self._views: Final[dict[str, View]] = {}
+
+    def names_of(self, unique_name: str) -> set[str]:
+        """Return the unique name and the names that we know it to own."""
+        return {unique_name, *self._by_owner.get(unique_name, ())}
+
+    def give(self, owner: str, name: str) -> None:
+        """Note that somebody owns a name."""
+        owned = self._by_owner.setdefault(owner, set())
+        if name in owned:
+            return
+        owned.add(name)
+        if (view := self._views.get(owner)) is not None:
+            view.count(name, 1)
+
+    def take(self, owner: str, name: str) -> None:
+        """Note that somebody owns a name no more."""
+        owned = self._by_owner[owner]
+        owned.discard(name)
+        if not owned:
+            del self._by_owner[owner]
+            self._views.pop(owner, None)
+        elif (view := self._views.get(owner)) is not None:
+            view.count(name, -1)
+
+    def sees(self, judge: Judge, owner: str) -> bool:
+        """Judge by all names of an owner, its unique name included."""
+        identity = self._bus.identities.get(owner)
+        if owner not in self._by_owner:
+            return judge.see((owner,), identity).allowed
+        view = self._views.get(owner)
+        # Rules do not change, and neither does who is behind a connection, but which ones hold and what is known do.
+        if view is None or view.judge is not judge or view.identity is not identity:
+            view = self._views[owner] = View(judge, identity)
+            for name in self.names_of(owner):
+                view.count(name, 1)
+        return view.shown > 0 and not view.hidden
