@@ -14,7 +14,6 @@ from policy.globs import (
     compile_member_glob,
     compile_name,
     compile_path,
-    is_literal,
     parse_name_pattern,
 )
 from policy.matcher import Pattern, Subject, reading_cost
@@ -232,24 +231,27 @@ class Bill:
         self._send: Final = _Texts()
         self._receive: Final = _Texts()
         self._names: Final[dict[str, int]] = {}
-        self._rule: Rule | None = None
-        self._rule_steps = 0
+        # The rule that costs most because of its name, and because of its other patterns, with how much.
+        self._by_name: tuple[int, Rule | None] = (0, None)
+        self._by_texts: tuple[int, Rule | None] = (0, None)
 
     def add(self, entry: Entry) -> None:
         """Take a rule."""
         rule = entry.rule
-        steps = 1
-        if rule.name is not None and not is_literal(rule.name):
+        if rule.name is not None and parse_name_pattern(rule.name).kind == "glob":
             pattern = compile_name(rule.name)
             self._names[rule.name] = pattern.pieces
-            steps += MAX_NAMES * pattern.cost(MAX_TEXT)
-        steps += sum(pattern.cost(_LENGTHS[field]) for field, _, pattern in _texts_of(entry))
+            steps = MAX_NAMES * pattern.cost(MAX_TEXT)
+            if steps > self._by_name[0]:
+                self._by_name = steps, rule
+        texts = _texts_of(entry)
+        steps = 1 + sum(pattern.cost(_LENGTHS[field]) for field, _, pattern in texts)
+        if steps > self._by_texts[0]:
+            self._by_texts = steps, rule
         if Access.SEND in rule.access:
             self._send.add(entry)
         if Access.RECEIVE in rule.access:
             self._receive.add(entry)
-        if steps > self._rule_steps:
-            self._rule, self._rule_steps = rule, steps
 
     def total(
         self, names: Names, send: "MessageTable", receive: "MessageTable"
@@ -261,9 +263,8 @@ class Bill:
         for table, texts in ((send, self._send), (receive, self._receive)):
             most = max(most, table.tries + (yield from texts.cost()))
         pieces = sum(self._names.values()) + self._send.pieces + self._receive.pieces
-        return Cost(
-            steps=of_names + most, pieces=pieces, rule=self._rule, rule_steps=self._rule_steps
-        )
+        steps, rule = self._by_name if of_names > most and self._by_name[0] else self._by_texts
+        return Cost(steps=of_names + most, pieces=pieces, rule=rule, rule_steps=steps)
 
 
 class _Texts:

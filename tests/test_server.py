@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from broker.gate.control import (
 )
 from broker.gate.loop import Loop
 from broker.gate.server import Gate
+from broker.wire import errors
 from policy.rules import Access, AccessList, Identity, Rule
 
 APP = Identity(type="org.example.Type", app="org.example.App")
@@ -305,6 +307,87 @@ def test_use_is_told_of_one_sandbox_and_of_all(supervisor: Supervisor) -> None:
     assert isinstance(supervisor.ask(TakeUse("c9")), Refused)
     for app in apps:
         app.close()
+
+
+def works(supervisor: Supervisor) -> bool:
+    return supervisor.gate._is_working
+
+
+def globs(count: int, pattern: str) -> AccessList:
+    access = frozenset({Access.SEND})
+    return AccessList(
+        rules=tuple(Rule(access=access, path=pattern.format(n)) for n in range(count))
+    )
+
+
+def test_attack_c4_changing_to_many_globs_leaves_others_their_turns(supervisor: Supervisor) -> None:
+    supervisor.add()
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        if supervisor.gate._is_working:
+            supervisor.loop.next_turn(turn)
+
+    request = SetAccess("c0", globs(9990, "/org/x{}/**/y*z"))
+    frames = make_frame(Envelope(serial=7, body=request))
+    frames += make_frame(Envelope(serial=8, body=TakeUse("c0")))
+    supervisor.sock.setblocking(True)
+    sender = threading.Thread(target=supervisor.sock.sendall, args=(frames,))
+    sender.start()
+    while not works(supervisor):
+        supervisor.turn(1)
+    supervisor.loop.next_turn(turn)
+    supervisor.turn(1)
+    assert supervisor.gate._sandboxes["c0"].spec.access == AccessList()  # until it is compiled
+    while works(supervisor):
+        supervisor.turn(1)
+    sender.join()
+    supervisor.turn()
+    supervisor.sock.setblocking(False)
+    answers = [(envelope.serial, envelope.body) for envelope in supervisor.take()]
+    assert [serial for serial, _ in answers] == [7, 8]  # in order, whatever takes long
+    assert answers[0][1] == Done()
+    assert isinstance(answers[1][1], Use)
+    assert 9990 < answers[1][1].rule_steps < 32_768
+    # What each of the steps is at the most, test_tables.py counts.
+    assert turns > 40
+
+
+def test_attack_c4_the_gate_refuses_a_list_that_costs_too_much(supervisor: Supervisor) -> None:
+    supervisor.add()
+    for request in (SetAccess("c0", globs(6000, "/**a*{}b*")), SetAccess("c0", globs(1, "/[z-a]"))):
+        answer = supervisor.ask(request)
+        assert isinstance(answer, Refused)
+        assert snapshot(supervisor).sandboxes[0].spec.access == AccessList()
+    answer = supervisor.ask(SetAccess("c0", globs(6000, "/**a*{}b*")))
+    assert isinstance(answer, Refused)
+    assert answer.error == errors.LIMITS_EXCEEDED
+    assert "rule_steps=32768 would be exceeded" in answer.text
+
+
+def test_what_is_compiled_for_a_supervisor_that_left_is_not_answered_to_the_next(
+    supervisor: Supervisor,
+) -> None:
+    supervisor.add()
+    request = SetAccess("c0", globs(2000, "/org/x{}/**/y*z"))
+    frames = make_frame(Envelope(serial=7, body=request))
+    frames += make_frame(Envelope(serial=8, body=StopSandbox("c0")))
+    supervisor.sock.setblocking(True)
+    sender = threading.Thread(target=supervisor.sock.sendall, args=(frames,))
+    sender.start()
+    while not works(supervisor):
+        supervisor.turn(1)
+    sender.join()
+    supervisor.sock.close()
+    supervisor.turn(1)
+    supervisor.sock, supervisor.reader = supervisor.connect(), FrameReader()
+    while works(supervisor):
+        supervisor.turn(1)
+    supervisor.turn()
+    assert [envelope for envelope in supervisor.take() if envelope.serial] == []
+    assert "c0" in supervisor.gate._sandboxes  # nobody was told that it is stopped
 
 
 LONG = AccessList(

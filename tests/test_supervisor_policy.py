@@ -14,7 +14,12 @@ from broker.supervisor import snaps as snaps_module
 from broker.supervisor.registry import PORTAL_RULES
 from broker.supervisor.rules import MAX_RULES
 from broker.supervisor.state import State
-from broker.wire.errors import ACCESS_DENIED, NOT_CONTAINER, CallRefusedError
+from broker.wire.errors import (
+    ACCESS_DENIED,
+    LIMITS_EXCEEDED,
+    NOT_CONTAINER,
+    CallRefusedError,
+)
 from policy.rules import AccessList
 from policy.text import parse_rule
 from tests.fakes import lost
@@ -218,6 +223,33 @@ async def test_a_list_that_would_be_too_long_is_refused(stage: Stage) -> None:
         await stage.supervisor.set_access(
             CALLER, remote, (parse_rule("send:org.x.Y"),), replace=False
         )
+
+
+async def test_attack_c4_a_connection_whose_rules_would_cost_too_much_is_refused(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = await stage.add("remote")
+    before = list(stage.engine.done)
+    monkeypatch.setattr(stage.policy, "_rule_steps", 1)
+    with pytest.raises(CallRefusedError, match="rule_steps=1 would be exceeded") as caught:
+        await stage.policy.connect(ME, *PAIR)
+    assert caught.value.dbus_name == LIMITS_EXCEEDED
+    assert not stage.has(remote)
+    assert not stage.supervisor.snaps.ready().connections
+    assert [what for what in stage.engine.done[len(before) :] if what[0] != "set_access"] == []
+    monkeypatch.undo()
+    await stage.policy.connect(ME, *PAIR)
+    assert stage.has(remote)
+
+
+async def test_attack_c4_rules_that_would_cost_too_much_are_refused(stage: Stage) -> None:
+    remote = await stage.add("remote")
+    slow = tuple(parse_rule(f"send:@/**a*{n}b*") for n in range(6000))
+    with pytest.raises(CallRefusedError, match="rule_steps=32768 would be exceeded: a message"):
+        await stage.supervisor.set_access(CALLER, remote, slow)
+    with pytest.raises(CallRefusedError, match="rule_steps="):
+        await stage.add("remote", access=AccessList(rules=slow))
+    assert stage.supervisor.registry.find(remote).record.access == AccessList()
 
 
 async def test_only_the_brokers_user_and_root_may_change(stage: Stage) -> None:

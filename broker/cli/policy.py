@@ -1,5 +1,6 @@
 """`buswarden policy`: check, show, compare, import and compile policy. Nothing of it asks a broker."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -8,6 +9,7 @@ import click
 import msgspec
 
 from broker.cli.connections import FILE, read_data, read_text
+from broker.cli.lint import STDIN, costs, describe_cost, read_lists
 from broker.cli.options import JSON
 from broker.cli.output import print_error, print_json, print_line
 from broker.cli.policy_files import import_proxy, make_resolver
@@ -19,6 +21,7 @@ from broker.cli.policy_text import (
     rule_lines,
     usos_facts,
 )
+from broker.supervisor.config import Limits
 from broker.supervisor.snaps import Snaps, load_own_library
 from broker.wire.errors import CallRefusedError, ConfigError
 from policy.compiler import Compiler
@@ -26,9 +29,11 @@ from policy.importers.apparmor import import_apparmor
 from policy.importers.flatpak import import_flatpak
 from policy.importers.report import ImportFileError, Source
 from policy.library import CatalogueError, parse_interface
+from policy.match import excess
 from policy.rules import AccessList
 from policy.snaps import SnapError, World, parse_world
 
+FILE_OR_STDIN: Final = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 FORMAT: Final = click.option(
     "--format",
     "form",
@@ -45,9 +50,21 @@ def policy_command() -> None:
 
 
 @policy_command.command("lint")
-@click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE)
-def lint_command(*, files: tuple[Path, ...]) -> int:
-    """Check interface files; without FILE the whole catalogue, with /etc's and one's own files."""
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE_OR_STDIN)
+@click.option(
+    "--rule-steps",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=Limits().rule_steps,
+    show_default=True,
+    help="What a list may cost: the limit of that name.",
+)
+def lint_command(*, files: tuple[Path, ...], rule_steps: int) -> int:
+    """Check interface files (.toml), and lists of rules with what they cost; `-` is a list on standard input.
+
+    Without FILE the whole catalogue is checked, with /etc's and one's own files. A list is what `compile` and
+    `import` print, as rules or as json.
+    """
     problems = 0
     try:
         if not files:
@@ -56,12 +73,29 @@ def lint_command(*, files: tuple[Path, ...]) -> int:
         problems += 1
         print_line(str(exc))
     for file in files:
+        if file.suffix != ".toml":
+            problems += _lint_lists(file, rule_steps)
+            continue
         try:
             parse_interface(read_text(file), name=file.stem, file=str(file))
         except CatalogueError as exc:
             problems += 1
             print_line(str(exc))
     return 1 if problems else 0
+
+
+def _lint_lists(file: Path, rule_steps: int) -> int:
+    """Print what each list of a file costs; return how many cost too much. Raises ConfigError."""
+    problems = 0
+    name = "standard input" if str(file) == STDIN else str(file)
+    text = sys.stdin.read() if str(file) == STDIN else read_text(file)
+    for tag, access in read_lists(text, name).items():
+        for bus, cost in costs(access).items():
+            told = excess(cost, rule_steps)
+            problems += told is not None
+            where = ", ".join(part for part in (tag, bus) if part)
+            print_line(f"{name}: {where}: {told or describe_cost(cost, rule_steps)}")
+    return problems
 
 
 @policy_command.command("show")

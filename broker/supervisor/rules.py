@@ -5,6 +5,7 @@ it is a generator that tells how much work was done, and `in_slices` lets others
 """
 
 from collections.abc import Collection, Generator, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -27,17 +28,23 @@ T = TypeVar("T")
 
 async def in_slices(work: Generator[int, None, T]) -> T:
     """Do the work and return what comes of it; whoever else waits has a turn now and then."""
+    results: list[T] = []
+    for _ in iter(partial(_do_slice, work, results), True):
+        await trio.lowlevel.checkpoint()
+    await trio.lowlevel.checkpoint()
+    return results[0]
+
+
+def _do_slice(work: Generator[int, None, T], results: list[T]) -> bool:
+    """Do a slice; True: it was the last, and what came of all is in `results`."""
     done = 0
-    while True:
+    while done < SLICE:
         try:
             done += next(work)
         except StopIteration as exc:
-            await trio.lowlevel.checkpoint()
-            result: T = exc.value
-            return result
-        if done >= SLICE:
-            done = 0
-            await trio.lowlevel.checkpoint()
+            results.append(exc.value)
+            return True
+    return False
 
 
 def check_number(entries: Sequence[object], characters: int = 0) -> None:

@@ -18,6 +18,7 @@ SHARES: Final = {
     "address": 1,
     "intake": 1,
     "rules": 1,
+    "globs": 1,
     "usos": 1,
     "control": 1,
     "gate": 4,

@@ -1,0 +1,74 @@
+"""Lists of rules in files, and what they cost."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from broker.wire.errors import ConfigError
+from policy.match import Judge
+from policy.rules import AccessList, Identity, Rule
+from policy.tables import Cost
+from policy.text import RuleSyntaxError, format_rule, parse_rule
+
+STDIN: Final = "-"
+# A line of `rule_lines`: whose list begins, or a rule with where it comes from.
+_LINE: Final = re.compile(r"(allow|deny) (\S+)(?:\s+#.*)?")
+# On which bus a rule that names none is: on all, and so on this one, too.
+_ANY_BUS: Final = "any other bus"
+_NOBODY: Final = Identity(type="org.buswarden.Lint", app="")
+
+
+def read_lists(text: str, file: str) -> dict[str, AccessList]:
+    """Return the lists that were printed as rules or as JSON, by whose they are. Raises ConfigError."""
+    try:
+        if text.lstrip().startswith("{"):
+            return _read_json(msgspec.json.decode(text))
+        return _read_lines(text)
+    except (RuleSyntaxError, msgspec.MsgspecError, RecursionError) as exc:
+        raise ConfigError(f"{file}: {exc}") from exc
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{file}: no lists as of `compile --format json`") from None
+
+
+def costs(access: AccessList) -> dict[str, Cost]:
+    """Return what a list costs on each bus that it names, and on others."""
+    buses = sorted({rule.bus for rule in access.rules if rule.bus is not None}) or [_ANY_BUS]
+    return {bus: Judge(access, bus=bus, me=_NOBODY).cost for bus in buses}
+
+
+def describe_cost(cost: Cost, limit: int) -> str:
+    """Return what a list costs as words."""
+    said = f"a message takes {cost.steps} of {limit} steps (rule_steps) at most"
+    if cost.rule is None:
+        return said
+    return f"{said}, {cost.rule_steps} of them for {format_rule(cost.rule)[:200]}"
+
+
+def _read_lines(text: str) -> dict[str, AccessList]:
+    lists: dict[str, list[Rule]] = {}
+    tag = ""
+    for line in text.splitlines():
+        stripped = line.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        found = _LINE.fullmatch(stripped)
+        if found is None and line == stripped and " " not in line:
+            tag = line
+            continue
+        if found is None:
+            raise RuleSyntaxError(stripped, 1, "neither allow nor deny, and a rule")
+        rule = parse_rule(found[2], deny=found[1] == "deny")
+        lists.setdefault(tag, []).append(rule)
+    return {tag: AccessList(rules=tuple(rules)) for tag, rules in lists.items()}
+
+
+def _read_json(data: Mapping[str, Any]) -> dict[str, AccessList]:
+    facts = {"": data} if "rules" in data else data
+    return {tag: AccessList(rules=tuple(_rules(each["rules"]))) for tag, each in facts.items()}
+
+
+def _rules(entries: list[Mapping[str, Any]]) -> Iterator[Rule]:
+    for entry in entries:
+        yield parse_rule(str(entry["rule"]), deny=bool(entry["deny"]))
