@@ -225,6 +225,15 @@ def test_program_p1_nor_by_another_mount(shared: Warden, visible: Path) -> None:
     assert "is mounted inside it" in above.err
 
 
+def test_program_p1_nor_by_another_name(shared: Warden) -> None:
+    """The gate's socket has a hard link in a folder that is to be given as it is."""
+    with tempfile.TemporaryDirectory(dir=shared.runtime.parent.parent, prefix="bw-") as name:
+        (Path(name) / "s").hardlink_to(shared.folder / "gate.sock")
+        outcome = shared.cli("exec", "--bind", name, "--", "true")
+    assert outcome.code == 2
+    assert "has another name" in outcome.err
+
+
 def test_what_is_given_as_it_is_has_its_sockets_and_is_writable(
     shared: Warden, visible: Path
 ) -> None:

@@ -213,6 +213,14 @@ def test_no_folder_that_leads_to_a_bus_is_given_as_it_is(folder: str, why: str) 
     assert parts(plan({"bound": ("/srv/else",)}, mounts=mounts), LIVE) == ["/srv/else"]
 
 
+def test_a_socket_with_another_name_may_be_in_any_folder_of_its_file_system() -> None:
+    linked = ("/home/u/x/bus",)
+    with pytest.raises(ConfigError, match="/home/u/x/bus has another name"):
+        plan({"bound": ("/srv/else",)}, linked=linked)
+    mounts = (ROOT, RUN, Mount(device="0:9", root="/", point="/srv"))
+    assert parts(plan({"bound": ("/srv/else",)}, linked=linked, mounts=mounts), LIVE)
+
+
 def test_a_later_mount_hides_an_earlier_one() -> None:
     mounts = (ROOT, RUN, Mount(device="0:77", root="/", point="/run/user/1000"))
     protected = ("/run/user/1000",)

@@ -62,6 +62,27 @@ def test_facts_about_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert host.find_host(bus_addresses=(), runtime_dirs=()).home == ""
 
 
+def test_sockets_with_another_name_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "find_bubblewrap", lambda: "/usr/bin/bwrap")
+    (tmp_path / "run/containers").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as bus, socket.socket(socket.AF_UNIX) as other:
+        bus.bind(str(tmp_path / "bus"))
+        other.bind(str(tmp_path / "run/containers/a"))
+
+        def linked() -> tuple[str, ...]:
+            return host.find_host(
+                bus_addresses=[f"unix:path={tmp_path}/bus"], runtime_dirs=[str(tmp_path / "run")]
+            ).linked
+
+        assert linked() == ()
+        (tmp_path / "again").hardlink_to(tmp_path / "bus")
+        assert linked() == (str(tmp_path / "bus"),)
+        (tmp_path / "once-more").hardlink_to(tmp_path / "run/containers/a")
+        assert len(linked()) == 2
+
+
 def test_a_working_directory_that_was_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
 """Facts about the host that a sandbox's plan depends on, and the files that options of `exec` name."""
 
+import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -46,10 +47,28 @@ def find_host(
         links=tuple((str(path), str(path.readlink())) for path in system if path.is_symlink()),
         mounts=parse_mountinfo(mountinfo),
         protected=tuple(sorted(protected)),
+        linked=tuple(_linked_sockets([*buses, *runtime_dirs])),
         resolv_conf=_regular("/etc/resolv.conf"),
         scopes=can_scope_abstract_sockets(),
         cgroup=cgroup,
     )
+
+
+def _linked_sockets(paths: Iterable[str]) -> Iterator[str]:
+    """Yield those sockets that have another name: of these paths, and of two levels of folders below."""
+    for path in (found for top in paths for found in _files_below(_resolved(top), 2)):
+        with contextlib.suppress(OSError):
+            facts = Path(path).lstat()
+            if stat.S_ISSOCK(facts.st_mode) and facts.st_nlink > 1:
+                yield path
+
+
+def _files_below(path: str, depth: int) -> Iterator[str]:
+    yield path
+    if depth > 0:
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
+            for entry in entries:
+                yield from _files_below(entry.path, depth - 1)
 
 
 def find_program(name: str) -> tuple[str, str] | None:

@@ -49,6 +49,11 @@ def same_files(one: str, other: str, mounts: Sequence[Mount]) -> bool:
     return is_below(path, other_path) or is_below(other_path, path)
 
 
+def same_device(one: str, other: str, mounts: Sequence[Mount]) -> bool:
+    """Say whether two resolved paths are in one file system, so that a file may have a name in each."""
+    return _place(one, mounts)[0] == _place(other, mounts)[0]
+
+
 def is_below(path: str, folder: str) -> bool:
     """Say whether the path is the folder or something inside it."""
     return PurePosixPath(path).is_relative_to(folder)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Final
 
-from broker.sandbox.mounts import Mount, is_below, mounts_below, path_order, same_files
+from broker.sandbox.mounts import Mount, is_below, mounts_below, path_order, same_device, same_files
 from broker.sandbox.stage import BELOW, LIVE, SHOWN, SOCKET, STATUS, STDERR
 from broker.wire.address import make_unix_address, parse_address
 from broker.wire.errors import ConfigError
@@ -61,6 +61,7 @@ class Host:
     links: tuple[tuple[str, str], ...] = ()  # those that are links, and where to
     mounts: tuple[Mount, ...] = ()
     protected: tuple[str, ...] = ()  # buses, and folders with sockets of buses or the broker's
+    linked: tuple[str, ...] = ()  # those of these sockets that have another name somewhere
     resolv_conf: str | None = None  # what /etc/resolv.conf leads to
     scopes: bool = False  # the kernel can keep abstract sockets out of reach
     cgroup: str = ""  # a cgroup for the command alone
@@ -265,6 +266,11 @@ def _check_live(path: str, host: Host) -> None:
     for other in host.protected:
         if same_files(path, other, host.mounts):
             raise ConfigError(f"cannot give {path} as it is: it leads to the sockets of {other}")
+    for other in host.linked:
+        if same_device(path, other, host.mounts):
+            raise ConfigError(
+                f"cannot give {path} as it is: the socket {other} has another name, maybe in there"
+            )
     for point in mounts_below(path, host.mounts):
         raise ConfigError(f"cannot give {path} as it is: {point} is mounted inside it")
 
