@@ -17,7 +17,6 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from broker.wire.names import is_object_path
-from policy import globs
 from policy.importers import apparmor_dbus, apparmor_lexer
 from tests.test_house_rules import SOURCES, name_of
 
@@ -26,8 +25,6 @@ PARSER: Final[Any] = importlib.import_module("re._parser")
 FUNCTIONS: Final = frozenset(
     {"compile", "findall", "finditer", "fullmatch", "match", "search", "split", "sub", "subn"}
 )
-# Makes expressions out of globs: those are looked at below.
-GENERATED: Final = "policy.globs"
 
 
 class Expression(NamedTuple):
@@ -145,8 +142,7 @@ def expressions(path: Path) -> list[Expression]:
 def test_expressions_are_read_alike_by_every_version(path: Path) -> None:
     for line, text, flags in expressions(path):
         assert not doubts(text, flags), f"line {line}: {text!r}"
-        if name_of(path) != GENERATED:
-            assert text != "x", f"line {line}: what is given to re cannot be looked at"
+        assert text != "x", f"line {line}: what is given to re cannot be looked at"
 
 
 def test_no_module_takes_functions_out_of_re() -> None:
@@ -156,30 +152,6 @@ def test_no_module_takes_functions_out_of_re() -> None:
             if isinstance(node, ast.Import):
                 assert all(alias.asname is None for alias in node.names if alias.name == "re"), path
 
-
-def test_expressions_of_globs_are_read_alike_by_every_version(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compiled = []
-
-    def record(text: str, flags: int = 0) -> re.Pattern[str]:
-        compiled.append((text, flags))
-        return PLAIN_COMPILE(text, flags)
-
-    monkeypatch.setattr(re, "compile", record)
-    pieces = ("a", "*", "**", "?", "[ab]", "[!a-c]", "{a,b*}", "/", "-")
-    for parts in itertools.product(pieces, repeat=3):
-        for make in (globs.compile_name, globs.compile_path, globs.compile_interface):
-            text = "".join(parts)
-            try:
-                make(f"/{text}" if make is globs.compile_path else f"o.z{text}")
-            except globs.PatternError:
-                continue
-    assert len(compiled) > 500
-    assert not {doubt for expression in compiled for doubt in doubts(*expression)}
-
-
-PLAIN_COMPILE: Final = re.compile
 
 # -- the AppArmor importer's, on all short texts ---------------------------------------------------------
 
