@@ -52,7 +52,23 @@ def parse(text: str, files: dict[str, str] | None = None) -> Parsed:
         ("signal (send peer=a,", "f:3: '(' without ')'"),
         ("/@{NO}/a r,", "f:3: variable @{NO} is not set"),
         ("@{X}=a", "f:3: a variable is set in a profile"),
-        ("if $X { }", "f:3: 'if': conditional rules"),
+        ("if $X { }", "f:3: boolean $X is not set"),
+        ("else { }", "f:3: unknown rule 'else'"),
+        ("owner dbus,", "f:3: 'owner' before a rule that is not about files"),
+        ("other dbus,", "f:3: 'other' before a rule that is not about files"),
+        ("owner capability,", "f:3: 'owner' before a rule that is not about files"),
+        ("deny { dbus, }", "f:3: 'deny' before a block"),
+        ("deny audit dbus,", "f:3: 'audit' stands too late"),
+        ("allow deny dbus,", "f:3: 'deny' stands too late"),
+        ("deny deny dbus,", "f:3: 'deny' stands too late"),
+        ("deny abi <abi/3.0>,", "f:3: unknown rule 'abi'"),
+        ("abi ,", "f:3: abi without"),
+        ("abi <abi/3.0", "f:3: '<' without '>'"),
+        ("hat h { }\nprofile h { }", "f:4: a second profile 'h'"),
+        ("if defined dbus { }", "f:3: unexpected 'dbus' in a condition"),
+        ("if not { }", "f:3: a condition without a variable"),
+        ("if @{X} { }", "f:3: boolean $X is not set"),
+        ("if defined $x dbus,", "f:3: '{' missing after a condition"),
         ("profile { }", "f:3: a profile without a name"),
         ("hat x,", "f:3: '{' expected after the name of a profile: ','"),
         ("hat x flags=1 {", "f:3: '{' expected after the name"),
@@ -74,7 +90,17 @@ def test_bad_rule_is_refused(rules: str, problem: str) -> None:
     ("text", "problem"),
     [
         ("dbus send,", "f:1: 'dbus' outside of a profile"),
-        ("if x {}", "f:1: 'if': conditional policy"),
+        ("if x {}", "f:1: 'if' outside of a profile"),
+        ("@{profile_name}=x", "f:1: variable @{profile_name} is set already"),
+        ("$X = maybe", "f:1: $X is neither true nor false"),
+        ("$X = true\n$X = true", "f:2: boolean $X is set already"),
+        ("profile p { }\n@{X}=a", "f:2: it belongs before the first profile"),
+        ("profile p { }\nabi <abi/3.0>,", "f:2: it belongs before the first profile"),
+        ("@{X}=/usr\n@{X}/bin/y { }", "f:2: '=' missing after a variable"),
+        ("profile p flags=() { }", "f:1: no flags"),
+        ("profile p flags=(frob) { }", "f:1: unknown flag of a profile: 'frob'"),
+        ("profile p flags=(kill,complain) { }", "f:1: flags of a profile that exclude each other"),
+        ("profile p flags=(kill) (audit) { }", "f:1: flags of a profile a second time"),
         ("@{X}=", "f:1: no value for @{X}"),
         ("@{X}=a\n@{X}=b", "f:2: variable @{X} is set already"),
         ("@{profile_name}=b", "f:1: variable @{profile_name} is set already"),
@@ -86,7 +112,7 @@ def test_bad_rule_is_refused(rules: str, problem: str) -> None:
         ("profile p {", "f:1: '{' without '}'"),
         ("profile p", "f:1: '{' expected after the name of a profile: the end of the file"),
         ('profile p "', "f:1: '{' expected"),
-        ("abi <x>", "f:1: ',' missing at the end of a rule"),
+        ("abi <x>", "f:1: ',' missing after abi"),
     ],
 )
 def test_bad_file_is_refused(text: str, problem: str) -> None:
@@ -102,7 +128,11 @@ def test_bad_file_is_refused(text: str, problem: str) -> None:
         "/usr/bin/x { }",
         '"/usr/bin/a b" flags=(complain) { }',
         ":ns:p { }",
-        "@{X}=/usr\n@{X}/bin/y { }",
+        "@{X}=/usr\nprofile @{X}/bin/y { }",
+        "@{exec_path} = /usr/bin/x\nprofile p @{exec_path} { }",
+        "@{attach_path} = /usr/bin/x\nprofile p @{attach_path} { }",
+        "@{A} = @{NOBODY_SETS_IT}\nprofile p { }",
+        "profile p flags=(attach_disconnected,error=EACCES) { abi <abi/3.0>, ^h { abi < abi/3.0 > , } }",
         "@{X}=a \\\n  b # comment\nprofile p /usr/bin/@{X} xattrs=(a=b c=(d)) (attach_disconnected) { }",
         "profile p {\n include if exists <missing>\n #include if exists <missing>\n}",
         "profile p { # comment } {\n #includes nothing\n /x#y r,\n}",
@@ -188,3 +218,49 @@ def test_time_is_linear(unit: str) -> None:
 
     # What is quadratic would take 16 times as long.
     assert taken(400_000) <= 10 * taken(100_000) + 0.2
+
+
+def test_bug_2_an_abi_may_stand_in_a_profile() -> None:
+    text = "profile demo /usr/bin/demo {\n  abi <abi/3.0>,\n  dbus send bus=session,\n}\n"
+    (profile,) = parse(text).profiles
+    assert len(profile.rules) == 1
+
+
+def test_bug_3_a_file_may_set_what_newer_versions_set_themselves() -> None:
+    text = (
+        "@{exec_path} = /usr/bin/demo\nprofile demo @{exec_path} { dbus send path=@{exec_path}, }\n"
+    )
+    parsed = parse(text)
+    assert parsed.variables["exec_path"] == ["/usr/bin/demo"]
+    with pytest.raises(ImportFileError, match="a rule that is not about files"):
+        parse("profile demo { owner dbus send, }")
+
+
+@pytest.mark.parametrize(
+    ("condition", "members"),
+    [
+        ("if $yes { A } else { B }", "A"),
+        ("if not $yes { A } else { B }", "B"),
+        ("if $no { A } else if $yes { B } else { C }", "B"),
+        ("if $no { A } else if not not $no { B } else { C }", "C"),
+        ("if $yes { A } else if $yes { B } else { C }", "A"),
+        ("if $no { A }", ""),
+        ("if defined @{SET} { A } else { B }", "A"),
+        ("if not defined @{UNSET} { A }", "A"),
+        ("if defined $yes { if $no { A } else { B } }", "B"),
+        ("if ${yes}{ A }if $no{ B }", "A"),
+        ("if $no { hat h { A } } else { hat h { B } C }", "C"),
+    ],
+)
+def test_of_a_condition_one_branch_counts(condition: str, members: str) -> None:
+    for letter in "ABC":
+        condition = condition.replace(f" {letter} ", f" dbus send member={letter}, ")
+    start = '$yes = "TRUE"\n${no}=false\n@{SET} = x\n'
+    (profile,) = parse(f"{start}profile p {{ {condition} }}").profiles
+    assert "".join(rule.conditions["member"] for rule in profile.rules) == members
+
+
+def test_what_no_condition_lets_count_is_read_but_its_variables_are_not_wanted() -> None:
+    parse("$no = false\nprofile p { if $no { dbus bus=@{NOBODY}, } }", {})
+    with pytest.raises(ImportFileError, match="unknown rule 'xyzzy'"):
+        parse("$no = false\nprofile p { if $no { xyzzy, } }", {})

@@ -32,6 +32,10 @@ VARIABLE: Final = re.compile(
 BOOLEAN: Final = re.compile(r"\$\{?[A-Za-z]\w*\}?[ \t]*=[^\n]*", re.ASCII)
 VALUE_END: Final = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\r?\n|\Z)")
 VALUE_GAP: Final = re.compile(r"(?:[ \t]|\\\r?\n)+")
+# A boolean or a set variable, as conditions of `if` name them.
+REFERENCE: Final = re.compile(
+    r"(?P<kind>[$@])(?:\{(?P<braced>[A-Za-z]\w*)\}|(?P<bare>[A-Za-z]\w*))", re.ASCII
+)
 CONDITION: Final = re.compile(r"([A-Za-z][A-Za-z0-9_]*)[ \t]*=[ \t]*")
 # A placeholder of snapd's templates: to AppArmor it would be a comment.
 PLACEHOLDER: Final = re.compile(r"###[A-Z0-9_]+###")

@@ -22,6 +22,7 @@ from policy.importers.apparmor_lexer import (
     OTHER,
     PLAIN_RULE,
     QUOTED,
+    REFERENCE,
     USED_VARIABLE,
     VALUE_END,
     VALUE_GAP,
@@ -40,19 +41,30 @@ MAX_READ: Final = 64 * 2**20  # characters, with all includes
 MAX_DBUS_RULES: Final = 200_000  # of a profile
 MAX_INCLUDES: Final = 10_000
 MAX_DEPTH: Final = 40  # of includes in includes, and of blocks in blocks
+MAX_ABI: Final = 4096  # characters of the name of a file
 
 # A variable that each profile has.
 PROFILE_NAME: Final = "profile_name"
-# Set by AppArmor itself.
-_BUILT_IN: Final = frozenset({PROFILE_NAME, "attach_path", "exec_path"})
-_QUALIFIERS: Final = frozenset(
-    {"access", "allow", "audit", "deny", "other", "owner", "priority", "prompt", "quiet"}
-)
+# Set by newer versions of AppArmor itself, unless the file sets them.
+_SET_BY_ITSELF: Final = frozenset({PROFILE_NAME, "attach_path", "exec_path"})
+# What may stand before a rule, in this order, one of each.
+_QUALIFIERS: Final = {
+    "priority": 0,
+    "audit": 1,
+    "quiet": 1,
+    "access": 2,
+    "allow": 2,
+    "deny": 2,
+    "prompt": 2,
+    "other": 3,
+    "owner": 3,
+}
+_OF_OWNERS: Final = frozenset({"other", "owner"})
+_WITH_OWNERS: Final = frozenset({"file", "link"})  # beside rules that begin with a path or modes
 _RULES: Final = frozenset(
     [
         "all",
         "capability",
-        "change_hat",
         "change_profile",
         "file",
         "io_uring",
@@ -65,7 +77,6 @@ _RULES: Final = frozenset(
         "remount",
         "set",
         "signal",
-        "subset",
         "umount",
         "unix",
         "unmount",
@@ -74,6 +85,22 @@ _RULES: Final = frozenset(
 )
 _BLOCKS: Final = frozenset({"hat", "profile"})
 _IN_PREAMBLE: Final = frozenset({"abi", "alias"})
+_MODES_OF_PROFILES: Final = frozenset(
+    {"complain", "default_allow", "enforce", "kill", "prompt", "unconfined"}
+)
+_FLAGS: Final = _MODES_OF_PROFILES | {
+    "attach_disconnected",
+    "audit",
+    "chroot_attach",
+    "chroot_no_attach",
+    "chroot_relative",
+    "delegate_deleted",
+    "interruptible",
+    "mediate_deleted",
+    "namespace_relative",
+    "no_attach_disconnected",
+}
+_FLAGS_WITH_VALUES: Final = frozenset({"attach_disconnected.path", "error", "kill.signal"})
 _MODES: Final = frozenset("rwaklmixRWAKLMIXpPcCuU")
 _EVERYTHING: Final = frozenset({"send", "receive", "bind", "eavesdrop"})
 
@@ -105,6 +132,7 @@ class _Scope(msgspec.Struct, frozen=True, kw_only=True):
     skipped: bool = False  # in a hat or a child profile
     qualifiers: frozenset[str] = frozenset()  # of the block
     depth: int = 0
+    names: set[str] = msgspec.field(default_factory=set)  # of the children and hats of the profile
 
 
 def parse_profiles(source: Source, resolve: Resolver | None) -> Parsed:
@@ -127,6 +155,9 @@ class _Parser:
         self._resolve: Final = resolve
         self._open: Final[list[str]] = []  # the files that are being read
         self._used: Final[dict[str, tuple[Cursor, int]]] = {}  # variables, and where first
+        self._in_values: Final[dict[str, set[str]]] = {}  # variables in the values of others
+        self._booleans: Final[dict[str, bool]] = {}
+        self._dropping = 0  # how many conditions that are not met we are within
         self._left = MAX_READ
         self._includes = 0
 
@@ -145,9 +176,15 @@ class _Parser:
         """Refuse a variable that nothing sets, unless what sets it may be in a file not looked up."""
         if self._resolve is None:
             return
-        for name, (cursor, at) in self._used.items():
-            if name not in self.variables and name not in _BUILT_IN:
+        wanted = list(self._used.items())
+        seen = {name for name, _ in wanted}
+        while wanted:
+            name, (cursor, at) = wanted.pop()
+            if name not in self.variables and name not in _SET_BY_ITSELF:
                 raise cursor.error(f"variable @{{{name}}} is not set", at)
+            more = self._in_values.get(name, set()) - seen
+            seen |= more
+            wanted += [(each, (cursor, at)) for each in more]
 
     def _block(self, cursor: Cursor, scope: _Scope, *, opened: int | None) -> None:
         """Read up to the closing brace, or to the end of the file."""
@@ -204,21 +241,34 @@ class _Parser:
                 raise cursor.error(f"a cycle of includes: {cycle}", at)
             self.read(source, scope)
 
+    def _check_preamble(self, cursor: Cursor, at: int) -> None:
+        if self.profiles:
+            raise cursor.error("it belongs before the first profile", at)
+
+    def _assign_boolean(self, cursor: Cursor, text: str, at: int) -> None:
+        name, _, value = text.partition("=")
+        name, value = name.strip("${} \t"), value.strip().strip('"').lower()
+        if value not in {"true", "false"}:
+            raise cursor.error(f"${name} is neither true nor false", at)
+        if name in self._booleans:
+            raise cursor.error(f"boolean ${name} is set already", at)
+        self._booleans[name] = value == "true"
+
     def _assign(self, cursor: Cursor) -> None:
         at = cursor.at
-        if cursor.take(BOOLEAN):
+        self._check_preamble(cursor, at)
+        if (boolean := cursor.take(BOOLEAN)) is not None:
+            self._assign_boolean(cursor, boolean[0], at)
             return
         found = cursor.take(VARIABLE)
         if found is None:
-            # A profile may be attached by a path that begins with a variable.
-            self._header(cursor, _Scope(), at=at)
-            return
+            raise cursor.error("'=' missing after a variable: a profile begins with 'profile'", at)
         name, how = found["braced"] or found["bare"], found["how"]
-        values = self._values(cursor)
+        values = self._values(cursor, name)
         if not values:
             raise cursor.error(f"no value for @{{{name}}}", at)
         known = self.variables.get(name)
-        if name in _BUILT_IN or (how == "=" and known is not None):
+        if name == PROFILE_NAME or (how == "=" and known is not None):
             raise cursor.error(f"variable @{{{name}}} is set already", at)
         if how == "+=":
             if known is None:
@@ -227,7 +277,7 @@ class _Parser:
         elif how != "?=" or known is None:
             self.variables[name] = values
 
-    def _values(self, cursor: Cursor) -> list[str]:
+    def _values(self, cursor: Cursor, name: str) -> list[str]:
         values: list[str] = []
         while not cursor.take(VALUE_END):
             gap = cursor.take(VALUE_GAP)
@@ -240,21 +290,26 @@ class _Parser:
             if found is None:
                 raise cursor.error(f"unexpected {cursor.shown()} in the values of a variable")
             values.append(unquote(found[0]))
-            self._look_at(cursor, values[-1], at)
+            self._in_values.setdefault(name, set()).update(USED_VARIABLE.findall(values[-1]))
+            self._check_glob(cursor, USED_VARIABLE.sub("", values[-1]), at)
         return values
 
     def _in_preamble(self, cursor: Cursor, scope: _Scope) -> None:
         at = cursor.at
         found = KEYWORD.match(cursor.text, at)
         if found is not None and found[0] in _IN_PREAMBLE:
+            self._check_preamble(cursor, at)
             cursor.at = found.end()
-            self._other(cursor, at)
+            if found[0] == "abi":
+                self._abi(cursor, at)
+            else:
+                self._other(cursor, at)
         elif found is not None and found[0] in {"if", "else", "set"}:
-            raise cursor.error(f"{found[0]!r}: conditional policy is not understood")
+            raise cursor.error(f"{found[0]!r} outside of a profile")
         elif found is not None and found[0] in _BLOCKS:
             cursor.at = found.end()
             self._header(cursor, scope, at=at)
-        elif cursor.peek() in {"/", '"', ":"}:
+        elif cursor.peek() in {"/", ":"} or cursor.text.startswith('"/', cursor.at):
             self._header(cursor, scope, at=at)
         else:
             raise cursor.error(f"{cursor.shown()} outside of a profile")
@@ -266,23 +321,34 @@ class _Parser:
         if found is None or found[0] == "{":
             raise cursor.error("a profile without a name", at)
         name = unquote(found[0])
-        flags: tuple[str, ...] = ()
-        while True:
-            cursor.skip_blanks()
-            if cursor.peek() == "{":
-                break
-            condition = cursor.take(CONDITION)
-            if cursor.peek() == "(":
-                inside = self._parentheses(cursor)
-                if condition is None or condition[1] == "flags":
-                    flags += tuple(inside.replace(",", " ").split())
-            elif condition is not None or not (cursor.take(QUOTED) or cursor.take(WORD)):
-                raise cursor.error(f"'{{' expected after the name of a profile: {cursor.shown()}")
+        if scope.profile is not None:
+            if name in scope.names:
+                raise cursor.error(f"a second profile {name!r} in the same one", at)
+            scope.names.add(name)
+        flags = self._read_flags(cursor, at)
         profile = Profile(name=name, file=cursor.source.name, line=cursor.line(at), flags=flags)
         top = scope.profile is None
         if top:
             self.profiles.append(profile)
-        self._braces(cursor, _Scope(profile=profile, skipped=not top, depth=scope.depth))
+        skipped = not top or scope.skipped
+        self._braces(cursor, _Scope(profile=profile, skipped=skipped, depth=scope.depth))
+
+    def _read_flags(self, cursor: Cursor, at: int) -> tuple[str, ...]:
+        """Read on up to the brace behind the name of a profile, and return its flags."""
+        flags: tuple[str, ...] = ()
+        while True:
+            cursor.skip_blanks()
+            if cursor.peek() == "{":
+                return flags
+            condition = cursor.take(CONDITION)
+            if cursor.peek() == "(":
+                inside = self._parentheses(cursor)
+                if condition is None or condition[1] == "flags":
+                    if flags:
+                        raise cursor.error("flags of a profile a second time", at)
+                    flags = _flags(cursor, inside, at)
+            elif condition is not None or not (cursor.take(QUOTED) or cursor.take(WORD)):
+                raise cursor.error(f"'{{' expected after the name of a profile: {cursor.shown()}")
 
     def _braces(self, cursor: Cursor, scope: _Scope) -> None:
         opened = cursor.at
@@ -296,8 +362,13 @@ class _Parser:
         at = cursor.at
         qualifiers, keyword = self._qualifiers(cursor)
         inner = msgspec.structs.replace(scope, qualifiers=scope.qualifiers | qualifiers)
+        self._check_qualifiers(cursor, qualifiers, keyword, at)
         if keyword is None and qualifiers and cursor.peek() == "{":
             self._braces(cursor, inner)
+        elif keyword == "abi" and not inner.qualifiers:
+            self._abi(cursor, at)
+        elif keyword == "if" and not qualifiers:
+            self._condition(cursor, scope, at)
         elif keyword in _BLOCKS:
             self._header(cursor, scope, at=at)
         elif keyword is None and cursor.peek() == "^":
@@ -305,15 +376,8 @@ class _Parser:
             self._header(cursor, scope, at=at)
         elif keyword == "dbus":
             self._keep(inner, parse_dbus_rule(cursor, inner.qualifiers, at=at))
-        elif keyword in {"if", "else"}:
-            raise cursor.error(f"{keyword!r}: conditional rules are not understood", at)
         else:
-            if keyword is None and VARIABLE.match(cursor.text, cursor.at):
-                raise cursor.error("a variable is set in a profile")
-            if keyword is None and cursor.peek() not in {"/", "@", '"'}:
-                raise cursor.error(f"unexpected {cursor.shown()}: no rule begins like this")
-            if keyword is not None and keyword not in _RULES and not set(keyword) <= _MODES:
-                raise cursor.error(f"unknown rule {keyword!r}", at)
+            _check_begin(cursor, keyword, at)
             self._other(cursor, at)
             if keyword == "all":
                 self._keep(inner, DbusRule.make(cursor, inner.qualifiers, _EVERYTHING, at=at))
@@ -321,14 +385,95 @@ class _Parser:
     def _keep(self, scope: _Scope, rule: DbusRule) -> None:
         for value in rule.conditions.values():
             self._look_at(rule.cursor, value, rule.at)
-        if not scope.skipped and scope.profile is not None:
+        if not scope.skipped and not self._dropping and scope.profile is not None:
             scope.profile.rules.append(rule)
             if len(scope.profile.rules) > MAX_DBUS_RULES:
                 raise rule.cursor.error(f"more than {MAX_DBUS_RULES} dbus rules", rule.at)
 
+    def _check_qualifiers(
+        self, cursor: Cursor, found: frozenset[str], keyword: str | None, at: int
+    ) -> None:
+        """Refuse qualifiers of rules that have none such."""
+        is_block = keyword is None and cursor.peek() == "{"
+        if is_block and "deny" in found:
+            raise cursor.error("'deny' before a block: it stands before each rule", at)
+        if keyword is None or keyword in _WITH_OWNERS or set(keyword) <= _MODES:
+            return
+        if owners := _OF_OWNERS & found:
+            raise cursor.error(f"{min(owners)!r} before a rule that is not about files", at)
+
+    def _abi(self, cursor: Cursor, at: int) -> None:
+        """Read what follows the word: a file that says what the kernel can do, which is not read."""
+        cursor.skip_blanks()
+        if cursor.peek() == "<":
+            end = cursor.text.find(">", cursor.at, cursor.at + MAX_ABI)
+            if end < 0:
+                raise cursor.error("'<' without '>'")
+            cursor.at = end + 1
+        elif cursor.take(QUOTED) is None and cursor.take(WORD) is None:
+            raise cursor.error("abi without the name of a file", at)
+        cursor.skip_blanks()
+        if cursor.peek() != ",":
+            raise cursor.error("',' missing after abi", at)
+        cursor.at += 1
+
+    def _condition(self, cursor: Cursor, scope: _Scope, at: int) -> None:
+        """Read `if` and all its branches; of these one counts at the most."""
+        done = False
+        while True:
+            met = not done and self._is_met(cursor, at)
+            self._branch(cursor, scope, counts=met, at=at)
+            done = done or met
+            cursor.skip_blanks()
+            word = KEYWORD.match(cursor.text, cursor.at)
+            if word is None or word[0] != "else":
+                return
+            cursor.at = word.end()
+            cursor.skip_blanks()
+            word = KEYWORD.match(cursor.text, cursor.at)
+            if word is None or word[0] != "if":
+                self._branch(cursor, scope, counts=not done, at=at)
+                return
+            cursor.at = word.end()
+            if done:
+                self._is_met(cursor, at)
+
+    def _branch(self, cursor: Cursor, scope: _Scope, *, counts: bool, at: int) -> None:
+        cursor.skip_blanks()
+        if cursor.peek() != "{":
+            raise cursor.error("'{' missing after a condition", at)
+        self._dropping += not counts
+        names = scope.names if counts else set[str]()
+        self._braces(cursor, msgspec.structs.replace(scope, names=names))
+        self._dropping -= not counts
+
+    def _is_met(self, cursor: Cursor, at: int) -> bool:
+        """Read `[not] $boolean` or `[not] defined VARIABLE`."""
+        negated, defined = False, False
+        while True:
+            cursor.skip_blanks()
+            word = cursor.take(KEYWORD)
+            if word is None:
+                break
+            if word[0] not in {"not", "defined"} or defined:
+                raise cursor.error(f"unexpected {word[0]!r} in a condition", word.start())
+            defined = word[0] == "defined"
+            negated ^= word[0] == "not"
+        found = cursor.take(REFERENCE)
+        if found is None:
+            raise cursor.error("a condition without a variable", at)
+        name = found["braced"] or found["bare"]
+        if defined:
+            known = self._booleans if found["kind"] == "$" else self.variables
+            return (name in known) ^ negated
+        if found["kind"] == "@" or name not in self._booleans:
+            raise cursor.error(f"boolean ${name} is not set", found.start())
+        return self._booleans[name] ^ negated
+
     def _qualifiers(self, cursor: Cursor) -> tuple[frozenset[str], str | None]:
         """Return what stands before the rule, and the word that it begins with."""
         found: set[str] = set()
+        place = -1
         while True:
             cursor.skip_blanks()
             word = KEYWORD.match(cursor.text, cursor.at)
@@ -337,6 +482,9 @@ class _Parser:
             cursor.at = word.end()
             if word[0] not in _QUALIFIERS:
                 return frozenset(found), word[0]
+            if _QUALIFIERS[word[0]] <= place:
+                raise cursor.error(f"{word[0]!r} stands too late before a rule", word.start())
+            place = _QUALIFIERS[word[0]]
             found.add(word[0])
             if word[0] == "priority":
                 cursor.skip_blanks()
@@ -383,11 +531,38 @@ class _Parser:
 
     def _look_at(self, cursor: Cursor, word: str, at: int) -> None:
         if "@" in word:
-            for name in USED_VARIABLE.findall(word):
+            for name in USED_VARIABLE.findall(word) if not self._dropping else ():
                 self._used.setdefault(name, (cursor, at))
             word = USED_VARIABLE.sub("", word)
+        self._check_glob(cursor, word, at)
+
+    def _check_glob(self, cursor: Cursor, word: str, at: int) -> None:
         if "{" in word or "[" in word or "}" in word:
             try:
                 check_aare(word)
             except AareError as exc:
                 raise cursor.error(str(exc), at) from None
+
+
+def _check_begin(cursor: Cursor, keyword: str | None, at: int) -> None:
+    """Refuse a rule that no rule begins like."""
+    if keyword is None and VARIABLE.match(cursor.text, cursor.at):
+        raise cursor.error("a variable is set in a profile")
+    if keyword is None and cursor.peek() not in {"/", "@", '"'}:
+        raise cursor.error(f"unexpected {cursor.shown()}: no rule begins like this")
+    if keyword is not None and keyword not in _RULES and not set(keyword) <= _MODES:
+        raise cursor.error(f"unknown rule {keyword!r}", at)
+
+
+def _flags(cursor: Cursor, text: str, at: int) -> tuple[str, ...]:
+    """Return the flags of a profile, which must be known ones that go together."""
+    flags = tuple(text.replace(",", " ").split())
+    if not flags:
+        raise cursor.error("no flags between '(' and ')'", at)
+    for flag in flags:
+        if flag not in _FLAGS and flag.partition("=")[0] not in _FLAGS_WITH_VALUES:
+            raise cursor.error(f"unknown flag of a profile: {flag[:40]!r}", at)
+    modes = sorted(_MODES_OF_PROFILES & set(flags))
+    if len(modes) > 1:
+        raise cursor.error(f"flags of a profile that exclude each other: {' '.join(modes)}", at)
+    return flags
