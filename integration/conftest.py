@@ -19,7 +19,13 @@ _EXCUSES = ("the kernel", "the machine", "this kernel", "this machine")
 
 
 # Modules that say what holds whatever mediates the bus.
-_CONFORMANCE = ("test_identity", "test_lifetimes", "test_rules_", "test_service_")
+_CONFORMANCE = (
+    "test_attack_identity",
+    "test_identity",
+    "test_lifetimes",
+    "test_rules_",
+    "test_service_",
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -121,6 +121,29 @@ def test_another_user_may_ask_but_not_stop_or_change(system: Warden) -> None:
     assert system.show(sandbox)["listening"]
 
 
+def test_attack_i3_other_users_learn_nothing_by_guessing_ids(system: Warden) -> None:
+    sandbox = system.add_server()
+    absent = sandbox.path.replace(sandbox.id, "c77")
+
+    def attempt() -> list[str]:
+        with RawClient.connect(system.bus.address) as other:
+            told = []
+            for path in (sandbox.path, absent):
+                try:
+                    about = other.ask(
+                        NAME, CONTAINERS_PATH, CONTAINERS, "GetInstanceInfo", "o", (path,)
+                    )
+                    told.append(str(about))
+                except CallError as exc:
+                    told.append(f"{exc.name}: {exc.text.replace(path, 'it')}")
+            return told
+
+    there, not_there = as_user(NOBODY, attempt)
+    assert there == not_there
+    assert there.startswith(f"{ERROR}NotContainer")
+    assert system.containers("GetInstanceInfo", "o", sandbox.path)[1] == TYPE
+
+
 def test_each_user_has_its_own_sandboxes_and_share(system: Warden) -> None:
     ours = system.add_server()
 

@@ -16,6 +16,7 @@ from policy.globs import is_literal
 from policy.match import RULE_WORK, Judge, Verdict, make_judge
 from policy.rules import Access, AccessList, Identity, Peer, Rule
 from policy.snaps import Connection, Port, Snap, SnapError, identity_of, tag_of
+from policy.wall import walled
 
 # Connections that are tried. Those with the other end's snap, and with the system's, come first.
 MAX_TRIED: Final = 500
@@ -101,7 +102,7 @@ def explaining(
     compiler: Compiler, tag: str, question: Question
 ) -> Generator[int, None, Explanation]:
     """Do as `explain`, and tell how much work each step was. The compiler must not change meanwhile."""
-    access = compiler.access(tag)
+    access = walled(compiler.access(tag))
     snap, app = _find_app(compiler, tag)
     me = identity_of(snap.name, app)
     verdict = yield from _judging(access, me, question)

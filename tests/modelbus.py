@@ -133,6 +133,14 @@ class ModelBus:
         self.uniques.discard(unique_name)
         return said + self.owner_changed(unique_name, unique_name, "")
 
+    def hang_up(self, bus: Bus, unique_name: str, *backlog: bytes) -> list[bytes]:
+        """Let a sandbox's connection close with a backlog; return what the bus says then.
+
+        As dbus-daemon does: the gate gets the end of the file first, and what was sent is delivered behind it.
+        """
+        bus.gone(unique_name)
+        return [*backlog, self.leave(unique_name)]
+
     def owner_changed(self, name: str, old: str, new: str) -> bytes:
         wanted = any(
             parse_match_rule(text).matches(

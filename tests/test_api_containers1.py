@@ -174,6 +174,36 @@ async def test_an_instance_that_is_not_there_is_none(world: World) -> None:
         assert await world.ask("GetInstanceInfo", "o", path) == "NotContainer"
 
 
+async def test_attack_i3_info_is_for_root_and_its_own_user(world: World) -> None:
+    path = await world.add()
+    world.bus.users[":1.8"] = 0
+    for sender in (":1.1", ":1.8"):
+        assert len(await world.ask("GetInstanceInfo", "o", path, sender=sender)) == 4
+    absent = "/org/freedesktop/DBus/Containers1/c7"
+    texts = []
+    world.engine.connect("c0", ":1.7")  # of the same user, and in a sandbox
+    for sender in (":1.2", ":1.7"):
+        for asked in (path, absent):
+            assert await world.ask("GetInstanceInfo", "o", asked, sender=sender) == "NotContainer"
+            texts.append(world.bus.errors[0][1].replace(asked, "it"))
+    assert len(set(texts)) == 1
+
+
+async def test_attack_i1_who_was_in_a_sandbox_is_never_said_to_be_in_none(world: World) -> None:
+    path = await world.add()
+    # It has left, as the gate told, and the bus lists it still; then no more.
+    world.engine.connections["session", ":1.7"] = "c0"
+    assert (await world.ask("GetConnectionInstance", "s", ":1.7"))[0] == path
+    del world.bus.users[":1.7"]
+    assert await world.ask("GetConnectionInstance", "s", ":1.7") == "NameHasNoOwner"
+    # Its sandbox has ended, or its gate has died.
+    for sandbox in ("c9", ""):
+        world.engine.connections["session", ":1.2"] = sandbox
+        assert await world.ask("GetConnectionInstance", "s", ":1.2") == "Failed"
+        answer = await world.ask("StopInstance", "o", path, sender=":1.2")
+        assert answer == "AccessDenied"
+
+
 async def test_headers_are_tagged_only_where_they_get_through(world: World) -> None:
     assert await world.ask("RequestHeader") == ()
     assert ("tag_headers", "session", ":1.1") in world.engine.done

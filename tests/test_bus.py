@@ -1,8 +1,10 @@
 """Who is who on a bus, for how long, and how it says that a name is not there."""
 
+from pathlib import Path
+
 import pytest
 
-from broker.gate.bus import ABSENT, ABSENT_UNIQUE, MAX_LATE, Bus
+from broker.gate.bus import ABSENT, ABSENT_UNIQUE, MAX_LATE, UNKNOWN, Bus
 from broker.gate.control import BusSpec
 from broker.wire import errors
 from policy.rules import Identity
@@ -39,35 +41,73 @@ def test_members_hear_of_a_new_identity() -> None:
     assert (bus.identities, bus.sandboxes) == ({":1.5": APP}, {":1.5": "c1"})
 
 
-def test_closed_connection_is_known_as_long_as_its_messages_may_come() -> None:
+def test_connection_that_the_bus_let_go_of_is_known_as_long_as_its_messages_may_come() -> None:
     bus = make_bus(Member())
     bus.connected(":1.5", "c1", APP)
     bus.gone(":1.5")
     bus.gone(":1.9")
-    assert bus.identities == {":1.5": APP}
-    assert not bus.sandboxes
+    assert (bus.peer(":1.5"), bus.who(":1.5")) == (APP, "c1")
+    assert (bus.peer(":1.9"), bus.who(":1.9")) == (None, None)
 
 
-def test_closed_connections_are_forgotten_when_nobody_is_left() -> None:
+def test_attack_i1_who_left_last_is_no_host() -> None:
     member = Member()
     bus = make_bus(member)
-    for name in (":1.5", ":1.6"):
-        bus.connected(name, "c1", APP)
-    bus.gone(":1.5")
+    bus.connected(":1.5", "c1", APP)
     bus.members.discard(member)
-    bus.gone(":1.6")
-    assert not bus.identities
+    bus.gone(":1.5")
+    assert bus.peer(":1.5") == APP
 
 
-def test_closed_connections_are_bounded() -> None:
+def test_attack_i1_flood_of_others_makes_nobody_a_host() -> None:
     bus = make_bus(Member())
-    bus.connected(":2.1", "c2", APP)
-    for n in range(MAX_LATE + 10):
+    bus.connected(":1.1", "c2", APP)  # and lingers
+    for n in range(2, MAX_LATE + 12):
         bus.connected(f":1.{n}", "c1", APP)
         bus.gone(f":1.{n}")
-    assert len(bus.identities) == MAX_LATE + 1
-    assert ":1.9" not in bus.identities
-    assert ":1.10" in bus.identities
+    assert len(bus.identities) == len(bus.sandboxes) == MAX_LATE + 1
+    assert bus.who(":1.1") == "c2"
+    assert (bus.peer(":1.11"), bus.who(":1.11")) == (UNKNOWN, "")
+    assert (bus.peer(":1.12"), bus.who(":1.12")) == (APP, "c1")
+    assert (bus.peer(":1.0"), bus.who(":1.0")) == (None, None)
+
+
+def test_attack_i1_next_gate_knows_whom_the_one_that_died_had(tmp_path: Path) -> None:
+    bus = Bus("session", "unix:path=/x", tmp_path)
+    bus.met("a" * 32)
+    bus.connected(":1.5", "c1", APP)
+    after = Bus("session", "unix:path=/x", tmp_path)
+    assert after.who(":1.5") is None  # nobody may rely on that:
+    assert after.ledger.is_doubtful(":1.5")
+    assert not after.ledger.is_doubtful(":1.6")
+    after.met("a" * 32)
+    assert (after.peer(":1.5"), after.who(":1.5")) == (UNKNOWN, "")
+    assert after.peer(":1.6") is None
+    another = Bus("session", "unix:path=/x", tmp_path)
+    another.met("b" * 32)
+    assert not another.ledger.is_doubtful(":1.5")
+    assert another.peer(":1.5") is None
+
+
+class Rest:
+    def __init__(self, bus: Bus, name: str) -> None:
+        self._bus, self._name = bus, name
+
+    def close(self) -> None:
+        del self._bus.lingering[self._name]
+        self._bus.gone(self._name)
+
+
+def test_attack_i1_name_of_a_bus_that_was_is_not_what_a_lingering_one_makes_it() -> None:
+    bus = make_bus()
+    bus.met("a" * 32)
+    bus.connected(":1.5", "c1", APP)
+    bus.lingering[":1.5"] = Rest(bus, ":1.5")
+    bus.met("b" * 32)
+    assert not bus.lingering
+    assert bus.peer(":1.5") is None
+    bus.gone(":1.5")
+    assert bus.peer(":1.5") is None
 
 
 def test_unique_name_that_comes_back_stays() -> None:
@@ -82,6 +122,30 @@ def test_unique_name_that_comes_back_stays() -> None:
         bus.connected(f":1.{n}", "c1", APP)
         bus.gone(f":1.{n}")
     assert bus.identities[":1.5"] == other
+
+
+def test_attack_i2_bus_has_read_all_when_each_has_been_read_or_let_go_of() -> None:
+    bus, passed = make_bus(), []
+    for name in (":1.5", ":1.6", ":1.7"):
+        bus.connected(name, "c1", APP)
+    bus.gone(":1.5")
+    bus.wait_read(3, lambda: passed.append(3))
+    bus.has_read(":1.6", 3)
+    bus.has_read(":1.7", 4)
+    bus.has_read(":1.6", 3)
+    assert not passed
+    bus.gone(":1.7")
+    assert passed == [3]
+    bus.wait_read(4, lambda: passed.append(4))
+    assert passed == [3]
+    bus.has_read(":1.6", 4)
+    assert passed == [3, 4]
+
+
+def test_bus_that_nobody_has_sent_anything_has_read_it() -> None:
+    passed: list[int] = []
+    make_bus().wait_read(1, lambda: passed.append(1))
+    assert passed == [1]
 
 
 # -- wording -----------------------------------------------------------------------------------------
@@ -117,6 +181,9 @@ class _Link:
 
     def close(self, reason: str) -> None:
         self.closed.append(reason)
+
+    def ask_if_read(self, number: int) -> None:
+        self.closed.append(str(number))
 
 
 def test_nobody_of_a_bus_that_was_is_known_on_the_one_that_took_its_place() -> None:

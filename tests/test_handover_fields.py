@@ -28,7 +28,8 @@ LINK: Final = """
 bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
 """
 SANDBOX: Final = """
-_close_pipe _guid _listening _throttled_count _waiting complaints denied_count is_throttled links messages spec
+_close_pipe _guid _listening _reason _throttled_count _waiting asked complaints denied_count is_throttled lingering
+links messages spec
 """
 # Class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
 FIELDS: Final = {
@@ -50,10 +51,13 @@ FIELDS: Final = {
     "outgoing.Outgoing": ("", ""),
     "driver.Driver": ("", ""),
     "bus.Bus": (
-        "_guid _late _wording address identities name sandboxes speakers tagged",
-        "judges_names_alone links members payers takes_fds tells_unique_names",
+        "_guid _late _wording address identities ledger name sandboxes speakers tagged",
+        "barriers judges_names_alone lingering links members payers tags_headers takes_fds tells_unique_names",
     ),
     "payers.Payers": ("_arriving _late _movers", "_orphans budgets"),
+    # As long as it is not known which bus it is, nobody has a name there: the file says the rest.
+    "ledger.Ledger": ("_path _spans", "_fd _folder _last_line _lines _rumours _size"),
+    "linger.Linger": ("_sock unique_name", "_ended _is_over"),
     "pipe.Pipe": (
         "_queue _reading",
         "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
@@ -66,7 +70,7 @@ FIELDS: Final = {
     "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over lost"),
     "server.Gate": (
         "_asked _control _kept _own _reader _sandboxes _supervisor",
-        "_is_working _manager _most_unread _upstreams",
+        "_folder _is_working _manager _meetings _most_unread _upstreams",
     ),
 }
 

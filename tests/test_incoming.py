@@ -222,16 +222,33 @@ def test_sandboxed_caller_needs_a_rule() -> None:
     assert names(talk.deliver(from_peer(8, ":1.3"))) == ["call Do"]
 
 
-def test_caller_that_is_gone_is_no_host() -> None:
-    # It calls and closes at once: its message comes after its end.
+def test_attack_i1_backlog_of_one_that_hung_up_is_its_own() -> None:
     shared = Bus("session", "unix:path=/none")
     caller = Dialogue(shared=shared, me=":1.8", identity=OTHER_APP)
-    talk = Dialogue(shared=shared)
+    rules = access("receive:,peer=host", "receive:@/app,peer=app:org.test/other")
+    talk = Dialogue(rules, shared=shared)
     shared.members.discard(caller.core)
-    shared.gone(":1.8")
-    assert not talk.deliver(from_peer(8, ":1.8"), signal(9, destination=ME, sender=":1.8"))
+    backlog = [from_peer(8, ":1.8"), changed(from_peer(9, ":1.8"), path="/app")]
+    got = talk.deliver(*talk.model.hang_up(shared, ":1.8", *backlog))
+    assert [(m.header.serial, m.header.path) for m in got] == [(9, "/app")]
     assert names(talk.model.seen) == ["error AccessDenied"]
-    assert ":1.8" not in shared.sandboxes
+    assert shared.who(":1.8") == "c1"
+
+
+def test_nobody_of_a_sandbox_that_is_not_known_any_more_is_a_host() -> None:
+    # Its messages come later than 4096 others have left, or its gate has died.
+    shared = Bus("session", "unix:path=/none")
+    shared.ledger.add(":1.8")
+    rules = access("receive:,peer=host", "receive:,peer=app:org.test/other", "receive:org.a")
+    talk = Dialogue(rules, shared=shared, owners={"org.a": ":1.8", "org.b": ":1.9"})
+    talk.subscribe()
+    assert len(talk.deliver(from_peer(8, ":1.9"), signal(9, sender=":1.9"))) == 2
+    # A rule that is about nobody in particular lets it in, and its broadcasts nobody hears.
+    assert names(talk.deliver(from_peer(8, ":1.8"), signal(9, sender=":1.8"))) == ["call Do"]
+    talk.use(access("receive:,peer=host", "receive:,peer=app:org.test/other"))
+    assert not talk.deliver(from_peer(10, ":1.8"), signal(11, destination=ME, sender=":1.8"))
+    talk.use(access())
+    assert not talk.deliver(from_peer(12, ":1.8"))
 
 
 def test_guessed_name_that_says_hello_later_is_no_host_any_more() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from broker.gate.budgets import BYTES_A_MESSAGE, CONNECTION_COST
-from broker.gate.bus import Bus
+from broker.gate.bus import DRIVER, Bus
 from broker.gate.connector import Done
-from broker.gate.control import Listener, SandboxLimits, SandboxSpec
+from broker.gate.control import Connected, Ended, Event, Gone, Listener, SandboxLimits, SandboxSpec
 from broker.gate.loop import Loop
-from broker.gate.sandbox import Sandbox
+from broker.gate.sandbox import LINGER_SECONDS, Sandbox
+from broker.wire import marshal
 from policy.rules import AccessList, Identity
+from tests.messages import driver_call
 
 RATE = 1000
 AUTH = b"\0AUTH EXTERNAL " + str(os.getuid()).encode().hex().encode() + b"\r\n"
@@ -62,7 +64,8 @@ class World:
         )
         self.bus = FarBus()
         buses: dict[str, Bus] = {"session": self.bus}
-        self.sandbox = Sandbox(self.loop, spec, buses, lambda _event: None, lambda _sandbox: None)
+        self.events: list[Event] = []
+        self.sandbox = Sandbox(self.loop, spec, buses, self.events.append, lambda _sandbox: None)
         # No tick of the real clock is to put anything in.
         self.sandbox.messages._clock = self.clock  # type: ignore[misc]
         self.sandbox.messages._filled = self.clock.now
@@ -95,8 +98,26 @@ class World:
         end.send(b"OK " + b"0" * 32 + b"\r\nAGREE_UNIX_FD\r\n")
         self.turn()
 
+    def be_called(self, unique_name: str) -> socket.socket:
+        """Say Hello, and have the bus answer; return its end."""
+        self.say(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
+        self.let_in()
+        (end,) = self.bus.ends
+        reply = marshal.make_return(
+            1,
+            reply_serial=1,
+            destination=unique_name,
+            sender=DRIVER,
+            signature="s",
+            values=(unique_name,),
+        )
+        end.send(reply)
+        self.turn()
+        return end
+
     def close(self) -> None:
         self.sandbox.stop("over")
+        self.sandbox.abandon()
         self.loop.close()
         for sock in (self.app, *self.bus.ends):
             sock.close()
@@ -146,3 +167,82 @@ def test_message_that_came_with_the_handshake_is_charged(world: World) -> None:
     world.let_in()
     assert not world.is_open()
     assert before - world.sandbox.messages.left >= len(BROKEN) // BYTES_A_MESSAGE
+
+
+# -- an app that leaves: its connection lingers until the bus lets go of it -------------------------------
+
+
+def read_to_the_end(end: socket.socket) -> None:
+    end.settimeout(5)
+    while end.recv(65536):
+        pass
+
+
+def test_app_that_leaves_stays_known_until_the_bus_hangs_up(world: World) -> None:
+    end = world.be_called(":1.7")
+    world.app.close()
+    world.turn()
+    read_to_the_end(end)  # the bus gets the end of the file
+    assert not world.sandbox.links
+    assert world.bus.who(":1.7") == "c0"
+    use, state = world.sandbox.taken(), world.sandbox.state()
+    assert (use.connections, use.lingering, state.opening) == (1, 1, 0)
+    assert state.connections == (("session", ":1.7"),)
+    assert world.events == [Connected("c0", "session", ":1.7")]
+    end.close()
+    world.turn()
+    assert world.events[1:] == [Gone("c0", "session", ":1.7")]
+    assert world.sandbox.taken().connections == 0
+    assert world.bus.who(":1.7") == "c0"  # its messages may come
+
+
+def test_sandbox_is_over_when_the_bus_has_let_go(world: World) -> None:
+    end = world.be_called(":1.7")
+    world.sandbox.stop("stopped")
+    world.sandbox.stop("again")
+    world.turn()
+    assert len(world.events) == 1
+    end.close()
+    world.turn()
+    assert world.sandbox.is_over
+    assert world.events[1:] == [Gone("c0", "session", ":1.7"), Ended("c0", "stopped")]
+
+
+def test_bus_that_does_not_let_go_is_not_waited_for(world: World) -> None:
+    end = world.be_called(":1.7")
+    world.sandbox.stop("stopped")
+    world.turn(LINGER_SECONDS)
+    assert world.sandbox.is_over
+    assert world.events[1:] == [Ended("c0", "stopped")]
+    assert world.bus.who(":1.7") == "c0"
+    end.close()
+    world.turn()
+    assert world.events[2:] == [Gone("c0", "session", ":1.7")]
+
+
+def test_last_connection_is_the_last_when_the_bus_has_let_go(world: World) -> None:
+    end = world.be_called(":1.7")
+    world.sandbox.stop_listening()
+    world.app.close()
+    world.turn()
+    assert not world.sandbox.is_over
+    end.close()
+    world.turn()
+    assert world.events[-1] == Ended("c0", "last-connection")
+
+
+def test_connection_without_a_name_does_not_linger(world: World) -> None:
+    world.say(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
+    world.let_in()
+    world.app.close()
+    world.turn()
+    assert world.sandbox.taken().connections == 0
+    assert not world.bus.lingering
+
+
+def test_name_that_cannot_be_written_down_is_not_used(world: World, tmp_path: Path) -> None:
+    world.bus.met("0" * 32)
+    world.bus.ledger._path = tmp_path / "missing" / "file"
+    world.be_called(":1.7")
+    assert not world.is_open()
+    assert not any(isinstance(event, Connected) for event in world.events)

@@ -18,7 +18,8 @@ from broker.supervisor.requests import AddRequest, Caller
 from broker.supervisor.salvage import open_state
 from broker.supervisor.supervisor import Outside, Supervisor
 from policy.rules import AccessList
-from policy.text import parse_rule
+from policy.text import format_rule, parse_rule
+from policy.wall import WALL
 from tests.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch, make_call
 from tests.records import EMPTY_DICT
 
@@ -156,10 +157,10 @@ async def test_what_ends_it_is_shown(world: World) -> None:
     assert (await world.ask("Status"))["ended"] == {"creator-gone": 1}
 
 
-async def test_what_insists_on_portals_has_nothing_built_in(world: World) -> None:
+async def test_what_insists_on_portals_has_the_wall_alone_built_in(world: World) -> None:
     await world.add(portals_as_host=True)
     shown = await world.ask("Show", "s", "c0")
-    assert shown["built_in"] == []
+    assert shown["built_in"] == [(rule.deny, format_rule(rule)) for rule in WALL]
     assert shown["portals_as_host"]
 
 

@@ -334,6 +334,50 @@ def test_connection_that_asked_for_it_is_told_the_sandbox() -> None:
     assert b"Containers1" not in talk.arrived[0].raw
 
 
+TAG = b"/org/freedesktop/DBus/Containers1/c1\0"
+
+
+def test_attack_i2_name_that_nobody_owns_may_be_of_who_will_want_the_tag() -> None:
+    talk = Dialogue(access("send:"), owners=OWNERS)
+    talk.model.activatable.append("org.new")
+    talk.app(call(2, "org.new"), call(3, "org.new", flags=NO_REPLY), call(4, "org.a"))
+    assert [TAG in m.raw for m in talk.model.seen if m.header.destination == "org.new"] == [
+        True
+    ] * 2
+    assert [TAG in m.raw for m in talk.arrived] == [False]
+
+
+def test_attack_i2_while_anybody_wants_tags_whatever_could_reach_them_has_one() -> None:
+    talk = Dialogue(access("send:"), owners=OWNERS)
+    messages = (
+        call(2, "org.a"),
+        call(3, ":1.3"),
+        call(4, "org.a", flags=NO_REPLY),
+        signal(5),
+        signal(6, destination="org.a"),
+        signal(7, destination=":1.3"),
+        signal(8, destination=":1.2"),
+    )
+    talk.app(*messages)
+    assert not any(TAG in m.raw for m in talk.model.seen)
+    talk.clear()
+    # Somebody who owns none of these names yet.
+    talk.bus.tagged.add(":1.2")
+    talk.core.forget_verdicts()
+    talk.change("org.a", ":1.4")
+    for number in (100, 200):
+        talk.app(*(changed(m, serial=number + n) for n, m in enumerate(messages)))
+    said = [m for m in talk.model.seen if m.header.serial < 0xFFF00000]
+    assert [TAG in m.raw for m in said] == [True, False, True, True, True, False, True] * 2
+
+
+def test_proxy_tags_nothing() -> None:
+    talk = Dialogue(access("send:"), owners=OWNERS)
+    talk.bus.tags_headers = False
+    talk.app(call(2, "org.new"))
+    assert not any(TAG in m.raw for m in talk.model.seen)
+
+
 # -- descriptors ---------------------------------------------------------------------------------------
 
 

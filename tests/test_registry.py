@@ -7,10 +7,10 @@ from broker.gate.control import Denied
 from broker.supervisor.config import Limits
 from broker.supervisor.ends import Event, Phase
 from broker.supervisor.registry import (
+    BUILT_IN,
     MAX_DENIAL_TEXT,
     MAX_DENIALS,
     NOTHING,
-    PORTAL_RULES,
     Record,
     Registry,
     Removed,
@@ -19,6 +19,7 @@ from broker.supervisor.registry import (
 from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.match import Judge
 from policy.rules import Access, AccessList, Identity, Rule
+from policy.wall import WALL, walled
 from tests.records import make_record, make_snapshot, make_state
 
 SMALL = Limits(max_containers=3, max_containers_per_user=2, max_container_metadata_bytes=10)
@@ -53,7 +54,7 @@ def test_a_record_knows_its_names() -> None:
 def test_a_rule_for_owning_lets_the_name_be_asked_for_where_that_needs_a_rule() -> None:
     own = Rule(access=frozenset({Access.OWN}), name="org.example.Mine", bus="session")
     record = make_record(access=AccessList(rules=(own,)), portals_as_host=True)
-    assert record.in_force(AccessList()).rules == (own,)
+    assert record.in_force(AccessList()).rules == (own, *WALL)
     compiled = AccessList(rules=(), bus_by_rule=True)
     access = record.in_force(compiled)
     assert access.bus_by_rule
@@ -64,17 +65,17 @@ def test_a_rule_for_owning_lets_the_name_be_asked_for_where_that_needs_a_rule() 
     elsewhere = Judge(access, bus="system", me=record.identity)
     assert not elsewhere.send(("org.freedesktop.DBus",), *asking, "RequestName", None).allowed
     bare = make_record(access=AccessList(), portals_as_host=True)
-    assert bare.in_force(compiled).rules == ()
+    assert bare.in_force(compiled).rules == WALL
 
 
 def test_portals_are_denied_unless_the_caller_insists() -> None:
     given = AccessList(rules=(Rule(access=frozenset({Access.SEND})),), receive_from_host=False)
     record = make_record(access=given)
-    assert record.access_in_force.rules == (*given.rules, *PORTAL_RULES)
+    assert record.access_in_force.rules == (*given.rules, *BUILT_IN)
     assert not record.access_in_force.receive_from_host
-    assert all(rule.deny and rule.origin for rule in PORTAL_RULES)
+    assert all(rule.deny and rule.origin for rule in BUILT_IN)
     insisting = msgspec.structs.replace(record, portals_as_host=True)
-    assert insisting.access_in_force == given
+    assert insisting.access_in_force == walled(given)
 
 
 def test_a_sandbox_is_found_by_id_and_by_path() -> None:

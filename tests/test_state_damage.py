@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from broker.gate.control import SandboxState, Snapshot
 from broker.supervisor.config import Limits
-from broker.supervisor.registry import PORTAL_RULES, Record, Registry
+from broker.supervisor.registry import BUILT_IN, Record, Registry
 from broker.supervisor.salvage import KEPT_ASIDE, NO_VALUES, UNKNOWN_PLUG, open_state, settle
 from broker.supervisor.spec import make_spec
 from broker.supervisor.state import NoRoomError, State, Unsettled
@@ -238,7 +238,7 @@ def test_the_journal_of_a_file_that_was_taken_away_is_none_of_the_new_one(tmp_pa
 
 def as_in_gate(record: Record, *rules: Rule, **fields: object) -> SandboxState:
     """Return what the gate says of a sandbox that was added so, and is under these rules now."""
-    access = AccessList(rules=(*rules, *PORTAL_RULES)) if rules else record.access_in_force
+    access = AccessList(rules=(*rules, *BUILT_IN)) if rules else record.access_in_force
     spec, _ = make_spec(record, access, {}, None, Limits())
     return make_state(record, **{"spec": spec, **fields})
 
@@ -298,7 +298,7 @@ def test_rules_of_lost_connections_stay_in_force(tmp_path: Path) -> None:
     assert found.access == AccessList(rules=(GIVEN, LATER))
     assert found.held == AccessList(rules=(CONNECTED,))
     assert found.access_in_force == states[0].spec.access
-    assert found.in_force(AccessList()).rules == (GIVEN, LATER, *PORTAL_RULES)
+    assert found.in_force(AccessList()).rules == (GIVEN, LATER, *BUILT_IN)
     reconciled(registry, *states)
     state.close()
 

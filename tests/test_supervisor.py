@@ -11,13 +11,15 @@ import trio.testing
 
 from broker.gate.control import Denied, Listener, SandboxSpec
 from broker.supervisor.config import Limits
-from broker.supervisor.requests import AddRequest, Caller
+from broker.supervisor.registry import BUILT_IN
+from broker.supervisor.requests import AddRequest, Behind, Caller
 from broker.supervisor.rules import MAX_RULES
 from broker.supervisor.salvage import open_state
 from broker.supervisor.state import State
 from broker.supervisor.supervisor import Outside, Supervisor
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import NO_ACCESS, Access, AccessList, Rule
+from policy.wall import WALL
 from tests.fakes import FakeAnnouncer, FakeEngine, FakeWatch, lost
 from tests.records import EMPTY_DICT, make_record, make_snapshot, make_state
 
@@ -112,12 +114,12 @@ async def test_a_sandbox_is_served_and_stored_before_the_answer(world: World) ->
     assert (next_number, stored.created, stored.plugs) == (1, 12.5, ("p",))
 
 
-async def test_portals_are_denied_in_force_but_not_in_the_list(world: World) -> None:
+async def test_what_is_built_in_is_in_force_but_not_in_the_list(world: World) -> None:
     id_ = await world.add()
-    assert len(world.engine.access[id_].rules) == 2
+    assert world.engine.access[id_].rules == BUILT_IN
     assert world.supervisor.registry.find(id_).record.access == NO_ACCESS
     id_ = await world.add(portals_as_host=True)
-    assert world.engine.access[id_] == NO_ACCESS
+    assert world.engine.access[id_].rules == WALL
 
 
 async def test_descriptors_are_lent_and_never_kept(world: World) -> None:
@@ -320,15 +322,19 @@ async def test_whose_end_is_watched_for_is_forgotten_with_the_sandbox(world: Wor
 async def test_who_is_what_the_gate_says(world: World) -> None:
     id_ = await world.add()
     world.engine.connect(id_, ":1.7")
-    sandbox = await world.supervisor.who("session", ":1.7")
-    assert sandbox is not None
-    assert sandbox.record.id == id_
-    assert list(sandbox.connections) == [("session", ":1.7")]
-    assert await world.supervisor.who("session", ":1.8") is None
+    behind = await world.supervisor.who("session", ":1.7")
+    assert behind.sandbox is not None
+    assert behind.sandbox.record.id == id_
+    assert behind.is_there
+    assert list(behind.sandbox.connections) == [("session", ":1.7")]
+    host = await world.supervisor.who("session", ":1.8")
+    assert host == Behind(is_inside=False, sandbox=None, is_there=False)
     assert await world.supervisor.is_inside("session", ":1.7")
     world.engine.connections["session", ":1.9"] = "c99"  # a stranger's, about to be stopped
-    assert await world.supervisor.is_inside("session", ":1.9")
-    assert await world.supervisor.who("session", ":1.9") is None
+    lost = Behind(is_inside=True, sandbox=None, is_there=False)
+    assert await world.supervisor.who("session", ":1.9") == lost
+    world.engine.connections["session", ":1.9"] = ""  # of a gate that died
+    assert await world.supervisor.who("session", ":1.9") == lost
 
 
 async def test_refusals_are_kept_and_told(world: World) -> None:

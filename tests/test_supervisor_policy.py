@@ -11,7 +11,7 @@ import trio.testing
 
 from broker.engines.base import EngineLostError
 from broker.supervisor import snaps as snaps_module
-from broker.supervisor.registry import PORTAL_RULES
+from broker.supervisor.registry import BUILT_IN
 from broker.supervisor.rules import MAX_RULES
 from broker.supervisor.state import State
 from broker.wire.errors import (
@@ -45,12 +45,12 @@ async def test_a_snaps_app_has_its_compiled_rules_and_what_was_given(stage: Stag
     access = stage.engine.access[id_]
     compiled = stage.supervisor.snaps.ready().access("snap.remote.remote")
     assert compiled.rules
-    assert access.rules == (given, *compiled.rules, *PORTAL_RULES)
+    assert access.rules == (given, *compiled.rules, *BUILT_IN)
     assert not access.receive_from_host
     assert stage.supervisor.registry.find(id_).record.access.rules == (given,)
     # A change of what was given leaves the others.
     await stage.supervisor.set_access(CALLER, id_, ())
-    assert stage.engine.access[id_].rules == (*compiled.rules, *PORTAL_RULES)
+    assert stage.engine.access[id_].rules == (*compiled.rules, *BUILT_IN)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ async def test_a_snaps_app_has_its_compiled_rules_and_what_was_given(stage: Stag
 )
 async def test_others_have_what_they_were_given_alone(stage: Stage, fields: dict[str, str]) -> None:
     id_ = await stage.add(**fields)
-    assert stage.engine.access[id_].rules == PORTAL_RULES
+    assert stage.engine.access[id_].rules == BUILT_IN
     assert stage.engine.access[id_].receive_from_host
 
 
@@ -212,7 +212,7 @@ async def test_a_sandbox_that_is_added_meanwhile_has_the_rules_of_after(stage: S
 
 async def test_a_list_that_would_be_too_long_is_refused(stage: Stage) -> None:
     compiled = stage.supervisor.snaps.ready().access("snap.remote.remote")
-    room = MAX_RULES - len(compiled.rules) - len(PORTAL_RULES)
+    room = MAX_RULES - len(compiled.rules) - len(BUILT_IN)
     rules = tuple(parse_rule(f"send:org.example.n{n}") for n in range(room))
     remote = await stage.add("remote", access=AccessList(rules=rules))
     with pytest.raises(CallRefusedError, match="max_rules"):
@@ -268,7 +268,7 @@ async def test_loading_keeps_connections_that_make_sense(stage: Stage) -> None:
     stage.changed()
     await stage.load(PLAYER, REMOTE)
     assert stage.changed() == [other]  # its app is no more
-    assert stage.engine.access[other].rules == PORTAL_RULES
+    assert stage.engine.access[other].rules == BUILT_IN
     assert stage.has(remote)
     assert stage.state.load_world().connections == (PAIR,)
     await stage.load(PLAYER, OTHER, connections=[("other:control", "player:control")])

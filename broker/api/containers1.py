@@ -11,6 +11,7 @@ from broker.supervisor.lifetime import Watch
 from broker.supervisor.registry import INSTANCE_PREFIX, Record
 from broker.supervisor.rules import in_slices
 from broker.wire.errors import (
+    FAILED,
     INVALID_ARGS,
     NAME_HAS_NO_OWNER,
     NOT_CONTAINER,
@@ -21,6 +22,7 @@ from broker.wire.names import is_bus_name, is_unique_name
 
 PATH: Final = "/org/freedesktop/DBus"
 NAME: Final = "org.freedesktop.DBus.Containers1"
+NOBODY: Final = -1  # no user has that number
 _ADD_TAKES: Final = args(
     "container_type:s", "container_name:s", "metadata:a{sv}", "named_arguments:a{sv}"
 )
@@ -115,15 +117,23 @@ class Containers1:
 
     async def _get_connection_instance(self, call: Call) -> Reply:
         unique_name = await self._find_owner(call.values[0])
-        sandbox = await self._supervisor.who(self._door.name, unique_name)
-        if sandbox is None:
-            if not await self._is_there(unique_name):
-                raise CallRefusedError(NAME_HAS_NO_OWNER, f"nobody is {unique_name}")
+        behind = await self._supervisor.who(self._door.name, unique_name)
+        if not behind.is_there and not await self._is_there(unique_name):
+            raise CallRefusedError(NAME_HAS_NO_OWNER, f"nobody is {unique_name}")
+        if not behind.is_inside:
             raise CallRefusedError(NOT_CONTAINER, f"{unique_name} is in no container")
-        return Reply((sandbox.record.path, *describe(sandbox.record)))
+        if behind.sandbox is None:  # its gate died, or the bus takes long to let go of it
+            text = f"{unique_name} is in a container that is not known any more"
+            raise CallRefusedError(FAILED, text)
+        record = behind.sandbox.record
+        return Reply((record.path, *describe(record)))
 
     async def _get_instance_info(self, call: Call) -> Reply:
-        record = self._supervisor.registry.find(instance(call.values[0])).record
+        # Asked first, whether there is such a one or not: no more is to be told by how long it takes.
+        seen_by = NOBODY
+        if not await self._supervisor.is_inside(self._door.name, call.sender):
+            seen_by = (await self._door.host_caller(call)).uid
+        record = self._supervisor.registry.find(instance(call.values[0]), seen_by=seen_by).record
         return Reply(describe(record))
 
     async def _request_header(self, call: Call) -> Reply:

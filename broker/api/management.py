@@ -13,8 +13,7 @@ from broker.bus.values import Variant, unpack
 from broker.engines.base import Engine, EngineLostError
 from broker.gate.control import Denied
 from broker.supervisor.config import Config
-from broker.supervisor.registry import PORTAL_RULES, Sandbox
-from broker.supervisor.requests import Caller
+from broker.supervisor.registry import Sandbox
 from broker.supervisor.rules import formatted, in_slices
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
 
@@ -58,20 +57,19 @@ class Management:
 
     async def _list(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
-        shown = [sandbox for sandbox in self._registry if _may_see(caller, sandbox)]
+        shown = [sandbox for sandbox in self._registry if sandbox.may_be_seen_by(caller.uid)]
         return Reply(([await self._describe(sandbox) for sandbox in shown],))
 
     async def _show(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
         used = await self._used(self._registry.find(call.values[0]).record.id)
         sandbox = self._registry.find(call.values[0])
-        if not _may_see(caller, sandbox):
+        if not sandbox.may_be_seen_by(caller.uid):
             raise CallRefusedError(ACCESS_DENIED, f"{sandbox.record.id} is of another user")
         denials = [describe_denial(event) for event in sandbox.denials]
-        built_in = () if sandbox.record.portals_as_host else PORTAL_RULES
         more = {
             "denials": Variant("aa{sv}", denials),
-            "built_in": Variant("a(bs)", await in_slices(formatted(built_in))),
+            "built_in": Variant("a(bs)", await in_slices(formatted(sandbox.record.built_in))),
             "use": Variant("a{st}", used),
         }
         return Reply((await self._describe(sandbox) | more,))
@@ -180,10 +178,6 @@ def _version() -> str:
         return metadata.version("buswarden")
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _may_see(caller: Caller, sandbox: Sandbox) -> bool:
-    return caller.uid in (0, sandbox.record.uid)
 
 
 def _show_path(path: str) -> str:

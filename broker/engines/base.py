@@ -82,7 +82,7 @@ class Engine(Protocol):
         """Also end the connections. When it returns, the listener has been told of the end, and why it came."""
 
     async def who(self, bus: str, unique_name: str) -> str | None:
-        """Return which sandbox is behind a connection to that bus."""
+        """Return which sandbox is behind a connection to that bus, "" if that is not known; None for a host."""
 
     async def use(self, sandbox: str | None = None) -> Use:
         """Return what a sandbox, or all of them together, take of their limits."""

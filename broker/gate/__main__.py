@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     faulthandler.enable()  # where we are, if we die of a defect below Python
     loop = Loop()
     manager = Manager()
-    gate = Gate(loop, manager)
+    gate = Gate(loop, manager, Path(args.control).parent)
     if args.take_over is not None:
         opening = _take_over(gate, args.take_over, args.ready_fd)
     else:

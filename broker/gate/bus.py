@@ -1,17 +1,28 @@
 """What all connections of one gate to one bus share: who is who, and how that bus words its errors.
 
-Identity is exact because it is learned from the Hello reply as it passes through the gate, before
-that connection can say anything else: a unique name that is not here is a host's.
+Identity is exact because it is learned from the Hello reply as it passes through the gate, before that connection
+can say anything else, and because it is never unlearned: a bus gives no unique name twice, so a name that a sandbox
+had is not a host's however long its connection is gone. A unique name goes through these states:
+
+    connected   the app is there                                       its sandbox, its app
+    lingering   the app has gone, the bus has not let go (linger.py)   its sandbox, its app
+    late        the bus has let go, and may still deliver what it had  its sandbox, its app; the last MAX_LATE
+    unknown     late no more, or of a gate that died (ledger.py)       a sandbox, not known which: UNKNOWN
+    host        none of these                                          a host
 """
 
 import os
 import socket
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Final, Protocol
 
+from broker.gate.barrier import Barrier
 from broker.gate.connector import Done, connect
 from broker.gate.control import BusSpec
 from broker.gate.handover import BusDump
+from broker.gate.ledger import Ledger
 from broker.gate.loop import Loop
 from broker.gate.payers import Payers
 from broker.wire import errors
@@ -29,9 +40,11 @@ ABSENT: Final = f"org.buswarden.NotThere.x{os.urandom(16).hex()}"
 ABSENT_UNIQUE: Final = ":0.4294967295"
 
 
-# Connections that are closed and still have a name, because messages of theirs may be on their way. Each
-# of them took a handshake with the bus, which hands out messages in the meantime.
+# Connections that the bus has let go of, and whose messages may still be on their way: dbus-daemon hangs up before it
+# has delivered all, and dbus-broker keeps calls for a service that is being started. Those before are UNKNOWN.
 MAX_LATE: Final = 4096
+# Somebody in a sandbox that is not known any more: no host, and no app that a rule could name.
+UNKNOWN: Final = Identity(type="", app="")
 
 
 class Member(Protocol):
@@ -50,15 +63,26 @@ class Closable(Protocol):
     def close(self, reason: str) -> None:
         """End it."""
 
+    def ask_if_read(self, number: int) -> None:
+        """Have `Bus.has_read` called with that number once the bus has read what it sent so far."""
+
+
+class Lingering(Protocol):
+    """The rest of one, whose app has gone."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
 
 class Bus:
     """One real bus."""
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, folder: Path | None = None) -> None:
         self.name: Final = name
         self.address = address
         self.identities: Final[dict[str, Identity]] = {}
         self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
+        self.ledger: Final = Ledger(folder)  # all unique names that ever were there
         self.members: Final[set[Member]] = set()
         self.payers: Final = Payers()
         # Senders whose rules say which apps hear their broadcasts: their unique names.
@@ -69,10 +93,14 @@ class Bus:
         self._wording: dict[str, tuple[str, str]] = {}
         self._guid = ""
         self.links: Final[set[Closable]] = set()
+        self.lingering: Final[dict[str, Lingering]] = {}  # by unique name
+        self.barriers: Final[dict[int, Barrier]] = {}
         # Both are ways of xdg-dbus-proxy, for who is to pass for it. All unique names may be heard to come
         # and go; a well-known name is judged as itself alone, whatever else its owner owns.
         self.tells_unique_names = False
         self.judges_names_alone = False
+        # False: its connections are of no sandboxes that anybody could ask about.
+        self.tags_headers = True
         # False: no connection to it passes descriptors, and apps are told so in the handshake.
         self.takes_fds = True
 
@@ -94,9 +122,14 @@ class Bus:
         Another bus than before has given unique names anew: what was known is about others, and whoever
         is still connected to the old one has only not heard yet.
         """
-        if self._guid and guid != self._guid:
+        if not self._guid:
+            self.ledger.meet(guid)
+        elif guid != self._guid:
             for link in list(self.links):
                 link.close("the bus started anew")
+            for rest in list(self.lingering.values()):
+                rest.close()
+            self.ledger.move(guid)
             self.identities.clear()
             self.sandboxes.clear()
             self.speakers.clear()
@@ -106,8 +139,17 @@ class Bus:
             self.payers.clear()
         self._guid = guid
 
+    @property
+    def is_met(self) -> bool:
+        """Whether it is known which bus this is."""
+        return bool(self._guid)
+
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
-        """Remember who is behind a unique name. Call it before the app can use the connection."""
+        """Remember who is behind a unique name. Call it before the app can use the connection.
+
+        Raises OSError if it cannot be written down: then the app is not to use it.
+        """
+        self.ledger.add(unique_name)
         self.identities[unique_name] = identity
         self._late.pop(unique_name, None)
         self.sandboxes[unique_name] = sandbox
@@ -115,18 +157,45 @@ class Bus:
             member.stranger_appeared(unique_name)
 
     def gone(self, unique_name: str) -> None:
-        """Note that a connection is closed.
+        """Note that the bus has let go of a connection.
 
-        Who it was is remembered for a while: what it sent last is still to be judged, and must not pass for
-        a host's. The bus gives its name to nobody else, unless it starts anew: then all members go.
+        Who it was is remembered for a while, for what it sent last is still to be judged.
         """
-        self.sandboxes.pop(unique_name, None)
         if unique_name in self.identities:
             self._late[unique_name] = None
-        while self._late and (len(self._late) > MAX_LATE or not self.members):
+        for number in list(self.barriers):
+            self.has_read(unique_name, number)
+        while len(self._late) > MAX_LATE:
             oldest, _ = self._late.popitem(last=False)
             del self.identities[oldest]
+            self.sandboxes.pop(oldest, None)
             self.speakers.pop(oldest, None)
+
+    def wait_read(self, number: int, passed: Callable[[], None]) -> None:
+        """Have it called when the bus has read all that sandboxes have sent so far."""
+        late = set(self._late)
+        names = [name for name in self.sandboxes if name not in late]
+        barrier = self.barriers[number] = Barrier(names, passed)
+        for link in list(self.links):
+            link.ask_if_read(number)
+        barrier.check()
+
+    def has_read(self, unique_name: str, number: int) -> None:
+        """Note that the bus has read what a connection had sent when that was asked."""
+        if (barrier := self.barriers.get(number)) is not None:
+            barrier.take(unique_name)
+
+    def peer(self, unique_name: str) -> Identity | None:
+        """Return the app behind a connection, be it UNKNOWN; None for a host."""
+        identity = self.identities.get(unique_name)
+        if identity is None and unique_name in self.ledger:
+            return UNKNOWN
+        return identity
+
+    def who(self, unique_name: str) -> str | None:
+        """Return the id of the sandbox that a connection is in, "" if it is not known which; None for a host."""
+        sandbox = self.sandboxes.get(unique_name)
+        return "" if sandbox is None and self.peer(unique_name) is not None else sandbox
 
     def speaks(self, unique_name: str, judge: Judge) -> bool:
         """Let a connection's broadcasts be heard by whom these rules say; return whether that may be a change."""
@@ -140,7 +209,8 @@ class Bus:
     def dump(self) -> BusDump:
         """Return all but the connections, which bring their rules with them."""
         # One list of rules has spoken for many connections, maybe.
-        late = {name: self.speakers[name] for name in self._late if name in self.speakers}
+        gone = sorted({*self._late, *self.lingering} & self.speakers.keys())
+        late = {name: self.speakers[name] for name in gone}
         judges = {id(judge): judge for judge in late.values()}
         places = {key: place for place, key in enumerate(judges)}
         return BusDump(
@@ -150,6 +220,7 @@ class Bus:
             identities=tuple(self.identities.items()),
             sandboxes=tuple(self.sandboxes.items()),
             late=tuple(self._late),
+            ledger=self.ledger.dump(),
             judges=tuple((judge.access, judge.me) for judge in judges.values()),
             speakers=tuple((name, places[id(judge)]) for name, judge in late.items()),
             tagged=tuple(sorted(self.tagged)),
@@ -161,6 +232,7 @@ class Bus:
         """Know what the one knew that made the dump."""
         judges = [Judge(access, bus=self.name, me=me) for access, me in dump.judges]
         self._guid = dump.guid
+        self.ledger.load(dump.guid, dump.ledger)
         self.identities.update(dump.identities)
         self.sandboxes.update(dump.sandboxes)
         self._late.update(dict.fromkeys(dump.late))

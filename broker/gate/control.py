@@ -107,14 +107,14 @@ class StopListening(msgspec.Struct, frozen=True, tag=True):
 
 
 class StopSandbox(msgspec.Struct, frozen=True, tag=True):
-    """Also end its connections. Answered by Done, after its Ended event."""
+    """Also end its connections. Answered by Done, after its Ended event, and so perhaps after later requests."""
 
     sandbox: str
     reason: str = "stopped"  # which Ended then tells, if only to the next supervisor
 
 
 class WhoIs(msgspec.Struct, frozen=True, tag=True):
-    """Ask which sandbox is behind a unique name. Answered by SandboxOf."""
+    """Ask which sandbox is behind a unique name. Answered by SandboxOf, perhaps after later requests."""
 
     bus: str
     unique_name: str
@@ -218,7 +218,7 @@ class HandedOver(msgspec.Struct, frozen=True, tag=True):
 
 
 class SandboxOf(msgspec.Struct, frozen=True, tag=True):
-    """None is: in no sandbox of this gate."""
+    """None: a host. Empty: it is or was in a sandbox, and which is not known; so with connections of a gate that died."""
 
     sandbox: str | None
 
@@ -242,6 +242,9 @@ class Use(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=Tru
     throttled: int = 0  # times that the sandbox was read more slowly, so far
     suppressed: int = 0  # lines that were left out of the log, so far
     caused: int = 0  # messages charged for what the bus brought because of it, to anybody, so far
+    lingering: int = (
+        0  # connections, counted above, whose app has gone and that the bus has not let go of
+    )
 
     def __add__(self, other: "Use") -> "Use":
         """Return both together."""
@@ -289,7 +292,7 @@ class Connected(msgspec.Struct, frozen=True, tag=True):
 
 
 class Gone(msgspec.Struct, frozen=True, tag=True):
-    """That connection is closed."""
+    """The bus has let go of that connection."""
 
     sandbox: str
     bus: str

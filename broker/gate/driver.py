@@ -306,7 +306,7 @@ class Driver:
         names = {name}
         if owner and not core.bus.judges_names_alone:
             names |= self._owners.names_of(owner)
-        return core.judge.start(names, core.bus.identities.get(owner)).allowed
+        return core.judge.start(names, core.bus.peer(owner)).allowed
 
     def _list(self, header: Header, _data: bytes) -> bool:
         if self._owners.waiting:

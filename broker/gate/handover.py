@@ -175,6 +175,14 @@ class LinkDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_throttled: bool = False
 
 
+class LingerDump(msgspec.Struct, frozen=True, kw_only=True):
+    """A connection whose app has gone, and that the bus has not let go of."""
+
+    bus: str
+    unique_name: str
+    fd: int
+
+
 class BudgetDump(msgspec.Struct, frozen=True, kw_only=True):
     """What is left of a sandbox's messages."""
 
@@ -200,6 +208,9 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     listening: tuple[tuple[int, int], ...] = ()  # (index in the spec's listeners, descriptor)
     close_pipe: int = -1
     links: tuple[LinkDump, ...] = ()
+    lingering: tuple[LingerDump, ...] = ()
+    reason: str = ""  # why it ends, if it waits for these
+    asked: tuple[int, ...] = ()  # the supervisor's requests that wait for its end
     messages: BudgetDump
     complaints: ComplaintsDump
     is_throttled: bool = False
@@ -227,6 +238,7 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     identities: tuple[tuple[str, Identity], ...] = ()
     sandboxes: tuple[tuple[str, str], ...] = ()
     late: tuple[str, ...] = ()
+    ledger: tuple[tuple[str, int, int], ...] = ()
     # Rules of connections that are closed: those of the others come with them.
     judges: tuple[tuple[AccessList, Identity], ...] = ()
     speakers: tuple[tuple[str, int], ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from broker.gate.budgets import ANSWER_COST, HEARD_COST, QUESTION_COST, TOLD_COST
-from broker.gate.bus import DRIVER
+from broker.gate.bus import DRIVER, UNKNOWN
 from broker.gate.core import Core, Denial, Special, Target
 from broker.gate.handover import Then
 from broker.gate.outgoing import denial
@@ -24,6 +24,13 @@ from broker.wire.header import (
     serialise_header,
 )
 from policy.match import Verdict
+
+# Its own rules say who hears it, and nobody has them.
+NOT_KNOWN: Final = Verdict(
+    allowed=False,
+    rule=None,
+    reason="its sender was in a sandbox of which nothing is known any more",
+)
 
 
 class Arrived(NamedTuple):
@@ -222,7 +229,7 @@ class Incoming:
     def _judge(self, header: Header, sender: str) -> Verdict:
         """Judge by our rules; a sandbox's broadcast also by its own, if they say who hears it."""
         core = self._core
-        peer = core.bus.identities.get(sender)
+        peer = core.bus.peer(sender)
         broadcast = header.destination is None
         verdict = core.judge.receive(
             self._owners.names_of(sender),
@@ -232,8 +239,12 @@ class Incoming:
             peer,
             broadcast=broadcast,
         )
+        if not broadcast or not verdict.allowed:
+            return verdict
+        if peer is UNKNOWN:
+            return NOT_KNOWN
         speaker = core.bus.speakers.get(sender)
-        if not broadcast or not verdict.allowed or speaker is None:
+        if speaker is None:
             return verdict
         return speaker.hear(header.path, header.interface, header.member, core.sandbox.identity)
 

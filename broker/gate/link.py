@@ -11,18 +11,20 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from broker.gate.barrier import KIND
 from broker.gate.budgets import READ_COST
 from broker.gate.bus import Bus
 from broker.gate.contain import contained
 from broker.gate.control import Use
 from broker.gate.filter import Filter
-from broker.gate.handover import Fds, LinkDump
+from broker.gate.handover import Fds, LinkDump, Then
 from broker.gate.loop import Loop, Timer
 from broker.gate.meter import BEHIND, Meter
 from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds, close_output
 from broker.gate.shortcut import Payers, take_short_way
 from broker.gate.use import connection_use, end_too_far_behind
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
+from broker.wire.header import Header
 from broker.wire.sasl import Client, SaslClient, SaslServer
 from policy.match import Judge
 
@@ -89,7 +91,7 @@ class Link:
         return self._app.queued if self._app.is_behind else 0
 
     def close(self, reason: str) -> None:
-        """End both sides. Does nothing the second time."""
+        """End both sides; the bus's lingers if the app had a name there. Does nothing the second time."""
         if self._closed:
             return
         self._closed = True
@@ -99,10 +101,13 @@ class Link:
         if self._filter is not None:
             self._filter_closed(self._filter)
         self._app.close()
-        if self._upstream is not None:
+        if self._upstream is None:
+            if self._bus_sock is not None:
+                self._bus_sock.close()
+        elif self._filter is not None and (unique_name := self._filter.core.unique_name):
+            self.sandbox.linger(self.bus, unique_name, self._upstream.release())
+        else:  # it cannot have sent anything that the bus would deliver
             self._upstream.close()
-        elif self._bus_sock is not None:
-            self._bus_sock.close()
         self.sandbox.link_closed(self)
 
     def _filter_closed(self, closing: Filter) -> None:
@@ -112,6 +117,17 @@ class Link:
         close_output([*core.to_bus, *core.to_app])
         self.bus.members.discard(core)
         self.bus.links.discard(self)
+
+    @contained
+    def ask_if_read(self, number: int) -> None:
+        """Have the bus answer something behind what was sent so far."""
+        if self._filter is not None and self._filter.core.unique_name:
+            self._filter.core.call_driver("GetId", "", (), Then(KIND, (number,)))
+            self._send()
+
+    def _has_read(self, then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+        assert self._filter is not None
+        self.bus.has_read(self._filter.core.unique_name, int(then.values[0]))
 
     def _too_slow(self) -> None:
         seconds = self.sandbox.limits.handshake_seconds
@@ -198,6 +214,7 @@ class Link:
         self._app.readable = self._judge_app
         upstream.readable = self._judge_bus
         self._meter = Meter(judging, budget := self.sandbox.messages)
+        judging.core.finishers[KIND] = self._has_read
         take_short_way(self, Payers(judging, budget, self._meter), self._app, upstream)
         return judging
 

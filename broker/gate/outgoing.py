@@ -201,7 +201,7 @@ class Outgoing:
         names = {name}
         if target.owner and (target.owner == name or not core.bus.judges_names_alone):
             names |= self._owners.names_of(target.owner)
-        return names, core.bus.identities.get(target.owner)
+        return names, core.bus.peer(target.owner)
 
     def _refuse(
         self, header: Header, verdict: Verdict, names: Collection[str], peer: Identity | None
@@ -282,7 +282,7 @@ def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> t
     A serial of the gate's own range is translated; the reply will be translated back.
     """
     extra = {}
-    if target is not None and target.owner in core.bus.tagged:
+    if _may_reach_who_wants_tags(core, header, target):
         extra[CONTAINER_INSTANCE] = ("o", INSTANCE_PATH + core.sandbox.id)
     dirty = (
         header.has_unknown
@@ -299,6 +299,20 @@ def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> t
         return data, True
     new = serialise_header(replace(header, serial=serial), extra=extra)
     return new + data[header.size :], False
+
+
+def _may_reach_who_wants_tags(core: Core, header: Header, target: Target | None) -> bool:
+    """Say whether whoever gets the message may have asked for header field 10.
+
+    Only a unique name says who that is. A well-known name may have another owner when the bus delivers the message; one
+    that nobody owns may be a service's that is being started, and that asks before it takes what waits for it.
+    """
+    name = header.destination
+    if not core.bus.tags_headers:
+        return False
+    if name is not None and name[:1] == ":":
+        return name in core.bus.tagged
+    return bool(core.bus.tagged) or (target is not None and not target.owner)
 
 
 def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denial:

@@ -98,8 +98,12 @@ class Payers:
 
     def dump(self) -> PayersDump:
         """Return all but the connections, which bring their budgets with them."""
+        # In no order, since sandboxes come in their own; and with those whose sandboxes have ended, which nobody adopts.
+        late = dict(self._late)
+        for sandbox, names in self._orphans.items():
+            late.update(dict.fromkeys(names, sandbox))
         return PayersDump(
-            late=tuple(self._late.items()),
+            late=tuple(sorted(late.items())[-MAX_LATE:]),
             movers=tuple(self._movers.items()),
             arriving=tuple(self._arriving.items()),
         )

@@ -80,7 +80,7 @@ class Pipe:
     ) -> tuple[bytes, Sequence[int]]:
         """Return what recvmsg gave, with its descriptors. Raises Closed, PeerProtocolError."""
         self._read_size = READ_SIZE if len(data) < READ_SIZE else READ_SIZE_FOR_MUCH
-        fds = _descriptors(ancillary) if ancillary else ()
+        fds = descriptors(ancillary) if ancillary else ()
         if flags & TRUNCATED:
             close_fds(fds)
             raise PeerProtocolError("more file descriptors than fit")
@@ -169,6 +169,12 @@ class Pipe:
         """Leave the loop, and close nothing."""
         self._loop.remove(self.fd)
         self.sock.detach()
+
+    def release(self) -> socket.socket:
+        """Give the socket up, and drop what is queued: its other end gets the end of the file there instead."""
+        self._loop.remove(self.fd)
+        self._drop_queue()
+        return self.sock
 
     def _drop_queue(self) -> None:
         for chunk in self._queue:
@@ -266,7 +272,8 @@ def adopt(fd: int) -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
 
 
-def _descriptors(ancillary: Sequence[Ancillary]) -> list[int]:
+def descriptors(ancillary: Sequence[Ancillary]) -> list[int]:
+    """Return the descriptors that came with a message."""
     fds = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

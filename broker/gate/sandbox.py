@@ -27,6 +27,7 @@ from broker.gate.control import (
 from broker.gate.core import Core, Denial
 from broker.gate.filter import Filter
 from broker.gate.handover import Fds, SandboxDump
+from broker.gate.linger import Linger
 from broker.gate.link import Link
 from broker.gate.loop import Loop
 from broker.gate.pipe import adopt, close_fds, unlink_socket
@@ -41,6 +42,9 @@ from policy.rules import AccessList
 GUID: Final = os.urandom(16).hex()
 # What it takes to look at a name that a connection follows, when its rules change: as `policy.match` counts work.
 FOLLOWED_WORK: Final = 64
+# Seconds that the end of a sandbox is not told because the bus has not let go of its connections. A bus that takes
+# longer is asked by nobody to hurry: what it delivers then is of a sandbox that is not known any more.
+LINGER_SECONDS: Final = 5.0
 
 
 class Sandbox:
@@ -68,6 +72,7 @@ class Sandbox:
         self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
         self.denied_count = 0
         self.links: Final[dict[Link, None]] = {}  # a set with an order
+        self.lingering: Final[dict[Linger, None]] = {}  # what is left of those that are closed
         self._buses: Final = buses
         self._emit: Final = emit
         self._changed: Final = changed  # it listens less, a connection joined or left, all is over
@@ -76,6 +81,8 @@ class Sandbox:
         self._close_pipe = -1
         self._reports: Final = Reports(loop, spec.id, emit)
         self._guid = GUID
+        self._reason = ""  # why it ends, once that is decided
+        self.asked: Final[list[int]] = []  # requests of the supervisor that wait for its end
         self.is_over = False
         # Connections, by bus and unique name, that the gate before had and this one could not take over.
         self.lost: Final[list[tuple[str, str]]] = []
@@ -116,20 +123,38 @@ class Sandbox:
         unlink_socket(listener.path, listener.device, listener.inode)
 
     def stop(self, reason: str) -> None:
-        """End it, connections and all."""
-        if self.is_over:
+        """End it, connections and all; it is over when the bus has let go of them."""
+        if self._reason:
             return
-        self.is_over = True
-        self.stop_listening()
+        self._reason = reason
+        for fd in list(self._listening):
+            self._close_listener(fd)
         for link in list(self.links):
             link.close(reason)
         if self._close_pipe >= 0:
             self._loop.remove(self._close_pipe)
             os.close(self._close_pipe)
             self._close_pipe = -1
+        if self.lingering:
+            self._loop.call_later(LINGER_SECONDS, self.finish)
+            self._changed(self)
+        else:
+            self.finish()
+
+    def abandon(self) -> None:
+        """Be over at once, after `stop`: nobody is there to wait for the bus."""
+        for rest in list(self.lingering):
+            rest.close()
+        self.finish()
+
+    def finish(self) -> None:
+        """Be over, whoever lingers: tell its end, after `stop`. Does nothing the second time."""
+        if self.is_over:
+            return
+        self.is_over = True
         self._reports.tell_rest()
         self.complaints.tell()
-        self._emit(Ended(self.id, reason))
+        self._emit(Ended(self.id, self._reason))
         self._changed(self)
 
     @contained_by_sandbox
@@ -138,9 +163,14 @@ class Sandbox:
         self.stop("close-notify")
 
     def _end_if_done(self) -> None:
-        if not (self.is_over or self._listening or self.links):
+        if self.is_over:
+            return
+        if self._reason:
+            if not (self.links or self.lingering):
+                self.finish()
+        elif not (self._listening or self.links or self.lingering):
             self.stop("last-connection")
-        elif not self.is_over:
+        else:
             self._changed(self)
 
     # -- rules -----------------------------------------------------------------------------------
@@ -210,6 +240,8 @@ class Sandbox:
             return
         sock, listener = self._listening[fd]
         for _ in range(accept.A_TURN):
+            if self._waits_for_bus():
+                return
             try:
                 if (connection := accept.take(sock, shared=not listener.path)) is None:
                     return
@@ -225,6 +257,15 @@ class Sandbox:
                 for listening in self._listening:
                     self._loop.change(listening, 0)
                 return
+
+    def _waits_for_bus(self) -> bool:
+        """Take no connection that would be one too many only until the bus has let go of others."""
+        most = self.limits.connections
+        if not len(self.links) < most <= len(self.links) + len(self.lingering):
+            return False
+        for listening in self._listening:
+            self._loop.change(listening, 0)
+        return True
 
     def _cannot_accept(self, fd: int, exc: OSError) -> None:
         if exc.errno in accept.SCARCE:
@@ -287,9 +328,24 @@ class Sandbox:
         self._waiting.pop(link.read_on, None)
         core = link.filter.core if link.filter is not None else None
         if core is not None and core.unique_name:
-            core.bus.gone(core.unique_name)
             core.bus.payers.left(core.unique_name, self.id, list(core.requested_names))
-            self._emit(Gone(self.id, core.bus.name, core.unique_name))
+        self._end_if_done()
+
+    def linger(self, bus: Bus, unique_name: str, sock: socket.socket) -> None:
+        """Keep what is left of a connection whose app has gone. The socket is the sandbox's from here on."""
+        rest = Linger(self._loop, bus.name, unique_name, sock, self._let_go)
+        self.lingering[rest] = None
+        bus.lingering[unique_name] = rest
+
+    @contained_by_sandbox
+    def _let_go(self, rest: Linger) -> None:
+        del self.lingering[rest]
+        bus = self._buses[rest.bus]
+        bus.lingering.pop(rest.unique_name, None)
+        bus.gone(rest.unique_name)
+        self._emit(Gone(self.id, rest.bus, rest.unique_name))
+        if self._listen_on not in self._waiting:
+            self._listen_on()
         self._end_if_done()
 
     # -- budgets -----------------------------------------------------------------------------------
@@ -317,7 +373,7 @@ class Sandbox:
 
         All at once would be a burst of a read each, for which everybody else would have to wait.
         """
-        if self.is_over:
+        if self._reason:
             return
         if wait := self.messages.pause():
             self._loop.call_later(wait, self._waited)
@@ -343,6 +399,8 @@ class Sandbox:
             throttled=self._throttled_count,
             suppressed=self.complaints.suppressed_ever,
             caused=self.messages.caused,
+            connections=len(self.lingering),
+            lingering=len(self.lingering),
         )
         return sum((link.taken() for link in self.links), mine)
 
@@ -360,10 +418,11 @@ class Sandbox:
     def state(self) -> SandboxState:
         """Return what the supervisor may want to know."""
         named = [(core.bus.name, core.unique_name) for core in self.cores if core.unique_name]
+        gone = [(rest.bus, rest.unique_name) for rest in self.lingering]
         return SandboxState(
             spec=self.spec,
             listening=bool(self._listening),
-            connections=tuple(sorted(named)),
+            connections=tuple(sorted([*named, *gone])),
             opening=len(self.links) - len(named),
             denied=self.denied_count - self._reports.unreported,  # these are told later
             use=self.taken(),
@@ -384,6 +443,9 @@ class Sandbox:
             ),
             close_pipe=fds.put(self._close_pipe) if self._close_pipe >= 0 else -1,
             links=tuple(link.dump(fds) for link in self.links),
+            lingering=tuple(rest.dump(fds) for rest in self.lingering),
+            reason=self._reason,
+            asked=tuple(self.asked),
             messages=self.messages.dump(),
             complaints=self.complaints.dump(),
             is_throttled=self.is_throttled,
@@ -406,6 +468,10 @@ class Sandbox:
             link = Link(self._loop, self, self._buses[one.bus], adopt(fds[one.app.fd]), one.guid)
             self.links[link] = None
             link.load(one, fds)
+        for rest in dump.lingering:
+            self.linger(self._buses[rest.bus], rest.unique_name, adopt(fds[rest.fd]))
+        self._reason = dump.reason
+        self.asked.extend(dump.asked)
         readers = [link.read_on for link in self.links]
         for place in dump.waiting:
             self._waiting[readers[place] if place >= 0 else self._listen_on] = None
@@ -426,6 +492,9 @@ class Sandbox:
         self._loop.remove(self._close_pipe)
         for link in self.links:
             link.discard()
+        for rest in self.lingering:
+            rest.leave()
+            self._buses[rest.bus].lingering.pop(rest.unique_name, None)
 
     def resume(self) -> None:
         """Continue after `load`."""
@@ -442,3 +511,5 @@ class Sandbox:
             self._loop.next_turn(self._waited)
         for link in list(self.links):
             link.resume()
+        if self._reason:
+            self._loop.call_later(LINGER_SECONDS, self.finish)

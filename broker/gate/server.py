@@ -10,6 +10,8 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Final, NoReturn, assert_never
 
 from broker.gate.accept import peer_uid
@@ -51,12 +53,13 @@ from broker.gate.handover import VERSION, Fds, HandoverError, Opening, SandboxDu
 from broker.gate.kept import Kept
 from broker.gate.loop import READABLE, Loop
 from broker.gate.managed import Manager
+from broker.gate.meeting import Meeting
 from broker.gate.parts import PART, cut
 from broker.gate.pipe import Closed, Pipe, adopt, close_fds
 from broker.gate.sandbox import Sandbox
 from broker.gate.slices import Sliced, Work
 from broker.gate.takeover import Channel, hand_over, leave
-from broker.gate.upstream import CallBus, Called, SetUpstream
+from broker.gate.upstream import CallBus, SetUpstream
 from broker.gate.upstreams import Upstreams
 from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
 from broker.wire import errors
@@ -67,15 +70,21 @@ LOGGER: Final = logging.getLogger(__name__)
 MAX_UNREAD: Final = 64 * 1024 * 1024
 # Seconds for it to take what it is told last, of the end of up to 10 000 sandboxes.
 LAST_WORDS: Final = 2.0
+# Seconds for a bus to read what sandboxes have sent: less than who asks for tags waits for an answer.
+BARRIER_SECONDS: Final = 5.0
 
 
 class Gate:
     """All of it."""
 
-    def __init__(self, loop: Loop, manager: Manager | None = None) -> None:
+    def __init__(
+        self, loop: Loop, manager: Manager | None = None, folder: Path | None = None
+    ) -> None:
         self._loop: Final = loop
+        self._folder: Final = folder  # for what the next gate has to know if this one dies
         self._manager: Final = manager or Manager({})
         self._buses: Final[dict[str, Bus]] = {}
+        self._meetings: Final[dict[Bus, Meeting]] = {}
         self._sandboxes: Final[dict[str, Sandbox]] = {}
         self._upstreams: Final = Upstreams(loop, self._sandboxes, self._emit, self._answer_late)
         self._own: Final = self._upstreams.own
@@ -146,6 +155,12 @@ class Gate:
             self._supervisor.close()
             self._supervisor = None
             self._own.supervisor_lost()
+            for sandbox in self._sandboxes.values():
+                sandbox.asked.clear()
+            for meeting in self._meetings.values():
+                meeting.asked.clear()
+            for bus in self._buses.values():
+                bus.barriers.clear()
 
     def _write(self, envelope: Envelope, fds: Sequence[int] = ()) -> None:
         """Send an envelope with its descriptors, which are the supervisor's from here on."""
@@ -190,11 +205,7 @@ class Gate:
                 answer = self._manager.start_next(envelope.body, fds)
             elif isinstance(envelope.body, HandOver):
                 self._hand_over(envelope.serial, envelope.body, fds)
-            elif isinstance(envelope.body, TakeSnapshot):
-                self._tell_snapshot(envelope.serial, envelope.body)
-                return
-            elif isinstance(envelope.body, CallBus):
-                self._own.call(self._bus(envelope.body.bus), envelope.body, envelope.serial)
+            elif self._begin(envelope.serial, envelope.body):
                 return
             else:
                 answer = self._carry_out(envelope.body)  # type: ignore[arg-type]
@@ -202,6 +213,23 @@ class Gate:
             close_fds(fds)
             answer = Refused(exc.dbus_name, str(exc))
         self._write(Envelope(serial=envelope.serial, body=answer, fds=len(given)), given)
+
+    def _begin(self, serial: int, body: object) -> bool:
+        """Do what answers by itself, maybe later. False: it is something else."""
+        match body:
+            case TakeSnapshot():
+                self._tell_snapshot(serial, body)
+            case CallBus():
+                self._own.call(self._bus(body.bus), body, serial)
+            case WhoIs():
+                self._say_who(serial, body)
+            case TagHeaders():
+                self._tag(self._bus(body.bus), body, serial)
+            case StopSandbox():
+                self._stop(serial, body)
+            case _:
+                return False
+        return True
 
     def _work_on(self, serial: int, work: Work, fds: list[int]) -> None:
         """Do in slices what compiling rules may make long, and answer then."""
@@ -219,7 +247,34 @@ class Gate:
         self._is_working = True
         Sliced(self._loop, work, ended).begin(self._answer_all)
 
-    def _answer_late(self, asked: int, answer: Called | Refused) -> None:
+    def _say_who(self, serial: int, request: WhoIs) -> None:
+        bus = self._bus(request.bus)
+        if bus.is_met or not bus.ledger.is_doubtful(request.unique_name):
+            self._answer_late(serial, SandboxOf(bus.who(request.unique_name)))
+            return
+        meeting = self._meetings.get(bus)
+        if meeting is None:
+            meeting = Meeting(self._loop, bus, os.geteuid(), self._has_met)
+            self._meetings[bus] = meeting
+        meeting.asked.append((serial, request.unique_name))
+
+    def _has_met(self, meeting: Meeting) -> None:
+        bus = meeting.bus
+        if self._meetings.get(bus) is meeting:
+            del self._meetings[bus]
+        asked, meeting.asked = meeting.asked, []
+        for serial, unique_name in asked:
+            answer: SandboxOf | Refused = SandboxOf(bus.who(unique_name))
+            if not bus.is_met:
+                answer = Refused(errors.DISCONNECTED, f"bus {bus.name} does not say which it is")
+            self._answer_late(serial, answer)
+
+    def _stop(self, serial: int, request: StopSandbox) -> None:
+        sandbox = self._find(request.sandbox)
+        sandbox.asked.append(serial)
+        sandbox.stop(request.reason)
+
+    def _answer_late(self, asked: int, answer: Answer) -> None:
         self._write(Envelope(serial=asked, body=answer))
 
     def _lend(self, request: TakeListeners) -> tuple[Listeners, Sequence[int]]:
@@ -236,22 +291,15 @@ class Gate:
             raise CallRefusedError(errors.FAILED, exc.strerror or "no descriptor") from exc
         return Listeners(tuple((id_, bus) for id_, bus, _ in what)), fds
 
-    def _carry_out(self, request: Request) -> Answer:  # noqa: C901 - a table
+    def _carry_out(self, request: Request) -> Answer:
         match request:
             case StopListening():
                 self._find(request.sandbox).stop_listening()
-            case StopSandbox():
-                self._find(request.sandbox).stop(request.reason)
-            case WhoIs():
-                bus = self._bus(request.bus)
-                return SandboxOf(bus.sandboxes.get(request.unique_name))
-            case TagHeaders():
-                self._tag(self._bus(request.bus), request)
             case SetBuses():
                 for spec in request.buses:
-                    self._buses.setdefault(
-                        spec.name, Bus(spec.name, spec.address)
-                    ).address = spec.address
+                    if spec.name not in self._buses:
+                        self._buses[spec.name] = Bus(spec.name, spec.address, self._folder)
+                    self._buses[spec.name].address = spec.address
             case TakeUse():
                 return self._use(request.sandbox)
             case Shutdown():
@@ -268,8 +316,11 @@ class Gate:
                 | TakeSnapshot()
                 | HandOver()
                 | CallBus()
+                | WhoIs()
+                | TagHeaders()
+                | StopSandbox()
             ):
-                pass  # done by now, or elsewhere
+                pass  # done by now, or later
             case _:
                 assert_never(request)
         return Done()
@@ -299,11 +350,30 @@ class Gate:
     def _set_access(self, request: SetAccess) -> Work:
         yield from self._find(request.sandbox).set_access(request.access)
 
-    def _tag(self, bus: Bus, request: TagHeaders) -> None:
+    def _tag(self, bus: Bus, request: TagHeaders, serial: int) -> None:
+        is_new = request.wanted and request.unique_name not in bus.tagged
         change = bus.tagged.add if request.wanted else bus.tagged.discard
         change(request.unique_name)
         for core in bus.members:
             core.forget_verdicts()
+        if not is_new:
+            self._answer_late(serial, Done())
+            return
+
+        def passed() -> None:
+            if bus.barriers.pop(serial, None) is not None:
+                self._answer_late(serial, Done())
+
+        self._loop.call_later(BARRIER_SECONDS, partial(self._give_up, bus, request, serial))
+        bus.wait_read(serial, passed)
+
+    def _give_up(self, bus: Bus, request: TagHeaders, serial: int) -> None:
+        """Refuse tags to whoever would get messages that were sent without."""
+        if (barrier := bus.barriers.pop(serial, None)) is not None:
+            bus.tagged.discard(request.unique_name)
+            names = ", ".join(sorted(barrier.names)[:3])
+            text = f"bus {bus.name} has not read yet what {names} sent: try again"
+            self._answer_late(serial, Refused(errors.NO_REPLY, text))
 
     def _find(self, sandbox: str) -> Sandbox:
         found = self._sandboxes.get(sandbox)
@@ -321,6 +391,10 @@ class Gate:
         if sandbox.is_over:
             self._sandboxes.pop(sandbox.id, None)
         self._upstreams.follow(sandbox)
+        if sandbox.is_over:
+            for serial in sandbox.asked:
+                self._answer_late(serial, Done())
+            sandbox.asked.clear()
 
     def _tell_snapshot(self, serial: int, request: TakeSnapshot) -> None:
         buses = tuple(bus.spec() for bus in self._buses.values())
@@ -349,6 +423,7 @@ class Gate:
         if len(fds) != 1:
             raise CallRefusedError(errors.INVALID_ARGS, "HandOver takes one descriptor")
         self._own.settle()
+        self._settle()
         channel = Channel(fds.pop(), request.seconds)
         try:
             dumps = [sandbox.dump for sandbox in self._sandboxes.values()]
@@ -360,6 +435,21 @@ class Gate:
         finally:
             channel.close()
         leave(self._manager.replaced)
+
+    def _settle(self) -> None:
+        """Be done with what is not worth handing over."""
+        for meeting in list(self._meetings.values()):
+            meeting.end()
+            self._has_met(meeting)
+        for bus in self._buses.values():
+            for serial in list(bus.barriers):
+                del bus.barriers[serial]
+                text = "the gate is being replaced: try again"
+                self._answer_late(serial, Refused(errors.DISCONNECTED, text))
+        known = {rest for sandbox in self._sandboxes.values() for rest in sandbox.lingering}
+        for bus in self._buses.values():
+            for rest in [one for one in bus.lingering.values() if one not in known]:
+                rest.close()  # its sandbox's end has been told
 
     def dumper(self, serial: int, protocol: int, pid: int) -> Callable[[Fds], Opening]:
         """Return what makes the first frame of a hand-over that is asked for by that request."""
@@ -396,7 +486,7 @@ class Gate:
         self._asked.extend(self._reader.feed(opening.unanswered, pick(fds, opening.unanswered_fds)))
         self._kept = opening.kept
         for one in opening.buses:
-            bus = self._buses[one.name] = Bus(one.name, one.address)
+            bus = self._buses[one.name] = Bus(one.name, one.address, self._folder)
             bus.load(one)
         self._own.load(opening.own, self._buses, fds)
 
@@ -417,6 +507,7 @@ class Gate:
     def _shut_down(self) -> None:
         for sandbox in list(self._sandboxes.values()):
             sandbox.stop("stopped")
+            sandbox.abandon()
         self._own.close()
         self._loop.stop()
 

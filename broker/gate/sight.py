@@ -44,7 +44,7 @@ class Sight:
             return True
         if owner and (owner == name or not core.bus.judges_names_alone):
             return self._owners.views.sees(core.judge, owner)
-        return core.judge.see((name,), core.bus.identities.get(owner)).allowed
+        return core.judge.see((name,), core.bus.peer(owner)).allowed
 
     def visible_owners(self) -> dict[str, str]:
         """Return the owned names that may be seen, with their owners."""

@@ -115,9 +115,10 @@ def without_connections(
     used = [at for _, at in dump.listening] + [dump.close_pipe] * (dump.close_pipe >= 0)
     if used != list(range(len(used))):
         raise HandoverError("the descriptors are in another order than expected")
-    bare = msgspec.structs.replace(dump, links=(), waiting=())
+    bare = msgspec.structs.replace(dump, links=(), lingering=(), waiting=())
     cores = [(link.bus, link.filter.core) for link in dump.links if link.filter is not None]
     names = [(bus, core.unique_name) for bus, core in cores if core.unique_name]
+    names += [(rest.bus, rest.unique_name) for rest in dump.lingering]
     return bare, fds[: len(used)], names
 
 
@@ -148,7 +149,9 @@ def check_judgement() -> None:
     rules = AccessList(rules=(Rule(access=frozenset({Access.SEND}), name="org.example.Yes"),))
     host = _NoSandbox()
     judge = Judge(rules, bus="none", me=host.identity)
-    judging = Filter(Bus("none", "unix:path=/none"), host, judge, app_takes_fds=True)
+    bus = Bus("none", "unix:path=/none")
+    bus.tags_headers = False  # what is passed on is to be what was sent
+    judging = Filter(bus, host, judge, app_takes_fds=True)
     judging.feed_app(_call(1, DRIVER, "Hello"))
     _answer_all(judging)
     judging.core.to_app.clear()

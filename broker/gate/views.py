@@ -63,7 +63,7 @@ class Views:
 
     def sees(self, judge: Judge, owner: str) -> bool:
         """Judge by all names of an owner, its unique name included."""
-        identity = self._bus.identities.get(owner)
+        identity = self._bus.peer(owner)
         if owner not in self._by_owner:
             return judge.see((owner,), identity).allowed
         view = self._views.get(owner)

@@ -60,6 +60,7 @@ class ProxyBus(Bus):
         self.takes_fds = bool(unix)
         self.tells_unique_names = sloppy_names
         self.judges_names_alone = True
+        self.tags_headers = False
 
     def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
         """Connect to the first place that answers."""

@@ -29,6 +29,7 @@ from broker.supervisor.ends import (
 )
 from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import NO_ACCESS, Access, AccessList, Identity, Rule
+from policy.wall import WALL
 
 SandboxId = NewType("SandboxId", str)
 
@@ -48,6 +49,9 @@ PORTAL_RULES: Final = tuple(
     )
     for name in ("org.freedesktop.portal.*", "org.freedesktop.impl.portal.*")
 )
+
+# What stands in every list, unless its creator insists on portals.
+BUILT_IN: Final = (*PORTAL_RULES, *WALL)
 
 
 DRIVER: Final = "org.freedesktop.DBus"
@@ -105,14 +109,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Return the list with what is built in."""
         return self.in_force(None)
 
+    @property
+    def built_in(self) -> tuple[Rule, ...]:
+        """The rules that are there whatever else is."""
+        return WALL if self.portals_as_host else BUILT_IN
+
     def in_force(self, compiled: AccessList | None) -> AccessList:
         """Return the list with what is built in and what the snaps' connections give.
 
         Only where both lists let in what no rule is about, it comes in; likewise what goes to the bus.
         """
-        built_in = () if self.portals_as_host else PORTAL_RULES
         compiled = self.held if compiled is None else compiled
         more = compiled or NO_ACCESS
+        built_in = self.built_in
         if more.bus_by_rule:
             built_in += _own_calls(self.access.rules)
         return AccessList(
@@ -153,6 +162,10 @@ class Sandbox:
     def is_known(self) -> bool:
         """Whether its creator has been told of it, and nobody of its end."""
         return self.phase in {Phase.RUNNING, Phase.CLOSING, Phase.STOPPING}
+
+    def may_be_seen_by(self, uid: int) -> bool:
+        """Say whether a user may know of it."""
+        return uid in {0, self.record.uid}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,10 +233,13 @@ class Registry:
         sandbox = self._sandboxes.get(SandboxId(id_))
         return sandbox if sandbox is not None and sandbox.phase is not Phase.ENDED else None
 
-    def find(self, id_or_path: str) -> Sandbox:
-        """Return the sandbox that a caller means. Raises CallRefusedError NotContainer."""
+    def find(self, id_or_path: str, *, seen_by: int | None = None) -> Sandbox:
+        """Return the sandbox that a caller means. Raises CallRefusedError NotContainer.
+
+        Of those that the user `seen_by` may not see it says the same as of those that are not there.
+        """
         sandbox = self.get(id_or_path.removeprefix(INSTANCE_PREFIX))
-        if sandbox is None:
+        if sandbox is None or (seen_by is not None and not sandbox.may_be_seen_by(seen_by)):
             raise CallRefusedError(NOT_CONTAINER, f"there is no container {id_or_path[:100]!r}")
         return sandbox
 

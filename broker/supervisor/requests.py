@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from broker.supervisor.ends import Cgroup, Process
-from broker.supervisor.registry import Record
+from broker.supervisor.registry import Record, Sandbox
 from broker.supervisor.sockets import Bound
 from policy.rules import AccessList
 
@@ -17,6 +17,15 @@ class Caller:
     unique_name: str
     uid: int
     credentials: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """Who is behind a connection: a sandbox, one that is not known, or the host."""
+
+    is_inside: bool  # of a sandbox, now or before
+    sandbox: Sandbox | None  # which, if it is known and has not ended
+    is_there: bool  # the bus has not let go of the connection, for all that we know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

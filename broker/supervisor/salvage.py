@@ -298,8 +298,7 @@ def _guess(state: SandboxState) -> Record:
 
 def _divide(record: Record, access: AccessList) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
     """Return the rules that callers gave and those of connections; without the built-in ones."""
-    built_in = () if record.portals_as_host else PORTAL_RULES
-    rules = [r for r in access.rules if r not in built_in and r.origin != OWN_CALLS]
+    rules = [r for r in access.rules if r not in record.built_in and r.origin != OWN_CALLS]
     if record.type != SNAP_TYPE:
         return tuple(rules), ()
     given = [r for r in rules if r in record.access.rules or _BY_CALLER.match(r.origin)]

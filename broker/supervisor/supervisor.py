@@ -30,8 +30,8 @@ from broker.supervisor.jobs import Jobs
 from broker.supervisor.lifetime import Vigil, Watch, boot_time
 from broker.supervisor.policy import Policy
 from broker.supervisor.processes import Processes
-from broker.supervisor.registry import Record, Registry, Removed, Sandbox, SandboxId, Step
-from broker.supervisor.requests import AddRequest, Caller, Times, make_record
+from broker.supervisor.registry import Record, Registry, Removed, SandboxId, Step
+from broker.supervisor.requests import AddRequest, Behind, Caller, Times, make_record
 from broker.supervisor.restore import is_held, make_again
 from broker.supervisor.rules import check_list, check_rules
 from broker.supervisor.salvage import settle
@@ -193,14 +193,16 @@ class Supervisor:
             await self._outside.engine.set_access(record.id, self.in_force(sandbox.record))
             raise refused
 
-    async def who(self, bus: str, unique_name: str) -> Sandbox | None:
-        """Return the sandbox that a connection is in. The gate's answer cannot be out of date."""
+    async def who(self, bus: str, unique_name: str) -> Behind:
+        """Return who is behind a connection. The gate's answer cannot be out of date."""
         id_ = await self._outside.engine.who(bus, unique_name)
-        return self.registry.get(id_) if id_ is not None else None
+        sandbox = self.registry.get(id_) if id_ else None
+        has_it = sandbox is not None and (bus, unique_name) in sandbox.connections
+        return Behind(is_inside=id_ is not None, sandbox=sandbox, is_there=has_it)
 
     async def is_inside(self, bus: str, unique_name: str) -> bool:
-        """Say whether a connection is in a sandbox, be it one that we do not know."""
-        return await self._outside.engine.who(bus, unique_name) is not None
+        """Say whether a connection is or was in a sandbox, be it one that we do not know."""
+        return (await self.who(bus, unique_name)).is_inside
 
     async def tag_headers(self, caller: Caller) -> None:
         """Have the caller's messages from sandboxes carry the instance path. It is watched as for `add`."""

@@ -165,6 +165,11 @@ def peer_leaves(world: World, choices: Choices) -> None:
     world.leave(PEERS[choices.byte() % len(PEERS)])
 
 
+def sandboxed_peer_hangs_up(world: World, _choices: Choices) -> None:
+    """Let the app of another sandbox close: what it sent is still to come."""
+    world.hang_up()
+
+
 def bus_is_slow(world: World, choices: Choices) -> None:
     """Let the bus wait, do one thing, or go on."""
     match choices.byte() % 3:
@@ -188,6 +193,7 @@ THINGS: Final = (
     peer_leaves,
     bus_is_slow,
     peer_sends_strange,
+    sandboxed_peer_hangs_up,
 )
 
 
@@ -211,5 +217,6 @@ def seeds() -> list[bytes]:
         b"\1" + calls + strange + incoming + strange + answers,
         b"\5" + slow + calls + number[rules_change] + b"\1" + incoming + later + answers,
         b"\4" + number[app_sends_raw] + bytes((len(raw) // 2,)) + raw + b"\0" + moved + calls,
+        b"\2" + number[sandboxed_peer_hangs_up] + incoming + calls,
         b"\3" + number[app_sends] + b"\0\5\311" + number[peer_leaves] + b"\0" + calls,
     ]

@@ -307,6 +307,12 @@ class FilterMachine(RuleBasedStateMachine):
             self.world.leave(who)
             self.all_is_said_again()
 
+    @rule()
+    def sandboxed_peer_hangs_up_with_a_backlog(self) -> None:
+        """What it sent before comes in as its own, as long as there is anything."""
+        self.world.hang_up()
+        self.all_is_said_again()
+
     @rule(rules=LISTS)
     def rules_change(self, rules: AccessList) -> None:
         """From now on these rules are in force."""

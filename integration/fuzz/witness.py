@@ -56,6 +56,8 @@ class Witness:
     def __init__(self, bus: Bus, owners: dict[str, str], me: str, judge: Judge) -> None:
         self.judge = judge
         self.me: Final = me
+        # Who is or was in a sandbox, whatever the bus has let go of.
+        self.insiders: Final[dict[str, Identity]] = {}
         # Calls of the app that want a reply and have none: how many of each serial.
         self.unanswered: Final[Counter[int]] = Counter()
         self.waiting: Final[dict[int, Waiting]] = {}  # by the app's serial
@@ -78,7 +80,7 @@ class Witness:
         """Return all names of who is behind a name, and who it is."""
         owner = name if name[:1] == ":" else self._owners.get(name, "")
         names = {name} | {each for each, its in self._owners.items() if owner and its == owner}
-        return names | ({owner} if owner else set()), self._bus.identities.get(owner)
+        return names | ({owner} if owner else set()), self.insiders.get(owner)
 
     def sees(self, name: str) -> bool:
         """Say whether the app may know of a name. Whoever has called it counts, alive or not."""
@@ -99,7 +101,7 @@ class Witness:
         """Say whether a message of a peer may enter the sandbox now."""
         sender = header.sender or ""
         what = (header.path, header.interface, header.member)
-        peer = self._bus.identities.get(sender)
+        peer = self.insiders.get(sender)
         broadcast = header.destination is None
         speaker = self._bus.speakers.get(sender) if broadcast else None
         heard = speaker is None or speaker.hear(*what, APP).allowed
@@ -164,11 +166,16 @@ class Witness:
     def _stamps_are_right(self, message: Message) -> bool:
         """Say whether a message has no fields but D-Bus's, and the one that says its sandbox to who asked for it."""
         header = message.header
-        owner = self._owners.get(header.destination or "", header.destination)
-        stamp = {CONTAINER_INSTANCE: INSTANCE_PATH + SANDBOX} if owner in self._bus.tagged else {}
+        name, tagged = header.destination, self._bus.tagged
+        is_exact = name is not None and name[:1] == ":"
+        to_bus = header.type == MessageType.METHOD_CALL and name in (None, DRIVER, ABSENT)
+        wanted = not to_bus and (name in tagged if is_exact else bool(tagged))
         if not header.has_unknown:
-            return not stamp or header.type in REPLIES  # one may be the gate's own error
+            return not wanted or header.type in REPLIES  # one may be the gate's own error
+        # A name that nobody owns may be of a service that is being started; the gate may not know yet that it is so.
+        may = wanted or (name is not None and not is_exact)
         fields = dict(read_fields(message.raw[: header.size], little=header.little))
+        stamp = {CONTAINER_INSTANCE: INSTANCE_PATH + SANDBOX} if may else {}
         return {code: value for code, value in fields.items() if code > Field.UNIX_FDS} == stamp
 
     def _expect_reply(self, message: Message) -> None:

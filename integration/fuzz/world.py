@@ -97,6 +97,7 @@ class World:
         judge = self._judge(rules)
         self.model: Final = WatchedBus(dict(OWNERS), self._name_changes)
         self.witness: Final = Witness(self.bus, self.model.owners, ME, judge)
+        self.witness.insiders[BOXED] = OTHER_APP
         self.filter: Final = Filter(
             self.bus,
             self.host,
@@ -181,7 +182,12 @@ class World:
         """Let somebody connect from a sandbox under a name that the app may have guessed."""
         if STRANGER not in self.model.uniques:
             self.bus.connected(STRANGER, "c3", OTHER_APP)
+            self.witness.insiders[STRANGER] = OTHER_APP
             self.model.uniques.add(STRANGER)
+
+    def hang_up(self) -> None:
+        """Let the other sandbox's app close, and the bus let go of it, which has messages of it still."""
+        self.bus.gone(BOXED)
 
     def tag(self, unique_name: str) -> None:
         """Let a peer ask to be told in each message which sandbox it is from."""

@@ -1,0 +1,79 @@
+"""Finding out which bus answers at an address, for questions that come before the first app does.
+
+A gate that is new has what the one before it wrote down, by the bus's id (ledger.py). The id is said in the handshake, so a
+connection is made as far as that, and closed: it gets no name.
+"""
+
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from broker.gate.bus import Bus
+from broker.gate.connector import connect
+from broker.gate.loop import Loop
+from broker.gate.pipe import Closed, Pipe, close_fds
+from broker.wire.errors import PeerProtocolError
+from broker.wire.sasl import SaslClient
+
+# Seconds; less than callers on a bus wait for an answer.
+MEETING_SECONDS: Final = 5.0
+
+
+class Meeting:
+    """One such connection; `done` is called once, and then it is known which bus it is, or not."""
+
+    def __init__(self, loop: Loop, bus: Bus, uid: int, done: Callable[["Meeting"], None]) -> None:
+        self.bus: Final = bus
+        # The supervisor's requests that wait for it, with the names that they are about.
+        self.asked: list[tuple[int, str]] = []
+        self._loop: Final = loop
+        self._done: Final = done
+        self._client: Final = SaslClient(uid)
+        self._pipe: Pipe | None = None
+        self._is_over = False
+        self._deadline: Final = loop.call_later(MEETING_SECONDS, self.end)
+        connect(loop, bus.address, uid, self._connected)
+
+    def end(self) -> None:
+        """Be done with it. Does nothing the second time."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._deadline.cancel()
+        if self._pipe is not None:
+            self._pipe.close()
+        # Not from within its own making, before anybody has it.
+        self._loop.next_turn(lambda: self._done(self))
+
+    def _connected(self, sock: socket.socket | None) -> None:
+        if self._is_over:
+            if sock is not None:
+                sock.close()
+            return
+        if sock is None:
+            self.end()
+            return
+        self._pipe = Pipe(self._loop, sock, self._readable, _nothing)
+        try:
+            self._pipe.write([self._client.start()])
+        except Closed:
+            self.end()
+
+    def _readable(self) -> None:
+        assert self._pipe is not None
+        try:
+            data, fds = self._pipe.read()
+            close_fds(fds)
+            self._client.feed(data)
+        except BlockingIOError:
+            return
+        except (Closed, PeerProtocolError, OSError):
+            self.end()
+            return
+        if self._client.guid:
+            self.bus.met(self._client.guid)
+            self.end()
+
+
+def _nothing() -> None:
+    pass
