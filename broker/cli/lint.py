@@ -14,7 +14,7 @@ from policy.text import RuleSyntaxError, format_rule, parse_rule
 
 STDIN: Final = "-"
 # A line of `rule_lines`: whose list begins, or a rule with where it comes from.
-_LINE: Final = re.compile(r"(allow|deny) (\S+)(?:\s+#.*)?")
+_LINE: Final = re.compile(r"(allow|deny) (\S+)(?:\s+#.*)?", re.ASCII)
 # On which bus a rule that names none is: on all, and so on this one, too.
 _ANY_BUS: Final = "any other bus"
 _NOBODY: Final = Identity(type="org.buswarden.Lint", app="")
