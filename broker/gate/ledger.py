@@ -30,7 +30,7 @@ MAX_FILES: Final = 16
 # Lines of a file that say what others say already, before it is written anew.
 MAX_SURPLUS: Final = 4096
 _BEGINNING: Final = "sandboxed-names-"
-_LINE: Final = re.compile(r"(\S+) ([0-9]{20}) ([0-9]{20})")
+_LINE: Final = re.compile(r"(\S+) ([0-9]{20}) ([0-9]{20})", re.ASCII)
 _NUMBER_SIZE: Final = 20  # digits in the file: a line can be changed where it is
 
 
