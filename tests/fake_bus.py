@@ -40,6 +40,7 @@ class FakeBus:
     keep_fields: bool = False
     id: str = GUID
     taken: set[str] = field(default_factory=set)  # names that somebody else has
+    users: dict[str, int] = field(default_factory=dict)  # of clients, if not ours
     clients: dict[str, trio.socket.SocketType] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     calls: list[tuple[str, list[Any]]] = field(default_factory=list)  # to the bus itself
@@ -124,7 +125,9 @@ class FakeBus:
         )
         await send(self.clients[name], serialise_header(reply, sender=True) + body)
 
-    def _result(self, name: str, member: str, values: list[Any]) -> tuple[str, list[Any]]:
+    def _result(  # noqa: PLR0911 - a table
+        self, name: str, member: str, values: list[Any]
+    ) -> tuple[str, list[Any]]:
         match member:
             case "Hello":
                 return "s", [self.greeting(name)]
@@ -139,7 +142,9 @@ class FakeBus:
                 return "b", [values[0] in self.clients or values[0] in self.owners]
             case "GetConnectionCredentials" if values[0] in self.clients:
                 return "a{sv}", [{"UnixUserID": Variant("u", os.geteuid())}]
-            case "GetConnectionCredentials":
+            case "GetConnectionUnixUser" if values[0] in self.clients:
+                return "u", [self.users.get(values[0], os.geteuid())]
+            case "GetConnectionCredentials" | "GetConnectionUnixUser":
                 return "!", [f"nobody is {values[0]}"]
             case _:
                 return "", []

@@ -7,7 +7,7 @@ from typing import Any
 import trio
 
 from broker.bus.connection import Call, Target
-from broker.bus.values import Variant, pack
+from broker.bus.values import Variant, unpack
 from broker.engines.base import EngineLostError, Listener
 from broker.engines.held import Held
 from broker.gate.control import Connected, Denied, Ended, SandboxSpec, Use
@@ -179,10 +179,9 @@ class FakeBus:
         await trio.lowlevel.checkpoint()
         return self.forwards
 
-    def answer(self, _call: Call, signature: str = "", values: Sequence[object] = ()) -> None:
+    def answer_body(self, _call: Call, signature: str, body: bytes) -> None:
 
-        pack(signature, values)
-        self.answers.append((signature, tuple(values)))
+        self.answers.append((signature, tuple(unpack(signature, body))))
 
     def refuse(self, _call: Call, name: str, text: str) -> None:
         self.errors.append((name, text))
@@ -199,6 +198,5 @@ def make_call(member: str, signature: str = "", *values: Any, **fields: Any) -> 
         "sender": ":1.1",
         "path": "/org/freedesktop/DBus",
         "interface": None,
-        "message": None,
     }
     return Call(member=member, signature=signature, values=list(values), **{**defaults, **fields})

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from broker.bus import connection, link
+from broker.bus import callers, connection, link
 from broker.bus.connection import DRIVER, Bus, Signal, Target, open_bus
 from broker.bus.link import BusLostError
 from broker.bus.values import Variant
@@ -34,14 +34,16 @@ async def two(folder: Path) -> AsyncIterator[tuple[FakeBus, Bus, Bus]]:
 
 
 async def echo(bus: Bus) -> None:
-    async for call in bus.calls:
+    while (call := await bus.next_call()) is not None:
         with call:
+            await call.unpack()
             for fd in call.fds:
                 os.write(fd, b"x")
             if call.member == "Refuse":
                 bus.refuse(call, INVALID_ARGS, "no")
             elif call.member != "Ignore":
                 bus.answer(call, call.signature, call.values)
+        await bus.done(call)
 
 
 def raw(fake: FakeBus, destination: str, *, body: bytes = b"", **fields: Any) -> bytes:
@@ -116,6 +118,7 @@ async def test_signals_and_calls_without_reply_go_out(tmp_path: Path) -> None:
     async with two(tmp_path) as (fake, service, client):
         got: list[Signal] = []
         client.on_signal = got.append
+        client.wants_signal = lambda _header: True
         service.emit("/a", "org.example.I", "Happened", "s", ["x"])
         client.send(DRIVER, "AddMatch", "s", ["rule"])
         await client.call(DRIVER, "GetId")
@@ -144,7 +147,7 @@ async def test_strange_messages_of_others_end_nothing(tmp_path: Path) -> None:
 async def test_a_body_too_long_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "MAX_BODY", 100)
+    monkeypatch.setattr(connection, "MAX_BODY", 100)
     async with two(tmp_path) as (_, _, client):
         with pytest.raises(CallRefusedError, match="100 bytes"):
             await client.call(SERVICE, "Echo", "ay", [bytes(101)])
@@ -154,7 +157,7 @@ async def test_a_body_too_long_is_refused_unread(
 async def test_calls_that_nobody_takes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_CALLS", 2)
+    monkeypatch.setattr(callers, "MAX_OF_CALLER", 2)
     read, write = os.pipe()
     async with open_fake_bus(tmp_path) as fake:
         async with open_bus(fake.address) as service, open_bus(fake.address) as client:
@@ -204,7 +207,7 @@ async def test_who_waits_when_the_bus_goes_is_told(tmp_path: Path) -> None:
         await client.lost.wait()
         await ask()
         client.emit("/a", "a.b", "Gone", "", [])
-        client.answer(make_call("M", message=None), "s", ["x"])
+        client.answer(make_call("M"), "s", ["x"])
 
 
 async def test_errors_of_the_block_come_out_as_they_are(tmp_path: Path) -> None:
@@ -280,6 +283,7 @@ async def test_what_was_said_last_is_sent_before_the_end(
                 got_all.set()
 
         hearer.on_signal = hear
+        hearer.wants_signal = lambda _header: True
         async with open_bus(fake.address) as teller:
             for _ in range(20):
                 teller.emit("/a", "org.example.I", "Happened", "ay", [bytes(300_000)])
@@ -313,3 +317,29 @@ async def test_a_bus_that_is_lost_is_not_waited_for(
                 bus.emit("/a", "org.example.I", "Happened", "ay", [bytes(3_000_000)])
                 assert bus.backlog
                 fake.clients[bus.unique_name].shutdown(socket.SHUT_RDWR)
+
+
+async def test_a_reply_of_somebody_else_is_none(tmp_path: Path) -> None:
+    async with two(tmp_path) as (fake, _, client):
+
+        async def forge() -> None:
+            sock = fake.clients[client.unique_name]
+            for serial in range(1, 40):
+                forged = raw(
+                    fake,
+                    client.unique_name,
+                    type=MessageType.METHOD_RETURN,
+                    reply_serial=serial,
+                    signature="b",
+                    body=b"\1\0\0\0",
+                )
+                await send(sock, forged)
+
+        for _ in range(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(forge)
+                nursery.start_soon(is_false, client, "org.example.Nobody")
+
+
+async def is_false(client: Bus, name: str) -> None:
+    assert await client.call(DRIVER, "NameHasOwner", "s", [name]) == [False]

@@ -11,6 +11,7 @@ from broker.bus.link import BusLostError
 from broker.gate.control import BusSpec
 from broker.supervisor import doors
 from broker.supervisor.doors import Backoff, Line, StartError, serve_calls
+from broker.wire.header import Header
 from tests.fake_bus import FakeBus, open_fake_bus
 
 NAME = "org.example.Ours"
@@ -115,6 +116,9 @@ class Echo:
 
     def __init__(self, bus: Bus) -> None:
         self.name = bus.unique_name
+
+    def look(self, _header: Header) -> None:
+        """Everything is taken."""
 
     async def serve(self, bus: Bus, call: Call) -> None:
         await trio.lowlevel.checkpoint()

@@ -76,6 +76,7 @@ async def test_it_serves_says_so_and_ends_in_order(
         folder = tmp_path / "run"
         got: list[Signal] = []
         client.on_signal = got.append
+        client.wants_signal = lambda _header: True
         path = await add(client)
         (status,) = await client.call(MANAGER, "Status")
         assert status["sandboxes"] == Variant("u", 1)

@@ -4,11 +4,12 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from broker.bus.values import Variant, holds_descriptor, nesting, pack
+from broker.bus.codec import Packer, TooLongError
+from broker.bus.values import Variant, holds_descriptor, nesting
 from broker.supervisor import cgroups, processes
 from broker.supervisor.ends import Process
 from broker.supervisor.requests import AddRequest
-from broker.supervisor.rules import check_number
+from broker.supervisor.rules import SLICE, check_number
 from broker.supervisor.sockets import check_readable, check_writable
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
 from broker.wire.names import is_interface
@@ -52,6 +53,7 @@ class Context:
     fds: Sequence[int]
     uid: int
     origin: str  # for the rules
+    max_metadata: int = 65_536  # bytes
 
 
 def reading_request(values: Sequence[Any], context: Context) -> Generator[int, None, AddRequest]:
@@ -60,11 +62,7 @@ def reading_request(values: Sequence[Any], context: Context) -> Generator[int, N
     if not is_interface(type_):
         raise CallRefusedError(INVALID_ARGS, f"type {type_[:100]!r} is not an interface name")
     check_text(app, "name")
-    if holds_descriptor(metadata):
-        raise CallRefusedError(INVALID_ARGS, "metadata cannot hold descriptors")
-    if nesting(metadata) > MAX_METADATA_NESTING:
-        text = f"max_metadata_nesting={MAX_METADATA_NESTING} would be exceeded"
-        raise CallRefusedError(LIMITS_EXCEEDED, text)
+    packed = yield from _packing_metadata(metadata, context.max_metadata)
     named = _check_named(variants)
     component = named.get("Component") or None
     if component is not None:
@@ -75,7 +73,7 @@ def reading_request(values: Sequence[Any], context: Context) -> Generator[int, N
         type=type_,
         app=app,
         component=component,
-        metadata=pack("a{sv}", [metadata]),
+        metadata=packed,
         buses=_check_buses(named.get("Buses", [context.bus]), context.buses),
         access=AccessList(rules=rules, receive_from_host=named.get("ReceiveFromHost", True)),
         plugs=_check_plugs(named.get("Plugs", [])),
@@ -118,6 +116,24 @@ def reading_rules(
             raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
         yield RULE_WORK + reading_work(text)
     return tuple(rules)
+
+
+def _packing_metadata(metadata: Mapping[str, Variant], most: int) -> Generator[int, None, bytes]:
+    """Return metadata as it is stored, and tell how much work it was. Raises CallRefusedError."""
+    packer = Packer("a{sv}", [metadata], max_bytes=most)
+    try:
+        while not packer.run():
+            yield SLICE
+    except TooLongError as exc:
+        text = f"max_container_metadata_bytes={most} would be exceeded"
+        raise CallRefusedError(LIMITS_EXCEEDED, text) from exc
+    # These look at each value; there are not many in so few bytes.
+    if holds_descriptor(metadata):
+        raise CallRefusedError(INVALID_ARGS, "metadata cannot hold descriptors")
+    if nesting(metadata) > MAX_METADATA_NESTING:
+        text = f"max_metadata_nesting={MAX_METADATA_NESTING} would be exceeded"
+        raise CallRefusedError(LIMITS_EXCEEDED, text)
+    return packer.body
 
 
 def check_text(text: str, name: str) -> None:

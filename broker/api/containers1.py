@@ -5,6 +5,7 @@ from typing import Final
 from broker.api.arguments import NAMED, Context, reading_allow, reading_request
 from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Property, Reply, Signal, args
+from broker.bus.codec import MAX_BODY
 from broker.bus.connection import DRIVER, Call
 from broker.bus.values import Variant, unpack
 from broker.supervisor.lifetime import Watch
@@ -45,14 +46,25 @@ class Containers1:
         return Interface(
             name=NAME,
             methods=(
-                Method(name="AddServer", takes=_ADD_TAKES, gives=_ADD_GIVES, run=self._add),
-                Method(
-                    name="AddContainerServer", takes=_ADD_TAKES, gives=_ADD_GIVES, run=self._add
+                *(
+                    Method(
+                        name=name,
+                        takes=_ADD_TAKES,
+                        gives=_ADD_GIVES,
+                        longest=MAX_BODY,
+                        run=self._add,
+                    )
+                    for name in ("AddServer", "AddContainerServer")
                 ),
                 Method(name="StopInstance", takes=_INSTANCE, run=self._stop),
                 Method(name="RemoveContainerServer", takes=_INSTANCE, run=self._stop),
                 Method(name="StopListening", takes=_INSTANCE, run=self._stop_listening),
-                Method(name="SetContainerAccess", takes=rules, run=self._set_access),
+                Method(
+                    name="SetContainerAccess",
+                    takes=rules,
+                    longest=MAX_BODY,
+                    run=self._set_access,
+                ),
                 Method(
                     name="GetConnectionInstance",
                     takes=args("connection_name:s"),
@@ -82,8 +94,9 @@ class Containers1:
                 fds=call.fds,
                 uid=caller.uid,
                 origin=f"AddServer by {call.sender}",
+                max_metadata=self._supervisor.limits.max_container_metadata_bytes,
             )
-            request = await in_slices(reading_request(call.values, context))
+            request = await in_slices(reading_request(call.values, context), call.turn)
             record = await self._supervisor.add(request, caller)
         except BaseException:
             self._watch.discard(call.sender)
@@ -111,7 +124,7 @@ class Containers1:
         caller = await self._door.host_caller(call)
         target, entries = call.values
         origin = f"SetContainerAccess by {call.sender}"
-        rules = await in_slices(reading_allow(entries, origin))
+        rules = await in_slices(reading_allow(entries, origin), call.turn)
         await self._supervisor.set_access(caller, target, rules)
         return Reply()
 

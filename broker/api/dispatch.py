@@ -11,17 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from broker.bus.callers import CallerGoneError
+from broker.bus.codec import TooLongError
 from broker.bus.connection import Call
-from broker.bus.values import Variant
+from broker.bus.values import Variant, pack_in_turns
 from broker.wire.errors import (
     FAILED,
     INVALID_ARGS,
+    LIMITS_EXCEEDED,
     UNKNOWN_INTERFACE,
     UNKNOWN_METHOD,
     UNKNOWN_PROPERTY,
     BrokerError,
     CallRefusedError,
 )
+from broker.wire.header import Header
 
 LOGGER: Final = logging.getLogger(__name__)
 UNKNOWN_OBJECT: Final = "org.freedesktop.DBus.Error.UnknownObject"
@@ -29,6 +33,8 @@ PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
 PEER: Final = "org.freedesktop.DBus.Peer"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+# Bytes of arguments, unless a method says otherwise: some texts of the longest that are taken.
+MAX_ARGUMENTS: Final = 64 * 1024
 _MACHINE_ID: Final = Path("/etc/machine-id")
 _DOCTYPE: Final = (
     '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
@@ -42,7 +48,10 @@ def do_nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a method gives back; `then` is called once that is on its way."""
+    """What a method gives back; `then` is called once that is on its way.
+
+    An array among the values may be an iterator, which is then asked for its elements in slices.
+    """
 
     values: Sequence[object] = ()
     then: Callable[[], None] = do_nothing
@@ -70,6 +79,7 @@ class Method:
     name: str
     takes: tuple[Arg, ...] = ()
     gives: tuple[Arg, ...] = ()
+    longest: int = MAX_ARGUMENTS  # bytes of arguments
     run: Callable[[Call], Reply | Awaitable[Reply]]
 
 
@@ -103,7 +113,7 @@ class Interface:
 class Answerer(Protocol):
     """What is needed of a bus."""
 
-    def answer(self, call: Call, signature: str = "", values: Sequence[object] = ()) -> None:
+    def answer_body(self, call: Call, signature: str, body: bytes) -> None:
         """Answer a call."""
 
     def refuse(self, call: Call, name: str, text: str) -> None:
@@ -122,9 +132,13 @@ class Objects:
         """Carry out a call and answer it."""
         try:
             method = self._find(call)
+            await call.unpack()
             given = method.run(call)
             reply = given if isinstance(given, Reply) else await given
-            bus.answer(call, _signature(method.gives), reply.values)
+            gives = _signature(method.gives)
+            bus.answer_body(call, gives, await _pack(gives, reply, call))
+        except CallerGoneError as exc:
+            LOGGER.debug("%s: %s", call.member, exc)
         except CallRefusedError as exc:
             bus.refuse(call, exc.dbus_name, str(exc))
         except BrokerError as exc:  # the gate, or a bus, went away meanwhile
@@ -136,20 +150,26 @@ class Objects:
         else:
             reply.then()
 
-    def _find(self, call: Call) -> Method:
-        interfaces = self._objects.get(call.path) or self._standard(())
-        if call.path not in self._objects and call.interface not in (PEER, INTROSPECTABLE):
-            raise CallRefusedError(UNKNOWN_OBJECT, f"no object at {call.path[:100]!r}")
+    def look(self, header: Header) -> None:
+        """Refuse a call of which the header says enough. Raises CallRefusedError."""
+        method = self._find(header)
+        if header.body_length > method.longest:
+            text = f"{method.name} takes arguments of at most {method.longest} bytes"
+            raise CallRefusedError(LIMITS_EXCEEDED, text)
+
+    def _find(self, call: Call | Header) -> Method:
+        path = call.path or ""
+        interfaces = self._objects.get(path) or self._standard(())
+        if path not in self._objects and call.interface not in (PEER, INTROSPECTABLE):
+            raise CallRefusedError(UNKNOWN_OBJECT, f"no object at {path[:100]!r}")
         wanted = [one for one in interfaces if call.interface in (None, one.name)]
         if not wanted:
             raise CallRefusedError(
-                UNKNOWN_INTERFACE, f"no interface {call.interface} at {call.path[:100]!r}"
+                UNKNOWN_INTERFACE, f"no interface {call.interface} at {path[:100]!r}"
             )
         method = next((m for one in wanted for m in one.methods if m.name == call.member), None)
         if method is None:
-            raise CallRefusedError(
-                UNKNOWN_METHOD, f"no method {call.member} at {call.path[:100]!r}"
-            )
+            raise CallRefusedError(UNKNOWN_METHOD, f"no method {call.member} at {path[:100]!r}")
         if call.signature != _signature(method.takes):
             text = f"{call.member} takes {_signature(method.takes)!r}, not {call.signature!r}"
             raise CallRefusedError(INVALID_ARGS, text)
@@ -201,6 +221,13 @@ class Objects:
         lines = [line for interface in interfaces for line in _describe(interface)]
         lines += [f'  <node name="{child}"/>' for child in sorted(children)]
         return Reply((_DOCTYPE + "\n".join(["<node>", *lines, "</node>", ""]),))
+
+
+async def _pack(gives: str, reply: Reply, call: Call) -> bytes:
+    try:
+        return await pack_in_turns(gives, reply.values, call.turn)
+    except TooLongError as exc:
+        raise CallRefusedError(LIMITS_EXCEEDED, f"the answer would have {exc}") from exc
 
 
 def _ping(_call: Call) -> Reply:

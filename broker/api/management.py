@@ -1,6 +1,7 @@
 """org.buswarden.Broker1: what our command line asks. Not for callers in sandboxes, nor for other users."""
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -8,14 +9,18 @@ import msgspec
 from broker.api.arguments import reading_rules
 from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Reply, Signal, args
+from broker.bus.codec import MAX_BODY
 from broker.bus.connection import Call
 from broker.bus.values import Variant, unpack
 from broker.engines.base import Engine, EngineLostError
 from broker.gate.control import Denied
 from broker.supervisor.config import Config
+from broker.supervisor.ends import Phase
 from broker.supervisor.registry import Sandbox
-from broker.supervisor.rules import formatted, in_slices
+from broker.supervisor.rules import in_slices
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
+from policy.rules import Rule
+from policy.text import format_rule
 
 PATH: Final = "/org/buswarden/Broker1"
 NAME: Final = "org.buswarden.Broker1"
@@ -46,6 +51,7 @@ class Management:
                 Method(
                     name="ChangeAccess",
                     takes=change_takes,
+                    longest=MAX_BODY,
                     gives=args("rules:a(bs)"),
                     run=self._change_access,
                 ),
@@ -57,8 +63,13 @@ class Management:
 
     async def _list(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
-        shown = [sandbox for sandbox in self._registry if sandbox.may_be_seen_by(caller.uid)]
-        return Reply(([await self._describe(sandbox) for sandbox in shown],))
+        # Described one by one while the answer is written, which others have turns in.
+        shown = (
+            self._describe(sandbox)
+            for sandbox in self._registry
+            if sandbox.may_be_seen_by(caller.uid) and sandbox.phase is not Phase.ENDED
+        )
+        return Reply((shown,))
 
     async def _show(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
@@ -69,17 +80,17 @@ class Management:
         denials = [describe_denial(event) for event in sandbox.denials]
         more = {
             "denials": Variant("aa{sv}", denials),
-            "built_in": Variant("a(bs)", await in_slices(formatted(sandbox.record.built_in))),
+            "built_in": Variant("a(bs)", format_rules(sandbox.record.built_in)),
             "use": Variant("a{st}", used),
         }
-        return Reply((await self._describe(sandbox) | more,))
+        return Reply((self._describe(sandbox) | more,))
 
     async def _change_access(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)
         target, entries, replace = call.values
-        rules = await in_slices(reading_rules(entries, f"ChangeAccess by {call.sender}"))
+        rules = await in_slices(reading_rules(entries, f"ChangeAccess by {call.sender}"), call.turn)
         access = await self._door.supervisor.set_access(caller, target, rules, replace=replace)
-        return Reply((await in_slices(formatted(access.rules)),))
+        return Reply((format_rules(access.rules),))
 
     async def _status(self, call: Call) -> Reply:
         await self._door.host_caller(call)
@@ -121,9 +132,9 @@ class Management:
             return {}
         return {"max_connections_per_container": used.pop("connections"), **used}
 
-    async def _describe(self, sandbox: Sandbox) -> Dict:
+    def _describe(self, sandbox: Sandbox) -> Dict:
         record = sandbox.record
-        rules = await in_slices(formatted(record.access.rules))
+        rules = format_rules(record.access.rules)
         sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}
         (metadata,) = unpack("a{sv}", record.metadata)
         # An empty path is of one that is being made again.
@@ -168,6 +179,11 @@ def describe_denial(event: Denied) -> Dict:
     del values["sandbox"]
     texts = {key: Variant("s", value) for key, value in values.items() if isinstance(value, str)}
     return texts | {"more": Variant("u", event.more)}
+
+
+def format_rules(rules: Sequence[Rule]) -> Iterator[tuple[bool, str]]:
+    """Give rules as (deny, text), each when it is asked for."""
+    return ((rule.deny, format_rule(rule)) for rule in rules)
 
 
 def _version() -> str:

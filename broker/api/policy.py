@@ -10,6 +10,7 @@ import msgspec
 
 from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Reply, args
+from broker.bus.codec import MAX_BODY
 from broker.bus.connection import Call
 from broker.bus.values import Variant
 from broker.supervisor.snaps import world_of
@@ -52,7 +53,7 @@ class PolicyInterface:
         return Interface(
             name=NAME,
             methods=(
-                Method(name="LoadSnaps", takes=args("snaps:s"), run=self._load),
+                Method(name="LoadSnaps", takes=args("snaps:s"), longest=MAX_BODY, run=self._load),
                 Method(name="Snaps", gives=args("snaps:s"), run=self._list_snaps),
                 Method(name="Connect", takes=_CONNECTION, gives=_CHANGED, run=self._connect),
                 Method(name="Disconnect", takes=_CONNECTION, gives=_CHANGED, run=self._disconnect),

@@ -1,38 +1,42 @@
 """A connection to a bus, for trio code.
 
-`open_bus` gives a Bus for as long as its block lasts. Calls to us come in at `Bus.calls`, each with its
-descriptors, which whoever takes it must close (`with call:`). What a bus answers with an error
+`open_bus` gives a Bus for as long as its block lasts. Calls to us come in by `Bus.next_call`, in turns of those who
+call (callers.py), each with its descriptors, which whoever takes it must close (`with call:`), and with a
+body that is not read before `Call.unpack`. What a bus answers with an error
 comes out of `Bus.call` as CallRefusedError; a bus that went away as BusLostError, from everything.
 """
 
-import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 
 import trio
 import trio_asyncio
-from dbus_next.constants import MessageFlag, MessageType
-from dbus_next.message import Message
 
-from broker.bus.link import BusLostError, Link
-from broker.bus.values import to_wire
+from broker.bus.callers import Callers
+from broker.bus.codec import MAX_BODY, TooLongError
+from broker.bus.link import BusLostError, Link, Reply, make_message
+from broker.bus.values import Turn, pack, unpack, unpack_in_turns
 from broker.wire.address import UnixAddress, parse_address
 from broker.wire.errors import (
     FAILED,
+    INVALID_ARGS,
     LIMITS_EXCEEDED,
     CallRefusedError,
     ConfigError,
     PeerProtocolError,
 )
-from broker.wire.header import Header, MessageType as WireType, serialise_header
+from broker.wire.header import Flag, Header, MessageType, serialise_header
 from broker.wire.sasl import SaslClient
 
-# Calls that wait to be taken. Beyond it they are refused, so that nobody can make us grow.
-MAX_CALLS: Final = 1024
+# Descriptors of one call: twice what AddServer understands.
+MAX_CALL_FDS: Final = 8
+# Bytes of three names, of 255 at most.
+MAX_OWNER_CHANGE: Final = 1024
 CONNECT_TIMEOUT: Final = 10.0  # seconds, from connect to the answer to Hello
 # Seconds that the bus has at the end to take what was answered and told last.
 CLOSE_TIMEOUT: Final = 0.5
@@ -78,9 +82,15 @@ class Call:
     interface: str | None
     member: str
     signature: str
-    values: list[Any]
+    values: list[Any] = field(default_factory=list)  # after `unpack`
     fds: list[int] = field(default_factory=list)
-    message: Any  # what the reply is made from
+    serial: int = 1
+    wants_reply: bool = True
+    body: bytes = b""
+    little: bool = True
+    size: int = 0  # of the body as it arrived
+    fd_count: int = 0  # likewise
+    turn: Turn = trio.lowlevel.checkpoint  # to be awaited between slices of long work
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +103,21 @@ class Call:
         while self.fds:
             os.close(self.fds.pop())
 
+    async def unpack(self) -> list[Any]:
+        """Read the body, as the turns allow, and return the values. Raises CallRefusedError."""
+        if self.body:
+            try:
+                self.values = await unpack_in_turns(
+                    self.signature, self.body, self.turn, little=self.little
+                )
+            except TooLongError as exc:
+                raise CallRefusedError(LIMITS_EXCEEDED, f"the arguments are {exc}") from exc
+            except ValueError as exc:
+                text = f"the arguments are not of type {self.signature[:40]!r}: {exc}"
+                raise CallRefusedError(INVALID_ARGS, text) from exc
+            self.body = b""
+        return self.values
+
 
 class Bus:
     """An open connection. Made by `open_bus`."""
@@ -101,9 +126,12 @@ class Bus:
         self.address: Final = address
         self.unique_name = ""
         self.lost: Final = trio.Event()
+        # Signals are dropped unread unless they are wanted, which is judged by the header alone.
         self.on_signal: Callable[[Signal], None] = _ignore
-        sender, self.calls = trio.open_memory_channel[Call](MAX_CALLS)
-        self._calls_in: Final = sender
+        self.wants_signal: Callable[[Header], bool] = is_owner_change
+        # Raises CallRefusedError for a call that need not even be stored, by its header.
+        self.look_at_call: Callable[[Header], None] = _look_at_nothing
+        self.calls: Final = Callers(self._ask_user)
         self._link: Link | None = None
         self._probed: trio.Event | None = None
         self._probe_had_field = False
@@ -127,58 +155,109 @@ class Bus:
         Raises CallRefusedError, BusLostError; ValueError if the values do not have this signature.
         """
         link = self._open_link()
-        message = _make_call(target, member, signature, values, fds)
-        message.serial = link.next_serial()
+        serial = link.next_serial()
+        data = _make_call(serial, target, member, pack(signature, values), signature, len(fds))
         answered = trio.Event()
-        reply: Any = None
-        error: Any = None
+        reply: Reply | None = None
+        error: Exception | None = None
 
-        def take(its_reply: Message | None, its_error: Exception | None) -> None:
+        def take(its_reply: Reply | None, its_error: Exception | None) -> None:
             nonlocal reply, error
             reply, error = its_reply, its_error
             answered.set()
 
-        link._method_return_handlers[message.serial] = take  # noqa: SLF001
+        link.expect(serial, target.destination, take)
         try:
-            link.send(message)
+            link.put_raw(data, fds)
             await answered.wait()
         finally:
-            link._method_return_handlers.pop(message.serial, None)  # noqa: SLF001
+            link.forget(serial)
         return _read_reply(reply, error)
 
     def send(
         self, target: Target, member: str, signature: str = "", values: Sequence[object] = ()
     ) -> None:
         """Call without wanting a reply."""
-        message = _make_call(target, member, signature, values, ())
-        message.flags = MessageFlag.NO_REPLY_EXPECTED
-        self._open_link().send(message)
+        link = self._open_link()
+        body = pack(signature, values)
+        serial = link.next_serial()
+        link.put_raw(
+            _make_call(serial, target, member, body, signature, flags=Flag.NO_REPLY_EXPECTED)
+        )
 
     def emit(
-        self, path: str, interface: str, member: str, signature: str, values: Sequence[object]
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        values: Sequence[object],
+        *,
+        destination: str | None = None,
     ) -> None:
-        """Broadcast a signal. Does nothing once the bus is lost."""
-        if self._link is not None and not self.lost.is_set():
-            body = to_wire(list(values))
-            self._link.send(Message.new_signal(path, interface, member, signature, body))
+        """Send a signal to one connection, or to all that want it. Does nothing once the bus is lost."""
+        if self._link is None or self.lost.is_set():
+            return
+        body = pack(signature, values)
+        header = Header(
+            little=True,
+            type=MessageType.SIGNAL,
+            flags=Flag.NO_REPLY_EXPECTED,
+            body_length=len(body),
+            serial=self._link.next_serial(),
+            path=path,
+            interface=interface,
+            member=member,
+            destination=destination,
+            signature=signature,
+        )
+        self._link.put_raw(make_message(header, body))
 
     def answer(self, call: Call, signature: str = "", values: Sequence[object] = ()) -> None:
         """Answer a call, if it wants to be answered. Raises ValueError if the values do not fit."""
-        if self._wants_reply(call):
-            body = to_wire(list(values))
-            self._open_link().send(Message.new_method_return(call.message, signature, body))
+        self.answer_body(call, signature, pack(signature, values))
+
+    def answer_body(self, call: Call, signature: str, body: bytes) -> None:
+        """Answer a call with values that are packed already."""
+        if not call.wants_reply or self.lost.is_set():
+            return
+        link = self._open_link()
+        header = Header(
+            little=True,
+            type=MessageType.METHOD_RETURN,
+            flags=Flag.NO_REPLY_EXPECTED,
+            body_length=len(body),
+            serial=link.next_serial(),
+            reply_serial=call.serial,
+            destination=call.sender,
+            signature=signature,
+        )
+        link.put_raw(make_message(header, body))
 
     def refuse(self, call: Call, name: str, text: str) -> None:
-        """Answer a call with an error."""
-        if self._wants_reply(call):
-            self._open_link().send(Message.new_error(call.message, name, text))
+        """Answer a call with an error, if it wants to be answered."""
+        if call.wants_reply and not self.lost.is_set():
+            header = _header_of(call)
+            self._open_link().refuse(header, name, text)
+
+    async def next_call(self) -> Call | None:
+        """Wait for a call whose turn it is; then call `done`. None: there will be none any more."""
+        call = await self.calls.next()
+        assert call is None or isinstance(call, Call)
+        return call
+
+    async def done(self, call: Call) -> None:
+        """Give the call's place to another, once the bus has taken most of what it is to be sent."""
+        try:
+            if self._link is not None:
+                await self._link.room.wait()
+        finally:
+            self.calls.done(call)
 
     async def wait_sent(self) -> None:
         """Wait until the bus has taken all that it was sent, or is lost."""
         if self._link is not None and self.backlog:
-            sent = trio.Event()
-            self._link.on_sent = sent.set
-            await sent.wait()
+            await self._link.sent.wait()
 
     async def request_name(self, name: str) -> bool:
         """Take a well-known name; say whether it is ours now. Never waits for it."""
@@ -200,15 +279,29 @@ class Bus:
             raise BusLostError(f"no connection to the bus at {self.address}")
         return self._link
 
-    def _wants_reply(self, call: Call) -> bool:
-        return not self.lost.is_set() and not call.message.flags & MessageFlag.NO_REPLY_EXPECTED
+    def _ask_user(self, sender: str) -> None:
+        """Ask the bus which user a caller is of, and tell `calls`."""
+
+        def take(reply: Reply | None, _error: Exception | None) -> None:
+            values = reply.values if reply is not None else []
+            is_known = reply is not None and reply.header.type == MessageType.METHOD_RETURN
+            if is_known and values and isinstance(values[0], int):
+                self.calls.know(sender, values[0])
+            else:  # it left
+                self.calls.gone(sender)
+
+        link = self._open_link()
+        serial = link.next_serial()
+        link.expect(serial, DRIVER.destination, take)
+        body = pack("s", [sender])
+        link.put_raw(_make_call(serial, DRIVER, "GetConnectionUnixUser", body, "s"))
 
     def _send_probe(self) -> None:
         path, interface, member = _PROBE
         link = self._open_link()
         header = Header(
             little=True,
-            type=WireType.SIGNAL,
+            type=MessageType.SIGNAL,
             flags=0,
             body_length=0,
             serial=link.next_serial(),
@@ -219,49 +312,80 @@ class Bus:
         )
         link.put_raw(serialise_header(header, extra={INSTANCE_FIELD: ("o", "/")}))
 
-    def _take(self, message: Message, header: Header) -> None:
-        if message.message_type is MessageType.SIGNAL:
-            _close(message.unix_fds)
-            self._take_signal(message, header)
-            return
-        call = Call(
-            sender=message.sender or "",
-            path=message.path,
-            interface=message.interface,
-            member=message.member,
-            signature=message.signature,
-            values=message.body,
-            fds=message.unix_fds,
-            message=message,
-        )
-        try:
-            self._calls_in.send_nowait(call)
-        except (trio.WouldBlock, trio.BrokenResourceError):
-            call.close()
-            self.refuse(call, LIMITS_EXCEEDED, f"more than {MAX_CALLS} calls are waiting")
+    # -- what comes in: broker.bus.link.Taker ---------------------------------------------------------
 
-    def _take_signal(self, message: Message, header: Header) -> None:
-        if message.sender == self.unique_name and message.interface == _PROBE[1]:
+    def look(self, header: Header) -> bool:
+        """Say whether a call or signal is wanted; a call that is not is refused."""
+        if header.type == MessageType.SIGNAL:
+            return self._is_probe(header) or self.wants_signal(header)
+        if header.sender is None:
+            return False
+        try:
+            if header.body_length > MAX_BODY:
+                raise _over(f"the arguments have more than {MAX_BODY} bytes")
+            if header.unix_fds > MAX_CALL_FDS:
+                raise _over(f"more than {MAX_CALL_FDS} file descriptors")
+            self.look_at_call(header)
+            self.calls.check(header.sender, header.body_length, header.unix_fds)
+        except CallRefusedError as exc:
+            if self._link is not None:
+                self._link.refuse(header, exc.dbus_name, str(exc))
+            return False
+        return True
+
+    def take(self, header: Header, body: bytes, fds: list[int]) -> None:
+        """Take a call or signal that is wanted."""
+        if header.type == MessageType.SIGNAL:
+            _close(fds)
+            self._take_signal(header, body)
+            return
+        sender = header.sender or ""
+        call = Call(
+            sender=sender,
+            path=header.path or "",
+            interface=header.interface,
+            member=header.member or "",
+            signature=header.signature,
+            fds=fds,
+            serial=header.serial,
+            wants_reply=not header.flags & Flag.NO_REPLY_EXPECTED,
+            body=body,
+            little=header.little,
+            size=len(body),
+            fd_count=len(fds),
+            turn=partial(self.calls.turn, sender),
+        )
+        self.calls.put(call)
+
+    def _is_probe(self, header: Header) -> bool:
+        return header.sender == self.unique_name and header.interface == _PROBE[1]
+
+    def _take_signal(self, header: Header, body: bytes) -> None:
+        if self._is_probe(header):
             self._probe_had_field = header.has_unknown
             if self._probed is not None:
                 self._probed.set()
             return
+        try:
+            values = unpack(header.signature, body, little=header.little) if body else []
+        except ValueError:
+            return
         self.on_signal(
             Signal(
-                sender=message.sender or "",
-                path=message.path,
-                interface=message.interface,
-                member=message.member,
-                signature=message.signature,
-                values=message.body,
+                sender=header.sender or "",
+                path=header.path or "",
+                interface=header.interface or "",
+                member=header.member or "",
+                signature=header.signature,
+                values=values,
             )
         )
 
     async def _hello(self, sock: socket.socket) -> Link:
         # Before anything that may fail: the link closes the socket from here on.
-        link = Link(sock, self._take)
+        link = Link(sock, self)
         self._link = link
-        link.on_lost = self.lost.set
+        link.on_lost = self._lost
         await trio_asyncio.aio_as_trio(link.connect)()
         name = str(link.unique_name)
         if not name.startswith(":"):
@@ -269,13 +393,13 @@ class Bus:
         self.unique_name = name
         return link
 
+    def _lost(self) -> None:
+        self.lost.set()
+        self.calls.close()
+
     def _close(self) -> None:
         if self._link is not None:
             self._link.close()
-        self._calls_in.close()
-        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            while True:
-                self.calls.receive_nowait().close()
         self.calls.close()
 
 
@@ -354,30 +478,74 @@ async def _shake_hands(sock: socket.socket, address: UnixAddress) -> None:
         raise PeerProtocolError("it cannot pass descriptors")
 
 
-def _make_call(
-    target: Target, member: str, signature: str, values: Sequence[object], fds: Sequence[int]
-) -> Message:
-    return Message(
-        destination=target.destination,
+def _make_call(  # noqa: PLR0913 - each one is a field of the message
+    serial: int,
+    target: Target,
+    member: str,
+    body: bytes,
+    signature: str,
+    fds: int = 0,
+    *,
+    flags: int = 0,
+) -> bytes:
+    header = Header(
+        little=True,
+        type=MessageType.METHOD_CALL,
+        flags=flags,
+        body_length=len(body),
+        serial=serial,
         path=target.path,
         interface=target.interface,
         member=member,
+        destination=target.destination,
         signature=signature,
-        body=to_wire(list(values)),
-        unix_fds=list(fds),
+        unix_fds=fds,
+    )
+    return make_message(header, body)
+
+
+def _header_of(call: Call) -> Header:
+    """Return as much of a call's header as a refusal needs."""
+    return Header(
+        little=True,
+        type=MessageType.METHOD_CALL,
+        flags=0,
+        body_length=0,
+        serial=call.serial,
+        sender=call.sender,
     )
 
 
-def _read_reply(reply: Any, error: Any) -> list[Any]:
+def _read_reply(reply: Reply | None, error: Exception | None) -> list[Any]:
     if error is not None:
         raise error
     if reply is None:
         raise BusLostError("the bus went away")
-    if reply.message_type is MessageType.ERROR:
-        text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else reply.error_name
-        raise CallRefusedError(reply.error_name or FAILED, text)
-    values: list[Any] = reply.body
+    name, values = reply.header.error_name, reply.values
+    if reply.header.type == MessageType.ERROR:
+        text = values[0] if values and isinstance(values[0], str) else name
+        raise CallRefusedError(name or FAILED, text or FAILED)
     return values
+
+
+def is_owner_change(header: Header) -> bool:
+    """Say whether a signal is the bus's word that a name changed its owner."""
+    driver = DRIVER.destination
+    return (
+        header.sender == driver
+        and header.interface == driver
+        and header.member == "NameOwnerChanged"
+        and header.signature == "sss"
+        and header.body_length <= MAX_OWNER_CHANGE
+    )
+
+
+def _over(text: str) -> CallRefusedError:
+    return CallRefusedError(LIMITS_EXCEEDED, text)
+
+
+def _look_at_nothing(_header: Header) -> None:
+    pass
 
 
 def _ignore(_signal: Signal) -> None:

@@ -1,12 +1,14 @@
 """dbus-next's MessageBus, made to stand a bus with hostile peers on it. Only broker.bus.connection uses it.
 
-Of dbus-next 0.2.3 its calls, replies, handlers and messages are kept. Replaced is what would let somebody
-else on the bus, or a busy moment, end the connection:
+Of dbus-next 0.2.3 its connecting and its handlers of replies are kept. Replaced is what would let somebody
+else on the bus, or a busy moment, end the connection or stop us:
 - its reader ends it for a header field or message type that it does not know (dbus-broker forwards both),
-  and takes a descriptor for whatever message comes next;
+  takes a descriptor for whatever message comes next, and unpacks each message before anybody looks whose it is;
 - its writer ends it when the socket's buffer is full;
-- its handshake spins for ever when the bus hangs up, and its connect blocks.
-So the socket comes here authenticated. Values are those of broker.bus.values.
+- its handshake spins for ever when the bus hangs up, and its connect blocks;
+- its codec reads and writes a body whole, however long that takes.
+So the socket comes here authenticated. Values are those of broker.bus.values. What a bus may legally deliver never ends
+the connection: what is not wanted is skipped, by its header (intake.py).
 """
 
 import array
@@ -14,53 +16,77 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
+import trio
 from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import MessageFlag, MessageType
-from dbus_next.message import Message
 from dbus_next.message_bus import BaseMessageBus
 
+from broker.bus.codec import MAX_BODY
+from broker.bus.intake import Arrived, Dropped, Intake, Oversize
 from broker.bus.values import unpack
-from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, BrokerError, PeerProtocolError
-from broker.wire.header import FIXED_SIZE, Header, measure, parse_header
+from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, PeerProtocolError
+from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.marshal import make_error
 
 LOGGER: Final = logging.getLogger(__name__)
 _CHUNK: Final = 64 * 1024
-# What anybody may want of us is far shorter (10 000 rules are 2 MiB), and Python takes up to thirty times as
-# much for the values: a longer body is not looked at.
-MAX_BODY: Final = 8 * 1024 * 1024
+# Reads at a time of what is skipped anyway: nobody is to wait behind 128 MiB that nobody wants.
+SKIPS_A_TURN: Final = 32
 _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(253 * _INT)  # as many as the kernel lets through at once
-_FIELDS: Final = (
-    "path",
-    "interface",
-    "member",
-    "error_name",
-    "reply_serial",
-    "destination",
-    "sender",
-)
+# Of what we are to send, when refusals that nobody may wait for are left out: the bus takes less than others have us say.
+MAX_UNSENT: Final = 4 * 1024 * 1024
+DRIVER_NAME: Final = "org.freedesktop.DBus"
 
 
 class BusLostError(BrokerError):
     """The connection to a bus is gone."""
 
 
-class Link(MessageBus):
-    """One connection. `on_message` gets every call and signal, and owns the descriptors in it."""
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer to a call of ours."""
 
-    def __init__(self, sock: socket.socket, on_message: Callable[[Message, Header], None]) -> None:
+    header: Header
+    values: list[Any]
+
+
+class Taker(Protocol):
+    """Who gets calls and signals."""
+
+    def look(self, header: Header) -> bool:
+        """Say whether a call or signal is wanted. Whoever refuses a call sees to its answer."""
+
+    def take(self, header: Header, body: bytes, fds: list[int]) -> None:
+        """Take one that is wanted, and the descriptors with it."""
+
+
+@dataclass(slots=True)
+class _Expected:
+    """A reply that is waited for."""
+
+    destination: str
+    take: Callable[[Reply | None, Exception | None], None]
+
+
+class Link(MessageBus):
+    """One connection."""
+
+    def __init__(self, sock: socket.socket, taker: Taker) -> None:
         self._given: Final = sock
-        self._on_each: Final = on_message
+        self._taker: Final = taker
         super().__init__(bus_address="unix:path=/", negotiate_unix_fd=True)
         self._out: Final = _Writer(self)
         self._writer: Any = self._out
-        self._input = bytearray()
-        self._input_fds: deque[int] = deque()
+        self._intake: Final = Intake(self._look)
+        self._expected: Final[dict[int, _Expected]] = {}
         self.on_lost: Callable[[], None] = lambda: None
-        self.on_sent: Callable[[], None] = lambda: None  # nothing waits to be sent any more
+        self.sent = trio.Event()  # nothing waits to be sent any more
+        self.room = trio.Event()  # little waits to be sent
+        self.room.set()
 
     def _setup_socket(self) -> None:
         self._sock = self._given
@@ -81,72 +107,120 @@ class Link(MessageBus):
         self._finalize(BusLostError("closed"))
         self._stream.detach()  # closing it would flush
         self._sock.close()
-        _close_all(self._input_fds)
+        _close_all(self._intake.close())
 
-    def put_raw(self, data: bytes) -> None:
-        """Send a message that dbus-next cannot make."""
-        self._out.put(data, [])
+    def put_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a message. Its descriptors are to stay open until it is sent."""
+        self._out.put(data, list(fds))
+
+    def expect(
+        self, serial: int, destination: str, take: Callable[[Reply | None, Exception | None], None]
+    ) -> None:
+        """Have the reply to a call given to somebody, once. Others' replies are none."""
+        self._expected[serial] = _Expected(destination, take)
+
+    def forget(self, serial: int) -> None:
+        """Wait for that reply no more."""
+        self._expected.pop(serial, None)
+
+    def refuse(self, header: Header | Oversize, name: str, text: str) -> None:
+        """Answer a call with an error, if it wants one, and the bus takes what we send."""
+        if header.sender and not header.flags & Flag.NO_REPLY_EXPECTED and self.has_room:
+            error = make_error(
+                self.next_serial(),
+                reply_serial=header.serial,
+                name=name,
+                text=text.encode(errors="replace").decode().replace("\0", "?"),
+                destination=header.sender,
+            )
+            self.put_raw(error)
 
     @property
     def backlog(self) -> int:
         """How many messages wait to be sent."""
         return self._out.backlog
 
+    @property
+    def has_room(self) -> bool:
+        """Whether little waits to be sent."""
+        return self.room.is_set()
+
     # -- reading ----------------------------------------------------------------------------------
 
     def _message_reader(self) -> None:
+        for _ in range(SKIPS_A_TURN):
+            if not self._read() or self._disconnected or not self._intake.is_skipping:
+                return
+
+    def _read(self) -> bool:
+        """Read once and take what came; say whether there was anything."""
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 _CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as exc:
             self._finalize(exc)
-            return
-        self._input += data
-        self._input_fds.extend(_take_fds(ancillary))
+            return False
+        fds = _take_fds(ancillary)
+        if not data:
+            _close_all(fds)
+            self._finalize(BusLostError("the bus hung up"))
+            return False
         try:
-            if not data or flags & socket.MSG_CTRUNC:
-                raise BusLostError("the bus hung up" if not data else "descriptors were cut off")
-            self._cut()
-        except (BusLostError, PeerProtocolError) as exc:
+            for item in self._intake.feed(data, fds, cut=bool(flags & socket.MSG_CTRUNC)):
+                self._take(item)
+        except PeerProtocolError as exc:
             self._finalize(exc)
+        return True
 
-    def _cut(self) -> None:
-        buffer = self._input
-        while len(buffer) >= FIXED_SIZE and len(buffer) >= (length := measure(buffer)):
-            raw = bytes(buffer[:length])
-            del buffer[:length]
-            header = parse_header(raw)
-            if header.unix_fds > len(self._input_fds):
-                raise PeerProtocolError("a message without its descriptors")
-            fds = [self._input_fds.popleft() for _ in range(header.unix_fds)]
-            self._take(header, raw[header.size :], fds)
+    def _look(self, header: Header) -> bool:
+        if header.type in (MessageType.METHOD_CALL, MessageType.SIGNAL):
+            return self._taker.look(header)
+        expected = self._expected.get(header.reply_serial or 0)
+        if expected is None or not _may_answer(expected.destination, header.sender):
+            # The handler of Hello is dbus-next's, and its answer the first message that there is.
+            is_hello = header.reply_serial in self._method_return_handlers
+            return is_hello and header.sender in (None, DRIVER_NAME)
+        if header.body_length > MAX_BODY:
+            self._answered(header, None, f"a reply of more than {MAX_BODY} bytes")
+            return False
+        return True
 
-    def _take(self, header: Header, body: bytes, fds: list[int]) -> None:
-        try:
-            message = _make_message(header, body, fds)
-        except ValueError as exc:
-            LOGGER.debug("a message from %s cannot be read: %s", header.sender, exc)
-            _close_all(fds)
-            self._refuse(header, str(exc))
-            return
-        if message is None:
-            _close_all(fds)
-        elif message.message_type in (MessageType.METHOD_CALL, MessageType.SIGNAL):
-            self._on_each(message, header)
-        else:
+    def _take(self, item: Arrived | Oversize | Dropped) -> None:
+        match item:
+            case Arrived(header, body, fds, cut):
+                self._take_message(header, body, fds, cut=cut)
+            case Oversize():
+                if item.type == MessageType.METHOD_CALL:
+                    self.refuse(item, LIMITS_EXCEEDED, "the header of the call is too long")
+            case Dropped():
+                _close_all(item.fds)
+
+    def _take_message(self, header: Header, body: bytes, fds: list[int], *, cut: bool) -> None:
+        if header.type not in (MessageType.METHOD_CALL, MessageType.SIGNAL):
             _close_all(fds)  # nothing that we ask for has any
-            self._on_message(message)
+            try:
+                values = unpack(header.signature, body, little=header.little) if body else []
+            except ValueError as exc:
+                self._answered(header, None, str(exc))
+            else:
+                self._answered(header, values, "")
+        elif cut:
+            LOGGER.warning("descriptors of a message of %s did not fit in", header.sender)
+            self.refuse(header, LIMITS_EXCEEDED, "the broker has no file descriptors left for it")
+        else:
+            self._taker.take(header, body, fds)
 
-    def _refuse(self, header: Header, text: str) -> None:
-        if header.type == MessageType.METHOD_CALL.value:
-            call = _make_message(header, b"", [])
-            if call is not None and not header.flags & MessageFlag.NO_REPLY_EXPECTED:
-                self.send(Message.new_error(call, INVALID_ARGS, text))
-        elif header.reply_serial in self._method_return_handlers:
-            self._method_return_handlers.pop(header.reply_serial)(None, PeerProtocolError(text))
+    def _answered(self, header: Header, values: list[Any] | None, problem: str) -> None:
+        serial = header.reply_serial or 0
+        reply = Reply(header, values) if values is not None else None
+        error = PeerProtocolError(problem) if problem else None
+        if (expected := self._expected.pop(serial, None)) is not None:
+            expected.take(reply, error)
+        elif (handler := self._method_return_handlers.pop(serial, None)) is not None:
+            handler(_HelloReply(values or []), error)
 
     def _finalize(self, err: BaseException | None = None) -> None:
         if self._disconnected:
@@ -156,7 +230,18 @@ class Link(MessageBus):
         self._out.clear()
         # Not our superclass's, which keeps the error in a future that nobody awaits.
         BaseMessageBus._finalize(self, BusLostError(str(err)))  # noqa: SLF001
+        waiting = list(self._expected.values())
+        self._expected.clear()
+        for expected in waiting:
+            expected.take(None, BusLostError(str(err)))
         self.on_lost()
+
+
+@dataclass(frozen=True, slots=True)
+class _HelloReply:
+    """As much of a message as dbus-next's handler of Hello looks at."""
+
+    body: list[Any]
 
 
 class _Writer:
@@ -164,8 +249,9 @@ class _Writer:
 
     def __init__(self, link: Any) -> None:
         self._link = link
-        self._queue: deque[tuple[bytes, list[int]]] = deque()
+        self._queue: deque[tuple[memoryview, list[int]]] = deque()
         self._waiting = False
+        self.unsent = 0  # bytes
 
     @property
     def backlog(self) -> int:
@@ -173,20 +259,22 @@ class _Writer:
 
     def clear(self) -> None:
         self._queue.clear()
-        self._link.on_sent()
+        self.unsent = 0
+        self._link.sent.set()
+        self._link.room.set()
 
-    def schedule_write(self, msg: Message | None = None, future: Any = None) -> None:
+    def schedule_write(self, _msg: None = None, _future: None = None) -> None:
         """Send it when the connection is ready; the name and form are dbus-next's."""
-        if msg is not None:
-            self._queue.append((_marshal(msg), list(msg.unix_fds or ())))
-        if future is not None:
-            future.set_result(None)
         if self._link.unique_name and not self._waiting:
             self._flush()
 
     def put(self, data: bytes, fds: list[int]) -> None:
-        self._queue.append((data, fds))
+        # A view: cutting a copy of a long message off at each write would cost its square.
+        self._queue.append((memoryview(data), fds))
+        self.unsent += len(data)
         self.schedule_write()
+        if self.unsent > MAX_UNSENT and self._link.room.is_set():
+            self._link.room = trio.Event()
 
     def _flush(self) -> None:
         link = self._link
@@ -202,10 +290,13 @@ class _Writer:
             except OSError as exc:
                 link._finalize(exc)  # noqa: SLF001
                 return
+            self.unsent -= sent
             if sent == len(data):
                 self._queue.popleft()
             else:
                 self._queue[0] = (data[sent:], [])
+        if self.unsent <= MAX_UNSENT // 2:
+            link.room.set()
         self._wait_or_not()
 
     def _wait_or_not(self) -> None:
@@ -214,54 +305,26 @@ class _Writer:
             return
         self._waiting = not self._waiting
         if self._waiting:
+            link.sent = trio.Event()
             link._loop.add_writer(link._fd, self._flush)  # noqa: SLF001
         else:
             link._loop.remove_writer(link._fd)  # noqa: SLF001
-            link.on_sent()
+            link.sent.set()
 
 
-def _marshal(message: Message) -> bytes:
-    """Return its bytes, or those of an error if it is an answer that a bus might not take.
+def make_message(header: Header, body: bytes) -> bytes:
+    """Return the bytes of a message of ours."""
+    return serialise_header(header) + body
 
-    What it does not take ends the connection: 128 MiB, or what it is configured to.
+
+def _may_answer(destination: str, sender: str | None) -> bool:
+    """Say whether a reply is of whom was called; session buses deliver forged ones, too.
+
+    Who has a well-known name is not known here. Only the command line calls one.
     """
-    data = bytes(message._marshall(negotiate_unix_fd=True))  # noqa: SLF001
-    if len(data) <= MAX_BODY or message.message_type is not MessageType.METHOD_RETURN:
-        return data
-    error = Message(
-        message_type=MessageType.ERROR,
-        destination=message.destination,
-        error_name=LIMITS_EXCEEDED,
-        reply_serial=message.reply_serial,
-        serial=message.serial,
-        signature="s",
-        body=[f"the answer would have more than {MAX_BODY} bytes"],
-    )
-    return bytes(error._marshall(negotiate_unix_fd=True))  # noqa: SLF001
-
-
-def _make_message(header: Header, body: bytes, fds: list[int]) -> Message | None:
-    """Return dbus-next's form of it, or None for a type that is to be ignored. Raises ValueError."""
-    try:
-        kind = MessageType(header.type)
-    except ValueError:
-        return None
-    fields: dict[str, Any] = {name: getattr(header, name) for name in _FIELDS}
-    if len(body) > MAX_BODY:
-        raise ValueError(f"a body of more than {MAX_BODY} bytes")
-    values = unpack(header.signature, body, little=header.little) if body else []
-    try:
-        return Message(
-            message_type=kind,
-            flags=MessageFlag(header.flags & 7),
-            serial=header.serial,
-            unix_fds=fds,
-            signature=header.signature if body else "",
-            body=values,
-            **fields,
-        )
-    except Exception as exc:
-        raise ValueError(f"a message that cannot be read: {exc}") from exc
+    if sender in (None, DRIVER_NAME, destination):
+        return True
+    return destination != DRIVER_NAME and not destination.startswith(":")
 
 
 def _take_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
@@ -272,7 +335,6 @@ def _take_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return fds.tolist()
 
 
-def _close_all(fds: Any) -> None:
-    for fd in fds:
-        os.close(fd)
-    fds.clear()
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

@@ -1,62 +1,67 @@
-"""D-Bus values as Python has them, and their bytes: dbus-next's codec, made safe for a daemon.
+"""D-Bus values as Python has them, and their bytes.
 
 A value is a str, int, bool, float, bytes (`ay`), list (array), dict (`a{..}`), tuple (struct, read as
-such, and written from a list as well), or a Variant. `pack` and `unpack` are inverse, and raise ValueError.
+such, and written from a list as well), or a Variant. `pack` and `unpack` are inverse, raise ValueError, and do all of
+it at once: for what is short, or our own. What others send is read by `unpack_in_turns`.
 """
 
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
-from dbus_next._private.marshaller import Marshaller
-from dbus_next._private.unmarshaller import Unmarshaller
-from dbus_next.errors import InvalidSignatureError, SignatureBodyMismatchError
-from dbus_next.signature import SignatureTree, Variant as _WireVariant
+from broker.bus.codec import MAX_BODY, MAX_STEPS, Packer, Unpacker, Variant
 
-# dbus-next remembers each signature it ever saw; who calls us chooses them.
-MAX_SIGNATURES: Final = 1024
+__all__ = [
+    "Turn",
+    "Variant",
+    "holds_descriptor",
+    "nesting",
+    "pack",
+    "pack_in_turns",
+    "plain",
+    "unpack",
+    "unpack_in_turns",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A value that says its type."""
-
-    signature: str
-    value: object
+Turn = Callable[[], Awaitable[None]]
+# A reply may have as many as its bytes allow: it was asked for.
+_NO_LIMIT: Final = 2**31
 
 
 def pack(signature: str, values: Sequence[object]) -> bytes:
     """Return the little-endian bytes of a body. Raises ValueError if the values do not fit."""
-    _bound_cache()
-    try:
-        return bytes(Marshaller(signature, to_wire(list(values))).marshall())
-    except (InvalidSignatureError, SignatureBodyMismatchError, UnicodeEncodeError) as exc:
-        raise ValueError(str(exc)) from exc
+    packer = Packer(signature, values, max_bytes=_NO_LIMIT)
+    packer.run_all()
+    return packer.body
 
 
-def unpack(signature: str, body: bytes, *, little: bool = True) -> list[Any]:
-    """Return the values of a body. Raises ValueError."""
-    _bound_cache()
-    reader = _BodyReader(body, little=little)
+def unpack(signature: str, body: bytes, *, little: bool = True, whole: bool = True) -> list[Any]:
+    """Return the values of a body, or of its beginning. Raises ValueError."""
+    unpacker = Unpacker(signature, body, little=little, limit=_NO_LIMIT, whole=whole)
     try:
-        return [reader.read_argument(kind) for kind in SignatureTree._get(signature).types]  # noqa: SLF001
-    except Exception as exc:
+        unpacker.run_all()
+    except ValueError as exc:
         raise ValueError(f"a body that is not of type {signature[:40]!r}") from exc
+    return unpacker.values
 
 
-def to_wire(value: object) -> Any:
-    """Return the value in dbus-next's terms. Raises ValueError for a variant that does not fit."""
-    if isinstance(value, Variant):
-        try:
-            return _WireVariant(value.signature, to_wire(value.value))
-        except (InvalidSignatureError, SignatureBodyMismatchError, TypeError) as exc:
-            raise ValueError(str(exc)) from exc
-    if isinstance(value, dict):
-        return {key: to_wire(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_wire(item) for item in value]
-    return value
+async def pack_in_turns(
+    signature: str, values: Sequence[object], turn: Turn, *, max_bytes: int = MAX_BODY
+) -> bytes:
+    """Return the bytes of a body, letting others have their turns. Raises ValueError, TooLongError."""
+    packer = Packer(signature, values, max_bytes=max_bytes)
+    while not packer.run():
+        await turn()
+    return packer.body
+
+
+async def unpack_in_turns(
+    signature: str, body: bytes, turn: Turn, *, little: bool = True, limit: int = MAX_STEPS
+) -> list[Any]:
+    """Return the values of somebody else's body. Raises ValueError, TooLongError."""
+    unpacker = Unpacker(signature, body, little=little, limit=limit)
+    while not unpacker.run():
+        await turn()
+    return unpacker.values
 
 
 def plain(value: object) -> Any:
@@ -92,27 +97,3 @@ def nesting(value: object) -> int:
     if isinstance(value, list | tuple):
         return 1 + max(map(nesting, value), default=0)
     return 0
-
-
-class _BodyReader(Unmarshaller):
-    """dbus-next's reader on bytes that are all there, giving out our Variant, and tuples for structs."""
-
-    read_argument: Callable[[Any], Any]
-
-    def __init__(self, body: bytes, *, little: bool) -> None:
-        super().__init__(io.BytesIO(body))
-        self.endian = ord("l") if little else ord("B")
-
-    def read_variant(self, _kind: object = None) -> Variant:
-        signature = self.read_signature()
-        (kind,) = SignatureTree._get(signature).types  # noqa: SLF001
-        return Variant(signature, self.read_argument(kind))
-
-    def read_struct(self, kind: Any) -> tuple[object, ...]:
-        return tuple(super().read_struct(kind))
-
-
-def _bound_cache() -> None:
-    cache = SignatureTree._cache  # noqa: SLF001
-    if len(cache) > MAX_SIGNATURES:
-        cache.clear()

@@ -30,6 +30,7 @@ class NameWatch:
 
     def __init__(self, bus: Caller) -> None:
         self.on_gone: Callable[[str], None] = _ignore
+        self.on_caller_gone: Callable[[str], None] = _ignore
         self._bus: Final = bus
         self._counts: Final[dict[str, int]] = {}
 
@@ -73,6 +74,7 @@ class NameWatch:
     def _gone(self, name: str) -> None:
         if self._counts.pop(name, 0):
             self._send("RemoveMatch", name)
+            self.on_caller_gone(name)
             self.on_gone(name)
 
     def _send(self, member: str, name: str) -> None:

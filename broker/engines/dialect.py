@@ -121,7 +121,7 @@ def read_instance(called: Called) -> str:
     if not called.signature.startswith("o"):
         return ""
     try:
-        (path,) = unpack("o", called.body, little=called.little)
+        (path,) = unpack("o", called.body, little=called.little, whole=False)
     except ValueError:
         return ""
     return str(path)

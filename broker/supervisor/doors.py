@@ -7,7 +7,6 @@ At the start a bus that is not there is an error; afterwards it is waited for, a
 as gone for good, though it may still come back.
 """
 
-import contextlib
 import logging
 import os
 import random
@@ -19,10 +18,9 @@ import trio
 from broker.bus.connection import DRIVER, Bus, Call, open_bus
 from broker.gate.control import BusSpec
 from broker.wire.errors import BrokerError
+from broker.wire.header import Header
 
 LOGGER: Final = logging.getLogger(__name__)
-# Calls that are carried out at the same time on one bus; others wait their turn.
-MAX_TASKS: Final = 64
 FIRST_PAUSE: Final = 0.1  # seconds; each is twice the one before
 LONGEST_PAUSE: Final = 5.0
 # A connection that lasted so long has shown that the bus is well: the pauses begin anew.
@@ -38,6 +36,9 @@ class Answerer(Protocol):
 
     async def serve(self, bus: Bus, call: Call) -> None:
         """Carry out a call and answer it."""
+
+    def look(self, header: Header) -> None:
+        """Refuse a call of which the header says enough. Raises CallRefusedError."""
 
 
 class Backoff:
@@ -167,23 +168,23 @@ async def serve_calls(
 
 
 async def _serve_connection(bus: Bus, objects: Answerer, closing: trio.Event) -> None:
-    slots = trio.Semaphore(MAX_TASKS)
+    bus.look_at_call = objects.look
 
     async def answer(call: Call) -> None:
         try:
             with call:
                 await objects.serve(bus, call)
         finally:
-            slots.release()
+            await bus.done(call)
 
-    async with trio.open_nursery() as nursery, trio.open_nursery() as accepting:
-        accepting.start_soon(_cancel_at, closing, accepting.cancel_scope)
-        with contextlib.suppress(trio.ClosedResourceError):
-            await slots.acquire()  # before there is a call that could be left lying
-            async for call in bus.calls:
+    async with trio.open_nursery() as turns:
+        turns.start_soon(bus.calls.give_turns)
+        async with trio.open_nursery() as nursery, trio.open_nursery() as accepting:
+            accepting.start_soon(_cancel_at, closing, accepting.cancel_scope)
+            while (call := await bus.next_call()) is not None:
                 nursery.start_soon(answer, call)
-                await slots.acquire()
-        accepting.cancel_scope.cancel()
+            accepting.cancel_scope.cancel()
+        turns.cancel_scope.cancel()
 
 
 async def _cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:

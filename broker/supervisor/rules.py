@@ -11,10 +11,10 @@ from typing import Final, TypeVar
 import msgspec
 import trio
 
+from broker.bus.values import Turn
 from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
 from policy.match import RULE_WORK, excess, make_judge, most_steps
-from policy.rules import AccessList, Identity, Rule
-from policy.text import format_rule
+from policy.rules import AccessList, Identity
 
 # An access list of this many takes about 2 MiB, in each of the places that have it.
 MAX_RULES: Final = 10_000
@@ -26,11 +26,11 @@ SLICE: Final = 50_000
 T = TypeVar("T")
 
 
-async def in_slices(work: Generator[int, None, T]) -> T:
+async def in_slices(work: Generator[int, None, T], turn: Turn = trio.lowlevel.checkpoint) -> T:
     """Do the work and return what comes of it; whoever else waits has a turn now and then."""
     results: list[T] = []
     for _ in iter(partial(_do_slice, work, results), True):
-        await trio.lowlevel.checkpoint()
+        await turn()
     await trio.lowlevel.checkpoint()
     return results[0]
 
@@ -82,12 +82,3 @@ def check_cost(
         judge = yield from make_judge(access, bus=bus, me=me)
         if (text := excess(judge.cost, rule_steps)) is not None:
             raise CallRefusedError(LIMITS_EXCEEDED, text)
-
-
-def formatted(rules: Sequence[Rule]) -> Generator[int, None, list[tuple[bool, str]]]:
-    """Return rules as (deny, text)."""
-    texts = []
-    for rule in rules:
-        texts.append((rule.deny, format_rule(rule)))
-        yield RULE_WORK
-    return texts

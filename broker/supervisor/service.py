@@ -142,7 +142,7 @@ class _Parts:
         """Watch the names on a connection."""
         watch = self.watches[name] = NameWatch(bus)
         watch.on_gone = partial(self.supervisor.name_gone, name)
-        bus.on_signal = watch.take
+        _attach(watch, bus)
 
     def bus_gone(self, name: str) -> None:
         """Do without a bus; without any, end."""
@@ -173,11 +173,18 @@ def _make_parts(
     parts = _Parts(config, lines, watches, engine, supervisor, trio.Event(), notifier)
     for name, line in lines.items():
         watches[name].on_gone = partial(supervisor.name_gone, name)
-        buses[name].on_signal = watches[name].take
+        _attach(watches[name], buses[name])
         supervisor.bus_met(name, line.id)
         line.on_back = partial(parts.bus_back, name)
         line.on_gone = partial(parts.bus_gone, name)
     return parts
+
+
+def _attach(watch: NameWatch, bus: Bus) -> None:
+    """Have a watch told of its bus's names, and the bus of callers that leave."""
+    bus.on_signal = watch.take
+    watch.on_caller_gone = bus.calls.gone
+    bus.calls.watch(watch)
 
 
 async def _run(parts: _Parts, told: _Told) -> None:

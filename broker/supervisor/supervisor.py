@@ -80,7 +80,7 @@ class Supervisor:
         records, next_number = outside.state.load()
         self.registry: Final = Registry(limits, records, next_number)
         self._outside: Final = outside
-        self._limits: Final = limits
+        self.limits: Final = limits
         self.vigil: Final = Vigil(
             outside.watches,
             self.happen,
@@ -134,7 +134,7 @@ class Supervisor:
             record = make_record(number, request, caller, bound, now)
             with self._taken_in(record):
                 access = await self._checked(record)
-                spec, fds = make_spec(record, access, bound, request.close_notify, self._limits)
+                spec, fds = make_spec(record, access, bound, request.close_notify, self.limits)
                 await self._outside.engine.add(spec, fds)
                 self._store_new(record)
         if request.ready_notify is not None:
@@ -265,7 +265,7 @@ class Supervisor:
         found = [sandbox.record for id_ in self._missing if (sandbox := self.registry.get(id_))]
         self._missing = ()
         return [
-            make_again(one, self.in_force(one), outside.engine.held, self._limits, outside.folder)
+            make_again(one, self.in_force(one), outside.engine.held, self.limits, outside.folder)
             for one in found
         ]
 
@@ -318,7 +318,7 @@ class Supervisor:
 
     async def _checked(self, record: Record) -> AccessList:
         """Return the list to be in force, if it is not too long or slow. Raises CallRefusedError."""
-        access, steps = self.in_force(record), self._limits.rule_steps
+        access, steps = self.in_force(record), self.limits.rule_steps
         return await check_list(access, record.identity, record.sockets, steps)
 
     def _changeable(self, caller: Caller, id_or_path: str) -> Record:

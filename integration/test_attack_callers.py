@@ -1,0 +1,97 @@
+"""Attacks on the supervisor by who may call it: what they send costs others nothing, and itself little."""
+
+import pytest
+
+from integration.callers import (
+    MIB,
+    call_bytes,
+    flooding,
+    list_call,
+    list_costs,
+    long_bad_list,
+    many_variants,
+)
+from integration.rawclient import RawClient
+from integration.supervised import CONTAINERS, CONTAINERS_PATH, MANAGE, MANAGE_PATH, NAME, Warden
+from integration.threats import ERROR, memory, processor_time
+from integration.values import Variant
+
+PING = call_bytes(MANAGE_PATH, "org.freedesktop.DBus.Peer", "Ping")
+
+
+@pytest.mark.parametrize(
+    ("data", "batch"),
+    [
+        pytest.param(many_variants(), 1, id="variants"),
+        pytest.param(long_bad_list(), 1, id="long-lists"),
+        pytest.param(list_call(), 50, id="lists"),
+        pytest.param(PING, 50, id="pings"),
+    ],
+)
+def test_attack_c6_who_floods_shares_with_who_asks_for_the_list(
+    shared: Warden, data: bytes, batch: int
+) -> None:
+    for _ in range(5):
+        shared.add_server()
+    with flooding(shared, data, batch=batch):
+        costs = list_costs(shared)
+    assert costs[-1] < 1.0, costs
+
+
+def owner(warden: Warden) -> str:
+    return warden.host.name_owner(NAME)
+
+
+def test_attack_c6_a_signal_to_the_supervisor_is_dropped_unread(shared: Warden) -> None:
+    with RawClient.connect(shared.bus.address) as person:
+        begun = processor_time(shared.process.pid)
+        for _ in range(3):
+            person.emit(
+                MANAGE_PATH,
+                "org.example.I",
+                "Noise",
+                "av",
+                [[Variant("y", 0)] * MIB],
+                destination=NAME,
+            )
+        assert not person.call(NAME, MANAGE_PATH, MANAGE, "List", timeout=60).error
+        assert processor_time(shared.process.pid) - begun < 1.0
+
+
+def test_attack_c6_the_longest_list_of_rules_still_works(shared: Warden) -> None:
+    rules = [(6, f"org.example.Name{n}", "/org/example/a", "org.example.I") for n in range(9_900)]
+    with RawClient.connect(shared.bus.address) as person:
+        sandbox = shared.add_server(creator=person)
+        reply = person.call(
+            NAME,
+            CONTAINERS_PATH,
+            CONTAINERS,
+            "SetContainerAccess",
+            "sa(usos)",
+            (sandbox.id, rules),
+            timeout=60,
+        )
+        assert reply.error is None, reply.values
+        shown = person.call(NAME, MANAGE_PATH, MANAGE, "Show", "s", (sandbox.id,), timeout=60)
+        assert len(shown.values[0]["access"]) == 9_900
+
+
+def test_attack_c7_a_path_of_two_mebibytes_is_refused_and_costs_no_name(shared: Warden) -> None:
+    before = owner(shared)
+    with RawClient.connect(shared.bus.address) as person:
+        for _ in range(3):
+            reply = person.call(NAME, "/" + "a" * 2 * MIB, "org.example.I", "M", timeout=60)
+            assert reply.error == f"{ERROR}LimitsExceeded"
+        assert person.ask(NAME, MANAGE_PATH, MANAGE, "List") == ([],)
+    assert owner(shared) == before
+    assert "went away" not in shared.log
+
+
+def test_attack_c7_a_message_of_many_mebibytes_is_refused_unstored(shared: Warden) -> None:
+    before, size = owner(shared), 60 * MIB
+    with RawClient.connect(shared.bus.address) as person:
+        for member, error in (("NoSuch", "UnknownMethod"), ("ChangeAccess", "InvalidArgs")):
+            reply = person.call(NAME, MANAGE_PATH, MANAGE, member, "ay", (bytes(size),), timeout=60)
+            assert reply.error in (f"{ERROR}{error}", f"{ERROR}LimitsExceeded")
+    assert owner(shared) == before
+    assert memory(shared.process.pid) < size
