@@ -12,7 +12,15 @@ from integration.callers import (
     many_variants,
 )
 from integration.rawclient import RawClient
-from integration.supervised import CONTAINERS, CONTAINERS_PATH, MANAGE, MANAGE_PATH, NAME, Warden
+from integration.supervised import (
+    CONTAINERS,
+    CONTAINERS_PATH,
+    MANAGE,
+    MANAGE_PATH,
+    NAME,
+    Warden,
+    wait_for,
+)
 from integration.threats import ERROR, memory, processor_time
 from integration.values import Variant
 
@@ -95,3 +103,55 @@ def test_attack_c7_a_message_of_many_mebibytes_is_refused_unstored(shared: Warde
             assert reply.error in (f"{ERROR}{error}", f"{ERROR}LimitsExceeded")
     assert owner(shared) == before
     assert memory(shared.process.pid) < size
+
+
+def subscribed(warden: Warden) -> RawClient:
+    client = warden.connect_host()
+    client.ask(NAME, MANAGE_PATH, MANAGE, "Subscribe")
+    return client
+
+
+def test_attack_c8_one_refusal_stays_one(shared: Warden) -> None:
+    sandboxes = [shared.add_server(f"org.example.App{n}") for n in range(8)]
+    apps = [shared.connect(sandbox) for sandbox in sandboxes]
+    for app in apps:
+        app.add_match("type='signal'")
+    with subscribed(shared) as person:
+        apps[0].call("org.example.Nobody", "/a", "org.example.I", "Do")
+        path, what = person.wait_signal("Denied").values
+        assert (path, what["member"]) == (sandboxes[0].path, "Do")
+        # The end of one is broadcast, and the others may not hear it.
+        shared.stop_instance(sandboxes.pop())
+        person.driver("GetId")
+        apps[1].call("org.example.Nobody", "/a", "org.example.I", "Do")
+        assert person.wait_signal("Denied").values[0] == sandboxes[1].path
+        told = [one for one in person.drain() if one.header.member == "Denied"]
+    assert told == []
+    denied = [shared.show(sandbox)["denied"] for sandbox in sandboxes]
+    assert denied == [1, 1, *[0] * 5]
+    assert shared.show(sandboxes[0])["denials"][-1]["member"] == "Do"
+
+
+def test_attack_c8_refusals_are_told_to_who_asked_alone(shared: Warden) -> None:
+    sandbox = shared.add_server()
+    app, other = shared.connect(sandbox), shared.connect_host()
+    other.add_match("type='signal'")
+    person, gone = subscribed(shared), subscribed(shared)
+    gone.close()
+    app.call("org.example.Nobody", "/a", "org.example.I", "Do")
+    person.wait_signal("Denied")
+    person.ask(NAME, MANAGE_PATH, MANAGE, "Unsubscribe")
+    app.call("org.example.Nobody", "/a", "org.example.I", "Do")
+    wait_for(lambda: shared.show(sandbox)["denied"] == 2)
+    for client in (person, other):
+        assert "Denied" not in [one.header.member for one in client.drain()]
+    assert app.call(NAME, MANAGE_PATH, MANAGE, "Subscribe").error is not None
+
+
+def test_attack_c8_subscribers_are_counted(shared: Warden) -> None:
+    people = [subscribed(shared) for _ in range(16)]
+    with RawClient.connect(shared.bus.address) as person:
+        reply = person.call(NAME, MANAGE_PATH, MANAGE, "Subscribe")
+        assert reply.error == f"{ERROR}LimitsExceeded"
+        people[0].close()
+        wait_for(lambda: not person.call(NAME, MANAGE_PATH, MANAGE, "Subscribe").error)

@@ -79,6 +79,8 @@ def test_management_is_described_too(shared: Warden) -> None:
         "Show": ("s", "a{sv}"),
         "ChangeAccess": ("sa(bs)b", "a(bs)"),
         "Status": ("", "a{sv}"),
+        "Subscribe": ("", ""),
+        "Unsubscribe": ("", ""),
         "Upgrade": ("", "uu"),
     }
     signals = {signal.get("name") for signal in interface.iter("signal")}

@@ -264,7 +264,7 @@ def test_buses_plugs_component_and_the_rest_are_shown(shared: Warden) -> None:
 
 def test_denied_is_told_as_it_happens_and_kept(shared: Warden) -> None:
     listener = shared.connect_host()
-    listener.add_match("interface='org.buswarden.Broker1',member='Denied'")
+    listener.ask(NAME, "/org/buswarden/Broker1", NAME, "Subscribe")
     sandbox = shared.add_server()
     client = shared.connect(sandbox)
     client.call("org.example.Nobody", "/a", "org.example.I", "Do")

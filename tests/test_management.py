@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from broker.api import management
 from broker.api.caller import Door
 from broker.api.dispatch import Objects
 from broker.api.management import Management, describe_denial
+from broker.api.subscribers import MAX_SUBSCRIBERS_OF_USER, Subscribers
 from broker.bus.values import Variant, pack, plain
 from broker.gate.control import BusSpec, Denied
 from broker.supervisor.config import Config, Limits
@@ -49,7 +51,10 @@ class World:
             limits=Limits(),
         )
         door = Door(name="session", bus=self.bus, supervisor=self.supervisor, buses=("session",))
-        interface = Management(door, engine, config).interface()
+        self.watch = FakeWatch([":1.1", ":1.7"])
+        self.subscribers = Subscribers(lambda: 0.0)
+        management_ = Management(door, engine, config, self.subscribers, self.watch)
+        interface = management_.interface()
         self.objects = Objects({management.PATH: [interface]})
 
     async def add(self, **fields: Any) -> None:
@@ -71,7 +76,7 @@ class World:
         await self.objects.serve(self.bus, call)
         if self.bus.errors:
             return self.bus.errors[0][0].rpartition(".")[2]
-        return plain(self.bus.answers[0][1][0])
+        return plain((*self.bus.answers[0][1], None)[0])
 
 
 @pytest.fixture
@@ -269,3 +274,23 @@ async def test_a_bus_that_is_to_label_again_is_shown(world: World) -> None:
     assert shown["engine"] == "containers1"
     assert shown["engines"] == {"session": "containers1"}
     assert shown["instances"] == {}
+
+
+async def test_who_subscribes_is_watched_and_counted_once(world: World) -> None:
+    await world.add()
+    world.engine.connect("c0", ":1.7")
+    assert await world.ask("Subscribe", sender=":1.7") == "AccessDenied"
+    assert await world.ask("Subscribe") is None
+    assert await world.ask("Subscribe") is None
+    assert ("session", ":1.1") in world.subscribers
+    assert len(world.subscribers) == 1
+    assert await world.ask("Unsubscribe") is None
+    assert await world.ask("Unsubscribe") is None
+    assert len(world.subscribers) == 0
+
+
+async def test_a_subscriber_too_many_is_refused_and_not_watched(world: World) -> None:
+    for number in range(MAX_SUBSCRIBERS_OF_USER):
+        world.subscribers.add(replace(CALLER, unique_name=f":2.{number}"))
+    assert await world.ask("Subscribe") == "LimitsExceeded"
+    assert len(world.subscribers) == MAX_SUBSCRIBERS_OF_USER

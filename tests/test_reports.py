@@ -5,11 +5,13 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from broker.gate.bus import Bus
 from broker.gate.control import Denied, Event
 from broker.gate.core import Denial
 from broker.gate.kept import MAX_DENIALS, Kept
 from broker.gate.loop import Loop
-from broker.gate.reports import MAX_TEXT, REPORTS_PER_SECOND, Reports
+from broker.gate.reports import MAX_TEXT, REPORTS_PER_SECOND, Reports, is_news
+from policy.rules import Identity
 
 SHORT = Denial("send", "call", "org.a", "/a", "a.b", "Do", "no rule", "")
 LONG = Denial("send", "call", *(part * 2**20 for part in ("a", "/a", "a.b", "M", "why", "from")))
@@ -84,3 +86,37 @@ def test_too_many_a_second_are_counted(world: World) -> None:
     assert [event.more for event in world.told[REPORTS_PER_SECOND:]] == [3]
     world.reports.add("session", SHORT)
     assert world.told[-1].path == "/a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "news"),
+    [
+        ({}, False),
+        ({"interface": "org.buswarden.Broker1"}, False),
+        ({"peer": ":1.5"}, True),  # a sandbox that gives itself out for the broker
+        ({"direction": "send"}, True),
+        ({"kind": "call"}, True),
+        ({"interface": "org.example.I"}, True),
+    ],
+)
+def test_attack_c8_refusals_of_the_brokers_own_signals_are_no_news(
+    changes: dict[str, str], news: bool
+) -> None:
+    bus = Bus("session", "unix:path=/x")
+    bus.identities[":1.5"] = Identity(type="org.example.T", app="a")
+    denial = Denial(
+        direction="receive",
+        kind="signal",
+        peer=":1.3",
+        path="/org/freedesktop/DBus",
+        interface="org.freedesktop.DBus.Containers1",
+        member="InstanceRemoved",
+        reason="no rule",
+        origin="",
+    )._replace(**changes)
+    assert is_news(FakeCore(bus), denial) is news  # type: ignore[arg-type]
+
+
+class FakeCore:
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus

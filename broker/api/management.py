@@ -9,6 +9,7 @@ import msgspec
 from broker.api.arguments import reading_rules
 from broker.api.caller import Door
 from broker.api.dispatch import Interface, Method, Reply, Signal, args
+from broker.api.subscribers import Subscribers
 from broker.bus.codec import MAX_BODY
 from broker.bus.connection import Call
 from broker.bus.values import Variant, unpack
@@ -16,6 +17,7 @@ from broker.engines.base import Engine, EngineLostError
 from broker.gate.control import Denied
 from broker.supervisor.config import Config
 from broker.supervisor.ends import Phase
+from broker.supervisor.lifetime import Watch
 from broker.supervisor.registry import Sandbox
 from broker.supervisor.rules import in_slices
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
@@ -32,8 +34,12 @@ Dict = dict[str, Variant]
 class Management:
     """The interface on one bus."""
 
-    def __init__(self, door: Door, engine: Engine, config: Config) -> None:
+    def __init__(
+        self, door: Door, engine: Engine, config: Config, subscribers: Subscribers, watch: Watch
+    ) -> None:
         self._door: Final = door
+        self._subscribers: Final = subscribers
+        self._watch: Final = watch
         self._engine: Final = engine
         self._config: Final = config
         self._registry: Final = door.supervisor.registry
@@ -56,6 +62,8 @@ class Management:
                     run=self._change_access,
                 ),
                 Method(name="Status", gives=args("status:a{sv}"), run=self._status),
+                Method(name="Subscribe", run=self._subscribe),
+                Method(name="Unsubscribe", run=self._unsubscribe),
                 Method(name="Upgrade", gives=args("old_pid:u", "new_pid:u"), run=self._upgrade),
             ),
             signals=(DENIED, ENDED),
@@ -117,6 +125,28 @@ class Management:
             "last_crash": Variant("s", self._engine.last_crash),
         }
         return Reply((status,))
+
+    async def _subscribe(self, call: Call) -> Reply:
+        # Watched before anything is asked about it, and from then on: its end is the subscription's.
+        self._watch.add(call.sender)
+        try:
+            caller = await self._door.host_caller(call)
+            is_new = (caller.bus, caller.unique_name) not in self._subscribers
+            self._subscribers.add(caller)
+        except BaseException:
+            self._watch.discard(call.sender)
+            raise
+        if not is_new:
+            self._watch.discard(call.sender)
+        elif call.sender not in self._watch:  # it left meanwhile, and nobody will tell us again
+            self._subscribers.discard(caller.bus, caller.unique_name)
+        return Reply()
+
+    async def _unsubscribe(self, call: Call) -> Reply:
+        caller = await self._door.host_caller(call)
+        if self._subscribers.discard(caller.bus, caller.unique_name):
+            self._watch.discard(call.sender)
+        return Reply()
 
     async def _upgrade(self, call: Call) -> Reply:
         caller = await self._door.host_caller(call)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Final
 
 from broker.gate.control import Denied, Event
-from broker.gate.core import Denial
+from broker.gate.core import Core, Denial
 from broker.gate.kept import summarise
 from broker.gate.loop import Loop
 
@@ -14,6 +14,18 @@ REPORTS_PER_SECOND: Final = 50
 # thousand reports are kept (kept.py).
 MAX_TEXT: Final = 255
 _CUT: Final = "…"
+# The interfaces of the signals that the broker itself sends. That a sandbox may not hear them is no news: to tell it would
+# have the supervisor send more of them.
+_OWN_SIGNALS: Final = ("org.buswarden.", "org.freedesktop.DBus.Containers1")
+
+
+def is_news(core: Core, denial: Denial) -> bool:
+    """Say whether a refusal is to be counted and told: all but those of the broker's own signals are.
+
+    The broker is in no sandbox. What a sandbox sends under these names is told as anything else.
+    """
+    is_own = denial.interface.startswith(_OWN_SIGNALS) and denial.kind == "signal"
+    return not (is_own and denial.direction == "receive") or denial.peer in core.bus.identities
 
 
 class Reports:

@@ -31,7 +31,7 @@ from broker.gate.linger import Linger
 from broker.gate.link import Link
 from broker.gate.loop import Loop
 from broker.gate.pipe import adopt, close_fds, unlink_socket
-from broker.gate.reports import Reports
+from broker.gate.reports import Reports, is_news
 from broker.gate.slices import Work
 from broker.gate.upstream import Upstream
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
@@ -412,6 +412,8 @@ class Sandbox:
 
     def denied(self, core: Core, denial: Denial) -> None:
         """Report a refusal, or count it when there are too many."""
+        if not is_news(core, denial):
+            return
         self.denied_count += 1
         self._reports.add(core.bus.name, denial)
 

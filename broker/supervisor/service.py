@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import trio
 from broker.api import containers1, management, policy
 from broker.api.caller import Door
 from broker.api.dispatch import Objects
+from broker.api.subscribers import Subscribers
 from broker.bus.connection import Bus, open_loop
 from broker.bus.link import BusLostError
 from broker.bus.watch import NameWatch
@@ -123,6 +125,7 @@ class _Parts:
     config: Config
     lines: Mapping[str, Line]
     watches: dict[str, NameWatch]  # of the present connections
+    subscribers: Subscribers
     engine: GateEngine  # or one that is more
     supervisor: Supervisor
     all_gone: trio.Event
@@ -134,6 +137,7 @@ class _Parts:
 
     async def bus_back(self, name: str, bus: Bus) -> None:
         """Have the service on a new connection."""
+        self.subscribers.lose_bus(name)
         self.watch(name, bus)
         self.supervisor.bus_back(name, self.lines[name].id)
         await self.watches[name].check()
@@ -141,8 +145,13 @@ class _Parts:
     def watch(self, name: str, bus: Bus) -> None:
         """Watch the names on a connection."""
         watch = self.watches[name] = NameWatch(bus)
-        watch.on_gone = partial(self.supervisor.name_gone, name)
+        watch.on_gone = partial(self.name_gone, name)
         _attach(watch, bus)
+
+    def name_gone(self, bus: str, unique_name: str) -> None:
+        """Have nothing go on of a connection that left its bus."""
+        self.subscribers.discard(bus, unique_name)
+        self.supervisor.name_gone(bus, unique_name)
 
     def bus_gone(self, name: str) -> None:
         """Do without a bus; without any, end."""
@@ -159,20 +168,21 @@ def _make_parts(
     buses = {name: lines[name].bus or bus for name, bus in buses.items()}
     watches = {name: NameWatch(bus) for name, bus in buses.items()}
     engine = _make_engine(config)
+    subscribers = Subscribers(time.monotonic)
     notifier = take_notifier()
     keep(notifier, engine.held, take_descriptors())
     outside = Outside(
         engine=engine,
         state=state,
-        announcer=_Announcer(lines, tell_denials=config.scope == "user"),
+        announcer=_Announcer(lines, subscribers),
         watches=watches,
         folder=folder / CONTAINERS,
         processes=Processes(open_connector),
     )
     supervisor = Supervisor(outside, config.limits)
-    parts = _Parts(config, lines, watches, engine, supervisor, trio.Event(), notifier)
+    parts = _Parts(config, lines, watches, subscribers, engine, supervisor, trio.Event(), notifier)
     for name, line in lines.items():
-        watches[name].on_gone = partial(supervisor.name_gone, name)
+        watches[name].on_gone = partial(parts.name_gone, name)
         _attach(watches[name], buses[name])
         supervisor.bus_met(name, line.id)
         line.on_back = partial(parts.bus_back, name)
@@ -262,7 +272,9 @@ def _make_objects(parts: _Parts, name: str, bus: Bus) -> Objects:
         {
             containers1.PATH: [containers1.Containers1(door, watch).interface()],
             management.PATH: [
-                management.Management(door, parts.engine, parts.config).interface(),
+                management.Management(
+                    door, parts.engine, parts.config, parts.subscribers, watch
+                ).interface(),
                 policy.PolicyInterface(door).interface(),
             ],
         }
@@ -272,10 +284,9 @@ def _make_objects(parts: _Parts, name: str, bus: Bus) -> Objects:
 class _Announcer:
     """Sends the signals."""
 
-    def __init__(self, lines: Mapping[str, Line], *, tell_denials: bool) -> None:
+    def __init__(self, lines: Mapping[str, Line], subscribers: Subscribers) -> None:
         self._lines: Final = lines
-        # What an app tried is no business of other users: on their bus only `Show` tells.
-        self._tell_denials: Final = tell_denials
+        self._subscribers: Final = subscribers
 
     def removed(self, record: Record, reason: str) -> None:
         for bus in [line.bus for line in self._lines.values() if line.bus is not None]:
@@ -284,12 +295,21 @@ class _Announcer:
             bus.emit(management.PATH, management.NAME, "SandboxEnded", "os", ended)
 
     def denied(self, record: Record, event: Denied) -> None:
-        line = self._lines.get(event.bus)
-        bus = line.bus if line is not None else None
-        if bus is None or not self._tell_denials or bus.backlog > MAX_BACKLOG:
-            return
-        what = management.describe_denial(shorten(event))
-        bus.emit(management.PATH, management.NAME, "Denied", "oa{sv}", [record.path, what])
+        what = None
+        for bus_name, unique_name in self._subscribers.hearers(record):
+            line = self._lines.get(bus_name)
+            bus = line.bus if line is not None else None
+            if bus is None or bus.backlog > MAX_BACKLOG:
+                continue
+            what = what or management.describe_denial(shorten(event))
+            bus.emit(
+                management.PATH,
+                management.NAME,
+                "Denied",
+                "oa{sv}",
+                [record.path, what],
+                destination=unique_name,
+            )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ SHARES: Final = {
     "globs": 1,
     "usos": 1,
     "control": 1,
+    "callers": 2,
     "gate": 4,
 }
 

@@ -1,0 +1,67 @@
+"""Who is told of refusals as they happen: connections that asked for it, for as long as they last.
+
+A refusal is told to nobody else. As a broadcast it would be offered to every sandbox that listens to all signals, be refused there, and
+so cause the next one. What is told is bounded; `Show` has the counts, and the last refusals.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from broker.supervisor.registry import Record
+from broker.supervisor.requests import Caller
+from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
+
+MAX_SUBSCRIBERS: Final = 64
+MAX_SUBSCRIBERS_OF_USER: Final = 16
+# Signals a second, to all subscribers together. Each sandbox may cause 50 reports a second.
+SIGNALS_PER_SECOND: Final = 500
+
+
+class Subscribers:
+    """All of them, by bus and unique name. `now` is in seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now: Final = now
+        self._users: Final[dict[tuple[str, str], int]] = {}
+        self._left = float(SIGNALS_PER_SECOND)
+        self._filled = now()
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._users
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def add(self, caller: Caller) -> None:
+        """Tell this connection from now on. Raises CallRefusedError. Fine if it is told already."""
+        key = caller.bus, caller.unique_name
+        if key in self._users:
+            return
+        own = list(self._users.values()).count(caller.uid)
+        if len(self._users) >= MAX_SUBSCRIBERS:
+            text = f"max_subscribers={MAX_SUBSCRIBERS} would be exceeded"
+            raise CallRefusedError(LIMITS_EXCEEDED, text)
+        if own >= MAX_SUBSCRIBERS_OF_USER:
+            text = f"max_subscribers_per_user={MAX_SUBSCRIBERS_OF_USER} would be exceeded"
+            raise CallRefusedError(LIMITS_EXCEEDED, text)
+        self._users[key] = caller.uid
+
+    def discard(self, bus: str, unique_name: str) -> bool:
+        """Tell it no more; say whether it was told."""
+        return self._users.pop((bus, unique_name), None) is not None
+
+    def lose_bus(self, bus: str) -> None:
+        """Forget who was on a bus: nobody tells us any more who leaves it."""
+        for key in [key for key in self._users if key[0] == bus]:
+            del self._users[key]
+
+    def hearers(self, record: Record) -> Iterator[tuple[str, str]]:
+        """Give who is to be told of a refusal in this sandbox, as long as this second allows: its own user, and root."""
+        now = self._now()
+        self._left += (now - self._filled) * SIGNALS_PER_SECOND
+        self._left = min(self._left, SIGNALS_PER_SECOND)
+        self._filled = now
+        for key, uid in self._users.items():
+            if uid in (0, record.uid) and self._left >= 1:
+                self._left -= 1
+                yield key
