@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from broker.gate.control import (
+    LOST,
     MAX_FRAME,
     AddSandbox,
     Answer,
@@ -166,3 +167,21 @@ def test_an_older_supervisor_gives_no_reason_for_a_stop() -> None:
     body = msgspec.msgpack.encode({"serial": 1, "body": {"type": "StopSandbox", "sandbox": "c1"}})
     ((envelope, _),) = FrameReader().feed(struct.pack("<I", len(body)) + body)
     assert envelope.body == StopSandbox("c1", "stopped")
+
+
+def test_attack_c9_descriptors_that_did_not_fit_are_said_of_their_envelope() -> None:
+    first, second = (make_frame(Envelope(serial=n, body=Done(), fds=2)) for n in (1, 2))
+    plain = make_frame(Envelope(serial=3, body=Done()))
+    reader = FrameReader()
+    found = reader.feed(plain + first[:5], cut=True)
+    found += reader.feed(first[5:] + plain)
+    found += reader.feed(second, [7, 8])
+    assert [(envelope.serial, envelope.fds, fds) for envelope, fds in found] == [
+        (3, 0, []),
+        (1, LOST, []),
+        (3, 0, []),
+        (2, 2, [7, 8]),
+    ]
+    reader.feed(b"", [5], cut=True)
+    assert reader.rest() == (b"", (5,))
+    assert reader.take_all_fds() == [5]

@@ -61,6 +61,7 @@ MAY_IMPORT: Final = {
         "broker.engines",
         "broker.bus",
         "broker.gate.control",
+        "broker.posix",
         "broker.wire",
         "policy",
     },

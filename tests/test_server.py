@@ -1,6 +1,7 @@
 """The gate's control socket, spoken to as the supervisor does."""
 
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from broker.gate.control import (
 from broker.gate.loop import Loop
 from broker.gate.server import Gate
 from broker.wire import errors
+from broker.wire.errors import LIMITS_EXCEEDED
 from policy.rules import Access, AccessList, Identity, Rule
 
 APP = Identity(type="org.example.Type", app="org.example.App")
@@ -468,3 +470,27 @@ def pipe_end() -> int:
     read_end, write_end = os.pipe()
     os.close(write_end)
     return read_end
+
+
+def test_attack_c9_descriptors_that_do_not_fit_cost_their_request_alone(
+    supervisor: Supervisor,
+) -> None:
+    pipe = os.pipe()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - counted, not read
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        spec = SandboxSpec(
+            id="c0", identity=APP, uid=os.getuid(), listeners=(), access=AccessList()
+        )
+        answers = [supervisor.ask(AddSandbox(spec), pipe) for _ in range(3)]
+        there = supervisor.ask(WhoIs("session", ":1.1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {(one.error, one.text) for one in answers if isinstance(one, Refused)} == {
+        (LIMITS_EXCEEDED, "the gate has no file descriptors left")
+    }
+    assert there == SandboxOf(None)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    for fd in pipe:
+        os.close(fd)

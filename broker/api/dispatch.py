@@ -15,6 +15,7 @@ from broker.bus.callers import CallerGoneError
 from broker.bus.codec import TooLongError
 from broker.bus.connection import Call
 from broker.bus.values import Variant, pack_in_turns
+from broker.posix.reserve import SCARCE
 from broker.wire.errors import (
     FAILED,
     INVALID_ARGS,
@@ -144,6 +145,13 @@ class Objects:
         except BrokerError as exc:  # the gate, or a bus, went away meanwhile
             LOGGER.warning("%s: %s", call.member, exc)
             bus.refuse(call, FAILED, str(exc))
+        except OSError as exc:
+            if exc.errno not in SCARCE:
+                LOGGER.exception("%s failed", call.member)
+                bus.refuse(call, FAILED, "internal error")
+                return
+            LOGGER.warning("%s: %s", call.member, exc)
+            bus.refuse(call, LIMITS_EXCEEDED, f"the broker has too little left: {exc.strerror}")
         except Exception:  # one caller's request; everybody else's must go on
             LOGGER.exception("%s failed", call.member)
             bus.refuse(call, FAILED, "internal error")

@@ -21,6 +21,7 @@ from broker.bus.callers import Callers
 from broker.bus.codec import MAX_BODY, TooLongError
 from broker.bus.link import BusLostError, Link, Reply, make_message
 from broker.bus.values import Turn, pack, unpack, unpack_in_turns
+from broker.posix.reserve import is_reserved
 from broker.wire.address import UnixAddress, parse_address
 from broker.wire.errors import (
     FAILED,
@@ -338,6 +339,13 @@ class Bus:
         if header.type == MessageType.SIGNAL:
             _close(fds)
             self._take_signal(header, body)
+            return
+        if fds and is_reserved(fds):
+            _close(fds)
+            if self._link is not None:
+                self._link.refuse(
+                    header, LIMITS_EXCEEDED, "the broker has no file descriptors left"
+                )
             return
         sender = header.sender or ""
         call = Call(

@@ -14,6 +14,7 @@ import trio
 
 from broker.engines.base import EngineLostError
 from broker.gate.control import (
+    LOST,
     MAX_FRAME_FDS,
     Answer,
     Confirm,
@@ -31,7 +32,8 @@ from broker.gate.control import (
     make_frame,
 )
 from broker.gate.upstream import UpstreamLost
-from broker.wire.errors import CallRefusedError, PeerProtocolError
+from broker.posix.reserve import SCARCE
+from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError, PeerProtocolError
 
 LOGGER: Final = logging.getLogger(__name__)
 _CHUNK: Final = 64 * 1024
@@ -126,10 +128,13 @@ class Link:
         reader = FrameReader()
         try:
             while True:
-                data, ancillary, _, _ = await self._sock.recvmsg(
+                data, ancillary, flags, _ = await self._sock.recvmsg(
                     _CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
                 )
-                for envelope, fds in reader.feed(data, _take_fds(ancillary)):
+                given, cut = _take_fds(ancillary), bool(flags & socket.MSG_CTRUNC)
+                if cut:  # some alone are of no use
+                    close_all(given)
+                for envelope, fds in reader.feed(data, given, cut=cut):
                     self._take(envelope, fds)
                 if not data:
                     break
@@ -159,6 +164,8 @@ class Link:
             self._parts.clear()
             # Here and not in the task that asked: the events that follow are about this one.
             self._listener.take_snapshot(body)
+        if envelope.fds == LOST:
+            body = Refused(LIMITS_EXCEEDED, "the supervisor has no file descriptors left")
         if waiter is not None and isinstance(body, Answer):
             waiter.answer = body
             waiter.fds = fds
@@ -177,6 +184,9 @@ class Link:
                 try:
                     await self._send_all(make_frame(envelope), fds)
                 except (OSError, trio.ClosedResourceError) as exc:
+                    if fds and getattr(exc, "errno", None) in SCARCE:  # nothing of it was sent
+                        text = "there are too many file descriptors under way"
+                        raise CallRefusedError(LIMITS_EXCEEDED, text) from exc
                     self.close()
                     raise EngineLostError("the gate went away") from exc
             if scope.cancelled_caught:

@@ -7,6 +7,7 @@ handler sets the flag anew, and gives up after a few times. See docs/decisions/0
 """
 
 import errno
+import os
 import select
 import signal
 import socket
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Final
 
 from broker.gate.loop import BROKEN, READABLE
+from broker.posix.reserve import is_reserved
 
 LISTENING: Final = READABLE | select.EPOLLRDHUP
 # What a listening socket does not recover from: somebody shut it down.
@@ -76,10 +78,15 @@ def take(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
         # Signals are the main thread's. No other accepts in a gate.
         if shared and threading.current_thread() is threading.main_thread():
             with _Interrupter(sock):
-                return sock.accept()[0]
-        return sock.accept()[0]
+                connection = sock.accept()[0]
+        else:
+            connection = sock.accept()[0]
     except (BlockingIOError, ConnectionAbortedError):
         return None
+    if is_reserved([connection.fileno()]):
+        connection.close()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return connection
 
 
 def peer_uid(connection: socket.socket) -> int:

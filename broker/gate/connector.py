@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from broker.gate.loop import Loop
+from broker.posix.reserve import is_reserved
 from broker.wire.address import UnixAddress, parse_address
 from broker.wire.errors import ConfigError
 
@@ -46,6 +47,9 @@ class _Attempt:
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             except OSError:
+                break
+            if is_reserved([sock.fileno()]):
+                sock.close()
                 break
             try:
                 with _as_user(self._uid):

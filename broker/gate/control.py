@@ -10,6 +10,7 @@ the answer: who has an answer has all older events. docs/control-protocol.md has
 import struct
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -25,6 +26,8 @@ MAX_FRAME: Final = 32 * 1024 * 1024
 # What the kernel takes in one SCM_RIGHTS message (SCM_MAX_FD).
 MAX_FRAME_FDS: Final = 253
 _LENGTH: Final = struct.Struct("<I")
+# In place of the number of an envelope's descriptors: they were sent, and the receiver had no room for them.
+LOST: Final = -1
 
 
 class BusSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -357,12 +360,20 @@ class FrameReader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._fds: deque[int] = deque()
+        # None stands for the descriptors of one frame that did not fit into this process.
+        self._fds: deque[int | None] = deque()
 
-    def feed(self, data: bytes, fds: Sequence[int] = ()) -> list[tuple[Envelope, list[int]]]:
-        """Return the envelopes that are complete now. Raises PeerProtocolError."""
+    def feed(
+        self, data: bytes, fds: Sequence[int] = (), *, cut: bool = False
+    ) -> list[tuple[Envelope, list[int]]]:
+        """Return the envelopes that are complete now. Raises PeerProtocolError.
+
+        `cut`: there was no room for the descriptors that came with this. Their envelope then says LOST of them.
+        """
         self._buffer += data
         self._fds.extend(fds)
+        if cut:
+            self._fds.append(None)
         complete = []
         while (item := self._next()) is not None:
             complete.append(item)
@@ -370,13 +381,13 @@ class FrameReader:
 
     def take_all_fds(self) -> list[int]:
         """Give up every unclaimed descriptor: the caller closes them."""
-        fds = list(self._fds)
+        fds = [fd for fd in self._fds if fd is not None]
         self._fds.clear()
         return fds
 
     def rest(self) -> tuple[bytes, tuple[int, ...]]:
         """Return what is half here, bytes and descriptors, and keep it."""
-        return bytes(self._buffer), tuple(self._fds)
+        return bytes(self._buffer), tuple(fd for fd in self._fds if fd is not None)
 
     def _next(self) -> tuple[Envelope, list[int]] | None:
         if len(self._buffer) < _LENGTH.size:
@@ -392,6 +403,12 @@ class FrameReader:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise PeerProtocolError(f"control frame: {exc}") from exc
         del self._buffer[:end]
+        if envelope.fds > 0 and self._fds and self._fds[0] is None:
+            self._fds.popleft()
+            return msgspec.structs.replace(envelope, fds=LOST), []
         if not 0 <= envelope.fds <= len(self._fds):
             raise PeerProtocolError("control frame with too few descriptors")
-        return envelope, [self._fds.popleft() for _ in range(envelope.fds)]
+        claimed = list(islice(self._fds, envelope.fds))
+        if None in claimed:
+            raise PeerProtocolError("control frame with too few descriptors")
+        return envelope, [fd for _ in claimed if (fd := self._fds.popleft()) is not None]

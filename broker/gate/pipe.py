@@ -75,6 +75,18 @@ class Pipe:
             raise Closed from exc
         return self.received(data, ancillary, flags)
 
+    def read_or_lose_fds(self) -> tuple[bytes, Sequence[int], bool]:
+        """Return what is there, its descriptors, and whether there was no room for them. Raises as `read`."""
+        try:
+            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, CLOEXEC)
+        except ConnectionError as exc:
+            raise Closed from exc
+        if not flags & TRUNCATED:
+            return (*self.received(data, ancillary, flags), False)
+        # Those that there was room for are of no use alone.
+        close_fds(_descriptors(ancillary) if ancillary else ())
+        return data, (), True
+
     def received(
         self, data: bytes, ancillary: Sequence[Ancillary], flags: int
     ) -> tuple[bytes, Sequence[int]]:

@@ -17,6 +17,7 @@ from typing import Final, NoReturn, assert_never
 from broker.gate.accept import peer_uid
 from broker.gate.bus import Bus
 from broker.gate.control import (
+    LOST,
     MAX_FRAME_FDS,
     PROTOCOL,
     AddSandbox,
@@ -62,6 +63,7 @@ from broker.gate.takeover import Channel, hand_over, leave
 from broker.gate.upstream import CallBus, SetUpstream
 from broker.gate.upstreams import Upstreams
 from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
+from broker.posix.reserve import is_reserved
 from broker.wire import errors
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 
@@ -136,8 +138,8 @@ class Gate:
         supervisor = self._supervisor
         assert supervisor is not None
         try:
-            data, fds = supervisor.read()
-            self._asked.extend(self._reader.feed(data, fds))
+            data, fds, cut = supervisor.read_or_lose_fds()
+            self._asked.extend(self._reader.feed(data, fds, cut=cut))
             self._answer_all()
         except BlockingIOError:
             return
@@ -199,6 +201,8 @@ class Gate:
             self._work_on(envelope.serial, self._set_access(envelope.body), fds)
             return
         try:
+            if envelope.fds == LOST:
+                raise _no_descriptors()
             if isinstance(envelope.body, TakeListeners):
                 answer, given = self._lend(envelope.body)
             elif isinstance(envelope.body, StartNext):
@@ -336,6 +340,8 @@ class Gate:
         if sorted(wanted) != list(range(len(fds))):
             raise CallRefusedError(errors.INVALID_ARGS, "the descriptors do not fit the sandbox")
         _check_kinds(spec, fds)
+        if is_reserved(fds):
+            raise _no_descriptors()
         sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
         yield from sandbox.compile()
         self._own.claim(spec.id, spec.uid, spec.upstreams)
@@ -519,3 +525,7 @@ def _check_kinds(spec: SandboxSpec, fds: Sequence[int]) -> None:
             raise CallRefusedError(errors.INVALID_ARGS, "a socket is not one that listens")
     if spec.close_notify is not None and not ends_with_its_writers(fds[spec.close_notify]):
         raise CallRefusedError(errors.INVALID_ARGS, f"CloseNotify is not {READABLE_KIND}")
+
+
+def _no_descriptors() -> CallRefusedError:
+    return CallRefusedError(errors.LIMITS_EXCEEDED, "the gate has no file descriptors left")

@@ -22,6 +22,7 @@ import trio
 from broker.engines.base import Engine, gone_is_fine
 from broker.gate.control import Connected, Denied, Ended, Event, Gone, SandboxSpec, Snapshot
 from broker.gate.upstream import UpstreamLost
+from broker.posix.reserve import is_reserved
 from broker.supervisor.busids import BusIds
 from broker.supervisor.cgroups import Cgroups
 from broker.supervisor.config import Limits
@@ -40,7 +41,7 @@ from broker.supervisor.sockets import Bound, bound_socket, given_socket, notify,
 from broker.supervisor.spec import make_spec
 from broker.supervisor.state import State
 from broker.supervisor.tags import Tags
-from broker.wire.errors import ACCESS_DENIED, CallRefusedError
+from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, CallRefusedError
 from policy.library import Library
 from policy.rules import AccessList, Rule
 
@@ -130,6 +131,9 @@ class Supervisor:
                 bus: stack.enter_context(self._listen(request, caller, bus))
                 for bus in request.buses
             }
+            if is_reserved(one.fd for one in bound.values()):
+                text = "the broker has no file descriptors left"
+                raise CallRefusedError(LIMITS_EXCEEDED, text)
             now = Times(created=self._outside.now(), boot=self._outside.boot_time())
             record = make_record(number, request, caller, bound, now)
             with self._taken_in(record):
