@@ -78,7 +78,7 @@ class Pipe:
     def read_or_lose_fds(self) -> tuple[bytes, Sequence[int], bool]:
         """Return what is there, its descriptors, and whether there was no room for them. Raises as `read`."""
         try:
-            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, CLOEXEC)
+            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
         except ConnectionError as exc:
             raise Closed from exc
         if not flags & TRUNCATED:
