@@ -28,6 +28,7 @@ async def two(folder: Path) -> AsyncIterator[tuple[FakeBus, Bus, Bus]]:
         async with open_bus(fake.address) as service, open_bus(fake.address) as client:
             assert await service.request_name(SERVICE.destination)
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(service.calls.give_turns)
                 nursery.start_soon(echo, service)
                 yield fake, service, client
                 nursery.cancel_scope.cancel()
