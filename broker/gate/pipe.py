@@ -84,7 +84,7 @@ class Pipe:
         if not flags & TRUNCATED:
             return (*self.received(data, ancillary, flags), False)
         # Those that there was room for are of no use alone.
-        close_fds(_descriptors(ancillary) if ancillary else ())
+        close_fds(descriptors(ancillary) if ancillary else ())
         return data, (), True
 
     def received(
