@@ -56,7 +56,7 @@ FIELDS: Final = {
     ),
     "payers.Payers": ("_arriving _late _movers", "_orphans budgets"),
     # As long as it is not known which bus it is, nobody has a name there: the file says the rest.
-    "ledger.Ledger": ("_path _spans", "_fd _folder _last_line _lines _rumours _size"),
+    "ledger.Ledger": ("_path _spans", "_fd _folder _last_line _rumours _size _surplus"),
     "linger.Linger": ("_sock unique_name", "_ended _is_over"),
     "pipe.Pipe": (
         "_queue _reading",

@@ -24,6 +24,18 @@ def test_spans_hold_what_was_added_and_do_not_touch(added: list[tuple[int, int]]
     assert all(before + 1 < after for before, after in zip(flat[1::2], flat[2::2], strict=False))
 
 
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 4))))
+def test_spans_that_are_made_of_many_are_those_added_one_by_one(
+    added: list[tuple[int, int]],
+) -> None:
+    added = [(first, first + more) for first, more in added]
+    one_by_one, again = Spans(), Spans()
+    for span in added:
+        one_by_one.add(*span)
+    again.load(one_by_one.dump())
+    assert list(Spans(added)) == list(one_by_one) == list(again)
+
+
 def test_thinning_out_forgets_nobody_and_leaves_the_newer_half() -> None:
     spans = Spans()
     for number in range(0, 64, 2):
@@ -45,6 +57,15 @@ def test_more_spans_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ":1.401" not in names
 
 
+def spans_of(names: Ledger) -> list[tuple[str, int, int]]:
+    found: list[tuple[str, int, int]] = []
+    for prefix, dump in names.dump():
+        spans = Spans()
+        spans.load(dump)
+        found.extend((prefix, first, last) for first, last in spans)
+    return sorted(found)
+
+
 def make(folder: Path, bus: str = BUS) -> Ledger:
     names = Ledger(folder)
     names.meet(bus)
@@ -63,7 +84,7 @@ def test_the_file_says_the_same(added: list[str]) -> None:
             names.add(name)
         again = make(Path(folder))
         assert {name for name in added if name in again} == set(added)
-        assert sorted(again.dump()) == sorted(names.dump())
+        assert spans_of(again) == spans_of(names)
         names.close()
 
 
@@ -87,7 +108,7 @@ def test_a_file_that_repeats_itself_is_written_anew(
         names.add(f":1.{number}")
     (path,) = tmp_path.iterdir()
     assert path.read_text().count("\n") <= 1 + 8
-    assert make(tmp_path).dump() == ((":1", 0, 99),)
+    assert spans_of(make(tmp_path)) == [(":1", 0, 99)]
     names.close()
 
 
@@ -98,7 +119,7 @@ def test_lines_that_are_not_whole_are_none(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     with path.open("a") as file:
         file.write(f":1 {7:020d} {3:020d}\n:1 {2**63:020d} {2**63:020d}\nx\n:1 0000")
-    assert make(tmp_path).dump() == ((":1", 5, 5),)
+    assert spans_of(make(tmp_path)) == [(":1", 5, 5)]
 
 
 def test_what_cannot_be_written_is_an_error_and_not_known(tmp_path: Path) -> None:
@@ -160,6 +181,102 @@ def test_a_gate_that_takes_over_goes_on_in_the_same_file(tmp_path: Path) -> None
     new = Ledger(tmp_path)
     new.load(BUS, old.dump())
     new.add(":1.6")
-    assert new.dump() == make(tmp_path).dump() == ((":1", 5, 6),)
+    assert spans_of(new) == spans_of(make(tmp_path)) == [(":1", 5, 6)]
     for names in (old, new):
         names.close()
+
+
+# -- files that are not as they should be ----------------------------------------------------------------
+
+
+def test_attack_i1_line_that_was_cut_off_takes_the_next_one_not_with_it(tmp_path: Path) -> None:
+    path = tmp_path / f"sandboxed-names-{BUS}"
+    path.write_text(f":1 {5:020d} {5:020d}\n:1 0000")
+    names = make(tmp_path)
+    names.add(":1.7")
+    names.add(":1.8")
+    names.close()
+    assert spans_of(make(tmp_path)) == [(":1", 5, 5), (":1", 7, 8)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link", "linked", "secret"])
+def test_attack_i1_file_that_is_none_of_ours_stops_no_gate(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / f"sandboxed-names-{BUS}", tmp_path / "other"
+    other.write_text(f":1 {5:020d} {5:020d}\n")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(other)
+    elif kind == "linked":
+        path.hardlink_to(other)
+    else:
+        path.write_text("")
+        monkeypatch.setattr(ledger, "open_file", refuse)
+    names = make(tmp_path)
+    assert not names.is_doubtful(":1.5")
+    assert ":1.5" not in names
+    with pytest.raises(OSError, match=r"file|link|another|ermission|directory"):
+        names.add(":1.7")
+    assert caplog.text.count(f"{path}: ") == 1
+    assert other.read_text() == f":1 {5:020d} {5:020d}\n"
+
+
+def refuse(path: Path, flags: int) -> int:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_file_that_is_too_long_is_read_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "MAX_FILE", 100)
+    path = tmp_path / f"sandboxed-names-{BUS}"
+    path.write_text("".join(f":1 {n:020d} {n:020d}\n" for n in range(0, 40, 2)))
+    assert spans_of(make(tmp_path)) == [(":1", 36, 36), (":1", 38, 38)]
+
+
+def test_file_does_not_grow_from_gate_to_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "MAX_SURPLUS", 8)
+    monkeypatch.setattr(ledger, "MAX_SPANS", 16)
+    for gate in range(20):
+        names = make(tmp_path)
+        for number in range(7):
+            names.add(f":1.{gate * 100 + number * 2}")
+        names.close()
+    (path,) = tmp_path.iterdir()
+    assert path.read_text().count("\n") <= 16 + 8 + 1
+
+
+def test_file_that_cannot_be_written_anew_is_not_tried_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "MAX_SURPLUS", 8)
+    (tmp_path / f"sandboxed-names-{BUS}.new").mkdir()
+    names, tries = make(tmp_path), []
+    write = names._write_anew
+
+    def counted() -> None:
+        tries.append(1)
+        write()
+
+    monkeypatch.setattr(names, "_write_anew", counted)
+    for number in [*range(0, 100, 2), *range(1, 100, 2)]:
+        names.add(f":1.{number}")
+    names.close()
+    assert 0 < len(tries) <= 100 // 8
+
+
+def test_files_are_read_when_somebody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a hand-over, while everybody waits."""
+    names = make(tmp_path)
+    names.add(":1.5")
+    names.close()
+    monkeypatch.setattr(ledger, "open_file", pytest.fail)
+    again = Ledger(tmp_path)
+    again.load(BUS, names.dump())
+    assert spans_of(again) == [(":1", 5, 5)]

@@ -220,7 +220,7 @@ class Bus:
             identities=tuple(self.identities.items()),
             sandboxes=tuple(self.sandboxes.items()),
             late=tuple(self._late),
-            ledger=self.ledger.dump(),
+            spans=self.ledger.dump(),
             judges=tuple((judge.access, judge.me) for judge in judges.values()),
             speakers=tuple((name, places[id(judge)]) for name, judge in late.items()),
             tagged=tuple(sorted(self.tagged)),
@@ -232,7 +232,7 @@ class Bus:
         """Know what the one knew that made the dump."""
         judges = [Judge(access, bus=self.name, me=me) for access, me in dump.judges]
         self._guid = dump.guid
-        self.ledger.load(dump.guid, dump.ledger)
+        self.ledger.load(dump.guid, dump.spans)
         self.identities.update(dump.identities)
         self.sandboxes.update(dump.sandboxes)
         self._late.update(dict.fromkeys(dump.late))

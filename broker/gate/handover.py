@@ -238,7 +238,7 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     identities: tuple[tuple[str, Identity], ...] = ()
     sandboxes: tuple[tuple[str, str], ...] = ()
     late: tuple[str, ...] = ()
-    ledger: tuple[tuple[str, int, int], ...] = ()
+    spans: tuple[tuple[str, bytes], ...] = ()  # of the ledger
     # Rules of connections that are closed: those of the others come with them.
     judges: tuple[tuple[AccessList, Identity], ...] = ()
     speakers: tuple[tuple[str, int], ...] = ()
