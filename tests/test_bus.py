@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from broker.gate.bus import ABSENT, ABSENT_UNIQUE, MAX_LATE, UNKNOWN, Bus
+from broker.gate.bus import ABSENT, ABSENT_UNIQUE, MAX_LATE, MAX_LATE_RULES, UNKNOWN, Bus
 from broker.gate.control import BusSpec
 from broker.wire import errors
-from policy.rules import Identity
+from policy.match import Judge
+from policy.rules import Access, AccessList, Identity, Peer, Rule
 
 APP = Identity(type="org.test", app="app")
 
@@ -87,6 +89,66 @@ def test_attack_i1_next_gate_knows_whom_the_one_that_died_had(tmp_path: Path) ->
     another.met("b" * 32)
     assert not another.ledger.is_doubtful(":1.5")
     assert another.peer(":1.5") is None
+
+
+def make_speaker(rules: int) -> Judge:
+    one = Rule(access=frozenset({Access.SEND}), peer=Peer(kind="same-app"))
+    return Judge(AccessList(rules=(one,) * rules), bus="session", me=APP)
+
+
+def leave(bus: Bus, judge: Judge, *names: str) -> None:
+    for name in names:
+        bus.connected(name, "c1", APP)
+        bus.speaks(name, judge)
+    for name in names:
+        bus.gone(name)
+
+
+def kept_rules(bus: Bus) -> int:
+    return sum(len(judge.access.rules) for judge in set(bus.speakers.values()))
+
+
+def test_attack_i1_lists_of_those_who_left_do_not_pile_up() -> None:
+    """Each app of a snap has a list that says who hears it; a hand-over compiles them all."""
+    bus, size = make_bus(), MAX_LATE_RULES // 8
+    for n in range(0, 60, 3):
+        leave(bus, make_speaker(size), *(f":1.{n + more}" for more in range(3)))
+        assert kept_rules(bus) <= MAX_LATE_RULES
+    assert kept_rules(bus) == MAX_LATE_RULES
+    assert [bus.who(f":1.{n}") for n in (0, 35, 36, 59)] == ["", "", "c1", "c1"]
+    assert bus.peer(":1.0") is UNKNOWN
+    after = make_bus()
+    after.load(bus.dump())
+    assert after.dump() == bus.dump()
+    for either in (after, bus):
+        leave(either, make_speaker(size), ":1.70")
+        assert kept_rules(either) == MAX_LATE_RULES
+    assert after.dump() == bus.dump()
+
+
+def test_newest_list_is_kept_however_long_it_is() -> None:
+    bus = make_bus()
+    leave(bus, make_speaker(1), ":1.4")
+    leave(bus, make_speaker(MAX_LATE_RULES + 1), ":1.5", ":1.6")
+    assert [bus.who(name) for name in (":1.4", ":1.5", ":1.6")] == ["", "c1", "c1"]
+    for n in range(10, 10 + MAX_LATE):
+        bus.connected(f":1.{n}", "c1", APP)
+        bus.gone(f":1.{n}")
+    assert not bus.speakers
+    leave(bus, make_speaker(1), ":1.9999")
+    assert kept_rules(bus) == 1
+
+
+def test_names_of_a_gate_that_wrote_none_down_are_written_down(tmp_path: Path) -> None:
+    old = make_bus()
+    old.met("a" * 32)
+    old.connected(":1.5", "c1", APP)
+    new = Bus("session", "unix:path=/x", tmp_path)
+    new.load(msgspec.structs.replace(old.dump(), spans=()))
+    new.resume()
+    after = Bus("session", "unix:path=/x", tmp_path)
+    after.met("a" * 32)
+    assert after.peer(":1.5") is UNKNOWN
 
 
 class Rest:

@@ -52,7 +52,7 @@ FIELDS: Final = {
     "driver.Driver": ("", ""),
     "bus.Bus": (
         "_guid _late _wording address identities ledger name sandboxes speakers tagged",
-        "barriers judges_names_alone lingering links members payers tags_headers takes_fds tells_unique_names",
+        "_late_lists _late_rules barriers judges_names_alone lingering links members payers tags_headers takes_fds tells_unique_names",
     ),
     "payers.Payers": ("_arriving _late _movers", "_orphans budgets"),
     # As long as it is not known which bus it is, nobody has a name there: the file says the rest.

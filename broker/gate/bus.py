@@ -6,11 +6,13 @@ had is not a host's however long its connection is gone. A unique name goes thro
 
     connected   the app is there                                       its sandbox, its app
     lingering   the app has gone, the bus has not let go (linger.py)   its sandbox, its app
-    late        the bus has let go, and may still deliver what it had  its sandbox, its app; the last MAX_LATE
+    late        the bus has let go, and may still deliver what it had  its sandbox, its app; the last MAX_LATE,
+                                                                       or fewer (MAX_LATE_RULES)
     unknown     late no more, or of a gate that died (ledger.py)       a sandbox, not known which: UNKNOWN
     host        none of these                                          a host
 """
 
+import logging
 import os
 import socket
 from collections import OrderedDict
@@ -30,6 +32,7 @@ from broker.wire.sasl import Client, SaslClient
 from policy.match import Judge
 from policy.rules import Identity
 
+LOGGER: Final = logging.getLogger(__name__)
 DRIVER: Final = "org.freedesktop.DBus"
 DRIVER_PATH: Final = "/org/freedesktop/DBus"
 
@@ -43,6 +46,9 @@ ABSENT_UNIQUE: Final = ":0.4294967295"
 # Connections that the bus has let go of, and whose messages may still be on their way: dbus-daemon hangs up before it
 # has delivered all, and dbus-broker keeps calls for a service that is being started. Those before are UNKNOWN.
 MAX_LATE: Final = 4096
+# Rules of those among them whose rules say who hears their broadcasts, each list once: some MiB, and some 50 ms of a
+# hand-over. The newest list is kept however long it is.
+MAX_LATE_RULES: Final = 4096
 # Somebody in a sandbox that is not known any more: no host, and no app that a rule could name.
 UNKNOWN: Final = Identity(type="", app="")
 
@@ -88,6 +94,9 @@ class Bus:
         # Senders whose rules say which apps hear their broadcasts: their unique names.
         self.speakers: Final[dict[str, Judge]] = {}
         self._late: Final[OrderedDict[str, None]] = OrderedDict()
+        # The lists among `speakers` that late ones have: which ones, the list that was used last at the end.
+        self._late_lists: Final[OrderedDict[Judge, dict[str, None]]] = OrderedDict()
+        self._late_rules = 0
         # Connections that want header field 10 on what sandboxes send them.
         self.tagged: Final[set[str]] = set()
         self._wording: dict[str, tuple[str, str]] = {}
@@ -134,6 +143,8 @@ class Bus:
             self.sandboxes.clear()
             self.speakers.clear()
             self._late.clear()
+            self._late_lists.clear()
+            self._late_rules = 0
             self.tagged.clear()
             self._wording.clear()
             self.payers.clear()
@@ -150,8 +161,9 @@ class Bus:
         Raises OSError if it cannot be written down: then the app is not to use it.
         """
         self.ledger.add(unique_name)
+        if unique_name in self._late:
+            self._forget(unique_name)
         self.identities[unique_name] = identity
-        self._late.pop(unique_name, None)
         self.sandboxes[unique_name] = sandbox
         for member in self.members:
             member.stranger_appeared(unique_name)
@@ -162,14 +174,35 @@ class Bus:
         Who it was is remembered for a while, for what it sent last is still to be judged.
         """
         if unique_name in self.identities:
-            self._late[unique_name] = None
+            self._remember_late(unique_name)
         for number in list(self.barriers):
             self.has_read(unique_name, number)
+        while self._late_rules > MAX_LATE_RULES and len(self._late_lists) > 1:
+            for name in list(next(iter(self._late_lists.values()))):
+                self._forget(name)
         while len(self._late) > MAX_LATE:
-            oldest, _ = self._late.popitem(last=False)
-            del self.identities[oldest]
-            self.sandboxes.pop(oldest, None)
-            self.speakers.pop(oldest, None)
+            self._forget(next(iter(self._late)))
+
+    def _remember_late(self, unique_name: str) -> None:
+        self._late[unique_name] = None
+        if (judge := self.speakers.get(unique_name)) is not None:
+            if judge not in self._late_lists:
+                self._late_lists[judge] = {}
+                self._late_rules += len(judge.access.rules)
+            self._late_lists[judge][unique_name] = None
+            self._late_lists.move_to_end(judge)
+
+    def _forget(self, unique_name: str) -> None:
+        """Let one that is late be unknown."""
+        del self._late[unique_name]
+        del self.identities[unique_name]
+        self.sandboxes.pop(unique_name, None)
+        judge = self.speakers.pop(unique_name, None)
+        if judge is not None and (names := self._late_lists.get(judge)) is not None:
+            names.pop(unique_name, None)
+            if not names:
+                del self._late_lists[judge]
+                self._late_rules -= len(judge.access.rules)
 
     def wait_read(self, number: int, passed: Callable[[], None]) -> None:
         """Have it called when the bus has read all that sandboxes have sent so far."""
@@ -235,11 +268,20 @@ class Bus:
         self.ledger.load(dump.guid, dump.spans)
         self.identities.update(dump.identities)
         self.sandboxes.update(dump.sandboxes)
-        self._late.update(dict.fromkeys(dump.late))
         self.speakers.update((name, judges[place]) for name, place in dump.speakers)
+        for name in dump.late:
+            self._remember_late(name)
         self.tagged.update(dump.tagged)
         self._wording.update((question, (error, text)) for question, error, text in dump.wording)
         self.payers.load(dump.payers)
+
+    def resume(self) -> None:
+        """Write down what an older gate did not: it had no ledger."""
+        try:
+            for unique_name in self.identities:
+                self.ledger.add(unique_name)
+        except OSError as exc:  # the connections are there, and as good as before
+            LOGGER.warning("ledger bus=%s: %s", self.name, exc)
 
     # -- how this bus words "there is no such name" ------------------------------------------
 

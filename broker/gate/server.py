@@ -506,6 +506,8 @@ class Gate:
     def resume(self, serial: int) -> None:
         """Go on where the gate was that made the dump."""
         self._write(Envelope(serial=serial, body=HandedOver(os.getpid())))
+        for bus in self._buses.values():
+            bus.resume()
         for sandbox in list(self._sandboxes.values()):
             sandbox.resume()
         self._answer_all()
