@@ -323,6 +323,7 @@ class Dialogue:
         self.host.cores.append(self.core)
         self.bus.members.add(self.core)
         self.paused = False
+        self.works = True  # on chores, until they are done
         self.got: Final[list[Message]] = []  # by the app
         self._late: Final[list[Message]] = []  # what the paused bus did not see yet
         if hello:
@@ -406,6 +407,8 @@ class Dialogue:
 
     def _pump(self) -> None:
         while True:
+            while self.works and self.core.chores:
+                self.filter.work()
             self.got.extend(_messages(self.core.to_app))
             self._late.extend(_messages(self.core.to_bus))
             if self.paused or not self._late:

@@ -22,7 +22,7 @@ unique_name
 """
 CORE_AGAIN: Final = """
 app_calls app_mute app_replies app_reply_at app_signals bus_calls bus_mute bus_refused bus_replies bus_reply_at
-bus_signals judge tables to_app to_bus
+bus_signals chores judge tables to_app to_bus
 """
 LINK: Final = """
 bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
@@ -41,7 +41,9 @@ FIELDS: Final = {
     ),
     "views.Views": ("", "_by_owner _bus _views"),
     "sight.Sight": ("lately_seen", ""),
-    "swap.Swap": ("told", ""),
+    "swap.Swap": ("told", "changing"),
+    # All are done before anything is handed over.
+    "chores.Chores": ("", "_is_working _works room"),
     "intake.Intake": ("_batches _fds _need _number _parts _skip unfinished", "_held"),
     "filter.Filter": (
         "_from_bus _stash _wake held yielded",
@@ -62,7 +64,7 @@ FIELDS: Final = {
         "_queue _reading",
         "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
     ),
-    "link.Link": (LINK, "_bus_sock _client _closed _goes_on _meter _new_judge _server"),
+    "link.Link": (LINK, "_bus_sock _client _closed _goes_on _meter _new_judge _server _works"),
     "meter.Meter": ("", "_asked _asks _budget answered ask_from counted"),
     "budgets.MessageBudget": ("_filled caused left", ""),
     "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),

@@ -1,21 +1,27 @@
 """What a connection's reads cost its sandbox: those of its handshake, and those that end it."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from broker.gate.budgets import BYTES_A_MESSAGE, CONNECTION_COST
 from broker.gate.bus import DRIVER, Bus
+from broker.gate.chores import NAME_WORK
 from broker.gate.connector import Done
 from broker.gate.control import Connected, Ended, Event, Gone, Listener, SandboxLimits, SandboxSpec
+from broker.gate.handover import Fds
 from broker.gate.loop import Loop
 from broker.gate.sandbox import LINGER_SECONDS, Sandbox
+from broker.gate.slices import SLICE, Sliced
 from broker.wire import marshal
+from broker.wire.header import measure, parse_header
 from policy.rules import AccessList, Identity
-from tests.messages import driver_call
+from tests.messages import Message, access, driver_call, split
+from tests.modelbus import ME, ModelBus
 
 RATE = 1000
 AUTH = b"\0AUTH EXTERNAL " + str(os.getuid()).encode().hex().encode() + b"\r\n"
@@ -246,3 +252,90 @@ def test_name_that_cannot_be_written_down_is_not_used(world: World, tmp_path: Pa
     world.be_called(":1.7")
     assert not world.is_open()
     assert not any(isinstance(event, Connected) for event in world.events)
+
+
+MANY = 3000
+
+
+class Served:
+    """What answers for the bus, of which many names are on."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.model = ModelBus({f"org.n{n}": f":1.{n // 4 + 10}" for n in range(MANY)})
+        self.end = world.be_called(ME)
+        self.end.setblocking(False)
+        _hello, *messages = split(self.end.recv(65536).partition(b"BEGIN\r\n")[2])
+        self._rest = b"".join(messages)
+        (link,) = world.sandbox.links
+        assert link.filter is not None
+        self.link, self.judging = link, link.filter
+
+    def follow_all(self) -> None:
+        """Have rules that follow all names, and wait until their owners are known."""
+        ended, judging = self.set_access("send:org.n*"), self.judging
+        self.go_on(lambda: ended and judging.followed_names == MANY and not judging._owners.waiting)
+
+    def go_on(self, until: Callable[[], object]) -> None:
+        while not until():
+            with contextlib.suppress(BlockingIOError):
+                self._rest += self.end.recv(65536)
+            while len(self._rest) >= 16 and len(self._rest) >= (size := measure(self._rest, 0)):
+                (message,), self._rest = split(self._rest[:size]), self._rest[size:]
+                got = Message(header=parse_header(message), raw=message, fds=())
+                if answer := self.model.handle(got):
+                    self.end.setblocking(True)
+                    self.end.sendall(answer)
+                    self.end.setblocking(False)
+            self.world.turn(1.0, times=1)
+
+    def set_access(self, *rules: str) -> list[object]:
+        ended: list[object] = []
+        work = self.world.sandbox.set_access(access(*rules))
+        Sliced(self.world.loop, work, ended.append).begin(lambda: None)
+        return ended
+
+
+def test_attack_c4_rules_are_in_force_at_once_and_done_when_the_app_has_been_told(
+    world: World,
+) -> None:
+    served = Served(world)
+    link, judging = served.link, served.judging
+    served.follow_all()
+    ended = served.set_access("send:org.n*0")
+    world.turn(times=1)
+    assert judging.core.chores
+    assert judging.core.judge.access == access("send:org.n*0")
+    turns = 0
+    world.app.send(driver_call(5, "GetId"))
+    served.end.send(served.model.owner_changed("org.n1", ":1.10", ":1.11"))
+    while not ended:
+        # Of what either side sends nothing is read as long as it takes.
+        assert not (served.model.seen and served.model.seen[-1].header.serial == 5)
+        assert judging.bus_is_clear is not judging.is_changing
+        world.turn(times=1)
+        turns += 1
+    assert turns > MANY * NAME_WORK // SLICE
+    served.go_on(lambda: served.model.seen[-1].header.serial == 5)
+    assert link in world.sandbox.links
+
+
+def test_a_connection_that_ends_while_its_rules_change_holds_nobody(world: World) -> None:
+    served = Served(world)
+    served.follow_all()
+    ended = served.set_access("send:org.n*0")
+    served.link.close("test")
+    world.turn(times=20)
+    assert ended == [None]
+
+
+def test_what_takes_long_is_done_before_a_connection_is_handed_over(world: World) -> None:
+    served = Served(world)
+    link, judging = served.link, served.judging
+    served.follow_all()
+    served.set_access("send:org.n*0")
+    world.sandbox.settle()
+    assert not judging.core.chores
+    assert not judging.is_changing
+    fds = Fds()
+    link.dump(fds)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from broker.gate.bus import DRIVER, DRIVER_PATH, Bus
+from broker.gate.chores import Chores
 from broker.gate.handover import (
     CallDump,
     CoreDump,
@@ -120,6 +121,7 @@ class Core:
         # Calls to the app that wait for its reply: (caller, serial).
         self.asked: Final[set[tuple[str, int]]] = set()
         self.matches: Final = Subscriptions()
+        self.chores: Final = Chores()
         # Names that the app has or waits for, and the number of its last request for each.
         self.requested_names: Final[dict[str, int]] = {}
         self.name_requests = 0  # so far

@@ -9,6 +9,7 @@ from typing import Final
 
 from broker.gate.arguments import arguments, bus_name, results, without_descriptors
 from broker.gate.bus import DRIVER, DRIVER_PATH
+from broker.gate.chores import NAME_WORK, STEP_WORK
 from broker.gate.core import DRIVER_TARGET, OWN_SERIALS, Core, Denial, Special, Target
 from broker.gate.handover import Then
 from broker.gate.methods import (
@@ -24,6 +25,7 @@ from broker.gate.methods import (
 )
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
+from broker.gate.slices import Work
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
@@ -211,7 +213,7 @@ class Driver:
         core.unique_name = str(results(reply, data, "s")[0])
         core.sandbox.said_hello(core)
         core.bus.speaks(core.unique_name, core.judge)
-        self._owners.use(core.judge.uses)
+        self._owners.hold(self._owners.use(core.judge.uses))
         if not core.bus.wording_known:
             self._owners.ask_wording()
         core.deliver(data, fds)
@@ -320,13 +322,23 @@ class Driver:
             return
         (names,) = results(reply, data, "as")
         assert isinstance(names, (list, tuple))
-        seen = [name for name in names if self._sight.sees(name)]
         at = reply.reply_serial_at
         serial = int.from_bytes(data[at : at + 4], "little" if reply.little else "big")
+        self._owners.hold(self._give_list(reply.serial, serial, names))
+
+    def _give_list(self, serial: int, asked: int, names: Sequence[Value]) -> Work:
+        """Answer the call `asked` with those names that may be seen."""
+        core = self._core
+        seen: list[str] = []
+        for name in names:
+            steps = core.judge.steps
+            if self._sight.sees(str(name)):
+                seen.append(str(name))
+            yield NAME_WORK + STEP_WORK * (core.judge.steps - steps)
         core.deliver(
             marshal.make_return(
-                reply.serial,
-                reply_serial=serial,
+                serial,
+                reply_serial=asked,
                 destination=core.unique_name,
                 sender=DRIVER,
                 signature="as",

@@ -99,17 +99,36 @@ class Filter:
         """Judge every message from now on by these rules."""
         self._swap.use(judge)
         self._resume()
+        self.held = self.held or bool(self.core.chores)
+
+    def work(self) -> None:
+        """Do a slice of what takes long. Raises as `feed_bus` does."""
+        start = self._clock()
+        self.core.chores.do_slice()
+        took = self._clock() - start
+        self.core.bus.payers.charge(self.core.unique_name, int(took * BUSY_SECOND))
+        self._resume()
+        if self.core.chores:
+            self.held = True
+        elif self.held and not self.yielded:
+            self.held = False
+            self.feed_app(b"")
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether the app has not yet been told what a change of rules took."""
+        return self._swap.changing > 0
 
     def go_on(self) -> None:
         """Others had their turn: see to what waits. Raises as `feed_app` does."""
         if self.yielded:
-            self.yielded = self.held = False
+            self.yielded, self.held = False, bool(self.core.chores)
             self.feed_app(b"")
 
     @property
     def bus_is_clear(self) -> bool:
         """True when nothing from the bus waits."""
-        return self._from_bus.is_idle and not self._stash
+        return self._from_bus.is_idle and not (self._stash or self.core.chores)
 
     @property
     def fds(self) -> int:
@@ -323,7 +342,8 @@ class Filter:
             return
         pos, run, end = 0, 0, len(data)
         answered = 0  # bytes of replies to the app's calls
-        fast = not (intake.has_fds or self._stash)
+        chores = self.core.chores
+        fast = not (intake.has_fds or self._stash or chores)
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
@@ -350,7 +370,7 @@ class Filter:
             run, stop = pos, self._bus_message(data, pos)
             if not stop:
                 break
-            fast = fast and not self._stash
+            fast = fast and not (self._stash or chores)
             run = pos = stop
         if run < pos:
             self._pass_bus(data, run, pos)
@@ -358,6 +378,8 @@ class Filter:
             intake.consumed(data, pos)
         if self._wake:
             self._resume()
+        if chores:
+            self.held = True
         self.answered += answered // BYTES_A_MESSAGE
 
     def _known_bus_reply(self, data: bytes, place: Place) -> int:
@@ -396,7 +418,8 @@ class Filter:
         if pos + size > len(data):
             intake.need(size)
             return 0
-        if not (self._stash or intake.has_fds) and self._known_refusal(data, pos, size):
+        waits = self._stash or self.core.chores
+        if not (waits or intake.has_fds) and self._known_refusal(data, pos, size):
             return pos + size
         try:
             header = parse_from_bus(self.core.sandbox.id, data, pos)
@@ -410,7 +433,7 @@ class Filter:
     def _take_in(self, arrived: Arrived, start: float) -> None:
         """Have a message from the bus judged, or put it behind those that wait."""
         waiting = len(self.core.pending)
-        in_order = not self._stash or self._cannot_wait(arrived.header)
+        in_order = not (self._stash or self.core.chores) or self._cannot_wait(arrived.header)
         if not (in_order and self._hear(arrived, start)):
             self._stash.append(arrived)
             self._stashed_bytes += len(arrived.data)
@@ -482,10 +505,12 @@ class Filter:
     def _resume(self) -> None:
         while self._wake and not self._owners.waiting:
             self._wake = False
-            self._stashed_bytes = 0
-            while self._stash:
-                waits = not self._hear(self._stash.popleft(), self._clock())
+            # One of them may be the beginning of what takes long: the others wait for its end.
+            while self._stash and not self._owners.waiting:
+                arrived = self._stash.popleft()
+                self._stashed_bytes -= len(arrived.data)
+                waits = not self._hear(arrived, self._clock())
                 assert not waits
-            if self.held and not self.yielded:
+            if self.held and not (self.yielded or self._owners.waiting):
                 self.held = False
                 self.feed_app(b"")

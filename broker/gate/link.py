@@ -22,6 +22,7 @@ from broker.gate.loop import Loop, Timer
 from broker.gate.meter import BEHIND, Meter
 from broker.gate.pipe import Ancillary, Pipe, adopt, close_fds, close_output
 from broker.gate.shortcut import Payers, take_short_way
+from broker.gate.slices import SLICE, Work
 from broker.gate.use import connection_use, end_too_far_behind
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import Header
@@ -55,7 +56,7 @@ class Link:
         self._filter: Filter | None = None
         self._closed = False
         self._new_judge: Judge | None = None
-        self._goes_on = False  # in the next turn
+        self._goes_on = self._works = False  # in the next turn
         self._is_throttled = False
         self._was_unfinished = 0  # the message that was half here when it was last charged
         # First the handshake's; then, now and then, that of a message which is half here, by its number.
@@ -69,10 +70,12 @@ class Link:
         """What judges it, once both handshakes are done."""
         return self._filter
 
-    def use(self, judge: Judge) -> None:
-        """Judge by other rules from now on."""
+    def use(self, judge: Judge) -> Work:
+        """Judge by other rules from now on, and be done when the app has been told what that takes."""
         self._new_judge = judge
         self._apply()
+        while self._filter is not None and self._filter.is_changing and not self._closed:
+            yield SLICE  # the link's own turns do it
 
     @contained
     def _apply(self) -> None:
@@ -283,6 +286,8 @@ class Link:
             judging.spent = 0
         if judging.yielded:
             self._go_on_soon()
+        if core.chores:
+            self._work_soon(upstream)
         if judging.from_app.unfinished and self._deadline is None:
             self._watch_message(judging.from_app.unfinished)
         reads = not (judging.held or upstream.queued or self._is_throttled)
@@ -327,6 +332,33 @@ class Link:
         if not (self._goes_on or upstream.queued or self._is_throttled):
             self._goes_on = True
             self._loop.next_turn(self._go_on)
+
+    def _work_soon(self, upstream: Pipe) -> None:
+        if not self._works:
+            self._works = True
+            upstream.pause(reading=False)
+            self._loop.next_turn(self._work)
+
+    @contained
+    def _work(self) -> None:
+        """Do a slice of what takes long, and read on when all is done."""
+        self._works = False
+        if self._filter is None or self._upstream is None or self._closed:
+            return
+        self._filter.work()
+        if not self._filter.core.chores:
+            self._upstream.pause(reading=True)
+        self._send()
+
+    @contained
+    def settle(self) -> None:
+        """Do all that takes long now: the connection is about to be handed over."""
+        if self._filter is None or self._upstream is None:
+            return
+        while self._filter.core.chores:
+            self._filter.work()
+            self._send()
+        self._upstream.pause(reading=True)
 
     @contained
     def _go_on(self) -> None:

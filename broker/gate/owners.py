@@ -11,9 +11,11 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER
+from broker.gate.chores import NAME_WORK
 from broker.gate.core import MAX_FORMER_OWNERS, Core, Special, Target
 from broker.gate.handover import HistoryDump, OwnersDump, Then
 from broker.gate.history import History, Since
+from broker.gate.slices import Work
 from broker.gate.views import Views
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
@@ -49,7 +51,7 @@ class Owners:
         self._synced: Final = synced
         self.names: Final[dict[str, Target]] = {}
         self.waiting = 0  # answers that are on their way
-        self._then: Callable[[], None] | None = None
+        self._then: Callable[[], Work] | None = None
         self.views: Final = Views(core.bus)
         # Of names with calls that wait, which hold it: who owned them meanwhile.
         self._histories: Final[WeakValueDictionary[str, History]] = WeakValueDictionary()
@@ -75,13 +77,16 @@ class Owners:
 
     # -- what to know -------------------------------------------------------------------------
 
-    def use(self, uses: NamesUsed, then: Callable[[], None] | None = None) -> None:
-        """Know these names from now on; call `then` when all are known (maybe at once)."""
+    def use(self, uses: NamesUsed, then: Callable[[], Work] | None = None) -> Work:
+        """Know these names from now on; do what `then` returns when all are known (maybe at once)."""
         self._then = then
         self.waiting += 1  # keeps synced() from coming early
         before, self._uses = self._uses, uses
         asked = {_target_of(entry).name for entry in self._core.pending.values()}
-        for name in [name for name in self.names if not self._relevant(name)]:
+        for name in list(self.names):
+            yield NAME_WORK
+            if self._relevant(name):
+                continue
             if name in asked:  # its reply is still to be recognised
                 self._extra[name] = None
             else:
@@ -232,12 +237,23 @@ class Owners:
         self.waiting += 1
         self._core.call_driver(member, signature, values, then)
 
+    def hold(self, work: Work) -> None:
+        """Have a chore done, and what needs owners held until it is."""
+        self.waiting += 1
+        self._core.chores.begin(self._held(work))
+
+    def _held(self, work: Work) -> Work:
+        yield from work
+        self._answered()
+
     def _answered(self) -> None:
         self.waiting -= 1
-        if not self.waiting:
-            then, self._then = self._then, None
-            if then is not None:
-                then()
+        if self.waiting:
+            return
+        then, self._then = self._then, None
+        if then is not None:
+            self.hold(then())
+        else:
             self._synced()
 
     def _ask_owner(self, name: str) -> None:
@@ -268,14 +284,24 @@ class Owners:
             raise PeerQuotaError("the bus does not list its names")
         (names,) = marshal.read_body("as", data[header.size :], little=header.little)
         assert isinstance(names, tuple)
-        there = {n for n in names if n[0] != ":" and n != DRIVER and self._relevant(n)}
-        for name in map(str, then.values):
+        self.hold(self._take_list(names, tuple(map(str, then.values))))
+        self._answered()
+
+    def _take_list(self, names: tuple[Value, ...], wanted: tuple[str, ...]) -> Work:
+        """Ask for the owners of listed names; of those that are wanted and not listed, there is none."""
+        there = frozenset(map(str, names))
+        for name in wanted:
+            yield NAME_WORK
             # The rules may be others by now: what nobody follows any more is not known to be nobody's.
             if name not in there and self._relevant(name):
                 self.names.setdefault(name, Target("", name))
-        for name in sorted(there - {n for n, t in self.names.items() if t.owner}):
-            self._ask_owner(name)
-        self._answered()
+        for name in sorted(there - {DRIVER}):
+            if name[0] == ":":
+                continue
+            yield NAME_WORK
+            target = self.names.get(name)
+            if (target is None or not target.owner) and self._relevant(name):
+                self._ask_owner(name)
 
     def _worked(self, _then: Then, header: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
         if header.type != MessageType.METHOD_RETURN:
@@ -307,10 +333,10 @@ class Owners:
             return HistoryDump(name=name)
         return HistoryDump(name=name, count=history.count, changes=history.changes)
 
-    def load(self, dump: OwnersDump, then: Callable[[], None]) -> Sequence[History]:
+    def load(self, dump: OwnersDump, then: Callable[[], Work]) -> Sequence[History]:
         """Restore the state from `dump`, and return the histories: they live until nobody has them.
 
-        `then` is called when all owners are known, if that was still to be done.
+        What `then` returns is done when all owners are known, if that was still to be done.
         """
         for name, owner in dump.names:
             self.names[name] = Target(owner, name)

@@ -40,8 +40,8 @@ from policy.rules import AccessList
 
 # What a socket calls itself in the handshake when nobody gave it a guid: 32 hex digits.
 GUID: Final = os.urandom(16).hex()
-# What it takes to look at a name that a connection follows, when its rules change: as `policy.match` counts work.
-FOLLOWED_WORK: Final = 64
+# What it takes to change the rules of a connection, beside what its chores count: as `policy.match` counts work.
+CHANGE_WORK: Final = 4096
 # Seconds that the end of a sandbox is not told because the bus has not let go of its connections. A bus that takes
 # longer is asked by nobody to hurry: what it delivers then is of a sandbox that is not known any more.
 LINGER_SECONDS: Final = 5.0
@@ -197,8 +197,8 @@ class Sandbox:
         for link in list(self.links):
             judging = link.filter
             if judging is not None and link in self.links:
-                link.use(self.judge(judging.core.bus.name))
-                yield FOLLOWED_WORK * judging.followed_names
+                yield from link.use(self.judge(judging.core.bus.name))
+                yield CHANGE_WORK
 
     def _compiled(self, access: AccessList) -> Generator[int, None, dict[str, Judge]]:
         """Return the judges of each bus. Whoever made the list is not trusted to have counted what it costs."""
@@ -212,6 +212,11 @@ class Sandbox:
                 raise CallRefusedError(LIMITS_EXCEEDED, text)
             judges[listener.bus] = judge
         return judges
+
+    def settle(self) -> None:
+        """Do now what connections would do in later turns."""
+        for link in list(self.links):
+            link.settle()
 
     def set_upstream(self, bus: str, upstream: Upstream | None) -> None:
         """Make connections to that bus there from now on, those that wait for it included."""

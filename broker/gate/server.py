@@ -444,6 +444,8 @@ class Gate:
 
     def _settle(self) -> None:
         """Be done with what is not worth handing over."""
+        for sandbox in self._sandboxes.values():
+            sandbox.settle()
         for meeting in list(self._meetings.values()):
             meeting.end()
             self._has_met(meeting)

@@ -10,6 +10,7 @@ from typing import Final
 from broker.gate.bus import DRIVER
 from broker.gate.core import Core
 from broker.gate.owners import Owners
+from policy.match import Judge
 
 # Connections that lost the last name by which they were seen. Their end is still told, because a client that
 # knew them waits for it.
@@ -35,6 +36,10 @@ class Sight:
 
     def sees(self, name: str) -> bool:
         """Judge by what is known now."""
+        return self.would_see(self._core.judge, name)
+
+    def would_see(self, judge: Judge, name: str) -> bool:
+        """Judge the same by other rules."""
         core = self._core
         if name in (DRIVER, core.unique_name) or name in core.callers:
             return True
@@ -43,17 +48,16 @@ class Sight:
         if owner and (owner in core.callers or owner == core.unique_name):
             return True
         if owner and (owner == name or not core.bus.judges_names_alone):
-            return self._owners.views.sees(core.judge, owner)
-        return core.judge.see((name,), core.bus.peer(owner)).allowed
+            return self._owners.views.sees(judge, owner)
+        return judge.see((name,), core.bus.peer(owner)).allowed
 
-    def visible_owners(self) -> dict[str, str]:
-        """Return the owned names that may be seen, with their owners."""
-        owned = [(name, one.owner) for name, one in self._owners.names.items() if one.owner]
+    def visible(self, judge: Judge, owner: str) -> frozenset[str]:
+        """Return the names of an owner that may be seen by these rules."""
+        owned = self._owners.names_of(owner) - {owner}
         if self._core.bus.judges_names_alone:
-            return {name: owner for name, owner in owned if self.sees(name)}
+            return frozenset(name for name in owned if self.would_see(judge, name))
         # All names of an owner are seen if one of them is: it is judged once, however many these are.
-        seen = {owner: self.sees(owner) for owner in {owner for _, owner in owned}}
-        return {name: owner for name, owner in owned if seen[owner]}
+        return frozenset(owned) if self.would_see(judge, owner) else frozenset()
 
     def owner_changed(self, name: str, old: str, new: str) -> list[tuple[str, str, str]]:
         """Take note of a NameOwnerChanged; return the changes that the app may hear of.

@@ -1,12 +1,18 @@
-"""A change of rules on a connection: what the app is told of it, and what is taken from it. No I/O."""
+"""A change of rules on a connection: what the app is told of it, and what is taken from it. No I/O.
+
+Every message is judged by the new rules from `use` on. What the app has to be told takes a look at each name that is
+followed, old rules against new: that is a chore, and until it is done nobody's names change and no list is given.
+"""
 
 from typing import Final
 
+from broker.gate.chores import NAME_WORK, STEP_WORK
 from broker.gate.core import Core
 from broker.gate.handover import Then
 from broker.gate.incoming import Incoming
 from broker.gate.owners import Owners
 from broker.gate.sight import Sight
+from broker.gate.slices import Work
 from policy.match import Judge
 
 
@@ -20,32 +26,45 @@ class Swap:
         self._incoming: Final = incoming
         # Names that the app saw when the rules changed, until it has been told what the change brought.
         self.told: frozenset[str] | None = None
+        self.changing = 0  # changes of which the app has not yet been told what they took
 
     def use(self, judge: Judge) -> None:
         """Judge every message from now on by these rules."""
         core = self._core
-        seen = self._sight.visible_owners()
-        if self.told is not None:  # it has not heard yet of what the last change brought
-            seen = {name: owner for name, owner in seen.items() if name in self.told}
-        core.judge = judge
+        before, core.judge = core.judge, judge
         core.forget_verdicts()
         if not core.unique_name:
             return
         if core.bus.speaks(core.unique_name, judge):
             for member in core.bus.members:
                 member.forget_verdicts()
-        now = self._sight.visible_owners()
-        for name, owner in seen.items():
-            if name not in now:
-                self._incoming.tell_owner_change(name, owner, "")
         self._release_names()
+        self.changing += 1
+        self._owners.hold(self._change(before, judge))
+
+    def _change(self, before: Judge, judge: Judge) -> Work:
+        """Tell of the names that went out of sight, and follow those of the new rules."""
+        known = self.told
+        kept: dict[str, str] = {}
+        for owner in self._owners.views.owners():
+            steps = before.steps + judge.steps
+            saw = self._sight.visible(before, owner)
+            if known is not None:  # it has not heard yet of what the last change brought
+                saw &= known
+            sees = self._sight.visible(judge, owner)
+            for name in sorted(saw - sees):
+                self._incoming.tell_owner_change(name, owner, "")
+            kept.update(dict.fromkeys(saw & sees, owner))
+            names = len(self._owners.names_of(owner))
+            yield NAME_WORK * names + STEP_WORK * (before.steps + judge.steps - steps)
         # What comes into sight is told when all owners are known: another name of an owner may hide it.
-        self.told = frozenset(name for name in now if name in seen)
-        kept = self.told
-        self._owners.use(judge.uses, self.tell_new)
-        for name in [name for name in now if name in kept and name not in self._owners.names]:
+        self.told = frozenset(kept)
+        yield from self._owners.use(judge.uses, self.tell_new)
+        for name in sorted(kept.keys() - self._owners.names.keys()):
             # Seen because of its owner alone, who is nobody to ask for any more.
-            self._incoming.tell_owner_change(name, now[name], "")
+            self._incoming.tell_owner_change(name, kept[name], "")
+            yield NAME_WORK
+        self.changing -= 1
 
     def _release_names(self) -> None:
         """Give back the names that the app may own no more."""
@@ -55,9 +74,15 @@ class Swap:
             core.bus.payers.moves("", name)  # who changed the rules did it
             core.call_driver("ReleaseName", "s", (name,), Then("ignore"))
 
-    def tell_new(self) -> None:
-        """Tell of the names that came into sight with the rules."""
+    def tell_new(self) -> Work:
+        """Tell of the names that came into sight with the rules that are in force now."""
+        return self._tell_new(self._core.judge)
+
+    def _tell_new(self, judge: Judge) -> Work:
         told, self.told = self.told or frozenset(), None
-        for name, owner in self._sight.visible_owners().items():
-            if name not in told:
+        for owner in self._owners.views.owners():
+            steps = judge.steps
+            for name in sorted(self._sight.visible(judge, owner) - told):
                 self._incoming.tell_owner_change(name, "", owner)
+            names = len(self._owners.names_of(owner))
+            yield NAME_WORK * names + STEP_WORK * (judge.steps - steps)

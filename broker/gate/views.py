@@ -1,7 +1,8 @@
 """How an app's rules see each owner of names, counted name by name. No I/O.
 
 An owner is seen if a rule lets any of its names be seen, and none hides one of them. Names come and go one at a time, and
-an owner may have hundreds: so for each owner that has names it is counted how many are shown and how many hidden.
+an owner may have hundreds: so for each owner that has names it is counted how many are shown and how many hidden. Who owns
+more than MAX_NAMES is not seen, as nothing may be sent there: nobody's names are more work than that at a time.
 """
 
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 from broker.gate.bus import Bus
 from policy.match import Judge
 from policy.rules import Identity
+from policy.tables import MAX_NAMES
 
 
 class View:
@@ -42,6 +44,10 @@ class Views:
         """Return the unique name and the names that we know it to own."""
         return {unique_name, *self._by_owner.get(unique_name, ())}
 
+    def owners(self) -> list[str]:
+        """Return whoever owns names."""
+        return list(self._by_owner)
+
     def give(self, owner: str, name: str) -> None:
         """Note that somebody owns a name."""
         owned = self._by_owner.setdefault(owner, set())
@@ -66,6 +72,9 @@ class Views:
         identity = self._bus.peer(owner)
         if owner not in self._by_owner:
             return judge.see((owner,), identity).allowed
+        if len(self._by_owner[owner]) >= MAX_NAMES:  # with its unique name it is one more
+            self._views.pop(owner, None)
+            return False
         view = self._views.get(owner)
         # Rules do not change, and neither does who is behind a connection, but which ones hold and what is known do.
         if view is None or view.judge is not judge or view.identity is not identity:

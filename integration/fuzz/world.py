@@ -6,6 +6,7 @@ from typing import Final
 
 from broker.gate.budgets import MessageBudget
 from broker.gate.bus import DRIVER, Bus
+from broker.gate.chores import NAME_WORK
 from broker.gate.control import SandboxLimits
 from broker.gate.core import (
     MAX_CALLERS,
@@ -106,6 +107,7 @@ class World:
             judged_a_turn=TURN,
             clock=lambda: 0.0,
         )
+        self.filter.core.chores.room = 3 * NAME_WORK
         self.host.cores.append(self.filter.core)
         self.bus.members.add(self.filter.core)
         self.paused = False
@@ -245,9 +247,9 @@ class World:
         self._pump()
 
     def _take_turns(self) -> None:
-        while self.filter.yielded and not self.ended:
+        while (self.filter.yielded or self.filter.core.chores) and not self.ended:
             self.filter.spent = 0
-            self._try(self.filter.go_on)
+            self._try(self.filter.work if self.filter.core.chores else self.filter.go_on)
         self.filter.spent = 0
 
     def _try(self, what: Callable[[], None]) -> None:
