@@ -386,6 +386,24 @@ def test_attack_i2_broadcasts_have_it_too(stage: Stage) -> None:
         assert service.wait_signal("Done").header.has_unknown
 
 
+def test_attack_i2_next_gate_tags_from_the_first_message_on(warden: Warden) -> None:
+    """An app is back before the next gate has heard of everybody who wants the field."""
+    if not warden.bus.forwards_unknown_fields:
+        return
+    service = warden.connect_host()
+    service.request_name("org.example.Tagged")
+    service.ask(NAME, CONTAINERS_PATH, CONTAINERS, "RequestHeader")
+    sandboxes = [warden.add_server(rules=["send:org.example.Tagged"]) for _ in range(60)]
+    for _ in range(3):
+        os.kill(warden.gate_pid, signal.SIGKILL)
+        assert wait_gone(warden.gate_pid)
+        app = warden.connect(sandboxes[0])
+        app.send_raw(make_call(app, "org.example.Tagged", "Do"))
+        assert service.wait_call("Do").header.has_unknown
+        app.close()
+        warden.gate_pid = warden.manage("Status")[0]["gate_pid"]
+
+
 # -- I3 -------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,9 @@ class Told:
     def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
         return ()
 
+    def tagged(self) -> list[tuple[str, str]]:
+        return []
+
     def lost(self, sandbox: str) -> None:
         raise AssertionError(sandbox)
 

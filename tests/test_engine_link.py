@@ -52,6 +52,9 @@ class Told:
     def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
         return []
 
+    def tagged(self) -> list[tuple[str, str]]:
+        return []
+
     def lost(self, sandbox: str) -> None:
         raise AssertionError(sandbox)
 

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import trio
@@ -15,12 +16,15 @@ from broker.engines.borrow import batches
 from broker.engines.crash import MOVED, TRACE
 from broker.engines.held import PIPE
 from broker.engines.process import GateError, GateProcess
-from broker.gate.control import Listener, SandboxSpec
-from broker.wire.errors import CallRefusedError
+from broker.gate.control import AddSandbox, Answer, Done, Listener, SandboxSpec, TagHeaders
+from broker.wire.errors import INVALID_ARGS, CallRefusedError
 from tests.records import make_record, make_state
 from tests.test_crash import records, write_trace
 from tests.test_engine_gate import bury, kept, make_engine
 from tests.test_engine_link import Told
+
+if TYPE_CHECKING:
+    from broker.engines.link import Link
 
 
 def make_spec(number: int, app: str = "app") -> SandboxSpec:
@@ -55,9 +59,13 @@ class Restoring(Told):
         super().__init__()
         self.wanted: list[tuple[SandboxSpec, Sequence[int]]] = []
         self.given_up: list[str] = []
+        self.wishes: list[tuple[str, str]] = []
 
     def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
         return self.wanted
+
+    def tagged(self) -> list[tuple[str, str]]:
+        return self.wishes
 
     def lost(self, sandbox: str) -> None:
         self.given_up.append(sandbox)
@@ -94,6 +102,31 @@ async def test_a_dead_gate_is_replaced_and_given_back_what_it_had(tmp_path: Path
     assert os.read(read, 9) == b""  # nobody has it any more
     os.close(read)
     assert [name[:10] for name in files(tmp_path)] == ["gate-crash"]
+
+
+class Asked:
+    """A link that says what it was asked, and refuses what is about a bus that the gate does not know."""
+
+    def __init__(self) -> None:
+        self.requests: list[object] = []
+
+    async def request(self, request: object, _fds: Sequence[int] = ()) -> Answer:
+        self.requests.append(request)
+        if isinstance(request, TagHeaders) and request.bus == "gone":
+            raise CallRefusedError(INVALID_ARGS, "no bus 'gone'")
+        return Done()
+
+
+async def test_attack_i2_gate_knows_who_wants_tags_before_it_serves_anybody(tmp_path: Path) -> None:
+    told, link, spec = Restoring(), Asked(), make_spec(1)
+    told.wanted = [(spec, [])]
+    told.wishes = [("gone", ":1.5"), ("session", ":1.5")]
+    await make_engine(tmp_path)._restore(cast("Link", link), told)
+    assert link.requests == [
+        TagHeaders("gone", ":1.5"),
+        TagHeaders("session", ":1.5"),
+        AddSandbox(spec),
+    ]
 
 
 async def test_what_a_new_gate_refuses_is_given_up(

@@ -46,6 +46,7 @@ async def test_a_wish_is_stored_watched_and_told_again(world: World) -> None:
     assert world.watches["session"].names == [":1.5", ":1.5"]
     world.watches = {"session": FakeWatch(), "system": FakeWatch()}
     world.restart().tell_again()
+    assert world.tags.wishes == [("session", ":1.5")]
     assert world.watches["session"].names == [":1.5"]
     assert await world.do_jobs() == [("tag_headers", "session", ":1.5")]
 

@@ -37,6 +37,9 @@ class Listener(Protocol):
     def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
         """Return what it was to have by that snapshot, and did not: to be served with these descriptors."""
 
+    def tagged(self) -> Sequence[tuple[str, str]]:
+        """Return who wants header field 10, as bus and unique name: told before any sandbox is served again."""
+
     def lost(self, sandbox: str) -> None:
         """It does not take that sandbox again."""
 

@@ -49,6 +49,10 @@ class Ears:
         """Return what it was to have, and did not."""
         return [(self._engine.restored(spec), fds) for spec, fds in self._listener.missing()]
 
+    def tagged(self) -> Sequence[tuple[str, str]]:
+        """Return who wants header field 10."""
+        return self._listener.tagged()
+
     def lost(self, sandbox: str) -> None:
         """It does not take that sandbox again."""
         self._engine.forget(sandbox)

@@ -9,6 +9,7 @@ What the gate listens on is held here, too. A gate that is new gets it back, san
 anybody else's request: these wait meanwhile, so that a gate which dies is a pause and no error.
 """
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -359,6 +360,9 @@ class GateEngine:
 
     async def _restore(self, link: Link, listener: Listener) -> None:
         """Have the gate serve what another one served before."""
+        for bus, unique_name in listener.tagged():
+            with contextlib.suppress(CallRefusedError):  # the jobs after a snapshot say why
+                await link.request(TagHeaders(bus, unique_name))
         for spec, fds in listener.missing():
             try:
                 await link.request(AddSandbox(spec), fds)

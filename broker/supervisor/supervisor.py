@@ -273,6 +273,10 @@ class Supervisor:
             for one in found
         ]
 
+    def tagged(self) -> list[tuple[str, str]]:
+        """Return who wants header field 10, as bus and unique name."""
+        return self.tags.wishes
+
     def lost(self, sandbox: str) -> None:
         """Take note that the engine does not take one again."""
         if removed := self.registry.lose(SandboxId(sandbox)):

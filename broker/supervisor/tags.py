@@ -49,6 +49,11 @@ class Tags:
             self._wishes[bus, unique_name] = None
             self._watches[bus].add(unique_name)
 
+    @property
+    def wishes(self) -> list[tuple[str, str]]:
+        """All of them."""
+        return list(self._wishes)
+
     def tell_again(self) -> None:
         """The gate may be a new one."""
         for bus, unique_name in self._wishes:
