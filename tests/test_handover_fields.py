@@ -72,7 +72,7 @@ FIELDS: Final = {
     "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over lost"),
     "server.Gate": (
         "_asked _control _kept _own _reader _sandboxes _supervisor",
-        "_folder _is_working _manager _meetings _most_unread _upstreams",
+        "_folder _is_working _manager _meetings _most_unread _tagging _upstreams",
     ),
 }
 

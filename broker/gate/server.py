@@ -10,7 +10,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn, assert_never
 
@@ -59,6 +58,7 @@ from broker.gate.parts import PART, cut
 from broker.gate.pipe import Closed, Pipe, adopt, close_fds
 from broker.gate.sandbox import Sandbox
 from broker.gate.slices import Sliced, Work
+from broker.gate.tagging import Tagging
 from broker.gate.takeover import Channel, hand_over, leave
 from broker.gate.upstream import CallBus, SetUpstream
 from broker.gate.upstreams import Upstreams
@@ -72,8 +72,6 @@ LOGGER: Final = logging.getLogger(__name__)
 MAX_UNREAD: Final = 64 * 1024 * 1024
 # Seconds for it to take what it is told last, of the end of up to 10 000 sandboxes.
 LAST_WORDS: Final = 2.0
-# Seconds for a bus to read what sandboxes have sent: less than who asks for tags waits for an answer.
-BARRIER_SECONDS: Final = 5.0
 
 
 class Gate:
@@ -90,6 +88,7 @@ class Gate:
         self._sandboxes: Final[dict[str, Sandbox]] = {}
         self._upstreams: Final = Upstreams(loop, self._sandboxes, self._emit, self._answer_late)
         self._own: Final = self._upstreams.own
+        self._tagging: Final = Tagging(loop, self._answer_late)
         self._kept = Kept()
         self._supervisor: Pipe | None = None
         self._reader = FrameReader()
@@ -161,8 +160,7 @@ class Gate:
                 sandbox.asked.clear()
             for meeting in self._meetings.values():
                 meeting.asked.clear()
-            for bus in self._buses.values():
-                bus.barriers.clear()
+            self._tagging.give_up("the supervisor is gone")  # which is told nothing any more
 
     def _write(self, envelope: Envelope, fds: Sequence[int] = ()) -> None:
         """Send an envelope with its descriptors, which are the supervisor's from here on."""
@@ -228,7 +226,7 @@ class Gate:
             case WhoIs():
                 self._say_who(serial, body)
             case TagHeaders():
-                self._tag(self._bus(body.bus), body, serial)
+                self._tag(serial, body)
             case StopSandbox():
                 self._stop(serial, body)
             case _:
@@ -356,30 +354,13 @@ class Gate:
     def _set_access(self, request: SetAccess) -> Work:
         yield from self._find(request.sandbox).set_access(request.access)
 
-    def _tag(self, bus: Bus, request: TagHeaders, serial: int) -> None:
-        is_new = request.wanted and request.unique_name not in bus.tagged
-        change = bus.tagged.add if request.wanted else bus.tagged.discard
-        change(request.unique_name)
-        for core in bus.members:
-            core.forget_verdicts()
-        if not is_new:
+    def _tag(self, serial: int, request: TagHeaders) -> None:
+        bus = self._bus(request.bus)
+        if request.wanted:
+            self._tagging.wish(bus, request.unique_name, serial)
+        else:
+            self._tagging.take_back(bus, request.unique_name)
             self._answer_late(serial, Done())
-            return
-
-        def passed() -> None:
-            if bus.barriers.pop(serial, None) is not None:
-                self._answer_late(serial, Done())
-
-        self._loop.call_later(BARRIER_SECONDS, partial(self._give_up, bus, request, serial))
-        bus.wait_read(serial, passed)
-
-    def _give_up(self, bus: Bus, request: TagHeaders, serial: int) -> None:
-        """Refuse tags to whoever would get messages that were sent without."""
-        if (barrier := bus.barriers.pop(serial, None)) is not None:
-            bus.tagged.discard(request.unique_name)
-            names = ", ".join(sorted(barrier.names)[:3])
-            text = f"bus {bus.name} has not read yet what {names} sent: try again"
-            self._answer_late(serial, Refused(errors.NO_REPLY, text))
 
     def _find(self, sandbox: str) -> Sandbox:
         found = self._sandboxes.get(sandbox)
@@ -449,11 +430,7 @@ class Gate:
         for meeting in list(self._meetings.values()):
             meeting.end()
             self._has_met(meeting)
-        for bus in self._buses.values():
-            for serial in list(bus.barriers):
-                del bus.barriers[serial]
-                text = "the gate is being replaced: try again"
-                self._answer_late(serial, Refused(errors.DISCONNECTED, text))
+        self._tagging.give_up("the gate is being replaced: try again")
         known = {rest for sandbox in self._sandboxes.values() for rest in sandbox.lingering}
         for bus in self._buses.values():
             for rest in [one for one in bus.lingering.values() if one not in known]:
