@@ -68,7 +68,7 @@ def long_bad_list(count: int = 9_999) -> bytes:
 
 
 class Flood:
-    """One connection that sends so many calls at a time, again and again, and reads the answers."""
+    """A connection that sends calls in batches without end and reads the answers."""
 
     def __init__(self, address: str, data: bytes, batch: int = 1) -> None:
         self._client: Final = RawClient.connect(address)
@@ -105,7 +105,7 @@ class Flood:
 
 @contextmanager
 def flooding(warden: Warden, data: bytes, *, callers: int = 3, batch: int = 1) -> Iterator[None]:
-    """Have so many connections flood the supervisor."""
+    """Flood the supervisor from `callers` connections during the block."""
     with ExitStack() as stack:
         floods = [
             stack.enter_context(Flood(warden.bus.address, data, batch)) for _ in range(callers)

@@ -63,7 +63,7 @@ def make_backlog(client: RawClient, destination: str, count: int = BACKLOG) -> b
 
 @contextmanager
 def stopped(warden: Warden) -> Iterator[None]:
-    """Have the bus read nothing meanwhile."""
+    """Stop the bus during the block, so that it reads nothing."""
     os.kill(warden.bus.pid, signal.SIGSTOP)
     try:
         yield
@@ -72,7 +72,7 @@ def stopped(warden: Warden) -> Iterator[None]:
 
 
 def warm_up(client: RawClient, *destinations: str) -> None:
-    """Have the gate ask who these are: it cannot ask a bus that is stopped."""
+    """Make the gate look up these names, because a stopped bus cannot answer."""
     client.send_raw(b"".join(make_call(client, each, "Noise") for each in destinations))
     client.driver("GetId")
 
@@ -328,7 +328,7 @@ def test_attack_i1_explain_says_the_same_as_the_gate(stage: Stage) -> None:
 
 
 def test_attack_i2_service_that_starts_gets_no_untagged_call(stage: Stage) -> None:
-    """It asks for field 10, then takes its name; meanwhile an app calls that name all the time."""
+    """A service asks for field 10, then takes the name that an app keeps calling."""
     warden = stage.warden
     if not warden.bus.forwards_unknown_fields:
         return  # RequestHeader is refused there

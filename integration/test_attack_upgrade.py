@@ -49,7 +49,7 @@ def warden(bus: Bus, folder: Path) -> Iterator[Warden]:
 
 
 def change_owners(warden: Warden, times: int, sandbox: Sandbox | None = None) -> None:
-    """Have so many connections own the name, one after the other."""
+    """Let `times` connections own the name, one after the other."""
     clients = []
     for _ in range(times):
         clients.append(warden.connect(sandbox) if sandbox is not None else warden.connect_host())

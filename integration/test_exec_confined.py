@@ -108,7 +108,7 @@ def test_attack_x3_the_first_process_is_out_of_reach(shared: Warden) -> None:
 
 
 def test_attack_x3_no_process_inside_has_the_pipe(shared: Warden) -> None:
-    """Nobody but `exec` holds the descriptor that keeps the sandbox."""
+    """Only `exec` holds the descriptor that keeps the sandbox."""
     with started(shared, "--", "sh", "-c", "echo up; exec sleep 600") as process:
         process.wait_line("up")
         command = command_of(process)

@@ -1,4 +1,4 @@
-"""What options of `exec` give: buses, displays, folders, a home; and what is said when it cannot be had."""
+"""The options of `exec` for buses, displays, folders and a home, and their errors."""
 
 import os
 import shutil

@@ -185,7 +185,7 @@ def test_what_is_mounted_inside_a_folder_is_there_but_its_sockets(shared: Warden
 
 @pytest.mark.parametrize("where", ["", "/buswarden", "/buswarden/containers"])
 def test_program_p1_a_folder_of_the_runtime_directory_is_shared(shared: Warden, where: str) -> None:
-    """It is shown, and neither the real bus nor the gate nor another sandbox answers in it."""
+    """The folder is shown, and no socket of a bus, gate or other sandbox answers."""
     shared.add_server()
     folder = Path(f"{shared.runtime}{where}")
     with ExitStack() as stack:

@@ -39,7 +39,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class End:
-    """One plug or slot of one snap, with all that rules ask of it. Raises SnapError."""
+    """A plug or slot of a snap, with everything that rules ask of it. Raises SnapError."""
 
     def __init__(self, library: Library, side: str, snap: Snap, name: str) -> None:
         self.side: Final = side

@@ -29,7 +29,7 @@ from policy.snaps import (
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one app's list."""
+    """The outcome of compiling one app's list."""
 
     tag: str
     added: tuple[Rule, ...] = ()

@@ -25,7 +25,7 @@ _LOOKING: Final = 16
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """What an app does or would do. `names` and `peer` are about the other end; for `own`, the name."""
+    """An action of an app. `names` and `peer` are the other end's; for `own`, the name."""
 
     access: Access
     bus: str
@@ -38,7 +38,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Remedy(msgspec.Struct, frozen=True, kw_only=True):
-    """What would allow it. One of rule, connection and plug says what is to be added."""
+    """An addition that would allow an action: a rule, a connection or a plug."""
 
     because: Rule  # that then allows it
     opens: int  # how much else it allows, for comparing
@@ -90,7 +90,7 @@ def explain(compiler: Compiler, tag: str, question: Question) -> Explanation:
 def explaining_list(
     access: AccessList, me: Identity, question: Question
 ) -> Generator[int, None, Explanation]:
-    """Do as `explain_list`, and tell how much work each step was."""
+    """Do `explain_list` step by step; yield how much work each step was."""
     verdict = yield from _judging(access, me, question)
     remedies: list[Remedy] = []
     if not verdict.allowed:
@@ -101,7 +101,10 @@ def explaining_list(
 def explaining(
     compiler: Compiler, tag: str, question: Question
 ) -> Generator[int, None, Explanation]:
-    """Do as `explain`, and tell how much work each step was. The compiler must not change meanwhile."""
+    """Do `explain` step by step; yield how much work each step was.
+
+    The compiler must not change meanwhile.
+    """
     access = walled(compiler.access(tag))
     snap, app = _find_app(compiler, tag)
     me = identity_of(snap.name, app)

@@ -425,7 +425,7 @@ def _read_class(text: str) -> Chars:
 
 
 class _Edges(msgspec.Struct, frozen=True):
-    """Whether a star can stand at the beginning or end, and whether it can be no text at all."""
+    """Flags of a sequence: may begin with a star, may end with one, may be empty."""
 
     first: bool
     last: bool

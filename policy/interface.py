@@ -1,4 +1,4 @@
-"""What a catalogue file says: one interface, and what its plugs and slots may do. Types only.
+"""The types of a catalogue file: an interface, and the rules of its plugs and slots.
 
 docs/policy.md explains the format with an example. msgspec checks the shape; `policy.library` reads the
 files, and checks what stands in the strings.
@@ -42,7 +42,7 @@ class PeerBySystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
-    """One rule. Where there are several alternatives, each combination is meant."""
+    """A rule. Several alternatives in its fields mean each combination."""
 
     access: tuple[Literal["send", "receive", "own", "see"], ...]
     deny: bool = False

@@ -78,7 +78,7 @@ MANY_NAMES: Final = Verdict(
 
 
 class Judge:
-    """What one access list says on one bus. Raises PatternError for a list with a bad pattern.
+    """The judge of an access list on a bus. Raises PatternError for a bad pattern.
 
     `names` are all names that the other end is known by: those it owns, its unique name, and the
     name in the message. `peer` is who the other end is; None is the host.
@@ -105,7 +105,7 @@ class Judge:
 
     @property
     def steps(self) -> int:
-        """How much work all questions so far were."""
+        """The steps that all questions so far took."""
         return self._tables.work.steps
 
     def send(
@@ -194,7 +194,7 @@ class Judge:
 
 
 def excess(cost: Cost, limit: int) -> str | None:
-    """Say in words that a list takes more than `limit` steps, or keeps too much; None if it does not."""
+    """Describe how a list exceeds `limit` steps or its pieces; None if it does not."""
     pieces = limit * PIECES_A_STEP
     if cost.steps <= limit and cost.pieces <= pieces:
         return None

@@ -22,7 +22,7 @@ READ_A_STEP: Final = 128
 
 
 class Chars(msgspec.Struct, frozen=True):
-    """One character: of these, or none of these."""
+    """A character class: one of `chars`, or, if negated, none of them."""
 
     chars: str
     negated: bool = False
@@ -106,9 +106,9 @@ class Subject:
         return places
 
     def _run_meeting(self, program: Program, places: int, starred: int) -> tuple[int, int]:
-        """Do the same where two `*` may come to stand side by side, from two braces: that is a `**`.
+        """Do `_run` where two `*` from two braces may meet: together they are a `**`.
 
-        `starred`: those of the places that a star was the last to lead to.
+        `starred`: the places that a star was the last piece to lead to.
         """
         for piece in program:
             if not places:
@@ -176,7 +176,7 @@ class Pattern:
 
 
 class Shapes(Pattern):
-    """Some texts, and others that have a fixed beginning, a fixed end, and one star in between."""
+    """Fixed texts, and shapes: a fixed beginning, one star, and a fixed end."""
 
     __slots__ = ("_exact", "_shapes")
 

@@ -12,7 +12,7 @@ import msgspec
 
 
 class Access(enum.StrEnum):
-    """What a rule is about."""
+    """The kind of access of a rule."""
 
     SEND = "send"  # method calls and signals out of the sandbox
     RECEIVE = "receive"  # method calls and signals into it
@@ -21,7 +21,7 @@ class Access(enum.StrEnum):
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who the other end must be. A rule without a Peer is about anybody."""
+    """The other end that a rule is about; without a Peer, any."""
 
     kind: Literal["host", "app", "same-app"]
     type: str = ""  # container type, with kind "app"
@@ -30,7 +30,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who is behind a connection: an app. A peer in no sandbox, `host`, is None in our signatures."""
+    """The app behind a connection. A host, in no sandbox, is None in our signatures."""
 
     type: str
     app: str
@@ -38,7 +38,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One allow or deny. A field that is None matches anything."""
+    """An allow or deny rule. A field that is None matches anything."""
 
     access: frozenset[Access]
     deny: bool = False

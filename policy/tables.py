@@ -52,7 +52,7 @@ class Work:
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """What a list of rules takes."""
+    """The cost of a list of rules."""
 
     steps: int = 0  # for one message, at the worst
     pieces: int = 0  # of patterns, that are kept
@@ -87,7 +87,7 @@ class Question:
 
     @property
     def steps(self) -> int:
-        """How many steps the patterns took."""
+        """The number of steps that the patterns took."""
         return sum(one.steps for one in self._subjects.values()) if self._subjects else 0
 
 
@@ -141,13 +141,13 @@ class Entry:
 
     @property
     def is_about_messages(self) -> bool:
-        """Whether only some messages are meant."""
+        """Return whether the rule names a path, an interface or a member."""
         rule = self.rule
         return not (rule.path is None and rule.interface is None and rule.member is None)
 
 
 class Names:
-    """Which patterns cover a name. What was found out is remembered."""
+    """The patterns for names. The patterns that cover a name are remembered."""
 
     def __init__(self, work: Work) -> None:
         self._work: Final = work
@@ -220,7 +220,7 @@ class Names:
 
     @property
     def has_globs(self) -> bool:
-        """Whether any pattern but `*`, which asks for no name in particular, is a glob."""
+        """Return whether a pattern other than `*`, which every name fits, is a glob."""
         return any(text != "*" for alike in self._globs.values() for text, _ in alike)
 
 
@@ -382,7 +382,7 @@ class MessageTable:
 
     @property
     def tries(self) -> int:
-        """How many rules are tried for one message, at the most."""
+        """The most rules that are tried for one message."""
         apps: dict[PeerKey, int] = {}
         components: dict[PeerKey, int] = {}
         for key, count in self._tries.items():

@@ -119,7 +119,7 @@ class ModelBus:
         return said
 
     def hear_of(self, name: str, new: str) -> bytes:
-        """The same, where it is somebody else who has been told."""
+        """Change an owner and tell this connection alone; return the signal, if heard."""
         old = self.owners.pop(name, "")
         if new:
             self.owners[name] = new
@@ -392,7 +392,7 @@ class Dialogue:
 
     @property
     def waiting(self) -> list[Message]:
-        """What the paused bus has yet to see."""
+        """The messages that the paused bus has not read yet."""
         return self._late
 
     @property
@@ -445,7 +445,7 @@ class Town:
         self._tell(None, name, new)
 
     def emit(self, sender: str, member: str = "Changed") -> None:
-        """Have a broadcast arrive at all."""
+        """Deliver a broadcast to all connections."""
         for talk in self.talks:
             talk.deliver(signal(5, member, sender=sender))
 

@@ -187,7 +187,7 @@ def test_attack_c5_an_accept_that_is_interrupted_finds_nobody(
     monkeypatch.setattr(select, "poll", AlwaysReadable)
 
     class Once(socket.socket):
-        """Its creator cleared the flag once, and took the connection."""
+        """A socket whose creator cleared the flag once and took the connection."""
 
         calls = 0
 

@@ -109,7 +109,7 @@ def kept_rules(bus: Bus) -> int:
 
 
 def test_attack_i1_lists_of_those_who_left_do_not_pile_up() -> None:
-    """Each app of a snap has a list that says who hears it; a hand-over compiles them all."""
+    """The lists that are kept are bounded, because a hand-over compiles them all."""
     bus, size = make_bus(), MAX_LATE_RULES // 8
     for n in range(0, 60, 3):
         leave(bus, make_speaker(size), *(f":1.{n + more}" for more in range(3)))

@@ -57,7 +57,7 @@ class World:
         self.callers.watch(self.watch)
 
     def call(self, sender: str, user: int = 1, size: int = 0, fds: int = 0) -> Asked:
-        """Have a call arrive. Raises CallRefusedError."""
+        """Let a call arrive. Raises CallRefusedError."""
         call = Asked(sender, size, fds)
         self.callers.check(sender, size, fds)
         self.callers.put(call)

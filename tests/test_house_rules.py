@@ -67,6 +67,38 @@ MAY_IMPORT: Final = {
     },
 }
 
+# Packages and modules whose docstrings name their subject. The list grows: mend one, add its name here.
+PROSE_MENDED: Final = (
+    "broker.api.dispatch",
+    "broker.api.subscribers",
+    "broker.bus",
+    "broker.gate.accept",
+    "broker.gate.barrier",
+    "broker.gate.ledger",
+    "broker.gate.linger",
+    "broker.gate.meeting",
+    "broker.gate.payers",
+    "broker.gate.slices",
+    "broker.gate.subscriptions",
+    "broker.gate.verdicts",
+    "broker.gate.views",
+    "broker.posix",
+    "broker.sandbox",
+    "broker.supervisor.rules",
+    "broker.supervisor.spec",
+    "broker.wire.skim",
+    "policy.explain",
+    "policy.match",
+    "policy.matcher",
+    "policy.tables",
+    "policy.wall",
+)
+# First words of a docstring that stand in for a noun or a verb.
+NAMELESS: Final = re.compile(
+    r"(It|Its|They|There|This|That|These|Those|One|None|What|Whatever|Which|Who|Whoever|Whom|Whether|How"
+    r"|Somebody|Something|Anybody|Everybody|Nobody|Nothing|Be|Have|Know|Go on|See to)\b"
+)
+
 # Modules that only compute: they touch no file, socket, clock or log.
 PURE: Final = [
     path
@@ -194,6 +226,19 @@ def test_functions_are_not_too_long(path: Path) -> None:
             code = lines[body[0].lineno - 1 : node.end_lineno] if body else []
             written = [line for line in code if line.strip() and not line.lstrip().startswith("#")]
             assert len(written) <= MAX_FUNCTION_LINES, node.name
+
+
+def docstrings(path: Path) -> list[str]:
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    return [text for node in nodes if (text := ast.get_docstring(node)) is not None]
+
+
+@pytest.mark.parametrize("name", PROSE_MENDED)
+def test_docstrings_name_their_subject(name: str) -> None:
+    paths = [path for path in SOURCES if is_within(name_of(path), name)]
+    assert paths, "no such package or module"
+    assert not [text for path in paths for text in docstrings(path) if NAMELESS.match(text)]
 
 
 @pytest.mark.parametrize(

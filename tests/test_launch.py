@@ -1,4 +1,4 @@
-"""What becomes of a command's end, and of words of bubblewrap. Bubblewrap itself is in integration/."""
+"""Exit codes of commands, and messages of bubblewrap, which runs in integration/."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Which unique names were ever of sandboxes: as spans, and in a file that the next gate reads."""
+"""The ledger of sandboxed names: spans, and a file that the next gate reads."""
 
 import os
 from pathlib import Path

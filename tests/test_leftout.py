@@ -1,4 +1,4 @@
-"""What the bus may deliver and nobody here reads: one message is left out, and nothing else happens."""
+"""Messages that are legal on the bus and not read here are left out alone."""
 
 import struct
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What is left of a connection: read to its end, however long that takes, and told then."""
+"""A lingering connection is read to its end, without a deadline, and told then."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Which bus it is, asked before anybody connects: for names that an earlier gate wrote down."""
+"""The gate learns a bus's id before any app connects, for names on file."""
 
 import socket
 from collections.abc import Iterator

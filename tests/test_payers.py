@@ -1,4 +1,4 @@
-"""Who pays for what the bus brings: whoever caused it, whoever hears it."""
+"""The sandbox that caused a message of the bus pays for it, not its hearers."""
 
 import pytest
 from hypothesis import settings, strategies as st
@@ -41,7 +41,7 @@ def left(talk: Dialogue) -> int:
 
 
 class Counter:
-    """How often a method was called, and with how many names."""
+    """Counts of a method's calls, and of the names they had."""
 
     def __init__(self) -> None:
         self.calls = self.names = 0
@@ -334,7 +334,7 @@ class Charges(RuleBasedStateMachine):
         self.bystander = self.town.add("see:org.*a", "receive:")
 
     def check(self, before: list[int], payer: int | None, *, may_be_nothing: bool = False) -> None:
-        """Nobody but the payer has paid."""
+        """Check that only the payer has paid."""
         paid = [host.messages.caused - mark for host, mark in zip(self.hosts, before, strict=True)]
         assert all(not cost for place, cost in enumerate(paid) if place != payer)
         assert sum(paid) > 0 or may_be_nothing

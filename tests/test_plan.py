@@ -52,7 +52,7 @@ def plan(wish: dict[str, Any] | None = None, **changes: Any) -> Plan:
 
 
 def parts(made: Plan, *kinds: str) -> list[str]:
-    """Where parts of these kinds stand, in order."""
+    """Return the paths of the parts of these kinds, in order."""
     return [part.at for part in made.parts if part.kind in kinds]
 
 

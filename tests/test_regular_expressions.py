@@ -28,7 +28,7 @@ FUNCTIONS: Final = frozenset(
 
 
 class Expression(NamedTuple):
-    """One expression of the source text."""
+    """A regular expression of the source text."""
 
     line: int
     text: str | bytes

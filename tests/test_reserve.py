@@ -19,7 +19,7 @@ def limit() -> Iterator[int]:
 
 @contextmanager
 def opened(count: int) -> Iterator[list[int]]:
-    """Have so many descriptors open in all."""
+    """Open descriptors until the process has `count`."""
     fds: list[int] = []
     try:
         while (now := len(os.listdir("/proc/self/fd")) - 1) < count:  # noqa: PTH208 - counted

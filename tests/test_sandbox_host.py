@@ -1,4 +1,4 @@
-"""What `exec` finds out about the host, and the files that its options name."""
+"""The facts of the host that `exec` collects, and the files its options name."""
 
 import os
 import socket

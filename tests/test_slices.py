@@ -1,4 +1,4 @@
-"""What takes long is done a slice a turn."""
+"""Long work is done a slice a turn."""
 
 from collections.abc import Callable, Iterator
 

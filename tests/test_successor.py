@@ -310,7 +310,7 @@ def test_attack_c2_a_sandbox_that_cannot_be_taken_over_has_no_veto(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its connections end, and everybody else's and its own socket are served."""
+    """A damaged sandbox loses its connections; its socket and all others are served."""
     supervisor.add("c0")
     supervisor.add("c1")
     load = Link.load

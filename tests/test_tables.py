@@ -1,4 +1,4 @@
-"""What a list of rules takes is known when it is set, and no question takes more."""
+"""The cost of a list is known when it is set, and no question exceeds it."""
 
 import random
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ def test_the_quick_bound_is_one(access: AccessList) -> None:
 
 
 def test_many_peers_are_one_look_up() -> None:
-    """As a slot has rules for each of the plugs that are connected to it."""
+    """A slot has rules for each plug connected to it."""
     rules = [
         Rule(access=SEND, path="/a/*", peer=Peer(kind="app", type="io.snap", app=f"app{n}"))
         for n in range(9000)

@@ -49,7 +49,7 @@ def do_nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a method gives back; `then` is called once that is on its way.
+    """A method's return values; `then` is called once they are on their way.
 
     An array among the values may be an iterator, which is then asked for its elements in slices.
     """
@@ -112,7 +112,7 @@ class Interface:
 
 
 class Answerer(Protocol):
-    """What is needed of a bus."""
+    """The part of a bus that is needed to answer calls."""
 
     def answer_body(self, call: Call, signature: str, body: bytes) -> None:
         """Answer a call."""

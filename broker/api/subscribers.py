@@ -1,7 +1,8 @@
-"""Who is told of refusals as they happen: connections that asked for it, for as long as they last.
+"""Subscribers to `Denied`: the connections that are sent refusals as they happen.
 
-A refusal is told to nobody else. As a broadcast it would be offered to every sandbox that listens to all signals, be refused there, and
-so cause the next one. What is told is bounded; `Show` has the counts, and the last refusals.
+`Denied` is sent to subscribers alone. A broadcast would be offered to every sandbox that listens to all
+signals, be refused there, and so cause the next `Denied`. The number of signals per second is bounded; `Show`
+has the counts and the last refusals. A subscription ends when its connection leaves the bus.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ SIGNALS_PER_SECOND: Final = 500
 
 
 class Subscribers:
-    """All of them, by bus and unique name. `now` is in seconds."""
+    """The subscribers of all buses, by bus and unique name. `now` is in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now: Final = now
@@ -33,7 +34,7 @@ class Subscribers:
         return len(self._users)
 
     def add(self, caller: Caller) -> None:
-        """Tell this connection from now on. Raises CallRefusedError. Fine if it is told already."""
+        """Add a connection; a second time changes nothing. Raises CallRefusedError."""
         key = caller.bus, caller.unique_name
         if key in self._users:
             return
@@ -47,16 +48,19 @@ class Subscribers:
         self._users[key] = caller.uid
 
     def discard(self, bus: str, unique_name: str) -> bool:
-        """Tell it no more; say whether it was told."""
+        """Remove a subscriber; return whether it was one."""
         return self._users.pop((bus, unique_name), None) is not None
 
     def lose_bus(self, bus: str) -> None:
-        """Forget who was on a bus: nobody tells us any more who leaves it."""
+        """Remove the subscribers on a lost bus, whose leaving is not seen any more."""
         for key in [key for key in self._users if key[0] == bus]:
             del self._users[key]
 
     def hearers(self, record: Record) -> Iterator[tuple[str, str]]:
-        """Give who is to be told of a refusal in this sandbox, as long as this second allows: its own user, and root."""
+        """Yield the subscribers to a refusal in this sandbox, within the rate limit.
+
+        They are those of the sandbox's user and of root.
+        """
         now = self._now()
         self._left += (now - self._filled) * SIGNALS_PER_SECOND
         self._left = min(self._left, SIGNALS_PER_SECOND)

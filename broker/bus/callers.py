@@ -1,14 +1,26 @@
-"""The calls that wait, and whose turn it is: users share the supervisor's time, and the callers of a user share theirs.
+"""Waiting calls and turns: users share the supervisor's time, callers share their user's.
 
-Theory of operation. A call is admitted or refused when its header is there, by what its caller, its user and all together
-have waiting already (`check`). Which user a unique name is of is asked of the bus once; its calls wait for that. From
-there calls are started in turn, user by user and caller by caller, while there are slots: so many at a time for one
-caller, for one user, and in all, but one for each user in any case. Long bodies have slots of their own, for what follows from
-one keeps the gate busy, too.
+Theory of operation. A call goes through these steps:
 
-Work that takes long is done in slices, and `turn` is called between two of them: one slice of one caller in
-each round of the loop. Of a caller that left the bus nothing is started, and what it has under way ends with its next turn; what
-was asked of the gate by then is finished, as half a change would be worse.
+    bus            Callers                                       worker
+     | header --> | check: room for caller, user and all?         |
+     | body ----> | put                                           |
+     | <--------- | ask_user, for the first call of a caller      |
+     | uid -----> | know: early -> the queue of its user          |
+     |            | next: a slot is free, and it is its turn ---> |
+     |            | <---------------- turn, between two slices -- |
+     |            | -- the slice of this caller ----------------> |
+     |            | <-------------------------------------- done  |
+
+- Admission. A call is admitted or refused by its header. The limits count the waiting calls, bytes and descriptors of its
+  caller, of its user and of all. A user or caller with less than an equal share is admitted even if a common limit is
+  reached, so that a flood keeps nobody out.
+- Order. Calls start in turns of users, and of the callers of a user, while there are slots. A user without a running call
+  may always start one. Long bodies have slots of their own, because the changes they ask for keep the gate busy, too.
+- Slices. Long work is done in slices. One slice of one caller runs at a time, and other tasks run in between.
+- Leaving. When a caller leaves the bus (`gone`), its waiting calls are closed and its running ones end at their next
+  `turn` with CallerGoneError. A request that the gate has already is finished, because half a change would be worse.
+  The caller is forgotten when its last running call is done.
 """
 
 from collections import OrderedDict
@@ -20,8 +32,8 @@ import trio
 from broker.bus.turns import FairQueue
 from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, CallRefusedError
 
-# Calls that wait: of one caller, of one user, and of all. Over the last two a caller or user with less than its share still
-# has room, so that nobody is kept out by others.
+# Waiting calls of one caller, of one user, and of all. A caller or user with less than its share has room even beyond the
+# last two, so that nobody is kept out by others.
 MAX_OF_CALLER: Final = 64
 MAX_OF_USER: Final = 256
 MAX_WAITING: Final = 1024
@@ -33,25 +45,25 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 MAX_FDS_OF_CALLER: Final = 64
 MAX_FDS_OF_USER: Final = 128
 MAX_FDS: Final = 256
-# Calls that are carried out at a time.
+# Calls that run at a time.
 RUNNING_OF_CALLER: Final = 4
 RUNNING_OF_USER: Final = 32
 RUNNING: Final = 64
-# A body of more bytes is long: a list of some hundred rules. Of those one caller has one under way.
+# A longer body, as of some hundred rules, counts as long. A caller may have one long call running.
 LONG: Final = 32 * 1024
 RUNNING_LONG: Final = 4
-# Callers that are remembered with nothing to do: they stay watched, so that the next call needs no new watch.
+# Idle callers that are remembered. They stay watched, so that their next call needs no new watch.
 MAX_IDLE: Final = 64
-# The user of callers that the bus was not asked about yet.
+# The user of callers for whom the bus has not answered yet.
 UNKNOWN: Final = -1
 
 
 class CallerGoneError(BrokerError):
-    """The caller left the bus: nobody waits for an answer."""
+    """The caller left the bus and needs no answer."""
 
 
 class Waiting(Protocol):
-    """What is needed of a call."""
+    """The part of a call that is needed to queue it."""
 
     @property
     def sender(self) -> str: ...
@@ -63,7 +75,7 @@ class Waiting(Protocol):
 
 
 class Watch(Protocol):
-    """What is needed of a watch over a bus's names."""
+    """The part of a name watch that is needed."""
 
     def add(self, name: str) -> None:
         """Watch a name."""
@@ -73,7 +85,7 @@ class Watch(Protocol):
 
 
 class _Amount:
-    """Something that waits: calls, bytes and descriptors; and of how many callers."""
+    """An amount of waiting calls, their bytes and descriptors, and their callers."""
 
     __slots__ = ("bytes", "callers", "calls", "fds")
 
@@ -94,7 +106,7 @@ class _Caller:
     def __init__(self, name: str) -> None:
         self.name: Final = name
         self.user = UNKNOWN
-        self.early: Final[list[Waiting]] = []  # calls that wait for its user to be known
+        self.early: Final[list[Waiting]] = []  # calls that came before its user was known
         self.waiting: Final = _Amount()
         self.running = 0
         self.running_long = 0
@@ -106,7 +118,7 @@ class _Caller:
 
 
 class Callers:
-    """Everybody who calls on one bus. `ask_user` has the bus asked, and `know` or `gone` called."""
+    """The callers of one bus. `ask_user` leads to a call of `know` or `gone`."""
 
     def __init__(self, ask_user: Callable[[str], None]) -> None:
         self._ask_user: Final = ask_user
@@ -124,10 +136,10 @@ class Callers:
         self._changed = trio.Event()
         self._closed = False
         self._slices: Final = FairQueue[trio.Event]()
-        self._wanted = trio.Event()  # a slice is
+        self._wanted = trio.Event()  # set when a slice is waited for
 
     def __len__(self) -> int:
-        """How many calls wait."""
+        """Return the number of waiting calls."""
         return self._all.calls
 
     # -- arriving -------------------------------------------------------------------------------------
@@ -154,7 +166,7 @@ class Callers:
                 raise _too_much(f"{limits[2]} {kind}")
 
     def put(self, call: Waiting) -> None:
-        """Have a call wait for its turn; it is ours to close from here on."""
+        """Queue a call, and own it from here on: `gone` and `close` close it."""
         caller = self._callers.get(call.sender)
         if caller is None:
             caller = self._callers[call.sender] = _Caller(call.sender)
@@ -170,7 +182,7 @@ class Callers:
             self._queue(caller, call)
 
     def know(self, sender: str, user: int) -> None:
-        """Note which user a caller is of."""
+        """Set the user of a caller and queue its early calls."""
         caller = self._callers.get(sender)
         if caller is None or caller.user != UNKNOWN:
             return
@@ -184,7 +196,7 @@ class Callers:
             self._queue(caller, call)
 
     def gone(self, sender: str) -> None:
-        """A connection left the bus: nothing of it goes on."""
+        """Drop the waiting calls of a caller that left the bus, and end its running ones."""
         caller = self._callers.get(sender)
         if caller is None:
             return
@@ -201,13 +213,13 @@ class Callers:
             self._forget(caller)
 
     def watch(self, watch: Watch) -> None:
-        """Have callers watched from now on; whoever has it tells `gone`."""
+        """Watch all callers from now on; the owner of `watch` calls `gone`."""
         self._watch = watch
         for sender in list(self._callers):
             watch.add(sender)
 
     def close(self) -> None:
-        """End: nothing is started any more."""
+        """Drop all calls and start no more."""
         self._closed = True
         for sender in list(self._callers):
             self._watch = None
@@ -231,7 +243,10 @@ class Callers:
     # -- starting -------------------------------------------------------------------------------------
 
     async def next(self) -> Waiting | None:
-        """Wait for a call that is to be carried out now; then call `done`. None: there will be none."""
+        """Wait for the next call to run, and return it; None after `close`.
+
+        `done` must be called with it in the end.
+        """
         while not self._closed:
             if (call := self.next_nowait()) is not None:
                 return call
@@ -240,8 +255,8 @@ class Callers:
         return None
 
     def next_nowait(self) -> Waiting | None:
-        """Return the call that is to be carried out now; None: nobody may have one."""
-        # In turn, or the one kind would keep the other waiting for ever.
+        """Return the next call to run; None if no caller may start one."""
+        # Short and long calls take turns, or one kind would keep the other waiting for ever.
         self._long_first = not self._long_first
         for long in (self._long_first, not self._long_first):
             if not long:
@@ -260,7 +275,7 @@ class Callers:
         return call
 
     def done(self, call: Waiting) -> None:
-        """Take note that a call has been carried out."""
+        """Free the slot of a call that has run."""
         caller = self._callers[call.sender]
         self._change_running(caller, call, -1)
         if caller.is_idle and caller.is_gone:
@@ -307,7 +322,7 @@ class Callers:
     # -- slices ---------------------------------------------------------------------------------------
 
     async def turn(self, sender: str) -> None:
-        """Wait until it is this caller's turn for a slice of work. Raises CallerGoneError."""
+        """Wait for this caller's turn to do a slice of work. Raises CallerGoneError."""
         caller = self._callers[sender]
         if not caller.is_gone:
             event = trio.Event()
@@ -321,7 +336,7 @@ class Callers:
             raise CallerGoneError(f"{sender} left the bus")
 
     async def give_turns(self) -> None:
-        """Give turns until cancelled: one at a time, and everybody's short steps in between."""
+        """Give turns until cancelled, one at a time, with other tasks in between."""
         while True:
             event = self._slices.take()
             if event is None:
@@ -329,7 +344,7 @@ class Callers:
                 await self._wanted.wait()
             else:
                 event.set()
-                # Two rounds: the slice is taken in the first one, and who took it may want the next as others do.
+                # Two rounds: in the first one the slice runs, and in the second its caller can ask for the next.
                 await trio.lowlevel.checkpoint()
                 await trio.lowlevel.checkpoint()
 

@@ -119,7 +119,7 @@ class _Work:
 
     @property
     def spent(self) -> int:
-        """How many steps were taken."""
+        """The number of steps that were taken."""
         return self._limit - self._all
 
     def run(self, steps: int = STEPS_A_SLICE) -> bool:
@@ -155,7 +155,7 @@ class _Work:
 
 
 class Unpacker(_Work):
-    """One body; `values` are its values once `run` has said so."""
+    """Unpack a body; `values` is complete once `run` has returned True."""
 
     def __init__(
         self,
@@ -310,9 +310,9 @@ class Unpacker(_Work):
 
 
 class Packer(_Work):
-    """One body, little-endian; `body` is whole once `run` has said so.
+    """Pack a little-endian body; `body` is complete once `run` has returned True.
 
-    An array's value may be an iterator, which is then asked for one element after the other, as the steps allow.
+    An array's value may be an iterator. Its elements are then taken one by one, as the steps allow.
     """
 
     def __init__(
@@ -329,7 +329,7 @@ class Packer(_Work):
 
     @property
     def body(self) -> bytes:
-        """What was written."""
+        """The bytes that were packed so far."""
         return bytes(self._out)
 
     def _put_all(self, signature: str, values: Sequence[object]) -> Iterator[None]:

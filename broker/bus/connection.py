@@ -48,7 +48,7 @@ _PROBE: Final = ("/org/buswarden/Probe", "org.buswarden.Probe", "Probe")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Whom a call is for."""
+    """The destination of a call."""
 
     destination: str
     path: str
@@ -139,7 +139,7 @@ class Bus:
 
     @property
     def backlog(self) -> int:
-        """How many messages wait to be sent because the bus does not take them."""
+        """The number of messages that wait because the bus does not read."""
         return self._link.backlog if self._link is not None else 0
 
     async def call(
@@ -316,7 +316,7 @@ class Bus:
     # -- what comes in: broker.bus.link.Taker ---------------------------------------------------------
 
     def look(self, header: Header) -> bool:
-        """Say whether a call or signal is wanted; a call that is not is refused."""
+        """Return whether to read a call or signal; refuse an unwanted call."""
         if header.type == MessageType.SIGNAL:
             return self._is_probe(header) or self.wants_signal(header)
         if header.sender is None:
@@ -436,7 +436,7 @@ async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIter
 
 @asynccontextmanager
 async def open_loop() -> AsyncIterator[None]:
-    """Have the loop that connections run in, for all of them that are opened within."""
+    """Run the asyncio loop for the connections that are opened within."""
     if trio_asyncio.current_loop.get(None) is not None:
         yield
         return
@@ -537,7 +537,7 @@ def _read_reply(reply: Reply | None, error: Exception | None) -> list[Any]:
 
 
 def is_owner_change(header: Header) -> bool:
-    """Say whether a signal is the bus's word that a name changed its owner."""
+    """Return whether a signal is the bus's own NameOwnerChanged."""
     driver = DRIVER.destination
     return (
         header.sender == driver

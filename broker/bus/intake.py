@@ -86,7 +86,7 @@ class _Skim:
 
 @dataclass(slots=True)
 class Intake:
-    """One stream. `look` is called with each header that is not oversize, in order."""
+    """The stream of a bus. `look` is called with each header, but oversize ones, in order."""
 
     look: Callable[[Header], bool]
     skipped: int = 0  # bytes so far
@@ -101,12 +101,12 @@ class Intake:
 
     @property
     def held(self) -> int:
-        """How many bytes are stored."""
+        """The number of bytes that are stored."""
         return len(self._buffer)
 
     @property
     def is_skipping(self) -> bool:
-        """Whether what comes next is dropped."""
+        """Return whether the next bytes of the stream are dropped."""
         return self._skip > 0
 
     def feed(self, data: bytes, fds: Sequence[int] = (), *, cut: bool = False) -> Iterator[Item]:
@@ -137,7 +137,7 @@ class Intake:
     # -- a message ----------------------------------------------------------------------------------
 
     def _begin(self) -> bool:
-        """Look at the next header. False: it is not there yet."""
+        """Look at the next header; return False if it is not complete yet."""
         buffer = self._buffer
         if len(buffer) < FIXED_SIZE:
             return False
@@ -216,7 +216,7 @@ class Intake:
         return data[size:] if size else data
 
     def _pass(self, size: int) -> None:
-        """Go on behind so many bytes, be they here or not."""
+        """Skip bytes of the stream: buffered ones now, later ones when they come."""
         here = min(size, len(self._buffer))
         del self._buffer[:here]
         self._at += here
@@ -225,7 +225,7 @@ class Intake:
     # -- a header that is too long ----------------------------------------------------------------------
 
     def _skim_on(self) -> bool:
-        """Go through fields. True: done with it; False: there is not enough of it yet."""
+        """Skim the fields; return False if more bytes are needed."""
         skim = self._skim
         assert skim is not None
         while not self._skip:

@@ -55,10 +55,13 @@ class Reply:
 
 
 class Taker(Protocol):
-    """Who gets calls and signals."""
+    """The receiver of a link's calls and signals."""
 
     def look(self, header: Header) -> bool:
-        """Say whether a call or signal is wanted. Whoever refuses a call sees to its answer."""
+        """Return whether to read a call or signal.
+
+        A taker that returns False for a call answers the caller itself.
+        """
 
     def take(self, header: Header, body: bytes, fds: list[int]) -> None:
         """Take one that is wanted, and the descriptors with it."""
@@ -73,7 +76,7 @@ class _Expected:
 
 
 class Link(MessageBus):
-    """One connection."""
+    """A dbus-next connection whose messages are read and written here."""
 
     def __init__(self, sock: socket.socket, taker: Taker) -> None:
         self._given: Final = sock
@@ -95,7 +98,7 @@ class Link(MessageBus):
         self._fd = self._sock.fileno()
 
     async def _authenticate(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the socket is authenticated already."""
 
     def next_serial(self) -> int:
         serial: int = self._serial % 0xFFFFFFFF + 1
@@ -116,7 +119,7 @@ class Link(MessageBus):
     def expect(
         self, serial: int, destination: str, take: Callable[[Reply | None, Exception | None], None]
     ) -> None:
-        """Have the reply to a call given to somebody, once. Others' replies are none."""
+        """Give `take` the reply to a call, once, if `destination` sent it."""
         self._expected[serial] = _Expected(destination, take)
 
     def forget(self, serial: int) -> None:
@@ -137,12 +140,12 @@ class Link(MessageBus):
 
     @property
     def backlog(self) -> int:
-        """How many messages wait to be sent."""
+        """The number of messages that wait to be sent."""
         return self._out.backlog
 
     @property
     def has_room(self) -> bool:
-        """Whether little waits to be sent."""
+        """Return whether the send queue has room."""
         return self.room.is_set()
 
     # -- reading ----------------------------------------------------------------------------------
@@ -239,13 +242,13 @@ class Link(MessageBus):
 
 @dataclass(frozen=True, slots=True)
 class _HelloReply:
-    """As much of a message as dbus-next's handler of Hello looks at."""
+    """The part of a message that dbus-next's handler of Hello reads."""
 
     body: list[Any]
 
 
 class _Writer:
-    """What waits to be sent. Descriptors are the sender's: it keeps them open until it has a reply."""
+    """The send queue. Senders keep their descriptors open until the reply."""
 
     def __init__(self, link: Any) -> None:
         self._link = link
@@ -318,7 +321,7 @@ def make_message(header: Header, body: bytes) -> bytes:
 
 
 def _may_answer(destination: str, sender: str | None) -> bool:
-    """Say whether a reply is of whom was called; session buses deliver forged ones, too.
+    """Return whether the called connection sent a reply; buses deliver forged ones.
 
     Who has a well-known name is not known here. Only the command line calls one.
     """

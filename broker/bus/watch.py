@@ -12,7 +12,7 @@ from broker.bus.link import BusLostError
 
 
 class Caller(Protocol):
-    """What the watch needs of a bus."""
+    """The part of a bus that a watch needs."""
 
     def send(
         self, target: Target, member: str, signature: str = "", values: Sequence[object] = ()

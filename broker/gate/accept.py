@@ -1,9 +1,19 @@
-"""Accept connections of a sandbox without ever waiting for anybody.
+"""Accept connections of a sandbox without ever blocking for more than 20 ms.
 
-The creator of a sandbox may have made its listening socket, and then holds the same open file description: O_NONBLOCK
-belongs to both, and so do the connections in the queue. No flag and no look before accept(2) keeps it from waiting if the
-creator clears the flag and takes the connection in between. So a timer interrupts an accept that lasts: its signal's
-handler sets the flag anew, and gives up after a few times. See docs/decisions/0011-accept-is-interrupted.md.
+The creator of a sandbox may have made its listening socket. Then it holds the same open file description, and shares
+O_NONBLOCK and the queue of connections with the gate. So neither the flag nor poll(2) keeps accept(2) from blocking:
+
+    creator                       gate
+     |                             | O_NONBLOCK on
+     |                             | poll: a connection waits
+     | O_NONBLOCK off              |
+     | accept: takes it            |
+     |                             | accept: blocks
+     |                             | 5, 10, 15 ms: SIGALRM, O_NONBLOCK on; Python repeats accept
+     |                             |   -> EAGAIN, or it blocks again if the creator was faster
+     |                             | 20 ms: SIGALRM, KeptWaitingError; the caller closes the socket
+
+See docs/decisions/0016-accept-is-interrupted.md.
 """
 
 import errno
@@ -21,25 +31,25 @@ from broker.gate.loop import BROKEN, READABLE
 from broker.posix.reserve import is_reserved
 
 LISTENING: Final = READABLE | select.EPOLLRDHUP
-# What a listening socket does not recover from: somebody shut it down.
+# Events after which a listening socket accepts no more, because it was shut down.
 SHUT_DOWN: Final = BROKEN | select.EPOLLRDHUP
-# Of these somebody may have given some back a moment later.
+# Errors that may be over a moment later, when a program has freed the resource.
 SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 PAUSE: Final = 0.1  # seconds
 # Connections taken in one turn of the loop, so that one sandbox does not keep the others waiting.
 A_TURN: Final = 16
-# How long an accept lasts until it is interrupted, and how often that is tried: 20 ms together.
+# The time until an accept is interrupted, and the most interrupts: 20 ms together.
 INTERRUPT: Final = 0.005  # seconds
 INTERRUPTS: Final = 4
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 class KeptWaitingError(OSError):
-    """Somebody makes the socket block as fast as it is made not to."""
+    """The creator of a socket clears O_NONBLOCK as fast as the gate sets it."""
 
 
 class _Interrupter:
-    """The handler of SIGALRM while a socket of somebody else's is accepted from."""
+    """The handler of SIGALRM during an accept on a shared socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock: Final = sock
@@ -50,7 +60,7 @@ class _Interrupter:
         signal.setitimer(signal.ITIMER_REAL, INTERRUPT, INTERRUPT)
 
     def __exit__(self, *_exc: object) -> None:
-        # A signal that is on its way finds nothing to give up.
+        # A signal that is already on its way must not raise.
         self._left = -1
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -65,9 +75,9 @@ class _Interrupter:
 
 
 def take(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
-    """Return a connection, if one waits; `shared`: somebody else has the socket, too.
+    """Accept a connection; None if none waits.
 
-    Raises OSError, and KeptWaitingError after 20 ms.
+    `shared`: another program may hold the listening socket. Raises OSError, and KeptWaitingError after 20 ms.
     """
     sock.setblocking(False)
     waiting = select.poll()
@@ -75,7 +85,7 @@ def take(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
     if not waiting.poll(0):
         return None
     try:
-        # Signals are the main thread's. No other accepts in a gate.
+        # Only the main thread gets signals, and in a gate only that one accepts.
         if shared and threading.current_thread() is threading.main_thread():
             with _Interrupter(sock):
                 connection = sock.accept()[0]
@@ -90,7 +100,7 @@ def take(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """Return whose it is."""
+    """Return the user id of the peer."""
     options = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     uid: int = _UCRED.unpack(options)[1]
     return uid

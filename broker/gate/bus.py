@@ -70,14 +70,14 @@ class Closable(Protocol):
         """End it."""
 
     def ask_if_read(self, number: int) -> None:
-        """Have `Bus.has_read` called with that number once the bus has read what it sent so far."""
+        """Call `Bus.has_read(number)` once the bus has read all sent messages."""
 
 
 class Lingering(Protocol):
-    """The rest of one, whose app has gone."""
+    """A connection to the bus whose app has gone."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection to the bus."""
 
 
 class Bus:
@@ -152,13 +152,13 @@ class Bus:
 
     @property
     def is_met(self) -> bool:
-        """Whether it is known which bus this is."""
+        """Return whether the bus's id is known."""
         return bool(self._guid)
 
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
-        """Remember who is behind a unique name. Call it before the app can use the connection.
+        """Remember the identity behind a unique name, before the app may use it.
 
-        Raises OSError if it cannot be written down: then the app is not to use it.
+        Raises OSError if the name cannot be written to the ledger. The app must not use the connection then.
         """
         self.ledger.add(unique_name)
         if unique_name in self._late:
@@ -169,9 +169,9 @@ class Bus:
             member.stranger_appeared(unique_name)
 
     def gone(self, unique_name: str) -> None:
-        """Note that the bus has let go of a connection.
+        """Note that the bus has released a connection.
 
-        Who it was is remembered for a while, for what it sent last is still to be judged.
+        Its identity is remembered for a while, because its last messages are still to be judged.
         """
         if unique_name in self.identities:
             self._remember_late(unique_name)
@@ -193,7 +193,7 @@ class Bus:
             self._late_lists.move_to_end(judge)
 
     def _forget(self, unique_name: str) -> None:
-        """Let one that is late be unknown."""
+        """Forget the identity behind the unique name of a closed connection."""
         del self._late[unique_name]
         del self.identities[unique_name]
         self.sandboxes.pop(unique_name, None)
@@ -205,7 +205,7 @@ class Bus:
                 self._late_rules -= len(judge.access.rules)
 
     def wait_read(self, number: int, passed: Callable[[], None]) -> None:
-        """Have it called when the bus has read all that sandboxes have sent so far."""
+        """Call `passed` once the bus has read everything sandboxes have sent so far."""
         late = set(self._late)
         names = [name for name in self.sandboxes if name not in late]
         barrier = self.barriers[number] = Barrier(names, passed)
@@ -214,7 +214,7 @@ class Bus:
         barrier.check()
 
     def has_read(self, unique_name: str, number: int) -> None:
-        """Note that the bus has read what a connection had sent when that was asked."""
+        """Note that the bus has read what a connection sent before its question."""
         if (barrier := self.barriers.get(number)) is not None:
             barrier.take(unique_name)
 

@@ -221,7 +221,10 @@ class HandedOver(msgspec.Struct, frozen=True, tag=True):
 
 
 class SandboxOf(msgspec.Struct, frozen=True, tag=True):
-    """None: a host. Empty: it is or was in a sandbox, and which is not known; so with connections of a gate that died."""
+    """The sandbox of a connection: its id, None for a host, "" if it is unknown.
+
+    "" is the answer for a connection whose sandbox is forgotten, as those of a gate that died.
+    """
 
     sandbox: str | None
 

@@ -143,7 +143,7 @@ class Filter:
 
     @property
     def followed_names(self) -> int:
-        """How many names there are of which it is known who owns them."""
+        """The number of names whose owner is followed."""
         return len(self._owners.names)
 
     def close(self) -> list[int]:
@@ -431,7 +431,7 @@ class Filter:
         return pos + size
 
     def _take_in(self, arrived: Arrived, start: float) -> None:
-        """Have a message from the bus judged, or put it behind those that wait."""
+        """Judge a message from the bus, or queue it behind waiting ones."""
         waiting = len(self.core.pending)
         in_order = not (self._stash or self.core.chores) or self._cannot_wait(arrived.header)
         if not (in_order and self._hear(arrived, start)):
@@ -467,7 +467,7 @@ class Filter:
         return min(pos + size, len(data))
 
     def _known_refusal(self, data: bytes, pos: int, size: int) -> bool:
-        """Say whether this is a broadcast that was refused before; it has been again then."""
+        """Refuse a broadcast that was refused before; return whether it was one."""
         refusals = self.core.bus_refused
         first, _, _, fields = FIXED.unpack_from(data, pos)
         if not refusals or first not in _SIGNALS:

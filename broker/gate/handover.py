@@ -32,7 +32,10 @@ class Then(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TargetDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who may answer a call. The owners of `name` since are in its history, from the change `since` on."""
+    """The connections that may answer a call.
+
+    They are `owner` and the later owners of `name`: those in its history from the change `since` on.
+    """
 
     owner: str
     name: str = ""
@@ -222,7 +225,7 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class PayersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who pays for what a bus brings, beside the connections that are there."""
+    """The payers of a bus, without its open connections."""
 
     late: tuple[tuple[str, str], ...] = ()  # (unique name, sandbox)
     movers: tuple[tuple[str, str], ...] = ()  # (name, who asked for it last)

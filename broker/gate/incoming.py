@@ -75,9 +75,9 @@ class Incoming:
         return True
 
     def charge(self, size: int, took: int) -> None:
-        """Have the last message paid by whoever caused it: what it counts, or what its time does.
+        """Charge the last message to its causer: its count or its time, if that is more.
 
-        `size` is what its bytes count.
+        `size` is the count of its bytes, `took` that of its time.
         """
         cost = max(self._cost + size, took)
         if self._arrives:
@@ -169,7 +169,7 @@ class Incoming:
                 self._core.deliver(self._clean(header, data))
 
     def _find_mover(self, header: Header, data: bytes) -> None:
-        """Let whoever asked for a name pay for our being told that we have it, or have it no more."""
+        """Charge NameAcquired or NameLost to the connection that caused it."""
         if header.signature == "s":
             (name,) = marshal.read_body("s", data[header.size :], little=header.little)
             self._cause = self._core.bus.payers.who_asked(str(name)) or self._cause

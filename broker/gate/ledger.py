@@ -1,16 +1,25 @@
 """The unique names of one bus that were ever given to connections of sandboxes.
 
-A bus gives no unique name twice, so a name that stands here is never a host's, however long its connection is gone:
-a bus may still carry what that one sent. Names count upwards, so they are kept as spans of numbers, which are as
-many as the times that a host connected between two sandboxes.
+A bus may still deliver a message of a connection that has gone. A bus gives no unique name twice, so a name in the
+ledger never belongs to a host, however long its connection is gone. Unique names count upwards. So the names are kept
+as spans of numbers, and there is one more span for each time that a host connected between two sandboxes.
 
-The file is for the next gate if this one dies: its connections are gone then, and their messages are not. Each name
-is written before the app may say anything under it. What cannot be written ends the connection.
+The file is for the next gate if this one dies: its connections end then, but their messages may still be on the bus.
+So a name is written before the app may send under it. If the write fails the connection is ended.
 
-    gate                    file                     bus
-     | <- Hello's answer, :1.7 ----------------------- |
-     | -- :1. 7 7 ---------> |                         |
-     | (the app is told its name, and may speak)       |
+    app          gate                    file           bus
+     |             | <- reply to Hello, :1.7 ------------ |
+     |             | -- ":1 7 7" ---------> |             |
+     | <- :1.7 --- |                        |             |
+     | -- call --> | -- call --------------------------> |
+     |             X (dies)                 |             |
+                  next gate                 |             |
+                   | <- ":1 7 7" ---------- |             |
+                   | <- call of :1.7 -------------------- | (refused: :1.7 is no host)
+
+Files are named by the id of the bus, which the gate learns in the handshake of its first connection (`meet`). Before
+that a name that stands in any file is doubtful (`is_doubtful`), and the question about it waits (meeting.py). A bus
+that starts anew has another id and gives the same names again, so its ledger begins empty (`move`).
 """
 
 import contextlib
@@ -27,22 +36,22 @@ from typing import Final
 from broker.posix.files import open_file
 
 LOGGER: Final = logging.getLogger(__name__)
-# Spans of all names of a bus: what can be read, or written anew, while everybody waits. Beyond, what lies between the
-# older ones counts as sandboxes' too.
+# Spans of all names of a bus: so many can be read or rewritten in one turn of the loop. Beyond that, the names between
+# the older spans count as sandboxes' too.
 MAX_SPANS: Final = 16384
-# The buses that files are kept of.
+# The files of other buses that are kept, newest first.
 MAX_FILES: Final = 16
-# Lines of a file that say what others say already, before it is written anew.
+# Redundant lines of a file, before it is rewritten.
 MAX_SURPLUS: Final = 4096
-# Bytes that are read of a file. It never gets as long: a line is of some 50 bytes.
+# Bytes that are read of a file. Our own files are shorter, because a line has some 50 bytes.
 MAX_FILE: Final = 2 * 1024 * 1024
 _BEGINNING: Final = "sandboxed-names-"
 _LINE: Final = re.compile(r"^([!-~]{1,255}) ([0-9]{20}) ([0-9]{20})$", re.ASCII | re.MULTILINE)
-_NUMBER_SIZE: Final = 20  # digits in the file: a line can be changed where it is
+_NUMBER_SIZE: Final = 20  # digits, always: a line is changed in place
 
 
 class Spans:
-    """Numbers, as ranges that do not touch: first and last of each, in order."""
+    """A set of numbers, as the first and last of ranges that do not touch, in order."""
 
     def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
         self._ends: Final = array("Q")
@@ -61,7 +70,7 @@ class Spans:
         return ((ends[at], ends[at + 1]) for at in range(0, len(ends), 2))
 
     def __contains__(self, number: int) -> bool:
-        # An odd place is within a span; its last number has the place behind it.
+        # An odd place is within a span. The last number of a span has the even place behind it.
         at = bisect_right(self._ends, number)
         return at % 2 == 1 or (at > 0 and self._ends[at - 1] == number)
 
@@ -79,15 +88,15 @@ class Spans:
         ends[low:high] = array("Q", (first, last))
 
     def dump(self) -> bytes:
-        """Return them in few steps: for another process of this machine."""
+        """Return the spans in native byte order, for a process of the same machine."""
         return self._ends.tobytes()
 
     def load(self, dump: bytes) -> None:
-        """Have those of a dump. Raises ValueError."""
+        """Restore the spans from `dump`. Raises ValueError."""
         self._ends.frombytes(dump)
 
     def thin_out(self) -> None:
-        """Have half as many of the older ones: what lies between two of them is added."""
+        """Merge the older half in pairs; the numbers between two spans are added."""
         ends = self._ends
         older = len(ends) // 2
         older -= older % 4
@@ -98,16 +107,16 @@ class Spans:
 
 
 class Ledger:
-    """The names of one bus. Without a folder they are in memory alone."""
+    """The sandboxed names of one bus; without a folder, in memory alone."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder: Final = folder
-        self._spans: Final[dict[str, Spans]] = {}  # by all of the name before its number
+        self._spans: Final[dict[str, Spans]] = {}  # by the part of a name before its number
         self._path: Path | None = None
         self._fd = -1
         self._size = 0  # of the file
-        self._surplus = MAX_SURPLUS  # lines: more each time that writing it anew did not work out
-        # What the files say of all buses, from when it is asked for until it is known which of them this is.
+        self._surplus = MAX_SURPLUS  # lines; grows with each failed rewrite
+        # The names in the files of all buses, read on demand until the id of this bus is known. None: not read yet.
         self._rumours: dict[str, Spans] | None = None if folder is not None else {}
         self._last_line = ("", -1)  # its prefix, and the last number of its span
 
@@ -115,7 +124,7 @@ class Ledger:
         return _holds(self._spans, unique_name)
 
     def is_doubtful(self, unique_name: str) -> bool:
-        """Say whether it takes the bus's id to know whether the name is in here."""
+        """Return whether the answer for a name depends on the unknown id of the bus."""
         if self._rumours is None:
             assert self._folder is not None
             self._rumours = _read_all(self._folder)
@@ -125,7 +134,7 @@ class Ledger:
         return sum(len(spans) for spans in self._spans.values())
 
     def add(self, unique_name: str) -> None:
-        """Take note of a name. Raises OSError if it cannot be written down."""
+        """Add a name to the ledger and its file. Raises OSError if the write fails."""
         prefix, number = _parse(unique_name)
         spans = self._spans.get(prefix, Spans())
         if number in spans:
@@ -139,7 +148,7 @@ class Ledger:
             self._write_anew()
 
     def meet(self, bus_id: str) -> None:
-        """Have the names that were written down of that bus."""
+        """Take in the names of the file of this bus, whose id is now known."""
         self._rumours = {}
         self._path = self._find_path(bus_id)
         if self._path is not None:
@@ -147,7 +156,7 @@ class Ledger:
             _drop_old(self._path)
 
     def move(self, bus_id: str) -> None:
-        """Have the names of another bus: the one before is no more."""
+        """Replace all names by those of a new bus; the former bus and its file are gone."""
         self.close()
         self._spans.clear()
         if self._path is not None:
@@ -166,7 +175,7 @@ class Ledger:
         return tuple((prefix, spans.dump()) for prefix, spans in self._spans.items())
 
     def load(self, bus_id: str, dump: tuple[tuple[str, bytes], ...]) -> None:
-        """Have the spans of a dump, which are those of the file. Raises ValueError."""
+        """Restore the spans from `dump`, which agrees with the file. Raises ValueError."""
         if bus_id:
             self._rumours = {}
         self._path = self._find_path(bus_id) if bus_id else None
@@ -196,7 +205,7 @@ class Ledger:
         self._last_line = (prefix, number)
 
     def _end_last_line(self) -> None:
-        """Leave a line as it is that was cut off, and have the next one apart from it."""
+        """End a line that was cut off, so that the next one stands apart."""
         if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
             self._write_at(self._size, b"\n")
 
@@ -208,7 +217,7 @@ class Ledger:
         self._size = at + len(data)
 
     def _write_anew(self) -> None:
-        """Write one line for each span. If it does not work out the old file says the same."""
+        """Rewrite the file, one line a span. After a failure the old file still holds."""
         if self._path is None:
             return
         self._surplus += MAX_SURPLUS
@@ -250,7 +259,7 @@ def _read_all(folder: Path) -> dict[str, Spans]:
 
 
 def _read(path: Path) -> dict[str, Spans]:
-    """Return what is in a file; lines that were not written whole are none."""
+    """Return the spans in a file; lines that are not whole are skipped."""
     found: dict[str, list[tuple[int, int]]] = {}
     _read_into(found, path)
     return _merged(found)
@@ -263,14 +272,15 @@ def _merged(found: dict[str, list[tuple[int, int]]]) -> dict[str, Spans]:
 def _read_into(found: dict[str, list[tuple[int, int]]], path: Path) -> None:
     try:
         with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
-            # The newest names, if it is longer than we made it: a bus may still have what those sent.
+            # The newest names, if the file is longer than ours: the bus may still have their messages.
             file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_FILE))
             text = file.read(MAX_FILE).decode(errors="replace")
     except FileNotFoundError:
         return
     except OSError as exc:
-        # A gate that does not start would be worse than one that does not know who was there before it.
-        LOGGER.error("%s: %s: who was in a sandbox is not known", path, exc.strerror)  # noqa: TRY400
+        # A gate that does not start is worse than one that does not know the names before it.
+        text = "%s: %s: the sandboxed names of an earlier gate are not known; remove or repair the file"
+        LOGGER.error(text, path, exc.strerror)  # noqa: TRY400
         return
     for prefix, low, high in _LINE.findall(text):
         first, last = int(low), int(high)
@@ -279,7 +289,7 @@ def _read_into(found: dict[str, list[tuple[int, int]]], path: Path) -> None:
 
 
 def _drop_old(path: Path) -> None:
-    """Remove files of buses that were before, all but the newest."""
+    """Remove the files of other buses, but for the newest."""
     with contextlib.suppress(OSError):
         others = [one for one in path.parent.glob(f"{_BEGINNING}*") if one != path]
         others.sort(key=lambda one: one.lstat().st_mtime)

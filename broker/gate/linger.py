@@ -1,16 +1,19 @@
-"""What is left of a connection whose app has gone: the bus's side, until the bus lets go of it.
+"""The bus side of a connection whose app has gone, until the bus closes it.
 
-The bus may hold much that the app sent, and has its unique name listed as long as it does. So that side is closed half:
-the bus reads what there is, then the end of the file, and hangs up. Until then the connection is its sandbox's, by
-name and in number. There is no deadline: nobody but the bus can say when it has read all. One that it does not let
-go of costs its own sandbox a place, and nobody else anything.
+The bus may still hold messages of the app, and lists the app's unique name until it has read them. If the gate forgot
+the name before that, the app's last messages would look like a host's. So the gate shuts down its sending half only.
+The bus reads the rest, then the end of the file, and closes. Until then the unique name belongs to the sandbox, and
+the connection counts against its `max_connections_per_container`.
+
+There is no deadline, because only the bus knows when it has read everything. A connection that the bus never closes
+takes one place of its own sandbox and nothing of others.
 
     app          gate                         bus
-     | hangs up -> |                           |
-     |             | -- SHUT_WR -------------> | (goes on reading what was sent)
-     |             | <- messages, thrown away  |
-     |             | <- end of the file ------ | (the name is gone, or about to go)
-     |             | tells Gone                |
+     | closes ---> |                           |
+     |             | -- SHUT_WR -------------> | (still reads the app's messages)
+     |             | <- messages, discarded -- |
+     |             | <- end of the file ------ | (the name is released, or about to be)
+     |             | -- Gone --> supervisor    |
 """
 
 import contextlib
@@ -24,7 +27,7 @@ from broker.gate.pipe import ANCILLARY, READ_SIZE_FOR_MUCH, RECEIVE, close_fds, 
 
 
 class Linger:
-    """One such connection. Its socket is its own from here on."""
+    """A lingering connection, which owns its socket."""
 
     def __init__(
         self,
@@ -40,12 +43,12 @@ class Linger:
         self._sock: Final = sock
         self._ended: Final = ended
         self._is_over = False
-        with contextlib.suppress(OSError):  # the bus has hung up: reading finds out
+        with contextlib.suppress(OSError):  # the bus has closed already: the next read shows it
             sock.shutdown(socket.SHUT_WR)
         loop.add(sock.fileno(), READABLE, self._readable)
 
     def close(self) -> None:
-        """Let go of it. Does nothing the second time."""
+        """Close the connection. Does nothing the second time."""
         if not self._is_over:
             self._is_over = True
             self._loop.remove(self._sock.fileno())
@@ -53,13 +56,13 @@ class Linger:
             self._ended(self)
 
     def leave(self) -> None:
-        """Leave the loop, and close nothing."""
+        """Leave the loop and keep the socket open, for a hand-over."""
         self._is_over = True
         self._loop.remove(self._sock.fileno())
         self._sock.detach()
 
     def dump(self, fds: Fds) -> LingerDump:
-        """Return it, its descriptor as an index."""
+        """Return the connection for a hand-over, with its descriptor in `fds`."""
         return LingerDump(
             bus=self.bus, unique_name=self.unique_name, fd=fds.put(self._sock.fileno())
         )

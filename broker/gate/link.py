@@ -123,7 +123,7 @@ class Link:
 
     @contained
     def ask_if_read(self, number: int) -> None:
-        """Have the bus answer something behind what was sent so far."""
+        """Ask the bus a question whose answer shows that it has read all before it."""
         if self._filter is not None and self._filter.core.unique_name:
             self._filter.core.call_driver("GetId", "", (), Then(KIND, (number,)))
             self._send()

@@ -1,7 +1,8 @@
-"""Finding out which bus answers at an address, for questions that come before the first app does.
+"""Find out the id of a bus, for questions that come before the first app connects.
 
-A gate that is new has what the one before it wrote down, by the bus's id (ledger.py). The id is said in the handshake, so a
-connection is made as far as that, and closed: it gets no name.
+A new gate finds the sandboxed names of an earlier one on file, by the id of the bus (ledger.py). The bus states
+its id in the handshake. So the gate connects, goes through the handshake, and closes before Hello: the connection
+gets no name.
 """
 
 import socket
@@ -20,7 +21,7 @@ MEETING_SECONDS: Final = 5.0
 
 
 class Meeting:
-    """One such connection; `done` is called once, and then it is known which bus it is, or not."""
+    """A connection that ends with the handshake; `done` is called once, also after a failure."""
 
     def __init__(self, loop: Loop, bus: Bus, uid: int, done: Callable[["Meeting"], None]) -> None:
         self.bus: Final = bus
@@ -35,7 +36,7 @@ class Meeting:
         connect(loop, bus.address, uid, self._connected)
 
     def end(self) -> None:
-        """Be done with it. Does nothing the second time."""
+        """Close the connection and call `done`. Does nothing the second time."""
         if self._is_over:
             return
         self._is_over = True

@@ -302,9 +302,9 @@ def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> t
 
 
 def _may_reach_who_wants_tags(core: Core, header: Header, target: Target | None) -> bool:
-    """Say whether whoever gets the message may have asked for header field 10.
+    """Return whether a receiver of the message may have asked for header field 10.
 
-    Only a unique name says who that is. A well-known name may have another owner when the bus delivers the message; one
+    Only a unique name tells the receiver. A well-known name may have another owner when the bus delivers the message; one
     that nobody owns may be a service's that is being started, and that asks before it takes what waits for it.
     """
     name = header.destination

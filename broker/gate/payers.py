@@ -1,8 +1,31 @@
-"""Who pays for what a bus brings: the budgets of the sandboxes behind its connections. No I/O.
+"""The payers for messages of a bus: budgets of sandboxes, by unique name. No I/O.
 
-A message of the bus is work for each connection that hears it, and whoever caused it pays for all of that work from the
-budget of messages of its sandbox: who sent it; of an owner change, who asked for it; of an answer to a question of the
-gate's own, whose connection it was asked on. What hosts cause is nobody's.
+A message of the bus is work on each connection that hears it. The sandbox that caused the message pays for all of that
+work from its `messages_per_second`; the hearers pay nothing. The payer is found from the message alone:
+
+    message                              payer
+    call, signal, unexpected reply       the sender
+    owner change of a well-known name    the mover: the owner that last requested or released the name;
+                                         nobody after a change of rules; the new owner if none is known
+    owner change of a unique name        the connection that came or left
+    answer to a question of the gate     the connection on which the gate asked
+    any of these caused by a host        nobody
+
+A payer may not be known when its bill comes, or not be there any more:
+
+    state      from                       to                         kept in
+    arriving   others hear of it          the reply to its Hello     _arriving: its debt, charged by `joined`
+    joined     `joined`                   its app closes             budgets
+    late       `left`                     4096 others have left      budgets and _late
+    orphan     `load` of a late one       `adopt` of its sandbox     _orphans
+
+    A (sandbox)    gate                                 bus
+     | RequestName -> | moves(":1.7", name)              |
+     |                | -- RequestName ----------------> |
+     |                | <- NameOwnerChanged, on B ------ | who_moved(): ":1.7"
+     |                | charge(":1.7", work on B)        |
+     | closes ------> | left(":1.7", its names)          |
+     |                | <- NameOwnerChanged, on B ------ | A still pays: it is late
 """
 
 from collections import OrderedDict
@@ -11,11 +34,11 @@ from typing import Final
 from broker.gate.budgets import MessageBudget
 from broker.gate.handover import PayersDump
 
-# Connections that are closed and whose names still go, for those who read slowly: as in bus.py.
+# Late connections: their last owner changes may come long after they closed. As in bus.py.
 MAX_LATE: Final = 4096
-# Names that somebody asked for, or gave back. Pushing one out takes as many requests, each of which is paid for.
+# Names with a known mover. Pushing one out takes as many requests, and each request is paid for.
 MAX_MOVERS: Final = 4096
-# Connections that others heard of before the answer to their Hello was read.
+# Connections that others heard of before the reply to their Hello was read.
 MAX_ARRIVING: Final = 256
 
 
@@ -23,23 +46,23 @@ class Payers:
     """The payers of one bus."""
 
     def __init__(self) -> None:
-        # By unique name; what has none is a host's. Whoever passes on what is known looks here without asking us.
+        # By unique name; a host's name has none. The shortcut for known messages (filter.py) reads it directly.
         self.budgets: Final[dict[str, MessageBudget]] = {}
-        self._late: Final[OrderedDict[str, str]] = OrderedDict()  # -> id of its sandbox
+        self._late: Final[OrderedDict[str, str]] = OrderedDict()  # unique name -> sandbox id
         self._movers: Final[OrderedDict[str, str]] = OrderedDict()
-        self._arriving: Final[OrderedDict[str, int]] = OrderedDict()  # -> what it owes
-        # Of another gate's late ones, whose sandboxes are still to come: sandbox id -> unique names.
+        self._arriving: Final[OrderedDict[str, int]] = OrderedDict()  # unique name -> debt
+        # Late connections of the former gate, until their sandbox is loaded: sandbox id -> unique names.
         self._orphans: Final[dict[str, list[str]]] = {}
 
     def joined(self, unique_name: str, budget: MessageBudget) -> None:
-        """Let that budget pay for what the connection causes."""
+        """Charge the connection's messages to `budget` from now on, and its debt at once."""
         self._late.pop(unique_name, None)
         self.budgets[unique_name] = budget
         if owed := self._arriving.pop(unique_name, 0):
             budget.charge(owed)
 
     def left(self, unique_name: str, sandbox: str, names: list[str]) -> None:
-        """Note that a connection is closed; its names go with it, at its cost."""
+        """Note that a connection is closed; it pays for the release of its names."""
         if unique_name not in self.budgets:
             return
         for name in names:
@@ -50,14 +73,14 @@ class Payers:
             del self.budgets[oldest]
 
     def clear(self) -> None:
-        """Forget all: the bus has started anew."""
+        """Forget everything, because the bus has restarted."""
         for known in (self.budgets, self._late, self._movers, self._arriving, self._orphans):
             known.clear()
 
     def moves(self, unique_name: str, name: str) -> None:
-        """Note that a connection asks for a name, or gives it back: the owner changes that follow are its doing.
+        """Note that a connection requests or releases a name: it pays for the changes.
 
-        "" is whoever is no sandbox.
+        `unique_name` is "" for a host, or for a change of rules.
         """
         self._movers[name] = unique_name
         self._movers.move_to_end(name)
@@ -65,9 +88,9 @@ class Payers:
             self._movers.popitem(last=False)
 
     def who_moved(self, name: str, *owners: str) -> str:
-        """Return which of the owners, the new one first, made a name go from one to the other; "" is nobody we know."""
+        """Return the owner, new or old, that caused an owner change; "" if unknown."""
         if name[:1] == ":":
-            return name  # who connects or leaves
+            return name  # the connection itself comes or leaves
         mover = self._movers.get(name)
         if mover == "":
             return ""
@@ -75,18 +98,18 @@ class Payers:
         return mover if mover in known else next(iter(known), "")
 
     def who_asked(self, name: str) -> str:
-        """Return who has asked for a name, or given it back, last; "" is nobody we know."""
+        """Return the sandbox connection that last requested or released a name, or ""."""
         mover = self._movers.get(name, "")
         return mover if mover in self.budgets else ""
 
     def charge(self, unique_name: str, cost: int) -> None:
-        """Have the sandbox of that connection pay, if it is one's."""
+        """Charge the sandbox of a connection; a host's connection costs nothing."""
         budget = self.budgets.get(unique_name)
         if budget is not None:
             budget.charge(cost)
 
     def charge_arrival(self, unique_name: str, cost: int) -> None:
-        """The same for one that is new on the bus: if it is a sandbox's, that may not be known yet."""
+        """Charge a new connection, or note its debt until its sandbox is known."""
         if unique_name in self.budgets:
             self.charge(unique_name, cost)
             return
@@ -97,8 +120,8 @@ class Payers:
     # -- handing over --------------------------------------------------------------------------
 
     def dump(self) -> PayersDump:
-        """Return all but the connections, which bring their budgets with them."""
-        # In no order, since sandboxes come in their own; and with those whose sandboxes have ended, which nobody adopts.
+        """Return the state without open connections, whose sandboxes bring budgets."""
+        # Sorted by name: the order of leaving is lost when sandboxes adopt theirs. Orphans of ended sandboxes are included.
         late = dict(self._late)
         for sandbox, names in self._orphans.items():
             late.update(dict.fromkeys(names, sandbox))
@@ -109,14 +132,14 @@ class Payers:
         )
 
     def load(self, dump: PayersDump) -> None:
-        """Know what the one knew that made the dump."""
+        """Restore the state from `dump`."""
         self._movers.update(dump.movers)
         self._arriving.update(dump.arriving)
         for unique_name, sandbox in dump.late:
             self._orphans.setdefault(sandbox, []).append(unique_name)
 
     def adopt(self, sandbox: str, budget: MessageBudget) -> None:
-        """Let a sandbox that was handed over pay for those of its connections that are closed."""
+        """Charge a sandbox that was handed over for its late connections."""
         for unique_name in self._orphans.pop(sandbox, ()):
             self.joined(unique_name, budget)
             self.left(unique_name, sandbox, [])

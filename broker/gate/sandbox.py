@@ -142,13 +142,13 @@ class Sandbox:
             self.finish()
 
     def abandon(self) -> None:
-        """Be over at once, after `stop`: nobody is there to wait for the bus."""
+        """Finish after `stop` without waiting for the bus to release connections."""
         for rest in list(self.lingering):
             rest.close()
         self.finish()
 
     def finish(self) -> None:
-        """Be over, whoever lingers: tell its end, after `stop`. Does nothing the second time."""
+        """Tell the end, after `stop`; connections may linger. Does nothing the second time."""
         if self.is_over:
             return
         self.is_over = True

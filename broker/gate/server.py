@@ -217,7 +217,7 @@ class Gate:
         self._write(Envelope(serial=envelope.serial, body=answer, fds=len(given)), given)
 
     def _begin(self, serial: int, body: object) -> bool:
-        """Do what answers by itself, maybe later. False: it is something else."""
+        """Start a request that writes its own answer; return False for any other."""
         match body:
             case TakeSnapshot():
                 self._tell_snapshot(serial, body)
@@ -234,7 +234,7 @@ class Gate:
         return True
 
     def _work_on(self, serial: int, work: Work, fds: list[int]) -> None:
-        """Do in slices what compiling rules may make long, and answer then."""
+        """Do a request that compiles rules in slices, then answer it."""
         asker = self._supervisor
 
         def ended(refused: CallRefusedError | None) -> None:
@@ -424,7 +424,7 @@ class Gate:
         leave(self._manager.replaced)
 
     def _settle(self) -> None:
-        """Be done with what is not worth handing over."""
+        """Settle what is not handed over: chores of connections, meetings, barriers."""
         for sandbox in self._sandboxes.values():
             sandbox.settle()
         for meeting in list(self._meetings.values()):

@@ -14,7 +14,7 @@ Work = Generator[int, None, None]
 
 
 class Sliced:
-    """One piece of work, and who is to know that it is done or refused."""
+    """A piece of work that is done in slices; `ended` is told its outcome."""
 
     def __init__(
         self, loop: Loop, work: Work, ended: Callable[[CallRefusedError | None], None]
@@ -25,7 +25,10 @@ class Sliced:
         self._later: Callable[[], None] | None = None
 
     def begin(self, later: Callable[[], None]) -> bool:
-        """Do the first slice. True: that was all; otherwise `later` is called when it is all done."""
+        """Do the first slice; return True if that was all.
+
+        Otherwise the rest follows in later turns of the loop, and then `later` is called.
+        """
         if self._slice():
             return True
         self._later = later

@@ -1,4 +1,4 @@
-"""What is remembered of judgements: by the bytes of a header, with the names that it rests on. No I/O."""
+"""Remembered verdicts, by the bytes of a header and the names they rest on. No I/O."""
 
 from typing import Final, TypeVar
 

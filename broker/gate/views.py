@@ -1,8 +1,9 @@
-"""How an app's rules see each owner of names, counted name by name. No I/O.
+"""Views of name owners by an app's rules, counted name by name. No I/O.
 
-An owner is seen if a rule lets any of its names be seen, and none hides one of them. Names come and go one at a time, and
-an owner may have hundreds: so for each owner that has names it is counted how many are shown and how many hidden. Who owns
-more than MAX_NAMES is not seen, as nothing may be sent there: nobody's names are more work than that at a time.
+An owner is seen if a rule shows one of its names and no rule hides one. Names come and go one at a time, and an
+owner may have hundreds. So a view counts how many names of the owner are shown and how many are hidden.
+An owner of more than MAX_NAMES is not seen, because counting its names would be too much work at a time, and nothing
+may be sent to it anyway.
 """
 
 from typing import Final
@@ -14,7 +15,7 @@ from policy.tables import MAX_NAMES
 
 
 class View:
-    """One owner, as one list of rules sees whoever that is."""
+    """The view of one owner by one list of rules."""
 
     __slots__ = ("hidden", "identity", "judge", "shown")
 

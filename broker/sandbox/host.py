@@ -32,7 +32,7 @@ def find_bubblewrap() -> str:
 def find_host(
     *, bus_addresses: Iterable[str], runtime_dirs: Iterable[str], cgroup: str = ""
 ) -> Host:
-    """Look at what the host has. Raises ConfigError."""
+    """Collect the facts of the host that a plan needs. Raises ConfigError."""
     buses = find_buses(bus_addresses, os.environ).paths
     protected = {_resolved(path) for path in (*buses, *runtime_dirs, *_BUS_FOLDERS)}
     system = [Path(path) for path in SYSTEM]

@@ -1,9 +1,9 @@
-"""What a sandboxed command sees: the parts of its file system, its namespaces, its environment. Pure.
+"""The plan of a sandboxed command: its file system, namespaces and environment. Pure.
 
-The root is made of chosen parts, and everything else of the host is absent. Of a folder of the host it sees a
-read-only overlay (broker/sandbox/stage.py makes it), in which no socket of the host answers. The sockets that do
-are those named here: the sandbox's buses, and what an option asks for. A folder that is given as it is (`bound`)
-has its sockets, so none is given that could hold a bus or the broker's own sockets.
+The root is made of chosen parts, and everything else of the host is absent. The command sees a folder of the host as
+a read-only overlay (broker/sandbox/stage.py makes it), in which no socket of the host answers. The sockets that
+answer are named here: those of the sandbox's buses, and those an option asks for. A folder that is given as it is
+(`bound`) has its sockets, so a folder that could hold a bus or the broker's own sockets is refused.
 """
 
 import posixpath
@@ -50,7 +50,7 @@ _SHELL: Final = f'exec "$@" 2>&{STDERR} {STDERR}>&- {STATUS}>&-'
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What there is outside, as far as the plan depends on it. All paths are resolved."""
+    """The facts of the host that the plan depends on. All paths are resolved."""
 
     uid: int
     cwd: str
@@ -78,7 +78,7 @@ class Display:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What is asked for. All paths are resolved."""
+    """The options of one `exec`. All paths are resolved."""
 
     command: tuple[str, ...]
     sockets: Mapping[str, str]  # of the sandbox, by the name of the bus
@@ -103,7 +103,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to start: bubblewrap's arguments before and after those for the parts."""
+    """The parts, and bubblewrap's arguments before and after those for the parts."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -248,7 +248,7 @@ def _command_inside(inside: _Inside, wish: Wish, host: Host) -> tuple[str, ...]:
 
 
 def _can_be_private(home: str) -> bool:
-    """Say whether an empty folder may lie there and hide nothing that is needed."""
+    """Return whether an empty folder at the path hides nothing that is needed."""
     if not home or any(is_below(home, folder) for folder in (*SYSTEM, *_KERNELS)):
         return False
     return not any(is_below(folder, home) for folder in (*SYSTEM, *_KERNELS, *_OWN))

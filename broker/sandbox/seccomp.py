@@ -34,7 +34,7 @@ _ORDER: Final = (*_REFUSED, *_PIDS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Calls:
-    """How an architecture numbers the calls, in the order of _ORDER."""
+    """The numbers of the calls on one architecture, in the order of _ORDER."""
 
     arch: int  # AUDIT_ARCH_*
     numbers: tuple[int, ...]

@@ -204,7 +204,7 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
 
 
 def _place_descriptors(order: Mapping[str, Any]) -> None:
-    """Have 0 to 2, STDERR, STATUS and FILTER, and nothing else."""
+    """Open or move 0 to 2, STDERR, STATUS and FILTER; close all others."""
     program = bytes.fromhex(order["filter"])
     filter_fd = os.memfd_create("filter")
     os.write(filter_fd, program)

@@ -227,7 +227,7 @@ def _refusing(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def _refusing_late(work: Generator[int, None, T]) -> Generator[int, None, T]:
-    """Do the same with work in slices."""
+    """Turn SnapError into CallRefusedError for work in slices."""
     try:
         return (yield from work)
     except SnapError as exc:

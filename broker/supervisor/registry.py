@@ -164,7 +164,7 @@ class Sandbox:
         return self.phase in {Phase.RUNNING, Phase.CLOSING, Phase.STOPPING}
 
     def may_be_seen_by(self, uid: int) -> bool:
-        """Say whether a user may know of it."""
+        """Return whether a user may know of the sandbox."""
         return uid in {0, self.record.uid}
 
 

@@ -21,7 +21,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behind:
-    """Who is behind a connection: a sandbox, one that is not known, or the host."""
+    """The origin of a connection: a sandbox, an unknown sandbox, or the host."""
 
     is_inside: bool  # of a sandbox, now or before
     sandbox: Sandbox | None  # which, if it is known and has not ended
@@ -30,7 +30,7 @@ class Behind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddRequest:
-    """What AddServer is asked for. The descriptors are the caller's, and only lent."""
+    """The arguments of AddServer. The descriptors are the caller's, and only lent."""
 
     type: str
     app: str

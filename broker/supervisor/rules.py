@@ -1,7 +1,7 @@
-"""How many rules a sandbox may be given and what they may cost; and work on rules that leaves others their turn.
+"""Limits to the number and cost of a sandbox's rules, and work on rules in slices.
 
-Reading, compiling and writing ten thousand rules takes longer than a caller may be kept waiting by another one: whatever does
-it is a generator that tells how much work was done, and `in_slices` lets others go on in between.
+Reading, compiling and writing ten thousand rules takes longer than one caller may keep another one waiting. So that
+work is a generator that yields how much was done, and `in_slices` gives other callers their turn in between.
 """
 
 from collections.abc import Collection, Generator, Sequence
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 async def in_slices(work: Generator[int, None, T], turn: Turn = trio.lowlevel.checkpoint) -> T:
-    """Do the work and return what comes of it; whoever else waits has a turn now and then."""
+    """Do the work and return its result; await `turn` after each slice."""
     results: list[T] = []
     for _ in iter(partial(_do_slice, work, results), True):
         await turn()
@@ -36,7 +36,7 @@ async def in_slices(work: Generator[int, None, T], turn: Turn = trio.lowlevel.ch
 
 
 def _do_slice(work: Generator[int, None, T], results: list[T]) -> bool:
-    """Do a slice; True: it was the last, and what came of all is in `results`."""
+    """Do a slice; after the last one append the result and return True."""
     done = 0
     while done < SLICE:
         try:

@@ -149,7 +149,7 @@ class _Parts:
         _attach(watch, bus)
 
     def name_gone(self, bus: str, unique_name: str) -> None:
-        """Have nothing go on of a connection that left its bus."""
+        """Drop what depends on a connection that left its bus."""
         self.subscribers.discard(bus, unique_name)
         self.supervisor.name_gone(bus, unique_name)
 
@@ -191,7 +191,7 @@ def _make_parts(
 
 
 def _attach(watch: NameWatch, bus: Bus) -> None:
-    """Have a watch told of its bus's names, and the bus of callers that leave."""
+    """Connect a watch with its bus: signals one way, callers that leave the other."""
     bus.on_signal = watch.take
     watch.on_caller_gone = bus.calls.gone
     bus.calls.watch(watch)

@@ -1,4 +1,4 @@
-"""What the gate is told of a new sandbox. Pure."""
+"""The specification of a new sandbox, as it is sent to the gate. Pure."""
 
 from collections.abc import Mapping
 

@@ -205,7 +205,7 @@ class Supervisor:
         return Behind(is_inside=id_ is not None, sandbox=sandbox, is_there=has_it)
 
     async def is_inside(self, bus: str, unique_name: str) -> bool:
-        """Say whether a connection is or was in a sandbox, be it one that we do not know."""
+        """Return whether a connection is or was in any sandbox, known or unknown."""
         return (await self.who(bus, unique_name)).is_inside
 
     async def tag_headers(self, caller: Caller) -> None:

@@ -1,9 +1,9 @@
-"""What can be said of a header that a bus may deliver and nobody here reads: too large, or too many values.
+"""Skim a header that is legal on the bus and not read here: too large, or of too many values.
 
-Such a message is left out alone, but somebody may wait for it: the caller of a call, or the app whose call a
-reply answers. So the names and numbers are found, and everything else is jumped over by the length that it has.
-Nothing is checked but what is returned, since the message goes nowhere. Work is counted: a header of 64 MiB
-costs as much as MAX_STEPS values, whatever is in it.
+Only that message is left out, but a program may wait for it: the caller of a call, or the app whose call a reply
+answers. So the names and serial numbers are read, and every other value is skipped by its length. Only the returned
+values are checked, because the message is not passed on. Work is counted: a header of 64 MiB costs at most as much
+as MAX_STEPS values.
 """
 
 import struct

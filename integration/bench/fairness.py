@@ -42,7 +42,7 @@ _SEE_APP: Final = (0x1 | 0x400 | _ANY_PATH, f"{parties.SERVICE}/bench", "/", "")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cast:
-    """Who there is in a flood beside the two victims."""
+    """The sandboxes and names of a flood beside the two victims."""
 
     villain: Sequence[Usos] = (_TALK,)  # the rules of the sandbox that floods
     hearers: int = 0  # sandboxes with a connection that follows all names

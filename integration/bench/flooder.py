@@ -143,7 +143,7 @@ class Connector:
         self._path: Final = path
 
     def get_ready(self) -> None:
-        """Nothing has to be done."""
+        """Do nothing: this flood needs no preparation."""
 
     def step(self) -> bool:
         """Connect once."""
@@ -164,7 +164,7 @@ class Greeter:
         self._path: Final = path
 
     def get_ready(self) -> None:
-        """Nothing has to be done."""
+        """Do nothing: this flood needs no preparation."""
 
     def step(self) -> bool:
         """Connect once, and wait for a word or the end."""

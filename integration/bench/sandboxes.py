@@ -82,9 +82,9 @@ def measure_memory(count: int, scene: Scene, effort: Effort) -> list[Result]:
 def open_sandbox(
     creator: Client, name: str = parties.SERVICE, *, rules: Sequence[Usos] = ()
 ) -> Iterator[Path]:
-    """Have the supervisor make a sandbox for as long as the block lasts; yields its socket.
+    """Open a sandbox for as long as the block lasts; yield its socket.
 
-    It may talk to that name, or do what the rules say if there are any.
+    The sandbox may talk to that name, or do what the rules allow if there are any.
     """
     allow = {"Allow": Variant("a(usos)", list(rules) or [(TALK_FLAGS, name, "/", "")])}
     call = make_broker_call("AddServer", "ssa{sv}a{sv}", (parties.SERVICE, "bench", {}, allow))

@@ -166,7 +166,7 @@ def peer_leaves(world: World, choices: Choices) -> None:
 
 
 def sandboxed_peer_hangs_up(world: World, _choices: Choices) -> None:
-    """Let the app of another sandbox close: what it sent is still to come."""
+    """Close the app of another sandbox; its messages are still to come."""
     world.hang_up()
 
 

@@ -309,7 +309,7 @@ class FilterMachine(RuleBasedStateMachine):
 
     @rule()
     def sandboxed_peer_hangs_up_with_a_backlog(self) -> None:
-        """What it sent before comes in as its own, as long as there is anything."""
+        """Deliver the backlog of a closed connection as that sandbox's own."""
         self.world.hang_up()
         self.all_is_said_again()
 
