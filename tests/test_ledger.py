@@ -280,3 +280,17 @@ def test_files_are_read_when_somebody_asks(tmp_path: Path, monkeypatch: pytest.M
     again = Ledger(tmp_path)
     again.load(BUS, names.dump())
     assert spans_of(again) == [(":1", 5, 5)]
+
+
+def test_attack_i1_names_from_before_the_bus_said_its_id_stay(tmp_path: Path) -> None:
+    old = make(tmp_path)
+    old.add(":1.5")
+    old.close()
+    names = Ledger(tmp_path)
+    for name in (":1.8", ":1.9", ":strange"):
+        names.add(name)
+    names.meet(BUS)
+    names.close()
+    for ledger_now in (names, make(tmp_path)):
+        assert all(name in ledger_now for name in (":1.5", ":1.8", ":1.9", ":strange"))
+        assert ":1.7" not in ledger_now

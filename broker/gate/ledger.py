@@ -135,7 +135,9 @@ class Ledger:
 
     def add(self, unique_name: str) -> None:
         """Add a name to the ledger and its file. Raises OSError if the write fails."""
-        prefix, number = _parse(unique_name)
+        self._add(*_parse(unique_name))
+
+    def _add(self, prefix: str, number: int) -> None:
         spans = self._spans.get(prefix, Spans())
         if number in spans:
             return
@@ -148,12 +150,19 @@ class Ledger:
             self._write_anew()
 
     def meet(self, bus_id: str) -> None:
-        """Take in the names of the file of this bus, whose id is now known."""
+        """Take in the names of the file of this bus, whose id is now known. Raises OSError as `add` does."""
         self._rumours = {}
         self._path = self._find_path(bus_id)
-        if self._path is not None:
-            self._spans.update(_read(self._path))
-            _drop_old(self._path)
+        if self._path is None:
+            return
+        early = dict(self._spans)
+        self._spans.clear()
+        self._spans.update(_read(self._path))
+        _drop_old(self._path)
+        for prefix, spans in early.items():
+            for first, last in spans:
+                for number in range(first, last + 1):
+                    self._add(prefix, number)
 
     def move(self, bus_id: str) -> None:
         """Replace all names by those of a new bus; the former bus and its file are gone."""
