@@ -145,7 +145,7 @@ class _Chosen:
 
     def __init__(self, templates: list[Template], system: System, where: Where) -> None:
         self.templates: Final = [(each, each.entry.other_ends(system)) for each in templates]
-        # A slot has to announce things to the apps that are connected, and whoever has a plug has not.
+        # A slot announces things to the apps that are connected to it; a plug does not.
         self.to_host: Final = where != "plug.connected"
         self.alike: Final = not any(
             "same-app" in ends or "tag:path" in template.placeholders

@@ -180,7 +180,7 @@ def _order(remedy: Remedy) -> tuple[int, int, str]:
     return bool(remedy.plug), remedy.opens, what
 
 
-# What finds remedies adds them to a list, and tells how much work it has done.
+# A search for remedies adds them to a list, and yields how much work it has done.
 _Finding = Generator[int, None, None]
 
 

@@ -37,7 +37,7 @@ from policy.text import format_rule
 BUS_NAME: Final = "org.freedesktop.DBus"
 # `*` asks for no name in particular: it matches whoever the other end is.
 _ANY_NAME: Final = frozenset({None, "*"})
-# Of all patterns that a list may have, however few of them one message meets: they take memory.
+# The most pieces of all patterns of a list, for each allowed step, because they take memory.
 PIECES_A_STEP: Final = 4
 # More than any character of a pattern can take, and more than a name takes beside its globs.
 _STEPS_A_LETTER: Final = 8

@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-# Finding where a text has some character reads it all: so many characters in the time of a step.
+# Finding a character reads the whole text, so many characters in the time of a step.
 READ_A_STEP: Final = 128
 
 

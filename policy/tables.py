@@ -22,9 +22,9 @@ from policy.rules import Access, Identity, Peer, Rule
 # D-Bus sets no limit to a path.
 MAX_PATH: Final = 2048
 MAX_TEXT: Final = 255  # interfaces, members and names
-# Names of one owner that are looked at: more are what the limit `names` lets a sandbox have, by default.
+# The most names of an owner. By default the limit `names` lets a sandbox own as many.
 MAX_NAMES: Final = 256
-# Names of which is remembered what covers them, and how many patterns these are together.
+# Names whose covering patterns are remembered, and those patterns in all.
 MAX_KNOWN_NAMES: Final = 512
 MAX_KNOWN_PATTERNS: Final = 16_384
 _LENGTHS: Final = {"path": MAX_PATH, "interface": MAX_TEXT, "member": MAX_TEXT}
@@ -33,10 +33,10 @@ _SORTING: Final = 16
 # Look-ups in the time of a step.
 _LOOKUPS: Final = 8
 _MAX_ELEMENTS: Final = 128  # of a name
-# What a name takes at the most, beside what the globs do: look-ups of its elements, and of beginnings of each length.
+# The most steps for a name, beside its globs: look-ups of its elements, and of beginnings of each length.
 NAME_STEPS: Final = 2 + (_MAX_ELEMENTS + MAX_TEXT + 1) // _LOOKUPS
 
-# By whom a rule is about: anybody, the host, an app, an app's component.
+# By the peer of a rule: any, the host, an app, an app's component.
 PeerKey = str | tuple[str, str] | tuple[str, str, str | None]
 ANYBODY: Final = "anybody"
 HOST: Final = "host"
@@ -57,7 +57,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0  # for one message, at the worst
     pieces: int = 0  # of patterns, that are kept
     rule: Rule | None = None  # that costs most
-    rule_steps: int = 0  # what that one costs
+    rule_steps: int = 0  # of that rule
 
 
 class Question:

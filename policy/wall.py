@@ -12,7 +12,7 @@ from policy.rules import Access, AccessList, Rule
 
 BROKER: Final = "org.buswarden.Broker1"
 CONTAINERS1: Final = "org.freedesktop.DBus.Containers1"
-# Everything of that interface but GetConnectionInstance, by which a sandboxed service learns who calls it.
+# Every method of that interface but GetConnectionInstance, with which a sandboxed service identifies its callers.
 CLOSED: Final = (
     "AddServer",
     "AddContainerServer",

@@ -134,7 +134,7 @@ def test_a_home_is_of_one_app_and_of_nobody_else(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="name of a folder"):
             host.make_home(app, environ)
     (tmp_path / "buswarden/homes/link").symlink_to(tmp_path)
-    with pytest.raises(ConfigError, match="not a folder of ours"):
+    with pytest.raises(ConfigError, match="not a folder of this user"):
         host.make_home("link", environ)
 
 

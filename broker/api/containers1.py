@@ -132,7 +132,7 @@ class Containers1:
         unique_name = await self._find_owner(call.values[0])
         behind = await self._supervisor.who(self._door.name, unique_name)
         if not behind.is_there and not await self._is_there(unique_name):
-            raise CallRefusedError(NAME_HAS_NO_OWNER, f"nobody is {unique_name}")
+            raise CallRefusedError(NAME_HAS_NO_OWNER, f"no connection has the name {unique_name}")
         if not behind.is_inside:
             raise CallRefusedError(NOT_CONTAINER, f"{unique_name} is in no container")
         if behind.sandbox is None:  # its gate died, or the bus takes long to let go of it
@@ -142,7 +142,7 @@ class Containers1:
         return Reply((record.path, *describe(record)))
 
     async def _get_instance_info(self, call: Call) -> Reply:
-        # Asked first, whether there is such a one or not: no more is to be told by how long it takes.
+        # Asked first, also if there is no such instance: the time of the answer must not tell whether there is.
         seen_by = NOBODY
         if not await self._supervisor.is_inside(self._door.name, call.sender):
             seen_by = (await self._door.host_caller(call)).uid

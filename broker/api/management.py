@@ -127,7 +127,7 @@ class Management:
         return Reply((status,))
 
     async def _subscribe(self, call: Call) -> Reply:
-        # Watched before anything is asked about it, and from then on: its end is the subscription's.
+        # The connection is watched before the bus is asked about it, because the subscription ends with it.
         self._watch.add(call.sender)
         try:
             caller = await self._door.host_caller(call)
@@ -138,7 +138,7 @@ class Management:
             raise
         if not is_new:
             self._watch.discard(call.sender)
-        elif call.sender not in self._watch:  # it left meanwhile, and nobody will tell us again
+        elif call.sender not in self._watch:  # it left meanwhile, and that is not told again
             self._subscribers.discard(caller.bus, caller.unique_name)
         return Reply()
 

@@ -23,7 +23,7 @@ from broker.wire.header import FIXED_SIZE, Field, Header, MessageType, parse_hea
 MAX_HEAD: Final = 8 * 1024
 # Fields of an oversize header that are gone through: those that are defined, and some that others made up.
 MAX_FIELDS: Final = 64
-# Headers that are remembered parsed: who calls again and again costs little, whatever is to become of the calls.
+# Parsed headers that are remembered: a repeated call costs little, even if it is refused.
 MAX_REMEMBERED: Final = 256
 _MAX_NAME: Final = 255
 _FIXED: Final = {ord("l"): struct.Struct("<BBBBIII"), ord("B"): struct.Struct(">BBBBIII")}
@@ -94,7 +94,7 @@ class Intake:
     _at: int = 0  # where in the stream the buffer begins
     _skip: int = 0  # bytes that are still to be dropped
     _skim: _Skim | None = None
-    _wanted: Header | None = None  # whose body is not whole yet
+    _wanted: Header | None = None  # of the message whose body is not complete yet
     _size: int = 0  # of that message
     _parsed: dict[bytes, Header] = field(default_factory=dict)
     _batches: deque[_Batch] = field(default_factory=deque)

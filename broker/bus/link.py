@@ -33,11 +33,11 @@ from broker.wire.marshal import make_error
 
 LOGGER: Final = logging.getLogger(__name__)
 _CHUNK: Final = 64 * 1024
-# Reads at a time of what is skipped anyway: nobody is to wait behind 128 MiB that nobody wants.
+# Reads of skipped bytes in one turn: other work must not wait behind 128 MiB of them.
 SKIPS_A_TURN: Final = 32
 _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(253 * _INT)  # as many as the kernel lets through at once
-# Of what we are to send, when refusals that nobody may wait for are left out: the bus takes less than others have us say.
+# Bytes that wait to be sent, beyond which refusals are dropped: callers make them faster than the bus reads.
 MAX_UNSENT: Final = 4 * 1024 * 1024
 DRIVER_NAME: Final = "org.freedesktop.DBus"
 
@@ -211,7 +211,8 @@ class Link(MessageBus):
             else:
                 self._answered(header, values, "")
         elif cut:
-            LOGGER.warning("descriptors of a message of %s did not fit in", header.sender)
+            text = "lost the descriptors of a message of %s: raise the limit of open files"
+            LOGGER.warning(text, header.sender)
             self.refuse(header, LIMITS_EXCEEDED, "the broker has no file descriptors left for it")
         else:
             self._taker.take(header, body, fds)

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 Turn = Callable[[], Awaitable[None]]
-# A reply may have as many as its bytes allow: it was asked for.
+# A reply may have as many values as its bytes allow, because we asked for it.
 _NO_LIMIT: Final = 2**31
 
 

@@ -29,7 +29,7 @@ def read_lists(text: str, file: str) -> dict[str, AccessList]:
     except (RuleSyntaxError, msgspec.MsgspecError, RecursionError) as exc:
         raise ConfigError(f"{file}: {exc}") from exc
     except (AttributeError, KeyError, TypeError):
-        raise ConfigError(f"{file}: no lists as of `compile --format json`") from None
+        raise ConfigError(f"{file}: not the output of `compile --format json`") from None
 
 
 def costs(access: AccessList) -> dict[str, Cost]:
@@ -58,7 +58,7 @@ def _read_lines(text: str) -> dict[str, AccessList]:
             tag = line
             continue
         if found is None:
-            raise RuleSyntaxError(stripped, 1, "neither allow nor deny, and a rule")
+            raise RuleSyntaxError(stripped, 1, "expected allow or deny, then a rule")
         rule = parse_rule(found[2], deny=found[1] == "deny")
         lists.setdefault(tag, []).append(rule)
     return {tag: AccessList(rules=tuple(rules)) for tag, rules in lists.items()}

@@ -185,7 +185,7 @@ class Link:
                     await self._send_all(make_frame(envelope), fds)
                 except (OSError, trio.ClosedResourceError) as exc:
                     if fds and getattr(exc, "errno", None) in SCARCE:  # nothing of it was sent
-                        text = "there are too many file descriptors under way"
+                        text = "too many file descriptors are in flight to the gate: try again"
                         raise CallRefusedError(LIMITS_EXCEEDED, text) from exc
                     self.close()
                     raise EngineLostError("the gate went away") from exc

@@ -16,8 +16,8 @@ JUDGED_COST: Final = 5
 CONNECTION_COST: Final = 250
 # A read, in a handshake: what it says is bounded in sasl.py. Elsewhere meter.py looks at what it brought.
 READ_COST: Final = 1
-# What the bus brings, for each connection that hears it. Whoever caused it pays (payers.py): 1 if it is known, more if it
-# has to be looked at. An answer is in the price of what it answers, as far as that was the app's.
+# A message from the bus that has to be judged, on each connection that hears it; with a remembered verdict it costs 1. See
+# payers.py for the payer. The price of an app's call includes its reply, unless the gate has to read that (ANSWER_COST).
 HEARD_COST: Final = 4
 ANSWER_COST: Final = 1
 # A question of the gate's own, with its answer: each is a message for the bus as well.
@@ -32,7 +32,7 @@ BYTES_A_MESSAGE: Final = 3072
 JUDGED_A_TURN: Final = 8
 # Seconds' worth of messages that may come at once: apps ask for much when they start.
 BURST: Final = 1.0
-# Seconds' worth that a sandbox may owe for what it caused: that comes to light when the bus has brought it to all.
+# Seconds' worth of debt that are kept: the bill comes when the bus has delivered the message.
 MOST_OWED: Final = 10
 # Whoever has taken too much waits at least so long, or each timer would be for a handful of messages.
 SHORTEST_PAUSE: Final = 0.005
@@ -53,7 +53,7 @@ class MessageBudget:
         self._clock: Final = clock
         self._filled = clock()
         self.left = self._full
-        self.caused = 0  # of all that was taken away, so far: what came back from the bus
+        self.caused = 0  # the part of all charges, so far, that is for messages from the bus
 
     def fill(self) -> None:
         """Put in what has come together since the last time."""

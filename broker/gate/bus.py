@@ -43,13 +43,13 @@ ABSENT: Final = f"org.buswarden.NotThere.x{os.urandom(16).hex()}"
 ABSENT_UNIQUE: Final = ":0.4294967295"
 
 
-# Connections that the bus has let go of, and whose messages may still be on their way: dbus-daemon hangs up before it
-# has delivered all, and dbus-broker keeps calls for a service that is being started. Those before are UNKNOWN.
+# Closed connections whose identity is remembered, because their messages may still come: dbus-daemon closes a connection
+# before it has delivered everything, and dbus-broker keeps calls for a service that is being started. Older ones are UNKNOWN.
 MAX_LATE: Final = 4096
-# Rules of those among them whose rules say who hears their broadcasts, each list once: some MiB, and some 50 ms of a
-# hand-over. The newest list is kept however long it is.
+# Rules of their lists that restrict the hearers of broadcasts, each list once: some MiB, and some 50 ms of a hand-over.
+# The newest list is kept, however long.
 MAX_LATE_RULES: Final = 4096
-# Somebody in a sandbox that is not known any more: no host, and no app that a rule could name.
+# The identity of a sandbox that is not known any more: no host, and no app that a rule could name.
 UNKNOWN: Final = Identity(type="", app="")
 
 
@@ -108,7 +108,7 @@ class Bus:
         # and go; a well-known name is judged as itself alone, whatever else its owner owns.
         self.tells_unique_names = False
         self.judges_names_alone = False
-        # False: its connections are of no sandboxes that anybody could ask about.
+        # False: no program may ask about the sandboxes of its connections.
         self.tags_headers = True
         # False: no connection to it passes descriptors, and apps are told so in the handshake.
         self.takes_fds = True

@@ -247,10 +247,8 @@ class Use(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=Tru
     message_seconds: int = 0  # connections with half a message
     throttled: int = 0  # times that the sandbox was read more slowly, so far
     suppressed: int = 0  # lines that were left out of the log, so far
-    caused: int = 0  # messages charged for what the bus brought because of it, to anybody, so far
-    lingering: int = (
-        0  # connections, counted above, whose app has gone and that the bus has not let go of
-    )
+    caused: int = 0  # messages charged so far for what it made the bus deliver, to any sandbox
+    lingering: int = 0  # connections, counted above, whose app has closed and the bus has not
 
     def __add__(self, other: "Use") -> "Use":
         """Return both together."""

@@ -274,8 +274,8 @@ class Driver:
     ) -> None:
         core = self._core
         if fds:
-            # From dbus 1.16 on ProcessFD is among them. Of an app's connection it is the gate's process, of a
-            # service's a process of the host; no sandbox is to hold either.
+            # From dbus 1.16 on ProcessFD is among them. For an app's connection it is the gate's process, for a
+            # service's a process of the host. No sandbox may hold either.
             core.sandbox.close_fds(fds)
             data = without_descriptors(data)
         core.deliver(data)

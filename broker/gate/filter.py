@@ -452,7 +452,7 @@ class Filter:
             if data[pos + 1] in AWAITED:
                 intake.need(header_size)
                 return 0
-            header = skim_fixed(data, pos)  # nobody waits for it: none of it is stored
+            header = skim_fixed(data, pos)  # no program waits for a signal: none of it is stored
         else:
             header = skim_header(data, pos)
         # They were sent with the beginning of their message.
@@ -505,7 +505,7 @@ class Filter:
     def _resume(self) -> None:
         while self._wake and not self._owners.waiting:
             self._wake = False
-            # One of them may be the beginning of what takes long: the others wait for its end.
+            # One of these messages may start long work. The messages behind it wait for the end of that.
             while self._stash and not self._owners.waiting:
                 arrived = self._stash.popleft()
                 self._stashed_bytes -= len(arrived.data)

@@ -19,7 +19,7 @@ from broker.gate.kept import Kept
 from policy.rules import AccessList, Identity
 
 VERSION: Final = 2
-# What this gate can read. Version 1 wrote calls one by one, each with all former owners: see `modern`.
+# The versions that this gate can read. Version 1 wrote calls one by one, each with all former owners: see `modern`.
 READS: Final = (1, 2)
 
 
@@ -40,7 +40,7 @@ class TargetDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     owner: str
     name: str = ""
     since: int = 0
-    before: tuple[str, ...] = ()  # who may, too; written by version 1 alone
+    before: tuple[str, ...] = ()  # former owners that may answer, too; written by version 1 alone
 
 
 class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -228,8 +228,8 @@ class PayersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The payers of a bus, without its open connections."""
 
     late: tuple[tuple[str, str], ...] = ()  # (unique name, sandbox)
-    movers: tuple[tuple[str, str], ...] = ()  # (name, who asked for it last)
-    arriving: tuple[tuple[str, int], ...] = ()  # (unique name, what it owes)
+    movers: tuple[tuple[str, str], ...] = ()  # (name, its last requester)
+    arriving: tuple[tuple[str, int], ...] = ()  # (unique name, its debt)
 
 
 class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -273,7 +273,7 @@ class OwnDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     uid: int
     pipe: PipeDump
     buffer: bytes = b""
-    skip: int = 0  # bytes still to come that nobody wants
+    skip: int = 0  # bytes still to come that are skipped
     next_serial: int
     waiting: tuple[OwnCallDump, ...] = ()
     claimed: tuple[tuple[str, str], ...] = ()  # (instance, sandbox)

@@ -25,7 +25,7 @@ from broker.wire.header import (
 )
 from policy.match import Verdict
 
-# Its own rules say who hears it, and nobody has them.
+# The sender's own rules restrict its hearers, and those rules are not known any more.
 NOT_KNOWN: Final = Verdict(
     allowed=False,
     rule=None,
@@ -48,10 +48,10 @@ class Incoming:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
-        # Who pays for the message that is being dealt with, and how much it counts.
+        # The payer of the current message, and its count.
         self._cause = ""
         self._cost = 0
-        self._arrives = False  # the message is about the one that pays, who has just connected
+        self._arrives = False  # the message announces the payer's own connection
         core.finishers["count-callers"] = self._counted
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:

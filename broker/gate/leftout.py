@@ -16,7 +16,7 @@ from broker.wire.header import FIXED_SIZE, READ_LIMITS, Flag, Header, MessageTyp
 # Of a header that is read.
 MAX_HEADER: Final = FIXED_SIZE + READ_LIMITS.fields
 TOO_LARGE: Final = f"header fields of more than {READ_LIMITS.fields} bytes"
-# Somebody waits for these, and their header says who.
+# Kinds of messages that a program waits for; the header names the program.
 AWAITED: Final = (MessageType.METHOD_CALL, MessageType.METHOD_RETURN, MessageType.ERROR)
 _KINDS: Final = {MessageType.METHOD_CALL: "call", MessageType.SIGNAL: "signal"}
 
@@ -27,11 +27,11 @@ def leave_out(core: Core, header: Header, why: str) -> bytes | None:
     Raises PeerProtocolError if the bus itself made it: what it says of owners must not be missed.
     """
     if header.sender == DRIVER:
-        raise PeerProtocolError(f"the bus sent what cannot be read: {why}")
+        raise PeerProtocolError(f"the bus sent an unreadable message: {why}")
     sender = header.sender or ""
     kind = _KINDS.get(MessageType(header.type), "reply") if header.type in AWAITED else "signal"
     core.sandbox.denied(core, Denial("receive", kind, sender, "", "", "", why, ""))
-    if not sender:  # behind more values than anybody looks at
+    if not sender:  # it stands behind more values than are read
         return None
     text = f"The message cannot be delivered: {why}"
     if header.type == MessageType.METHOD_CALL:

@@ -43,7 +43,7 @@ class Meeting:
         self._deadline.cancel()
         if self._pipe is not None:
             self._pipe.close()
-        # Not from within its own making, before anybody has it.
+        # In a later turn, because `__init__` may call this before the caller has the object.
         self._loop.next_turn(lambda: self._done(self))
 
     def _connected(self, sock: socket.socket | None) -> None:

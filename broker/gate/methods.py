@@ -35,7 +35,7 @@ REQUEST_NAME_FLAGS: Final = 7
 # Answers of RequestName by which the app has the name, or waits in its queue, or has it already.
 HAS_NAME: Final = (1, 2, 4)
 
-# Those that every sandbox may make and snapd's profiles do not allow to every snap: in a list with
+# Calls that every sandbox may make, and that snapd's profiles do not allow to every snap: in a list with
 # `bus_by_rule` they need a send rule as well.
 BY_RULE_TOO: Final = frozenset(
     {

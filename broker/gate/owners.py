@@ -38,8 +38,8 @@ _LOOK_UPS: Final = (
 )
 # With more names than this, one match for every owner change is cheaper, and the system bus takes 512 at most.
 MAX_NARROW_MATCHES: Final = 64
-# Names whose owner is asked for at a time. With a glob there may be hundreds when an app connects, and what takes
-# the gate long in one piece makes everybody else wait.
+# Names whose owner is asked for at a time. With a glob there may be hundreds when an app connects, and a long piece of
+# work in the gate makes all other connections wait.
 ASKED_A_TURN: Final = 4
 
 

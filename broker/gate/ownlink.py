@@ -38,7 +38,7 @@ CALL_SECONDS: Final = 5.0
 IDLE_SECONDS: Final = 10.0
 # Calls that wait on one connection, those included for whose answer nobody waits any more.
 MAX_WAITING: Final = 1024
-# A reply is no longer than this, nor is what a bus leaves unread. Longer messages are gone over: anybody on the bus
+# The most bytes of a reply, and of what the bus leaves unread. Longer messages are skipped, because any program on the bus
 # may send one here.
 MAX_BYTES: Final = 16 * 1024 * 1024
 PEER: Final = "org.freedesktop.DBus.Peer"
@@ -315,7 +315,7 @@ class OwnLink:
     def _leave_out(self, header: Header, why: str) -> None:
         """Tell whoever waits for a message that it is not read. Raises PeerProtocolError."""
         if header.sender == DRIVER:
-            raise PeerProtocolError(f"the bus sent what cannot be read: {why}")
+            raise PeerProtocolError(f"the bus sent an unreadable message: {why}")
         LOGGER.warning("left-out bus=%s sender=%s: %s", self.bus.name, header.sender, why)
         if header.type == MessageType.METHOD_CALL:
             self._answer_stranger(header)

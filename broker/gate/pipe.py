@@ -20,7 +20,7 @@ READ_SIZE: Final = 65536
 # For who sends more than that at a time: fewer calls, and fewer messages that end in the next read.
 READ_SIZE_FOR_MUCH: Final = 262144
 # Plain integers: an operation on the socket module's enum members runs Python code, once a message.
-# Whatever O_NONBLOCK says: it belongs to everybody who has the socket.
+# Independent of O_NONBLOCK, which every holder of the socket may change.
 DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC) | DONTWAIT
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
@@ -83,7 +83,7 @@ class Pipe:
             raise Closed from exc
         if not flags & TRUNCATED:
             return (*self.received(data, ancillary, flags), False)
-        # Those that there was room for are of no use alone.
+        # The descriptors that did fit are of no use alone.
         close_fds(descriptors(ancillary) if ancillary else ())
         return data, (), True
 

@@ -14,8 +14,8 @@ REPORTS_PER_SECOND: Final = 50
 # thousand reports are kept (kept.py).
 MAX_TEXT: Final = 255
 _CUT: Final = "…"
-# The interfaces of the signals that the broker itself sends. That a sandbox may not hear them is no news: to tell it would
-# have the supervisor send more of them.
+# The interfaces of the broker's own signals. Their refusal is not reported, because a report would make the supervisor send
+# more of them.
 _OWN_SIGNALS: Final = ("org.buswarden.", "org.freedesktop.DBus.Containers1")
 
 

@@ -40,10 +40,10 @@ from policy.rules import AccessList
 
 # What a socket calls itself in the handshake when nobody gave it a guid: 32 hex digits.
 GUID: Final = os.urandom(16).hex()
-# What it takes to change the rules of a connection, beside what its chores count: as `policy.match` counts work.
+# The work of a change of rules for one connection, beside what its chores count: as `policy.match` counts work.
 CHANGE_WORK: Final = 4096
-# Seconds that the end of a sandbox is not told because the bus has not let go of its connections. A bus that takes
-# longer is asked by nobody to hurry: what it delivers then is of a sandbox that is not known any more.
+# Seconds that the end of a sandbox waits for the bus to close its connections. A message that the bus delivers later is of
+# a sandbox that is not known any more.
 LINGER_SECONDS: Final = 5.0
 
 
@@ -72,7 +72,9 @@ class Sandbox:
         self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
         self.denied_count = 0
         self.links: Final[dict[Link, None]] = {}  # a set with an order
-        self.lingering: Final[dict[Linger, None]] = {}  # what is left of those that are closed
+        self.lingering: Final[
+            dict[Linger, None]
+        ] = {}  # connections that the app has closed and the bus has not
         self._buses: Final = buses
         self._emit: Final = emit
         self._changed: Final = changed  # it listens less, a connection joined or left, all is over
@@ -81,10 +83,10 @@ class Sandbox:
         self._close_pipe = -1
         self._reports: Final = Reports(loop, spec.id, emit)
         self._guid = GUID
-        self._reason = ""  # why it ends, once that is decided
+        self._reason = ""  # of its end, once that is decided
         self.asked: Final[list[int]] = []  # requests of the supervisor that wait for its end
         self.is_over = False
-        # Connections, by bus and unique name, that the gate before had and this one could not take over.
+        # Connections of the former gate, by bus and unique name, that this one could not take over.
         self.lost: Final[list[tuple[str, str]]] = []
 
     # -- life ------------------------------------------------------------------------------------

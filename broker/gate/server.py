@@ -503,7 +503,7 @@ def _check_kinds(spec: SandboxSpec, fds: Sequence[int]) -> None:
     """Check once more what the supervisor has checked: the gate would wait for it for good."""
     for listener in spec.listeners:
         if not listens(fds[listener.fd]):
-            raise CallRefusedError(errors.INVALID_ARGS, "a socket is not one that listens")
+            raise CallRefusedError(errors.INVALID_ARGS, "Socket is not a listening socket")
     if spec.close_notify is not None and not ends_with_its_writers(fds[spec.close_notify]):
         raise CallRefusedError(errors.INVALID_ARGS, f"CloseNotify is not {READABLE_KIND}")
 

@@ -6,10 +6,10 @@ from typing import Final
 from broker.gate.loop import Loop
 from broker.wire.errors import CallRefusedError
 
-# As much as takes some milliseconds on a slow machine; what policy.match calls work, of which 64 are one steps' time.
+# Work of some milliseconds on a slow machine. `policy.match` counts it: 64 take the time of one step.
 SLICE: Final = 50_000
 
-# Tells how much work was done since it was last asked, and raises CallRefusedError if it cannot be done.
+# Yields how much work was done since the last time, and raises CallRefusedError if it is refused.
 Work = Generator[int, None, None]
 
 

@@ -71,7 +71,7 @@ class Swap:
         core = self._core
         for name in [name for name in core.requested_names if not core.judge.own(name).allowed]:
             del core.requested_names[name]
-            core.bus.payers.moves("", name)  # who changed the rules did it
+            core.bus.payers.moves("", name)  # the change of rules is the cause
             core.call_driver("ReleaseName", "s", (name,), Then("ignore"))
 
     def tell_new(self) -> Work:

@@ -94,7 +94,7 @@ class Tagging:
         if (barrier := bus.barriers.pop(number, None)) is None:
             return
         names = ", ".join(sorted(barrier.names)[:3])
-        text = f"bus {bus.name} has not read yet what {names} sent: try again"
+        text = f"bus {bus.name} has not read all messages of {names} yet: try again"
         self._refuse(bus, self._rounds.pop(bus), text)
         self._begin(bus)
 

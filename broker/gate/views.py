@@ -77,7 +77,7 @@ class Views:
             self._views.pop(owner, None)
             return False
         view = self._views.get(owner)
-        # Rules do not change, and neither does who is behind a connection, but which ones hold and what is known do.
+        # A Judge and an Identity never change. But another judge may be in force, or the identity become known or unknown.
         if view is None or view.judge is not judge or view.identity is not identity:
             view = self._views[owner] = View(judge, identity)
             for name in self.names_of(owner):

@@ -11,7 +11,7 @@ import socket
 import stat
 from typing import Final
 
-# Stated in the refusal: what the two checks take.
+# Stated in the refusal: the kinds that the two checks accept.
 READABLE_KIND: Final = "the read end of a pipe, or a connected unix stream or seqpacket socket"
 WRITABLE_KIND: Final = "the write end of a pipe, or a connected unix stream or seqpacket socket"
 _KINDS: Final = (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)

@@ -30,7 +30,7 @@ _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_SURPRISE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _ALL_IDS: Final = ["0", "0", str(2**32 - 1)]  # /proc/self/uid_map outside all user namespaces
-# What the kernel says when O_NOFOLLOW met a link, and when O_NONBLOCK met a FIFO that nobody reads.
+# Errors of O_NOFOLLOW on a link, and of O_NONBLOCK on a FIFO without a reader.
 _NO_FILE: Final = {errno.ELOOP: "it is a symbolic link", errno.ENXIO: "it is not a regular file"}
 
 

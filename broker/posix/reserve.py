@@ -11,9 +11,9 @@ import resource
 from collections.abc import Iterable
 from typing import Final
 
-# Those of a control frame's descriptors, a connection, the files of a transaction, and some.
+# Enough for the descriptors of a control frame, a connection, the files of a transaction, and some more.
 RESERVE: Final = 64
-# What it means when there is none left: of the process, of the machine, or in flight.
+# Errors when no descriptor is left: of the process, of the machine, or in flight.
 SCARCE: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS}
 )

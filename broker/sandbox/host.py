@@ -13,9 +13,9 @@ from broker.sandbox.plan import SYSTEM, Display, Host, find_buses
 from broker.sandbox.stage import can_scope_abstract_sockets
 from broker.wire.errors import ConfigError
 
-# Folders with sockets of buses, whoever's they are.
+# Folders with sockets of buses of any user.
 _BUS_FOLDERS: Final = ("/run/user", "/run/dbus")
-# One of these is mounted over while a root is made; nobody but the sandbox's first steps sees it.
+# One of these is mounted over while a root is made, in a mount namespace of the sandbox's own.
 _STAGING: Final = ("/mnt", "/media", "/srv", "/tmp", "/var/tmp")  # noqa: S108
 _X11_FOLDER: Final = "/tmp/.X11-unix"  # noqa: S108
 _STATE: Final = ".local/state"
@@ -146,7 +146,7 @@ def make_home(app: str, environ: Mapping[str, str]) -> str:
     except OSError as exc:
         raise ConfigError(f"--home: {folder}: {exc.strerror}") from None
     if not is_ours:
-        raise ConfigError(f"--home: {folder} is not a folder of ours")
+        raise ConfigError(f"--home: {folder} is not a folder of this user: remove it")
     return _resolved(str(folder))
 
 
@@ -156,7 +156,7 @@ def check_standard_descriptors() -> None:
         try:
             mode = os.fstat(fd).st_mode
         except OSError:
-            # Closed: what is opened next would become it.
+            # A closed descriptor: the next file that is opened would get its number.
             os.dup2(os.open(os.devnull, os.O_RDWR), fd)
             continue
         if stat.S_ISDIR(mode):
@@ -179,7 +179,7 @@ def _find_staging() -> str:
         is_plain = folder.is_dir() and not folder.is_symlink()
         if is_plain and not any(program.is_relative_to(folder) for program in programs):
             return path
-    raise ConfigError(f"there is none of {', '.join(_STAGING)}: make one, it stays empty")
+    raise ConfigError(f"none of the folders {', '.join(_STAGING)} exists: make one, it stays empty")
 
 
 def _home() -> str:

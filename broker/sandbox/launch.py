@@ -32,8 +32,8 @@ FORWARDED: Final = (
 )
 STAGE: Final = stage.__file__
 _MAX_INFO: Final = 65536  # bytes: it takes some 200
-_MAX_SAID: Final = 500  # characters of what went wrong
-# What bubblewrap or the kernel says, and what there is to do.
+_MAX_SAID: Final = 500  # characters of a message
+# Messages of bubblewrap or the kernel, and the remedy.
 _ADVICE: Final = (
     ("new namespace", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
     ("mount namespace", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
@@ -64,8 +64,8 @@ def run_sandbox(plan: Plan) -> int:
                 os.close(fd)
         with _signals_forwarded(process, info_read):
             status = process.wait()
-        # Bubblewrap says how the command ended if there was one, and fails with 1 if not. Nobody but it, and
-        # what was before it, has the pipe.
+        # Bubblewrap writes the exit code of the command if that has started, and otherwise fails with 1. Only
+        # bubblewrap, and the stage before it, has the pipe.
         said = _read_ready(said_read).decode(errors="replace").strip()
         if status == 1 and (said or not _has_exit_code(info_read)):
             raise NotStartedError(_explain(said))

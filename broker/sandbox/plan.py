@@ -38,7 +38,7 @@ _PROC_READ_ONLY: Final = (
     "mtrr",
 )
 MAX_PARTS: Final = 256
-# Of what is not there inside.
+# Variables that name things that are absent inside.
 _ABSENT_VARIABLES: Final = frozenset(
     {
         *("IBUS_ADDRESS", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"),

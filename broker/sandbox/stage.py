@@ -153,7 +153,7 @@ def _mount_all(order: Mapping[str, Any]) -> list[str]:
 def _open(source: str, _at: str, kind: str) -> int:
     """Return a descriptor of the source, or what stands in its place: EMPTY_FOLDER, EMPTY_FILE."""
     try:
-        # Not beyond a link: the path was resolved, and whoever put a link there since meant another file.
+        # No links: the path was resolved, so a link was put there since, to lead to another file.
         fd = os.open(source, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as exc:
         if kind != BELOW:

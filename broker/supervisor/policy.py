@@ -110,7 +110,7 @@ class Policy:
 
     async def explain(self, uid: int, what: str, question: Question) -> Explanation:
         """Explain for a sandbox, or for an app of a snap. Raises CallRefusedError."""
-        # Others have turns meanwhile, and nobody is to change what is looked at.
+        # Other callers have turns meanwhile, and must not change the rules that are explained.
         async with self._changing:
             return await in_slices(self._explaining(uid, what, question))
 

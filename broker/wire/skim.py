@@ -25,8 +25,8 @@ from broker.wire.header import (
 from broker.wire.names import MAX_NAME, Predicate, is_bus_name
 from broker.wire.reader import ALIGNMENTS, SIZES
 
-# Codes of types, and bytes of signatures, that are looked at. The nine fields of D-Bus take some thirty; who
-# has thousands of others in front of them will not be answered.
+# Codes of types, and bytes of signatures, that are read. The nine fields of D-Bus take some thirty; a message with
+# thousands of others in front of them gets no answer.
 MAX_STEPS: Final = 2**12
 
 _UINT32: Final = {True: struct.Struct("<I"), False: struct.Struct(">I")}  # by: is it little-endian
