@@ -1,4 +1,4 @@
-"""What walks over all names that a connection follows is done in slices, and nothing passes it meanwhile."""
+"""Walks over all names of a connection are done in slices; no message passes one."""
 
 import pytest
 

@@ -258,7 +258,7 @@ MANY = 3000
 
 
 class Served:
-    """What answers for the bus, of which many names are on."""
+    """A link with a bus that has many names."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -272,7 +272,7 @@ class Served:
         self.link, self.judging = link, link.filter
 
     def follow_all(self) -> None:
-        """Have rules that follow all names, and wait until their owners are known."""
+        """Set rules that follow all names, and wait until their owners are known."""
         ended, judging = self.set_access("send:org.n*"), self.judging
         self.go_on(lambda: ended and judging.followed_names == MANY and not judging._owners.waiting)
 

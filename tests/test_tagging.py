@@ -91,7 +91,7 @@ def test_attack_i2_second_wish_is_not_answered_before_the_first(stage: Stage) ->
 
 @pytest.mark.parametrize("why", ["upgrade", "slow bus"])
 def test_attack_i2_wish_that_was_refused_is_no_wish(stage: Stage, why: str) -> None:
-    """Who asks again waits again: what was sent without the field may still be on its way."""
+    """A refused wish waits anew: messages without the field may be on their way."""
     Link(stage.bus, ":1.5")
     stage.wish(":1.1", 7)
     stage.wish(":1.1", 8)

@@ -1,8 +1,8 @@
 """Long work of one connection, done in slices: a look at every name that it follows. No I/O.
 
-Names are others' to take, and there may be thousands. What walks over all of them is a chore: as much as a slice holds is
-done at once, which is nearly always all. The rest is done a slice a turn of the loop, and meanwhile nothing is read on
-the connection. Chores of one connection are done one after the other.
+Other programs may own thousands of names. A walk over all followed names is a chore: its first slice is done at once, and
+nearly always that is all. The rest is done a slice a turn of the loop, and meanwhile nothing is read on the
+connection. Chores of one connection are done one after the other.
 """
 
 from collections import deque
@@ -10,9 +10,9 @@ from typing import Final
 
 from broker.gate.slices import SLICE, Work
 
-# How much work it is to look at a name, beside what the rules take for it: as `policy.match` counts work.
+# The work of a look at a name, beside the steps of the rules, as `policy.match` counts work.
 NAME_WORK: Final = 128
-# How much work one step of the rules is: see `slices.SLICE`.
+# The work of one step of the rules: see `slices.SLICE`.
 STEP_WORK: Final = 64
 
 
@@ -47,6 +47,6 @@ class Chores:
             self._is_working = False
 
     def finish(self) -> None:
-        """Do all of it now: who is about to hand the connection over has no turns left."""
+        """Do all chores now: a connection that is about to be handed over has no turns left."""
         while self._works:
             self.do_slice()

@@ -116,7 +116,7 @@ class Filter:
 
     @property
     def is_changing(self) -> bool:
-        """Whether the app has not yet been told what a change of rules took."""
+        """Return whether the app is still to be told of names that a change of rules hid."""
         return self._swap.changing > 0
 
     def go_on(self) -> None:

@@ -78,7 +78,10 @@ class Owners:
     # -- what to know -------------------------------------------------------------------------
 
     def use(self, uses: NamesUsed, then: Callable[[], Work] | None = None) -> Work:
-        """Know these names from now on; do what `then` returns when all are known (maybe at once)."""
+        """Follow these names from now on; when all are known do the work of `then`.
+
+        All may be known at once.
+        """
         self._then = then
         self.waiting += 1  # keeps synced() from coming early
         before, self._uses = self._uses, uses
@@ -238,7 +241,7 @@ class Owners:
         self._core.call_driver(member, signature, values, then)
 
     def hold(self, work: Work) -> None:
-        """Have a chore done, and what needs owners held until it is."""
+        """Begin a chore, and hold messages that need owners until it is done."""
         self.waiting += 1
         self._core.chores.begin(self._held(work))
 

@@ -1,8 +1,8 @@
-"""Header field 10 for those who ask for it: from when on their messages from sandboxes carry it.
+"""Wishes for header field 10: connections that want it on messages from sandboxes.
 
 A wish is answered when no message without the field is on its way any more. That takes a question to the bus on each
-connection (barrier.py), so wishes are dealt with in rounds: whoever asks while a round lasts is in the next one, and there
-are few rounds a second, however many ask.
+connection (barrier.py). So wishes are dealt with in rounds, a few in a second, and a wish that comes during a round is in
+the next one.
 
     service      gate                                  bus
      | wishes --> | tags all messages from now on       |
@@ -20,7 +20,7 @@ from broker.gate.control import Answer, Done, Refused
 from broker.gate.loop import Loop
 from broker.wire import errors
 
-# Seconds for a bus to read what sandboxes have sent: less than who asks for tags waits for an answer.
+# Seconds for a bus to read all messages of sandboxes: less than a caller waits for an answer.
 BARRIER_SECONDS: Final = 5.0
 # Seconds from the end of a round to the next one.
 PAUSE: Final = 0.1
@@ -51,13 +51,13 @@ class Tagging:
             self._begin(bus)
 
     def take_back(self, bus: Bus, unique_name: str) -> None:
-        """Tag no more for that connection. What is remembered of untagged messages is as good as before."""
+        """Stop tagging for a connection. Remembered verdicts stay valid."""
         bus.tagged.discard(unique_name)
         for serial in self._next.get(bus, {}).pop(unique_name, []):
             self._answer(serial, Done())
 
     def give_up(self, text: str) -> None:
-        """Refuse all wishes that wait: they are to be asked for again."""
+        """Refuse all waiting wishes, which have to be asked for again."""
         for bus in {*self._rounds, *self._next}:
             bus.barriers.clear()
             self._refuse(bus, self._rounds.pop(bus, {}), text)
