@@ -141,7 +141,8 @@ async def test_what_a_new_gate_refuses_is_given_up(
         assert await engine.who("session", "c1") is None
         assert told.given_up == ["c1"]
         assert "c1" not in engine.held
-        assert "does not take it again" in caplog.text
+        assert "c1: the gate does not take it again: " in caplog.text
+        assert "it has ended: add it anew" in caplog.text
         os.close(read)
         os.close(write)
         await engine.shutdown()

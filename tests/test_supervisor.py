@@ -9,11 +9,11 @@ import pytest
 import trio
 import trio.testing
 
-from broker.gate.control import Denied, Listener, SandboxSpec
+from broker.gate.control import Denied, Listener, SandboxSpec, Use
 from broker.supervisor.config import Limits
 from broker.supervisor.registry import BUILT_IN
 from broker.supervisor.requests import AddRequest, Behind, Caller
-from broker.supervisor.rules import MAX_RULES
+from broker.supervisor.rules import MAX_RULES, WHAT_TO_DO
 from broker.supervisor.salvage import open_state
 from broker.supervisor.state import State
 from broker.supervisor.supervisor import Outside, Supervisor
@@ -381,6 +381,41 @@ async def test_a_gate_that_was_lost_ends_its_sandboxes_and_their_sockets(world: 
     world.supervisor.take_snapshot(make_snapshot())
     assert world.announcer.ended == [id_]
     assert not any((world.stored(), world.files()))
+
+
+async def test_attack_c4_rules_over_a_limit_that_was_lowered_stay_and_are_told(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    id_ = await world.add(access=AccessList(rules=(SEND_X,)))
+    supervisor = world.restart()
+    state = make_state(supervisor.registry.find(id_).record)
+    most = Limits().rule_steps
+    lines: list[str] = []
+    for steps, told in ((most, 0), (most + 1, 1)):
+        caplog.clear()
+        slow = msgspec.structs.replace(state, use=Use(rule_steps=steps))
+        supervisor.take_snapshot(make_snapshot(slow))
+        await world.do_jobs()
+        lines = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+        assert len(lines) == told
+    assert lines[0].startswith(f"{id_}: a message takes {most + 1} steps, over rule_steps={most}")
+    assert lines[0].endswith(WHAT_TO_DO)
+    assert world.announcer.ended == []
+    assert SEND_X in world.engine.access[id_].rules
+
+
+async def test_attack_c4_rules_that_the_gate_does_not_take_again_are_told(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    id_ = await world.add()
+    ours = make_state(make_record(0, portals_as_host=True))
+    world.supervisor.take_snapshot(make_snapshot(ours))
+    world.engine.refuse = CallRefusedError(LIMITS_EXCEEDED, "rule_steps=9 would be exceeded")
+    await world.do_jobs()
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "ERROR"]
+    assert line.startswith(f"{id_}: the gate keeps the rules that it had: rule_steps=9 would be")
+    assert line.endswith(WHAT_TO_DO)
+    assert id_ in world.stored()
 
 
 async def test_strangers_are_stopped_and_other_rules_set_again(world: World) -> None:

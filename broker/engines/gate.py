@@ -368,7 +368,8 @@ class GateEngine:
                 await link.request(AddSandbox(spec), fds)
                 self._served.add(spec.id)
             except CallRefusedError as exc:
-                LOGGER.error("%s: the gate does not take it again: %s", spec.id, exc)  # noqa: TRY400 - no defect of ours
+                text = "%s: the gate does not take it again: %s; it has ended: add it anew"
+                LOGGER.error(text, spec.id, exc)  # noqa: TRY400 - no defect of ours
                 listener.lost(spec.id)
         for sandbox in self.held:
             if sandbox not in self._served:

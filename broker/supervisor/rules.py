@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from broker.bus.values import Turn
+from broker.gate.control import Snapshot
 from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
 from policy.match import RULE_WORK, excess, make_judge, most_steps
 from policy.rules import AccessList, Identity
@@ -22,6 +23,8 @@ MAX_RULES: Final = 10_000
 MAX_RULES_BYTES: Final = 8 * 1024 * 1024
 # What policy.match counts as work, between two turns of others: some milliseconds.
 SLICE: Final = 50_000
+# About a list that was taken when the limit was another.
+WHAT_TO_DO: Final = "give it other rules, or set rule_steps higher"
 
 T = TypeVar("T")
 
@@ -82,3 +85,13 @@ def check_cost(
         judge = yield from make_judge(access, bus=bus, me=me)
         if (text := excess(judge.cost, rule_steps)) is not None:
             raise CallRefusedError(LIMITS_EXCEEDED, text)
+
+
+def over_limit(snapshot: Snapshot, rule_steps: int) -> list[str]:
+    """Say which sandboxes have rules that cost more than new ones may: they were taken before the limit was set."""
+    return [
+        f"{state.spec.id}: a message takes {state.use.rule_steps} steps, over rule_steps={rule_steps}: its rules stay"
+        f" as long as this gate runs, and the next one ends it; {WHAT_TO_DO}"
+        for state in snapshot.sandboxes
+        if state.use.rule_steps > rule_steps
+    ]

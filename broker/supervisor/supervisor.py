@@ -34,14 +34,14 @@ from broker.supervisor.processes import Processes
 from broker.supervisor.registry import Record, Registry, Removed, SandboxId, Step
 from broker.supervisor.requests import AddRequest, Behind, Caller, Times, make_record
 from broker.supervisor.restore import is_held, make_again
-from broker.supervisor.rules import check_list, check_rules
+from broker.supervisor.rules import WHAT_TO_DO, check_list, check_rules, over_limit
 from broker.supervisor.salvage import settle
 from broker.supervisor.snaps import Snaps, is_snap, load_own_library
 from broker.supervisor.sockets import Bound, bound_socket, given_socket, notify, sweep
 from broker.supervisor.spec import make_spec
 from broker.supervisor.state import State
 from broker.supervisor.tags import Tags
-from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, CallRefusedError
+from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.library import Library
 from policy.rules import AccessList, Rule
 
@@ -245,7 +245,7 @@ class Supervisor:
             snapshot, self.in_force, lambda record: is_held(record, held)
         )
         self._missing = result.missing
-        for text in result.differences:
+        for text in (*result.differences, *over_limit(snapshot, self.limits.rule_steps)):
             LOGGER.warning("%s", text)
         for record in result.changed:
             self._outside.state.put_fact(record)
@@ -411,7 +411,13 @@ class Supervisor:
     async def _set_access_again(self, id_: SandboxId) -> None:
         async with self._changing:
             record = self.registry.find(id_).record
-            await self._outside.engine.set_access(id_, self.in_force(record))
+            try:
+                await self._outside.engine.set_access(id_, self.in_force(record))
+            except CallRefusedError as exc:
+                if exc.dbus_name == NOT_CONTAINER:  # it ended by itself
+                    raise
+                text = "%s: the gate keeps the rules that it had: %s; %s"
+                LOGGER.error(text, id_, exc, WHAT_TO_DO)  # noqa: TRY400 - no defect of ours
 
 
 def _meaning(rule: Rule) -> Rule:
