@@ -408,6 +408,8 @@ def _pieces(glob: str) -> Iterator[Piece]:
                 yield piece
 
 
+# Snaps' rules have few, in thousands of patterns.
+@lru_cache(maxsize=256)
 def _read_class(text: str) -> Chars:
     """Return `[...]`. Raises ValueError for a range that is none."""
     negated = text[1] in "!^"

@@ -69,7 +69,7 @@ FIELDS: Final = {
     "budgets.MessageBudget": ("_filled caused left", ""),
     "budgets.Complaints": ("_second suppressed suppressed_ever used", ""),
     "reports.Reports": ("left unreported", ""),
-    "sandbox.Sandbox": (SANDBOX, "_judges bytes_held is_over lost"),
+    "sandbox.Sandbox": (SANDBOX, "_is_preparing _judges bytes_held is_over lost"),
     "server.Gate": (
         "_asked _control _kept _own _reader _sandboxes _supervisor",
         "_folder _is_working _manager _meetings _most_unread _tagging _upstreams",

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from broker.gate.budgets import BYTES_A_MESSAGE, CONNECTION_COST
@@ -19,7 +20,7 @@ from broker.gate.sandbox import LINGER_SECONDS, Sandbox
 from broker.gate.slices import SLICE, Sliced
 from broker.wire import marshal
 from broker.wire.header import measure, parse_header
-from policy.rules import AccessList, Identity
+from policy.rules import Access, AccessList, Identity, Rule
 from tests.messages import Message, access, driver_call, split
 from tests.modelbus import ME, ModelBus
 
@@ -339,3 +340,53 @@ def test_what_takes_long_is_done_before_a_connection_is_handed_over(world: World
     assert not judging.is_changing
     fds = Fds()
     link.dump(fds)
+
+
+def hand_over_rules(world: World) -> AccessList:
+    """Have the sandbox as after a hand-over: with many rules, and no connection that needed them."""
+    rules = access(*(f"send:@/org/x{n}/**/y*z" for n in range(1000)))
+    world.sandbox.spec = msgspec.structs.replace(world.sandbox.spec, access=rules)
+    world.sandbox._judges = {}
+    return rules
+
+
+def test_attack_c4_rules_that_were_handed_over_are_compiled_in_turns(world: World) -> None:
+    rules = hand_over_rules(world)
+    world.app.send(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
+    turns = 0
+    while not world.bus.ends:  # no connection is made before
+        world.turn(times=1)
+        turns += 1
+    assert turns > 5
+    world.let_in()
+    (link,) = world.sandbox.links
+    assert link.filter is not None
+    assert link.filter.core.judge.access is rules
+    assert len(world.bus.ends) == 1
+
+
+def test_rules_that_are_set_meanwhile_are_those_in_force(world: World) -> None:
+    hand_over_rules(world)
+    world.app.send(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
+    world.turn(times=2)
+    assert not world.bus.ends
+    ended: list[object] = []
+    newer = access("send:org.x")
+    Sliced(world.loop, world.sandbox.set_access(newer), ended.append).begin(lambda: None)
+    assert ended == [None]
+    world.turn(times=40)
+    world.let_in()
+    (link,) = world.sandbox.links
+    assert link.filter is not None
+    assert link.filter.core.judge.access is newer
+    assert world.sandbox.judge("session").access is newer
+
+
+def test_handed_over_rules_that_are_not_understood_end_who_waits_for_them(world: World) -> None:
+    bad = AccessList(rules=(Rule(access=frozenset({Access.SEND}), path="/[z-a]"),))
+    world.sandbox.spec = msgspec.structs.replace(world.sandbox.spec, access=bad)
+    world.sandbox._judges = {}
+    world.app.send(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
+    world.turn(times=3)
+    assert not world.is_open()
+    assert world.sandbox.is_listening

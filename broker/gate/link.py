@@ -162,6 +162,9 @@ class Link:
 
     def _connect(self) -> None:
         spec = self.sandbox.spec
+        if not self.sandbox.has_rules(self.bus.name):
+            self.sandbox.prepare()  # and `resume` comes then
+            return
         server = spec.upstreams.get(self.bus.name)
         if server is None or server.instance:  # else the bus is being asked for another
             address = self.bus.address if server is None else server.address
@@ -423,6 +426,7 @@ class Link:
                     self.bus.speaks(unique_name, judging.core.judge)
                     self.bus.payers.joined(unique_name, self.sandbox.messages)
                 return
+            self.sandbox.judge(self.bus.name)  # is needed in the middle of a read
             self._client = SaslClient(self.sandbox.spec.uid)
             self._client.feed(self._bus_said)
         with contextlib.suppress(PeerProtocolError):  # another gate took it: the next line ends it

@@ -32,7 +32,7 @@ from broker.gate.link import Link
 from broker.gate.loop import Loop
 from broker.gate.pipe import adopt, close_fds, unlink_socket
 from broker.gate.reports import Reports, is_news
-from broker.gate.slices import Work
+from broker.gate.slices import Sliced, Work
 from broker.gate.upstream import Upstream
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.match import Judge, excess, make_judge
@@ -85,7 +85,7 @@ class Sandbox:
         self._guid = GUID
         self._reason = ""  # of its end, once that is decided
         self.asked: Final[list[int]] = []  # requests of the supervisor that wait for its end
-        self.is_over = False
+        self.is_over = self._is_preparing = False
         # Connections of the former gate, by bus and unique name, that this one could not take over.
         self.lost: Final[list[tuple[str, str]]] = []
 
@@ -187,11 +187,36 @@ class Sandbox:
 
     def compile(self) -> Work:
         """Compile the rules that it comes with. Raises CallRefusedError."""
-        self._judges = yield from self._compiled(self.spec.access)
+        self._judges = yield from self._compiled(self.spec.access, is_new=True)
+
+    def has_rules(self, bus: str) -> bool:
+        """Say whether the rules for a bus are compiled. After a hand-over they are not if no connection needed them."""
+        return bus in self._judges
+
+    def prepare(self) -> None:
+        """Compile the rules in slices, and let connections that wait for them go on."""
+        if not self._is_preparing:
+            self._is_preparing = True
+            Sliced(self._loop, self._prepare(), self._prepared).begin(lambda: None)
+
+    def _prepare(self) -> Work:
+        access = self.spec.access
+        judges = yield from self._compiled(access, is_new=False)
+        if self.spec.access is access:  # else others came meanwhile, and are compiled
+            self._judges.update(judges)
+
+    def _prepared(self, refused: CallRefusedError | None) -> None:
+        self._is_preparing = False
+        for link in [one for one in self.links if one.filter is None]:
+            if refused is not None:
+                self.complaints.add("rules", str(refused))
+                link.close("its rules are not understood")
+            else:
+                link.resume()
 
     def set_access(self, access: AccessList) -> Work:
         """Judge by other rules once this is done. Raises CallRefusedError, and nothing has changed."""
-        judges = yield from self._compiled(access)
+        judges = yield from self._compiled(access, is_new=True)
         if self.is_over:
             raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
         self.spec = msgspec.structs.replace(self.spec, access=access)
@@ -202,15 +227,17 @@ class Sandbox:
                 yield from link.use(self.judge(judging.core.bus.name))
                 yield CHANGE_WORK
 
-    def _compiled(self, access: AccessList) -> Generator[int, None, dict[str, Judge]]:
-        """Return the judges of each bus. Whoever made the list is not trusted to have counted what it costs."""
+    def _compiled(
+        self, access: AccessList, *, is_new: bool
+    ) -> Generator[int, None, dict[str, Judge]]:
+        """Return the judges of each bus. Whoever made a new list is not trusted to have counted what it costs."""
         judges = {}
         for listener in self.spec.listeners:
             try:
                 judge = yield from make_judge(access, bus=listener.bus, me=self.identity)
             except ValueError as exc:
                 raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
-            if (text := excess(judge.cost, self.limits.rule_steps)) is not None:
+            if is_new and (text := excess(judge.cost, self.limits.rule_steps)) is not None:
                 raise CallRefusedError(LIMITS_EXCEEDED, text)
             judges[listener.bus] = judge
         return judges
