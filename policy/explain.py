@@ -22,6 +22,8 @@ from policy.wall import walled
 MAX_TRIED: Final = 500
 # How much work it is to look at a plug or slot, as policy.match counts it.
 _LOOKING: Final = 16
+# And to try a connection, beside the rules that it would bring.
+TRYING: Final = 1024
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,7 +214,7 @@ def _connections(
             return
         changes = compiler.preview(connection)
         added = [rule for change in changes if change.tag == tag for rule in change.added]
-        yield RULE_WORK * sum(len(change.added) for change in changes)
+        yield TRYING + RULE_WORK * sum(len(change.added) for change in changes)
         because = yield from _allowing(added, me, question)
         if because is not None:
             all_added = [rule for change in changes for rule in change.added]
@@ -278,7 +280,7 @@ def _new_plugs(
         except SnapError:
             continue  # it needs attributes
         added = [rule for _, blocks in made if tag in blocks for rule in blocks[tag].rules]
-        yield RULE_WORK * len(added)
+        yield TRYING + RULE_WORK * len(added)
         because = yield from _allowing(added, me, question)
         if because is not None:
             found.append(Remedy(because=because, opens=breadth(added), plug=name))

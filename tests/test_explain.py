@@ -1,19 +1,23 @@
+import itertools
+
 import msgspec
 import pytest
 
-from policy.compiler import Compiler
+from policy.compiler import Change, Compiler
 from policy.explain import (
+    TRYING,
     Explanation,
     Question,
     breadth,
     explain,
     explain_list,
+    explaining,
     judge,
     narrowest_rule,
 )
 from policy.library import parse_interface
 from policy.rules import Access, AccessList, Identity
-from policy.snaps import Port, Snap, SnapError, World, parse_connection
+from policy.snaps import Connection, Port, Snap, SnapError, World, parse_connection
 from policy.text import format_rule, parse_rule
 from tests.snapworlds import compiler, library
 
@@ -42,6 +46,24 @@ def remedies(explanation: Explanation) -> list[str]:
         format_rule(each.rule) if each.rule else str(each.connection or f"plug {each.plug}")
         for each in explanation.remedies
     ]
+
+
+def test_attack_c4_each_connection_that_is_tried_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    preview = Compiler.preview
+
+    def counted(self: Compiler, connection: Connection) -> tuple[Change, ...]:
+        tried.append(sum(done))
+        return preview(self, connection)
+
+    monkeypatch.setattr(Compiler, "preview", counted)
+    done: list[int] = []
+    made = compiler()
+    for work in explaining(made, "snap.client.app", NM):
+        done.append(work)  # noqa: PERF402 - as it comes: what is tried looks at the sum
+    assert len(tried) > 1
+    done_between = [after - before for before, after in itertools.pairwise(tried)]
+    assert all(work >= TRYING for work in done_between)
 
 
 def test_what_is_allowed_says_by_what() -> None:

@@ -99,7 +99,13 @@ class Supervisor:
         self.events += [e.body for e in envelopes if isinstance(e.body, Event)]
         return envelopes
 
-    def add(self, id_: str = "c0", *, close_notify: int | None = None) -> Answer:
+    def add(
+        self,
+        id_: str = "c0",
+        *,
+        close_notify: int | None = None,
+        access: AccessList = AccessList(),  # noqa: B008 - it does not change
+    ) -> Answer:
         path = self.folder / id_
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(str(path))
@@ -114,7 +120,7 @@ class Supervisor:
             identity=APP,
             uid=os.getuid(),
             listeners=(listener,),
-            access=AccessList(),
+            access=access,
             close_notify=None if close_notify is None else 1,
         )
         if close_notify is not None:
@@ -498,3 +504,14 @@ def test_attack_c9_descriptors_that_do_not_fit_cost_their_request_alone(
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     for fd in pipe:
         os.close(fd)
+
+
+def test_attack_c4_a_sandbox_whose_rules_cost_too_much_is_refused_with_its_descriptors(
+    supervisor: Supervisor,
+) -> None:
+    before = count_fds()
+    answer = supervisor.add(access=globs(6000, "/**a*{}b*"))
+    assert isinstance(answer, Refused)
+    assert answer.error == errors.LIMITS_EXCEEDED
+    assert snapshot(supervisor).sandboxes == ()
+    assert count_fds() == before

@@ -6,7 +6,7 @@ from typing import Final
 from broker.gate.loop import Loop
 from broker.wire.errors import CallRefusedError
 
-# Work of some milliseconds on a slow machine. `policy.match` counts it: 64 take the time of one step.
+# Work of some milliseconds on a slow machine. `policy.match` counts it: 4 take the time of one step.
 SLICE: Final = 50_000
 
 # Yields how much work was done since the last time, and raises CallRefusedError if it is refused.
