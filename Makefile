@@ -37,8 +37,7 @@ containers1-daemon:
 test: setup apparmor-profiles
 	$(PY) -m pytest tests -n $(JOBS) --cov --cov-branch --cov-report=
 	$(PY) -m coverage report --include='policy/*,broker/wire/*' --fail-under=95
-	$(PY) -m pytest integration -m 'not alone' -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(PY) -m pytest integration -m alone
+	$(PY) -m pytest integration -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 tests: setup
 	$(PY) -m pytest tests -n $(JOBS)

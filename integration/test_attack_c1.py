@@ -1,6 +1,6 @@
 """Attack C1 (docs/threats.md): what the bus brings because of a sandbox is paid by that sandbox, and by nobody else.
 
-What is charged is counted; how long others have to wait meanwhile is measured in test_fairness.py.
+What is charged is counted; how long others have to wait meanwhile is measured by `make bench` (rows `fair-*`).
 """
 
 import contextlib
