@@ -21,6 +21,7 @@ from integration.messages import Message, make_header, make_message
 
 BUS: Final = "org.freedesktop.DBus"
 BUS_PATH: Final = "/org/freedesktop/DBus"
+PEER: Final = "org.freedesktop.DBus.Peer"
 TIMEOUT: Final = 10.0  # seconds, for whatever waits
 
 
@@ -274,6 +275,11 @@ class RawClient:
     def list_names(self) -> list[str]:
         (names,) = self.driver("ListNames")
         return list(names)
+
+    def round_trip(self) -> None:
+        """Ask the bus for nothing, and wait for the answer."""
+        # Every sandbox may Ping; for GetId one with `bus_by_rule` needs a rule.
+        self.ask(BUS, BUS_PATH, PEER, "Ping")
 
     # Inside
 
