@@ -14,12 +14,13 @@ from typing import Final
 
 from broker.gate import __main__ as gate_main, server, successor
 from broker.gate.control import PROTOCOL, Use
-from broker.gate.handover import Failed, Offer
+from broker.gate.handover import READS, Failed, Offer
 from broker.gate.takeover import Channel
 from policy.match import Judge
 from policy.rules import NO_ACCESS, Identity
 
 LONG: Final = 600.0  # seconds
+OTHER_VERSION: Final = max(READS) + 97  # of the hand-over, which no gate here writes
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def main() -> int:
     os.write(int(argv[argv.index("--ready-fd") + 1]), b"x")
     if how == "mute":
         time.sleep(LONG)
-    reads = (99,) if how == "version" else (1,)
+    reads = (OTHER_VERSION,) if how == "version" else READS
     channel.say(Offer(pid=os.getpid(), reads=reads))
     _go_on(how, channel)
     return 1
@@ -56,7 +57,7 @@ def _go_on(how: str, channel: Channel) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     channel.receive()  # a sandbox
     if how == "babble":
-        channel.say(Offer(pid=1, reads=(1,)))
+        channel.say(Offer(pid=1, reads=READS))
     elif how == "refuse":
         channel.say(Failed("on second thoughts, no"))
     time.sleep(LONG)

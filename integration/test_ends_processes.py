@@ -99,6 +99,19 @@ def test_the_connector_knows_an_end_from_a_thread_that_ends(shared: Warden, kind
         kill(ends, sandboxes, MANY)
 
 
+# Python can crash if it tidies up while threads still end: so all have ended, and it does not.
+_MANY_THREADS = """
+import os, time, _thread
+for _ in range(30000):
+    _thread.start_new_thread(int, ())
+    while _thread._count() > 100:
+        time.sleep(0.001)
+while _thread._count():
+    time.sleep(0.001)
+os._exit(0)
+"""
+
+
 def test_ends_that_the_kernel_dropped_are_found(warden: Warden) -> None:
     if not has_connector():
         pytest.skip("this machine lets us have no process connector")
@@ -109,8 +122,7 @@ def test_ends_that_the_kernel_dropped_are_found(warden: Warden) -> None:
         warden.process.send_signal(signal.SIGSTOP)
         try:
             # More ends than its socket has room for; threads do, and take less time than processes.
-            threads = "for _ in range(30000): start_new_thread(print, ('', ))"
-            done = run(PYTHON, "-c", f"from _thread import start_new_thread\n{threads}", timeout=60)
+            done = run(PYTHON, "-c", _MANY_THREADS, timeout=60)
             assert done.code == 0, done.err
             gone = dict(list(sandboxes.items())[:5])
             for pid in gone.values():

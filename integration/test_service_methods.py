@@ -27,6 +27,8 @@ from integration.supervised import (
     Warden,
 )
 from integration.values import Variant
+from policy.text import format_rule
+from policy.wall import WALL
 
 ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
 SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
@@ -257,7 +259,7 @@ def test_buses_plugs_component_and_the_rest_are_shown(shared: Warden) -> None:
     assert shown["component"] == "part"
     assert shown["keep_after_creator"]
     assert shown["portals_as_host"]
-    assert shown["built_in"] == []
+    assert shown["built_in"] == [(rule.deny, format_rule(rule)) for rule in WALL]
     assert shown["sockets"] == {"session": str(sandbox.socket)}
     assert shown["addresses"] == {"session": sandbox.address}
 

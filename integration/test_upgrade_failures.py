@@ -14,7 +14,9 @@ import trio
 from broker.engines import gate as gate_module, upgrade as upgrade_module
 from broker.engines.gate import GateEngine
 from broker.gate.control import PROTOCOL, BusSpec, Event, Listener, SandboxSpec, Snapshot
+from broker.gate.handover import VERSION
 from broker.wire.errors import CallRefusedError
+from integration.bad_gate import OTHER_VERSION
 from integration.buses import Bus
 from integration.load import Talker, under_load
 from integration.processes import is_running
@@ -27,7 +29,7 @@ FAILURES = {
     "exit": "did not start",
     "test": "it does not judge as it should",
     "corrupt": "differs from what it was",
-    "version": "it reads hand-over version 99; this one writes 1",
+    "version": f"it reads hand-over version {OTHER_VERSION}; this one writes {VERSION}",
     "mute": "nothing from the other gate for 1 s",
     "killed": "the other gate ended",
     "hang": "nothing from the other gate for 1 s",
