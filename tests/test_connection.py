@@ -36,7 +36,7 @@ async def two(folder: Path) -> AsyncIterator[tuple[FakeBus, Bus, Bus]]:
 
 async def echo(bus: Bus) -> None:
     while (call := await bus.next_call()) is not None:
-        with call:
+        with bus.in_its_place(call), call:
             await call.unpack()
             for fd in call.fds:
                 os.write(fd, b"x")
@@ -44,7 +44,7 @@ async def echo(bus: Bus) -> None:
                 bus.refuse(call, INVALID_ARGS, "no")
             elif call.member != "Ignore":
                 bus.answer(call, call.signature, call.values)
-        await bus.done(call)
+            await bus.wait_room()
 
 
 def raw(fake: FakeBus, destination: str, *, body: bytes = b"", **fields: Any) -> bytes:

@@ -8,8 +8,8 @@ comes out of `Bus.call` as CallRefusedError; a bus that went away as BusLostErro
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Self
@@ -247,13 +247,18 @@ class Bus:
         assert call is None or isinstance(call, Call)
         return call
 
-    async def done(self, call: Call) -> None:
-        """Give the call's place to another, once the bus has taken most of what it is to be sent."""
+    @contextmanager
+    def in_its_place(self, call: Call) -> Iterator[None]:
+        """Answer a call inside the block; another call gets its place at the end, however that comes."""
         try:
-            if self._link is not None:
-                await self._link.room.wait()
+            yield
         finally:
             self.calls.done(call)
+
+    async def wait_room(self) -> None:
+        """Wait until the bus has taken most of what it is to be sent."""
+        if self._link is not None:
+            await self._link.room.wait()
 
     async def wait_sent(self) -> None:
         """Wait until the bus has taken all that it was sent, or is lost."""

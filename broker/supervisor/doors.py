@@ -171,11 +171,10 @@ async def _serve_connection(bus: Bus, objects: Answerer, closing: trio.Event) ->
     bus.look_at_call = objects.look
 
     async def answer(call: Call) -> None:
-        try:
+        with bus.in_its_place(call):
             with call:
                 await objects.serve(bus, call)
-        finally:
-            await bus.done(call)
+            await bus.wait_room()
 
     async with trio.open_nursery() as turns:
         turns.start_soon(bus.calls.give_turns)
