@@ -1,4 +1,4 @@
-"""One sandbox floods: it is held to its budget, everybody else is answered, and nobody else is slowed down.
+"""Floods of one sandbox: its budget holds it back, all others are answered, and nobody else is slowed down.
 
 Counts alone are checked here. How much longer the others wait during a flood is measured by `make bench`, rows `fair-*`.
 """
@@ -77,7 +77,7 @@ def open_hearers(warden: Warden, kind: str) -> list[Sandbox]:
 
 
 def start(flooder: parties.Process) -> None:
-    """Have it flood until it is ended."""
+    """Tell the flooder to flood until it is ended."""
     assert flooder.stdin is not None
     flooder.stdin.write(b"f")
     flooder.stdin.flush()

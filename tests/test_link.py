@@ -343,7 +343,7 @@ def test_what_takes_long_is_done_before_a_connection_is_handed_over(world: World
 
 
 def hand_over_rules(world: World) -> AccessList:
-    """Have the sandbox as after a hand-over: with many rules, and no connection that needed them."""
+    """Load the sandbox as after a hand-over: with many rules, and no connection that needed them."""
     rules = access(*(f"send:@/org/x{n}/**/y*z" for n in range(1000)))
     world.sandbox.spec = msgspec.structs.replace(world.sandbox.spec, access=rules)
     world.sandbox._judges = {}
