@@ -37,7 +37,7 @@ PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 # Bytes of arguments, unless a method says otherwise: some texts of the longest that are taken.
 MAX_ARGUMENTS: Final = 64 * 1024
 _MACHINE_ID: Final = Path("/etc/machine-id")
-_DOCTYPE: Final = (
+DOCTYPE: Final = (
     '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
     ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
 )
@@ -226,9 +226,9 @@ class Objects:
         interfaces = self._objects.get(call.path, () if not children else self._standard(()))
         if not interfaces:
             raise CallRefusedError(UNKNOWN_OBJECT, f"no object at {call.path[:100]!r}")
-        lines = [line for interface in interfaces for line in _describe(interface)]
+        lines = [line for interface in interfaces for line in describe_interface(interface)]
         lines += [f'  <node name="{child}"/>' for child in sorted(children)]
-        return Reply((_DOCTYPE + "\n".join(["<node>", *lines, "</node>", ""]),))
+        return Reply((DOCTYPE + "\n".join(["<node>", *lines, "</node>", ""]),))
 
 
 async def _pack(gives: str, reply: Reply, call: Call) -> bytes:
@@ -269,7 +269,8 @@ def _signature(arguments: Sequence[Arg]) -> str:
     return "".join(arg.type for arg in arguments)
 
 
-def _describe(interface: Interface) -> Iterator[str]:
+def describe_interface(interface: Interface) -> Iterator[str]:
+    """Yield the lines of the introspection XML of an interface."""
     yield f'  <interface name="{interface.name}">'
     for method in interface.methods:
         yield f'    <method name="{method.name}">'

@@ -58,7 +58,7 @@ class Management:
                     name="ChangeAccess",
                     takes=change_takes,
                     longest=MAX_BODY,
-                    gives=args("rules:a(bs)"),
+                    gives=args("all_rules:a(bs)"),
                     run=self._change_access,
                 ),
                 Method(name="Status", gives=args("status:a{sv}"), run=self._status),

@@ -27,7 +27,7 @@ _CONNECTION: Final = args("plug:s", "slot:s")
 _CHANGED: Final = args("changed:as")
 
 # What the message to explain may say, and what each must look like; "" is the same as nothing.
-_KEYS: Final[Mapping[str, Callable[[str], bool]]] = {
+MESSAGE_KEYS: Final[Mapping[str, Callable[[str], bool]]] = {
     "direction": {access.value for access in Access}.__contains__,
     "bus": lambda text: len(text) <= 255,
     "name": is_bus_name,
@@ -115,7 +115,7 @@ def parse_question(message: Mapping[str, Variant]) -> Question:
     """Return what a message would be. Raises CallRefusedError InvalidArgs."""
     said: dict[str, str] = {}
     for key, variant in message.items():
-        check = _KEYS.get(key)
+        check = MESSAGE_KEYS.get(key)
         text = variant.value
         if check is None or not isinstance(text, str):
             raise CallRefusedError(INVALID_ARGS, f"{key[:100]!r} is not a text of a message")
