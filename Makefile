@@ -27,7 +27,7 @@ JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
 .PHONY: demo containers1-daemon apparmor-profiles test tests test-bare check fuzz bench coverage setup supported clean
 
 demo: setup $(if $(filter containers1,$(ENGINE)),containers1-daemon)
-	$(PY) -m integration.demo$(if $(filter containers1,$(ENGINE)),_containers1)
+	$(PY) -m integration.demo.$(if $(filter containers1,$(ENGINE)),containers1,tour)
 
 # A dbus-daemon with Containers1, from Debian's source: tests and demo use it if it is there.
 containers1-daemon:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import CONTAINERS1, CONTAINERS1_DAEMON, KINDS, Bus, open_bus
-from integration.proxies import World, open_world
-from integration.stage import Stage
-from integration.supervised import Warden, open_warden
-from integration.threats import Scene, open_scene, open_threatened
+from integration.harness.buses import CONTAINERS1, CONTAINERS1_DAEMON, KINDS, Bus, open_bus
+from integration.harness.proxies import World, open_world
+from integration.harness.stage import Stage
+from integration.harness.supervised import Warden, open_warden
+from integration.harness.threats import Scene, open_scene, open_threatened
 
 # A skip whose text has one of these is of the kernel or the machine, which CI cannot install.
 _EXCUSES = ("the kernel", "the machine", "this kernel", "this machine")

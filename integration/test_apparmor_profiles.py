@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from broker.cli.policy_files import make_resolver
-from integration.processes import PROJECT
+from integration.harness.processes import PROJECT
 from policy.importers.apparmor import import_apparmor
 from policy.importers.apparmor_parser import parse_profiles
 from policy.importers.report import ImportFileError, Source

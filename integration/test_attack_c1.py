@@ -10,10 +10,10 @@ from typing import Final
 
 import pytest
 
-from integration.buses import Bus
-from integration.rawclient import RawClient
-from integration.supervised import Sandbox, Warden, wait_for
-from integration.threats import open_limited
+from integration.harness.buses import Bus
+from integration.harness.rawclient import RawClient
+from integration.harness.supervised import Sandbox, Warden, wait_for
+from integration.harness.threats import open_limited
 
 RATE: Final = 2000  # messages a second
 HEARERS: Final = 6

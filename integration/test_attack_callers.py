@@ -2,7 +2,7 @@
 
 import pytest
 
-from integration.callers import (
+from integration.harness.callers import (
     MIB,
     call_bytes,
     flooding,
@@ -11,8 +11,8 @@ from integration.callers import (
     long_bad_list,
     many_variants,
 )
-from integration.rawclient import RawClient
-from integration.supervised import (
+from integration.harness.rawclient import RawClient
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -21,8 +21,8 @@ from integration.supervised import (
     Warden,
     wait_for,
 )
-from integration.threats import ERROR, memory, processor_time
-from integration.values import Variant
+from integration.harness.threats import ERROR, memory, processor_time
+from integration.harness.values import Variant
 
 PING = call_bytes(MANAGE_PATH, "org.freedesktop.DBus.Peer", "Ping")
 

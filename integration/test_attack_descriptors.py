@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import Bus
-from integration.rawclient import CallError, RawClient
-from integration.scripts import echo
-from integration.service import ECHO, running_service
-from integration.supervised import Sandbox, Warden, open_warden
-from integration.values import Variant
+from integration.harness.buses import Bus
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.scripts import echo
+from integration.harness.service import ECHO, running_service
+from integration.harness.supervised import Sandbox, Warden, open_warden
+from integration.harness.values import Variant
 
 LIMITS = "org.freedesktop.DBus.Error.LimitsExceeded"
 KEEP = Variant("b", True)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from integration.clients import Outcome, run
-from integration.other_user import NOBODY, as_user
-from integration.processes import PROJECT, PYTHON
-from integration.rawclient import CallError
-from integration.supervised import Warden, wait_for
+from integration.harness.clients import Outcome, run
+from integration.harness.other_user import NOBODY, as_user
+from integration.harness.processes import PROJECT, PYTHON
+from integration.harness.rawclient import CallError
+from integration.harness.supervised import Warden, wait_for
 
 CLI = [PYTHON, "-m", "broker.cli"]
 PRECIOUS = "of the victim"
@@ -122,7 +122,7 @@ def test_attack_f1_the_gate_by_itself(evil: Path, victim: Path, folder: Path) ->
 
 def test_attack_f1_the_trace_of_the_gate(evil: Path, victim: Path) -> None:
     # The file is made under a name that has the gate's pid in it, which can be known before.
-    code = "import pathlib, sys; from broker.gate.trace import trace_into; sys.stdin.read(); "
+    code = "import pathlib, sys; from broker.gate.recorder import trace_into; sys.stdin.read(); "
     code += f"trace_into(pathlib.Path({str(evil / 'trace')!r}))"
     with subprocess.Popen(
         [PYTHON, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=PROJECT

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.messages import Message, make_header, make_message
-from integration.processes import wait_gone
-from integration.rawclient import BUS, BUS_PATH, CallError, RawClient
-from integration.stage import Stage
-from integration.supervised import (
+from integration.harness.messages import Message, make_header, make_message
+from integration.harness.processes import wait_gone
+from integration.harness.rawclient import BUS, BUS_PATH, CallError, RawClient
+from integration.harness.stage import Stage
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -29,7 +29,7 @@ from integration.supervised import (
     Warden,
     wait_for,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 TIMES = 12
 NOT_CONTAINER = "org.freedesktop.DBus.Error.NotContainer"

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MAX_FIELDS, MessageType
-from integration.buses import Bus
-from integration.messages import make_header, make_message
-from integration.processes import PYTHON, running
-from integration.service import PATH, running_service
-from integration.stage import settle
-from integration.supervised import Sandbox, Warden, open_warden, wait_for
+from integration.harness.buses import Bus
+from integration.harness.messages import make_header, make_message
+from integration.harness.processes import PYTHON, running
+from integration.harness.service import PATH, running_service
+from integration.harness.stage import settle
+from integration.harness.supervised import Sandbox, Warden, open_warden, wait_for
 from integration.test_upgrade import TALK, echo, memory_of, upgrade
-from tests.messages import misplaced
+from tests.helpers.messages import misplaced
 
 MINE = "org.example.Mine"
 INTERFACE = "org.example.Iface"

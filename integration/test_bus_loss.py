@@ -10,12 +10,12 @@ from typing import Final
 
 import pytest
 
-from integration.apps import MARKS, App, Traffic, rules_of
-from integration.buses import BROKER, DAEMON, KINDS, Bus, open_bus
-from integration.processes import wait_gone
-from integration.rawclient import CallError, RawClient
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import (
+from integration.harness.apps import MARKS, App, Traffic, rules_of
+from integration.harness.buses import BROKER, DAEMON, KINDS, Bus, open_bus
+from integration.harness.processes import wait_gone
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import (
     MANAGE,
     MANAGE_PATH,
     NAME,
@@ -24,7 +24,7 @@ from integration.supervised import (
     stop_and_check,
     wait_for,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 KEEP: Final = Variant("b", True)
 DEATHS: Final = 3

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from broker.cli.main import main
-from integration.clients import Outcome
-from integration.rawclient import RawClient
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import Warden, wait_for
-from integration.values import Variant
+from integration.harness.clients import Outcome
+from integration.harness.rawclient import RawClient
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import Warden, wait_for
+from integration.harness.values import Variant
 
 OK, REFUSED, USAGE = 0, 1, 2
 TYPE = "org.example.T"

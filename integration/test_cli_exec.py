@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import Bus
-from integration.clients import Outcome
-from integration.processes import PYTHON, Process, is_running, running, wait_gone
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import Warden, open_warden, wait_for
+from integration.harness.buses import Bus
+from integration.harness.clients import Outcome
+from integration.harness.processes import PYTHON, Process, is_running, running, wait_gone
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import Warden, open_warden, wait_for
 
 INSIDE = f"/run/user/{os.getuid()}/bus"
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from broker.cli.main import main
-from integration.buses import Bus
-from integration.clients import run
-from integration.processes import PYTHON, is_running, running, wait_gone
-from integration.rawclient import RawClient
-from integration.supervised import NAME, Warden, open_warden, wait_for
+from integration.harness.buses import Bus
+from integration.harness.clients import run
+from integration.harness.processes import PYTHON, is_running, running, wait_gone
+from integration.harness.rawclient import RawClient
+from integration.harness.supervised import NAME, Warden, open_warden, wait_for
 
 RUN = (PYTHON, "-m", "broker.cli", "run")
 

@@ -9,12 +9,21 @@ from typing import Any, Final
 
 import pytest
 
-from integration.buses import Bus
-from integration.processes import PROJECT, PYTHON, Process, running
-from integration.rawclient import CallError, RawClient
-from integration.stage import DENIED, NO_OWNER, PASSED, UNKNOWN, arrivals, call, listen, signal
-from integration.supervised import MANAGE_PATH, NAME, Sandbox, Warden, open_warden
-from integration.values import Variant
+from integration.harness.buses import Bus
+from integration.harness.processes import PROJECT, PYTHON, Process, running
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.stage import (
+    DENIED,
+    NO_OWNER,
+    PASSED,
+    UNKNOWN,
+    arrivals,
+    call,
+    listen,
+    signal,
+)
+from integration.harness.supervised import MANAGE_PATH, NAME, Sandbox, Warden, open_warden
+from integration.harness.values import Variant
 
 POLICY: Final = "org.buswarden.Broker1.Policy"
 SNAP_TYPE: Final = "io.snapcraft.snapd"
@@ -225,9 +234,7 @@ def test_the_command_line_loads_connects_and_explains(snaps: Warden, folder: Pat
 @contextmanager
 def app_process(warden: Warden, snap: str, name: str, *options: str) -> Iterator[Process]:
     """Run the tests' service as an app of a snap, under bubblewrap, with one connection that it keeps."""
-    script = (
-        f'exec {PYTHON} -m integration.service --address "$DBUS_SESSION_BUS_ADDRESS" --name {name}'
-    )
+    script = f'exec {PYTHON} -m integration.harness.service --address "$DBUS_SESSION_BUS_ADDRESS" --name {name}'
     argv = [PYTHON, "-m", "broker.cli", "exec", "--snap", snap, "--app", snap, *SHARES, *options]
     env = {"XDG_RUNTIME_DIR": str(warden.runtime), "HOME": "/"}
     with running([*argv, "--", "sh", "-c", script], env=env) as process:

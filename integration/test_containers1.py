@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from broker.wire.marshal import make_call
-from integration.apps import ANSWER_TIMEOUT
-from integration.buses import (
+from integration.harness.apps import ANSWER_TIMEOUT
+from integration.harness.buses import (
     CONTAINERS1_DAEMON,
     Bus,
     open_bus,
     open_containers1_daemon,
     why_no_containers1,
 )
-from integration.containers1_stage import (
+from integration.harness.containers1_stage import (
     COMPONENT,
     ERROR,
     INSTANCES,
@@ -25,15 +25,9 @@ from integration.containers1_stage import (
     labelling,
     service,
 )
-from integration.rawclient import BUS, BUS_PATH, CallError, RawClient, connect_socket
-from integration.supervised import (
-    CONTAINERS,
-    TYPE,
-    Warden,
-    open_warden,
-    wait_for,
-)
-from integration.values import Variant
+from integration.harness.rawclient import BUS, BUS_PATH, CallError, RawClient, connect_socket
+from integration.harness.supervised import CONTAINERS, TYPE, Warden, open_warden, wait_for
+from integration.harness.values import Variant
 
 __all__ = ["labelled", "labelling", "service"]
 

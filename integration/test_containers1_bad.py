@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import open_bus
-from integration.clients import run
-from integration.labelling_bus import open_labelling_bus, read_calls
-from integration.processes import PYTHON
-from integration.rawclient import CallError
-from integration.supervised import SEND, open_warden, wait_for
-from integration.values import Variant
+from integration.harness.buses import open_bus
+from integration.harness.clients import run
+from integration.harness.labelling_bus import open_labelling_bus, read_calls
+from integration.harness.processes import PYTHON
+from integration.harness.rawclient import CallError
+from integration.harness.supervised import SEND, open_warden, wait_for
+from integration.harness.values import Variant
 
 LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 REASONS = {

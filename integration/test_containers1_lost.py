@@ -9,22 +9,16 @@ from typing import Any
 
 import pytest
 
-from integration.buses import (
+from integration.harness.buses import (
     CONTAINERS1_DAEMON,
     Bus,
     open_bus,
     open_containers1_daemon,
     why_no_containers1,
 )
-from integration.containers1_stage import (
-    Service,
-    instance_of,
-    labelled,
-    labelling,
-    service,
-)
-from integration.rawclient import RawClient
-from integration.supervised import (
+from integration.harness.containers1_stage import Service, instance_of, labelled, labelling, service
+from integration.harness.rawclient import RawClient
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     NAME,
@@ -33,7 +27,7 @@ from integration.supervised import (
     open_warden,
     wait_for,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 __all__ = ["labelled", "labelling", "service"]
 

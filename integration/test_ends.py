@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from integration.buses import Bus
-from integration.endings import Ends, app
-from integration.processes import Process, is_running, running
-from integration.rawclient import CallError, RawClient
-from integration.supervised import Sandbox, Warden, open_warden, wait_for
-from integration.values import Variant
+from integration.harness.buses import Bus
+from integration.harness.endings import Ends, app
+from integration.harness.processes import Process, is_running, running
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.supervised import Sandbox, Warden, open_warden, wait_for
+from integration.harness.values import Variant
 
 KEEP = Variant("b", True)
 

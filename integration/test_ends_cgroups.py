@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from broker.supervisor.cgroups import find_mounts
-from integration.buses import Bus
-from integration.endings import Ends, app
-from integration.processes import Process, running, wait_until
-from integration.rawclient import CallError
-from integration.supervised import Sandbox, Warden, open_warden, wait_for
-from integration.values import Variant
+from broker.supervisor.watches.cgroups import find_mounts
+from integration.harness.buses import Bus
+from integration.harness.endings import Ends, app
+from integration.harness.processes import Process, running, wait_until
+from integration.harness.rawclient import CallError
+from integration.harness.supervised import Sandbox, Warden, open_warden, wait_for
+from integration.harness.values import Variant
 
 
 class Cgroup:

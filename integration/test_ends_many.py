@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import pytest
 
-from broker.supervisor.cgroups import find_mounts
-from integration.buses import open_dbus_daemon
-from integration.endings import count_fds
-from integration.rawclient import RawClient
-from integration.supervised import (
+from broker.supervisor.watches.cgroups import find_mounts
+from integration.harness.buses import open_dbus_daemon
+from integration.harness.endings import count_fds
+from integration.harness.rawclient import RawClient
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -26,8 +26,8 @@ from integration.supervised import (
     open_warden,
     wait_for,
 )
+from integration.harness.values import Variant
 from integration.test_ends_cgroups import remove
-from integration.values import Variant
 
 MANY: Final = 10_000
 ROUND: Final = 1000  # at a time

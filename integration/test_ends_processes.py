@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from broker.supervisor.connector import open_connector
-from integration.buses import open_bus
-from integration.clients import run
-from integration.endings import Ends, app
-from integration.other_user import NOBODY, as_user
-from integration.processes import PYTHON, is_running, running
-from integration.rawclient import CallError, RawClient
-from integration.supervised import Warden, open_warden, wait_for
-from integration.values import Variant
+from broker.supervisor.watches.process_connector import open_connector
+from integration.harness.buses import open_bus
+from integration.harness.clients import run
+from integration.harness.endings import Ends, app
+from integration.harness.other_user import NOBODY, as_user
+from integration.harness.processes import PYTHON, is_running, running
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.supervised import Warden, open_warden, wait_for
+from integration.harness.values import Variant
 
 MANY = 90  # more than are watched by pidfds, where there is the connector
 
@@ -139,8 +139,8 @@ def test_ends_that_the_kernel_dropped_are_found(warden: Warden) -> None:
 
 _IN_A_NAMESPACE = """
 import os, subprocess, sys, trio
-from broker.supervisor.connector import open_connector
-from broker.supervisor.processes import Processes, identify
+from broker.supervisor.watches.process_connector import open_connector
+from broker.supervisor.watches.processes import Processes, identify
 
 async def main():
     watched, ended = Processes(open_connector, many=1), []

@@ -10,13 +10,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from broker.supervisor.registry import Record
-from integration.buses import Bus
-from integration.endings import Ends, app
-from integration.processes import running
-from integration.rawclient import RawClient
-from integration.supervised import Warden, open_warden, wait_for
-from integration.values import Variant
+from broker.supervisor.sandboxes.registry import Record
+from integration.harness.buses import Bus
+from integration.harness.endings import Ends, app
+from integration.harness.processes import running
+from integration.harness.rawclient import RawClient
+from integration.harness.supervised import Warden, open_warden, wait_for
+from integration.harness.values import Variant
 
 KEEP = Variant("b", True)
 

@@ -11,10 +11,10 @@ from typing import Final
 
 import pytest
 
-from integration.processes import PROJECT, PYTHON, Process, is_running, wait_until
-from integration.rawclient import RawClient
-from integration.service import ECHO, running_service
-from integration.supervised import Warden, wait_for
+from integration.harness.processes import PROJECT, PYTHON, Process, is_running, wait_until
+from integration.harness.rawclient import RawClient
+from integration.harness.service import ECHO, running_service
+from integration.harness.supervised import Warden, wait_for
 
 # A checkout and its Python are not there in the sandbox otherwise.
 SHARES: Final = [
@@ -99,7 +99,7 @@ def test_a_signal_is_passed_on(warden: Warden) -> None:
 
 
 def test_stopping_the_sandbox_cuts_the_command_off_the_bus(warden: Warden) -> None:
-    argv = [PYTHON, "-m", "integration.demo", "--app"]
+    argv = [PYTHON, "-m", "integration.demo.tour", "--app"]
     popen = subprocess.Popen(
         [PYTHON, "-m", "broker.cli", "exec", *SHARES, "--", *argv],
         env=warden_env(warden),

@@ -14,10 +14,17 @@ from typing import Any
 
 import pytest
 
-from broker.sandbox.cgroup import own_cgroup
-from integration.exec_probe import probe, report_of
-from integration.processes import PYTHON, Process, is_running, running, wait_gone, wait_until
-from integration.supervised import Warden, wait_for
+from broker.launcher.cgroup import own_cgroup
+from integration.harness.exec_probe import probe, report_of
+from integration.harness.processes import (
+    PYTHON,
+    Process,
+    is_running,
+    running,
+    wait_gone,
+    wait_until,
+)
+from integration.harness.supervised import Warden, wait_for
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 ADD_KEY, KEYCTL = 248, 250  # x86_64, as in the probe

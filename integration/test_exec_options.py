@@ -11,12 +11,12 @@ from typing import Final
 
 import pytest
 
-from integration.buses import Bus, open_bus
-from integration.clients import Outcome, run
-from integration.exec_probe import probe, report_of
-from integration.processes import PYTHON
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import Warden, open_warden
+from integration.harness.buses import Bus, open_bus
+from integration.harness.clients import Outcome, run
+from integration.harness.exec_probe import probe, report_of
+from integration.harness.processes import PYTHON
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import Warden, open_warden
 
 UID: Final = os.getuid()
 INSIDE: Final = f"/run/user/{UID}"

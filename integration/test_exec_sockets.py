@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import pytest
 
-from integration.clients import run
-from integration.exec_probe import probe, report_of
-from integration.processes import PYTHON, running
-from integration.supervised import Warden
+from integration.harness.clients import run
+from integration.harness.exec_probe import probe, report_of
+from integration.harness.processes import PYTHON, running
+from integration.harness.supervised import Warden
 
 INSIDE: Final = f"/run/user/{os.getuid()}/bus"
 Maker = Callable[[Path, ExitStack], list[str]]

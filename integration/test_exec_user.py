@@ -14,12 +14,12 @@ from typing import Any, Final
 
 import pytest
 
-from broker.sandbox import launch
-from broker.sandbox.host import find_host
-from broker.sandbox.plan import Wish, make_plan
-from integration.clients import Outcome
-from integration.exec_probe import probe, report_of
-from integration.other_user import as_user
+from broker.launcher import launch
+from broker.launcher.host import find_host
+from broker.launcher.plan import Wish, make_plan
+from integration.harness.clients import Outcome
+from integration.harness.exec_probe import probe, report_of
+from integration.harness.other_user import as_user
 
 UID: Final = 23450  # of nobody
 INSIDE: Final = f"/run/user/{UID}/bus"

@@ -13,9 +13,9 @@ import pytest
 from integration.bench import parties
 from integration.bench.flooder import FLOODS, MANY_NAMES, OWNED
 from integration.bench.parties import Scene
-from integration.buses import Bus
-from integration.supervised import Sandbox, Warden, wait_for
-from integration.threats import open_limited
+from integration.harness.buses import Bus
+from integration.harness.supervised import Sandbox, Warden, wait_for
+from integration.harness.threats import open_limited
 
 # A budget that the flood exceeds on a slow machine, too; the other limits are the usual ones.
 LIMITS: Final = {

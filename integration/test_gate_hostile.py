@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType, serialise_header
-from integration.buses import KINDS, open_bus
-from integration.messages import make_header, make_message
-from integration.rawclient import BUS, BUS_PATH, RawClient, connect_socket
-from integration.scripts import (
+from integration.harness.buses import KINDS, open_bus
+from integration.harness.messages import make_header, make_message
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient, connect_socket
+from integration.harness.scripts import (
     auth,
     echo,
     echo_message,
@@ -28,8 +28,8 @@ from integration.scripts import (
     with_path,
     with_text,
 )
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import Sandbox, Warden, open_warden, wait_for
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import Sandbox, Warden, open_warden, wait_for
 
 ERROR = "org.freedesktop.DBus.Error."
 MIB = 1024 * 1024

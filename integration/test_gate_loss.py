@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import trio
 
-from broker.gate.control import Connected
-from integration.apps import MARKS, App, Traffic, rules_of
-from integration.buses import Bus
-from integration.processes import wait_gone
-from integration.rawclient import CallError, RawClient
-from integration.service import ECHO, running_service
-from integration.supervised import CONTAINERS, Warden, open_warden, stop_and_check, wait_for
+from broker.control_protocol.messages import Connected
+from integration.harness.apps import MARKS, App, Traffic, rules_of
+from integration.harness.buses import Bus
+from integration.harness.processes import wait_gone
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.service import ECHO, running_service
+from integration.harness.supervised import CONTAINERS, Warden, open_warden, stop_and_check, wait_for
+from integration.harness.values import Variant
 from integration.test_upgrade_failures import Told, add_sandbox, engine_with
-from integration.values import Variant
 
 KEEP = Variant("b", True)
 KILLS = 20

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType, serialise_header
-from integration.buses import Bus
-from integration.messages import make_header, make_message
-from integration.rawclient import BUS, BUS_PATH, connect_socket
-from integration.relay import running_relay
-from integration.scripts import (
+from integration.harness.buses import Bus
+from integration.harness.messages import make_header, make_message
+from integration.harness.rawclient import BUS, BUS_PATH, connect_socket
+from integration.harness.relay import running_relay
+from integration.harness.scripts import (
     auth,
     echo,
     echo_message,
@@ -23,8 +23,8 @@ from integration.scripts import (
     open_fds,
     read_until,
 )
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import NAME, Sandbox, Warden, open_warden, wait_for
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import NAME, Sandbox, Warden, open_warden, wait_for
 
 ERROR = "org.freedesktop.DBus.Error."
 ALL = f"send:{ECHO}"

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from integration.buses import BUILD_FAILED, KINDS, Bus, open_bus, why_no_containers1
-from integration.clients import TEXT_CALLS
 from integration.conftest import is_excused
-from integration.processes import PROJECT, PYTHON, is_running, wait_gone
-from integration.rawclient import CallError, RawClient
-from integration.service import ECHO, PATH, running_service
-from integration.values import Variant, decode, encode
+from integration.harness.buses import BUILD_FAILED, KINDS, Bus, open_bus, why_no_containers1
+from integration.harness.clients import TEXT_CALLS
+from integration.harness.processes import PROJECT, PYTHON, is_running, wait_gone
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.values import Variant, decode, encode
 
 
 def test_bus_answers_and_is_the_process_it_says(bus: Bus) -> None:
@@ -109,7 +109,7 @@ def test_service_quits_when_told(bus: Bus) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_name_is_activatable(kind: str, folder: Path) -> None:
     name = "org.example.Started"
-    command = [PYTHON, "-m", "integration.service", "--name", name]
+    command = [PYTHON, "-m", "integration.harness.service", "--name", name]
     with open_bus(kind, folder, {name: command}) as bus, RawClient.connect(bus.address) as client:
         assert name in client.driver("ListActivatableNames")[0]
         assert client.ask(name, PATH, ECHO, "Echo", "s", ("started",)) == ("started",)

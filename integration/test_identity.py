@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from broker.cli.main import main
-from integration.clients import busctl_call, dbus_send, gdbus_call
-from integration.rawclient import BUS, BUS_PATH, CallError, RawClient
-from integration.supervised import (
+from integration.harness.clients import busctl_call, dbus_send, gdbus_call
+from integration.harness.rawclient import BUS, BUS_PATH, CallError, RawClient
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     NAME,
@@ -18,7 +18,7 @@ from integration.supervised import (
     Warden,
     wait_for,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 SANDBOXES = 5
 CONNECTIONS = 4  # of each sandbox: 20 in all

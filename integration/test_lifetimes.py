@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from integration.buses import Bus
-from integration.processes import PYTHON, running
-from integration.rawclient import CallError, RawClient
-from integration.supervised import (
+from integration.harness.buses import Bus
+from integration.harness.processes import PYTHON, running
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     NAME,
@@ -23,7 +23,7 @@ from integration.supervised import (
     open_warden,
     wait_for,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 KEEP = Variant("b", True)

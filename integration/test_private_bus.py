@@ -5,8 +5,8 @@ import re
 import signal
 from pathlib import Path
 
-from integration.clients import run
-from integration.processes import PYTHON, Process, is_running, running, wait_gone
+from integration.harness.clients import run
+from integration.harness.processes import PYTHON, Process, is_running, running, wait_gone
 
 RUN = [PYTHON, "-m", "broker.cli", "run"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import Bus
-from integration.processes import wait_until
-from integration.proxies import (
+from integration.harness.buses import Bus
+from integration.harness.processes import wait_until
+from integration.harness.proxies import (
     OURS,
     PROGRAMS,
     SECOND,
@@ -26,10 +26,10 @@ from integration.proxies import (
     open_proxy,
     refused,
 )
-from integration.rawclient import BUS, BUS_PATH
-from integration.scripts import echo
-from integration.service import ECHO, PATH
-from integration.tcp_world import (
+from integration.harness.rawclient import BUS, BUS_PATH
+from integration.harness.scripts import echo
+from integration.harness.service import ECHO, PATH
+from integration.harness.tcp_world import (
     ANONYMOUS,
     COOKIE,
     TcpWorld,

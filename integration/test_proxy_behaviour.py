@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from integration.processes import wait_until
-from integration.proxies import (
+from integration.harness.processes import wait_until
+from integration.harness.proxies import (
     OTHER,
     PROGRAMS,
     SECOND,
@@ -18,15 +18,9 @@ from integration.proxies import (
     echo_error,
     error_of,
 )
-from integration.rawclient import RawClient
-from integration.service import ECHO, PATH
-from integration.stage import (
-    DENIED,
-    NO_OWNER,
-    UNKNOWN,
-    call,
-    signal,
-)
+from integration.harness.rawclient import RawClient
+from integration.harness.service import ECHO, PATH
+from integration.harness.stage import DENIED, NO_OWNER, UNKNOWN, call, signal
 
 PEER = "org.freedesktop.DBus.Peer"
 PROPERTIES = "org.freedesktop.DBus.Properties"

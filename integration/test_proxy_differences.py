@@ -5,19 +5,14 @@ import os
 import pytest
 
 from broker.wire.header import MessageType
-from integration.clients import TEXT_CALLS, busctl_text
-from integration.messages import make_header, make_message
-from integration.processes import wait_until
-from integration.proxies import (
-    OURS,
-    STARTED,
-    Scene,
-    World,
-)
-from integration.rawclient import BUS, BUS_PATH, RawClient, connect_socket
-from integration.scripts import auth, echo, hello_message
-from integration.service import ECHO, PATH
-from integration.stage import DENIED, NO_OWNER, OWNER_CHANGED, call, settle, told
+from integration.harness.clients import TEXT_CALLS, busctl_text
+from integration.harness.messages import make_header, make_message
+from integration.harness.processes import wait_until
+from integration.harness.proxies import OURS, STARTED, Scene, World
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient, connect_socket
+from integration.harness.scripts import auth, echo, hello_message
+from integration.harness.service import ECHO, PATH
+from integration.harness.stage import DENIED, NO_OWNER, OWNER_CHANGED, call, settle, told
 
 FAILED = "org.freedesktop.DBus.Error.Failed"
 

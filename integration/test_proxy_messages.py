@@ -8,18 +8,11 @@ import os
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.buses import DAEMON
-from integration.proxies import (
-    PROGRAMS,
-    SECOND,
-    Scene,
-    World,
-    echo_error,
-    error_of,
-)
-from integration.rawclient import BUS, BUS_PATH, CallError, RawClient
-from integration.service import ECHO, PATH
-from integration.stage import (
+from integration.harness.buses import DAEMON
+from integration.harness.proxies import PROGRAMS, SECOND, Scene, World, echo_error, error_of
+from integration.harness.rawclient import BUS, BUS_PATH, CallError, RawClient
+from integration.harness.service import ECHO, PATH
+from integration.harness.stage import (
     DENIED,
     NO_OWNER,
     OWNER_CHANGED,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from integration.clients import run
-from integration.other_user import NOBODY, as_user
-from integration.processes import PROJECT, make_env, running, wait_until
-from integration.proxies import (
+from integration.harness.clients import run
+from integration.harness.other_user import NOBODY, as_user
+from integration.harness.processes import PROJECT, make_env, running, wait_until
+from integration.harness.proxies import (
     OURS,
     PROGRAMS,
     SECOND,
@@ -22,9 +22,9 @@ from integration.proxies import (
     open_proxy,
     refused,
 )
-from integration.rawclient import BUS, RawClient, connect_socket
-from integration.scripts import echo
-from integration.service import ECHO, PATH
+from integration.harness.rawclient import BUS, RawClient, connect_socket
+from integration.harness.scripts import echo
+from integration.harness.service import ECHO, PATH
 
 FAILED = "org.freedesktop.DBus.Error.Failed"
 

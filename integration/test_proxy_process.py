@@ -13,20 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import DAEMON, open_bus
-from integration.clients import dbus_send_text, gdbus_text, run
-from integration.processes import PROJECT, is_running, running, wait_until
-from integration.proxies import (
-    OURS,
-    PROGRAMS,
-    SECOND,
-    PatientClient,
-    World,
-    open_proxy,
-)
-from integration.rawclient import RawClient, connect_socket
-from integration.scripts import echo
-from integration.service import ECHO, PATH, running_service
+from integration.harness.buses import DAEMON, open_bus
+from integration.harness.clients import dbus_send_text, gdbus_text, run
+from integration.harness.processes import PROJECT, is_running, running, wait_until
+from integration.harness.proxies import OURS, PROGRAMS, SECOND, PatientClient, World, open_proxy
+from integration.harness.rawclient import RawClient, connect_socket
+from integration.harness.scripts import echo
+from integration.harness.service import ECHO, PATH, running_service
 
 
 @pytest.fixture(params=list(PROGRAMS))

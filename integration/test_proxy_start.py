@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import DAEMON, open_bus
-from integration.processes import make_env, running
-from integration.proxies import (
-    OURS,
-    PROGRAMS,
-    SECOND,
-    World,
-    open_proxy,
-)
-from integration.scripts import echo
-from integration.service import ECHO, PATH, running_service
+from integration.harness.buses import DAEMON, open_bus
+from integration.harness.processes import make_env, running
+from integration.harness.proxies import OURS, PROGRAMS, SECOND, World, open_proxy
+from integration.harness.scripts import echo
+from integration.harness.service import ECHO, PATH, running_service
 
 
 @pytest.fixture(params=list(PROGRAMS))

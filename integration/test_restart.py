@@ -5,11 +5,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from integration.buses import Bus, open_dbus_broker
-from integration.processes import is_running
-from integration.rawclient import RawClient
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import (
+from integration.harness.buses import Bus, open_dbus_broker
+from integration.harness.processes import is_running
+from integration.harness.rawclient import RawClient
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -20,7 +20,7 @@ from integration.supervised import (
     open_warden,
     wait_for,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 KEEP = Variant("b", True)
 

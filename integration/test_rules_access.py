@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType
-from integration.buses import Bus, open_bus
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.stage import (
+from integration.harness.buses import Bus, open_bus
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.stage import (
     DENIED,
     INTERFACE,
     NO_OWNER,
@@ -23,7 +23,7 @@ from integration.stage import (
     settle,
     signal,
 )
-from integration.supervised import (
+from integration.harness.supervised import (
     DENY,
     INTERFACE_IS_MEMBER,
     NAME_SUBTREE,
@@ -34,7 +34,7 @@ from integration.supervised import (
     SEND,
     open_warden,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 ANY: tuple[str, str] = ("/", "")  # path and interface of a(usos), with PATH_SUBTREE
 

@@ -5,9 +5,19 @@ from typing import Any
 import pytest
 
 from broker.wire.header import Flag
-from integration.buses import BROKER
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.stage import DENIED, ERROR, INTERFACE, PATH, Stage, listen, refusal, settle, told
+from integration.harness.buses import BROKER
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.stage import (
+    DENIED,
+    ERROR,
+    INTERFACE,
+    PATH,
+    Stage,
+    listen,
+    refusal,
+    settle,
+    told,
+)
 
 EVERYTHING = "send+receive+see+own:"
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.clients import TEXT_CALLS
-from integration.messages import make_header, make_message
-from integration.rawclient import BUS, CallError, RawClient
-from integration.service import ECHO, PATH as ECHO_PATH, running_service
-from integration.stage import (
+from integration.harness.clients import TEXT_CALLS
+from integration.harness.messages import make_header, make_message
+from integration.harness.rawclient import BUS, CallError, RawClient
+from integration.harness.service import ECHO, PATH as ECHO_PATH, running_service
+from integration.harness.stage import (
     DENIED,
     INTERFACE,
     OWNER_CHANGED,
@@ -28,7 +28,7 @@ from integration.stage import (
     signal,
     told,
 )
-from integration.supervised import DENY, PATH_SUBTREE, SEE, SEND
+from integration.harness.supervised import DENY, PATH_SUBTREE, SEE, SEND
 
 CHANGES = 100
 

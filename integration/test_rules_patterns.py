@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import KINDS, open_bus
-from integration.processes import PYTHON
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.service import ECHO, PATH as ECHO_PATH
-from integration.stage import (
-    DENIED,
-    PASSED,
-    UNKNOWN,
-    Stage,
-    call,
-    listen,
-    refusal,
-    signal,
-)
-from integration.supervised import Warden, open_warden
+from integration.harness.buses import KINDS, open_bus
+from integration.harness.processes import PYTHON
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.service import ECHO, PATH as ECHO_PATH
+from integration.harness.stage import DENIED, PASSED, UNKNOWN, Stage, call, listen, refusal, signal
+from integration.harness.supervised import Warden, open_warden
 
 # names
 
@@ -203,7 +194,7 @@ HIDDEN = "org.example.Hidden"
 
 @contextmanager
 def _activating(kind: str, folder: Path) -> Iterator[Warden]:
-    command = [PYTHON, "-m", "integration.service", "--name"]
+    command = [PYTHON, "-m", "integration.harness.service", "--name"]
     services = {name: [*command, name] for name in (STARTED, HIDDEN)}
     with open_bus(kind, folder, services) as bus, open_warden(bus, folder / "run") as warden:
         yield warden

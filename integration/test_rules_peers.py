@@ -2,7 +2,7 @@
 
 import pytest
 
-from integration.stage import (
+from integration.harness.stage import (
     DENIED,
     PASSED,
     PATH,
@@ -13,7 +13,7 @@ from integration.stage import (
     mute_call,
     signal,
 )
-from integration.supervised import (
+from integration.harness.supervised import (
     PATH_SUBTREE,
     PEER_APP,
     PEER_HOST,

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from broker.wire.header import Flag
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.stage import (
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.stage import (
     DENIED,
     INTERFACE,
     NO_OWNER,
@@ -22,8 +22,8 @@ from integration.stage import (
     settle,
     signal,
 )
-from integration.supervised import wait_for
-from integration.values import Variant
+from integration.harness.supervised import wait_for
+from integration.harness.values import Variant
 
 ABSENT = "org.example.Absent"
 ABSENT_UNIQUE = ":1.4000000"

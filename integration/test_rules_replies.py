@@ -3,10 +3,10 @@
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.buses import DAEMON
-from integration.messages import Message, make_header, make_message
-from integration.rawclient import RawClient
-from integration.stage import INTERFACE, PASSED, PATH, Stage, arrivals, call, settle
+from integration.harness.buses import DAEMON
+from integration.harness.messages import Message, make_header, make_message
+from integration.harness.rawclient import RawClient
+from integration.harness.stage import INTERFACE, PASSED, PATH, Stage, arrivals, call, settle
 
 WISHED = "org.example.Error.Wished"
 

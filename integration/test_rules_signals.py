@@ -3,8 +3,8 @@
 import pytest
 
 from broker.wire.header import MessageType
-from integration.rawclient import BUS, BUS_PATH
-from integration.stage import (
+from integration.harness.rawclient import BUS, BUS_PATH
+from integration.harness.stage import (
     INTERFACE,
     OWNER_CHANGED,
     PATH,
@@ -16,7 +16,7 @@ from integration.stage import (
     signal,
     told,
 )
-from integration.supervised import TYPE
+from integration.harness.supervised import TYPE
 
 APP = "org.example.Peer"
 

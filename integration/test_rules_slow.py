@@ -2,8 +2,8 @@
 
 import pytest
 
-from integration.rawclient import CallError
-from integration.stage import DENIED, PASSED, PATH, Stage, call
+from integration.harness.rawclient import CallError
+from integration.harness.stage import DENIED, PASSED, PATH, Stage, call
 
 LONG = "/" + "a" * 2040
 # The two of the case: many alternations, and many wildcards in many alternatives.

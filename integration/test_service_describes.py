@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from broker.wire.header import MessageType
-from integration.clients import gdbus_call, run
-from integration.rawclient import BUS, BUS_PATH, CallError, RawClient
-from integration.supervised import (
+from integration.harness.clients import gdbus_call, run
+from integration.harness.rawclient import BUS, BUS_PATH, CallError, RawClient
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -16,7 +16,7 @@ from integration.supervised import (
     NAME,
     Warden,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 ERROR = "org.freedesktop.DBus.Error."
 PROPERTIES = "org.freedesktop.DBus.Properties"

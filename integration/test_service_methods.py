@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from integration.clients import busctl_call, dbus_send, gdbus_call
-from integration.rawclient import BUS, CallError, RawClient
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import (
+from integration.harness.clients import busctl_call, dbus_send, gdbus_call
+from integration.harness.rawclient import BUS, CallError, RawClient
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     DENY,
@@ -26,7 +26,7 @@ from integration.supervised import (
     Usos,
     Warden,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 from policy.text import format_rule
 from policy.wall import WALL
 

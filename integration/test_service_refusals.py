@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from integration.rawclient import CallError
-from integration.supervised import (
+from integration.harness.rawclient import CallError
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     DENY,
@@ -30,7 +30,7 @@ from integration.supervised import (
     Usos,
     Warden,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 ERROR = "org.freedesktop.DBus.Error."
 ANY = SEND | PATH_SUBTREE

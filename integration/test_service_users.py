@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from integration.buses import open_dbus_broker
-from integration.other_user import NOBODY, as_user
-from integration.rawclient import CallError, RawClient, connect_socket
-from integration.supervised import (
+from integration.harness.buses import open_dbus_broker
+from integration.harness.other_user import NOBODY, as_user
+from integration.harness.rawclient import CallError, RawClient, connect_socket
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -22,7 +22,7 @@ from integration.supervised import (
     Warden,
     open_warden,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 ERROR = "org.freedesktop.DBus.Error."
 

@@ -8,9 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from integration.buses import Bus
-from integration.processes import wait_gone, wait_until
-from integration.supervised import (
+from integration.harness.buses import Bus
+from integration.harness.processes import wait_gone, wait_until
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -19,7 +19,7 @@ from integration.supervised import (
     TYPE,
     open_warden,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 KEEP = Variant("b", True)
 MANY = 1000  # more than a socket's buffer has room to tell of

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import Bus, open_dbus_daemon
-from integration.clients import Outcome, run
-from integration.processes import PYTHON, running
-from integration.rawclient import CallError, RawClient
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import NAME, SEND, Sandbox, Warden, open_warden, wait_for
-from integration.values import Variant
+from integration.harness.buses import Bus, open_dbus_daemon
+from integration.harness.clients import Outcome, run
+from integration.harness.processes import PYTHON, running
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import NAME, SEND, Sandbox, Warden, open_warden, wait_for
+from integration.harness.values import Variant
 
 KEEP = Variant("b", True)
 # Whoever is in there has the folder to itself, and may mount on it; as the same user as outside.

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from integration.apps import App, Traffic, rules_of
-from integration.buses import KINDS, open_bus
-from integration.processes import PYTHON, running
-from integration.rawclient import CallError
-from integration.service import running_service
-from integration.supervised import Sandbox, Warden, open_warden, stop_and_check, wait_for
-from integration.values import Variant
+from integration.harness.apps import App, Traffic, rules_of
+from integration.harness.buses import KINDS, open_bus
+from integration.harness.processes import PYTHON, running
+from integration.harness.rawclient import CallError
+from integration.harness.service import running_service
+from integration.harness.supervised import Sandbox, Warden, open_warden, stop_and_check, wait_for
+from integration.harness.values import Variant
 
 if TYPE_CHECKING:
     from collections.abc import Callable

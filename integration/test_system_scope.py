@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import CONTAINERS1, CONTAINERS1_DAEMON, open_bus
-from integration.other_user import NOBODY, as_user
-from integration.rawclient import CallError, RawClient
-from integration.supervised import Warden, open_warden
+from integration.harness.buses import CONTAINERS1, CONTAINERS1_DAEMON, open_bus
+from integration.harness.other_user import NOBODY, as_user
+from integration.harness.rawclient import CallError, RawClient
+from integration.harness.supervised import Warden, open_warden
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="the machine cannot: becoming another user takes root"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import DAEMON, KINDS, Bus
-from integration.processes import is_running, wait_gone
-from integration.rawclient import RawClient
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import MANAGE, MANAGE_PATH, NAME, Sandbox, Warden, wait_for
-from integration.systemd_user import (
+from integration.harness.buses import DAEMON, KINDS, Bus
+from integration.harness.processes import is_running, wait_gone
+from integration.harness.rawclient import RawClient
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import MANAGE, MANAGE_PATH, NAME, Sandbox, Warden, wait_for
+from integration.harness.systemd_user import (
     GATE,
     GATE_SOCKET,
     RUNTIME,
@@ -25,7 +25,7 @@ from integration.systemd_user import (
     UnavailableError,
     open_user_manager,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 KEEP = Variant("b", True)
 

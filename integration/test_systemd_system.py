@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import DAEMON, Bus
-from integration.other_user import NOBODY
-from integration.processes import wait_until
-from integration.service import ECHO, PATH, running_service
-from integration.supervised import CONTAINERS, CONTAINERS_PATH, NAME, Sandbox, Warden, wait_for
-from integration.systemd_user import (
+from integration.harness.buses import DAEMON, Bus
+from integration.harness.other_user import NOBODY
+from integration.harness.processes import wait_until
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.supervised import (
+    CONTAINERS,
+    CONTAINERS_PATH,
+    NAME,
+    Sandbox,
+    Warden,
+    wait_for,
+)
+from integration.harness.systemd_user import (
     GATE,
     GATE_SOCKET,
     SERVICES,
@@ -21,7 +28,7 @@ from integration.systemd_user import (
     UnavailableError,
     open_system_manager,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 KEEP = Variant("b", True)
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from integration.buses import Bus
-from integration.other_user import NOBODY, as_user
-from integration.rawclient import connect_socket
-from integration.relay import Relay, running_relay
-from integration.scripts import auth, echo, echo_message, hello_message, read_until
-from integration.service import running_service
-from integration.supervised import Warden, open_warden, wait_for
-from integration.threats import Scene, assert_rests, is_closed, open_limited, open_scene
+from integration.harness.buses import Bus
+from integration.harness.other_user import NOBODY, as_user
+from integration.harness.rawclient import connect_socket
+from integration.harness.relay import Relay, running_relay
+from integration.harness.scripts import auth, echo, echo_message, hello_message, read_until
+from integration.harness.service import running_service
+from integration.harness.supervised import Warden, open_warden, wait_for
+from integration.harness.threats import Scene, assert_rests, is_closed, open_limited, open_scene
 
 BEGIN = b"BEGIN\r\n"
 HELLO = BEGIN + hello_message()

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.buses import KINDS, open_bus
-from integration.messages import make_header, make_message
-from integration.other_user import NOBODY, as_user
-from integration.rawclient import BUS, CallError, RawClient, connect_socket
-from integration.scripts import auth, echo, open_fds
-from integration.service import ECHO, running_service
-from integration.stage import (
+from integration.harness.buses import KINDS, open_bus
+from integration.harness.messages import make_header, make_message
+from integration.harness.other_user import NOBODY, as_user
+from integration.harness.rawclient import BUS, CallError, RawClient, connect_socket
+from integration.harness.scripts import auth, echo, open_fds
+from integration.harness.service import ECHO, running_service
+from integration.harness.stage import (
     DENIED,
     INTERFACE,
     OWNER_CHANGED,
@@ -31,7 +31,7 @@ from integration.stage import (
     signal,
     told,
 )
-from integration.supervised import (
+from integration.harness.supervised import (
     CONTAINERS,
     CONTAINERS_PATH,
     MANAGE,
@@ -44,8 +44,8 @@ from integration.supervised import (
     open_warden,
     wait_for,
 )
-from integration.threats import Scene, assert_rests, is_closed
-from integration.values import Variant
+from integration.harness.threats import Scene, assert_rests, is_closed
+from integration.harness.values import Variant
 
 BATCH = 1500
 

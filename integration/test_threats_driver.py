@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.messages import make_header, make_message
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.stage import DENIED, ERROR, INTERFACE, NO_OWNER, Stage, refusal, settle
-from integration.threats import Scene
+from integration.harness.messages import make_header, make_message
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.stage import DENIED, ERROR, INTERFACE, NO_OWNER, Stage, refusal, settle
+from integration.harness.threats import Scene
 
 EVERYTHING = "send+receive+see+own:"
 ABSENT = "org.example.Absent"

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType
-from integration.buses import Bus
-from integration.forge import CALL, GOOD, SIGNAL, Field, forge, without
-from integration.messages import Message
-from integration.rawclient import RawClient
-from integration.scripts import echo, open_fds
-from integration.service import ECHO, PATH
-from integration.supervised import wait_for
-from integration.threats import ERROR, Scene, open_limited, open_scene
+from integration.harness.buses import Bus
+from integration.harness.forge import CALL, GOOD, SIGNAL, Field, forge, without
+from integration.harness.messages import Message
+from integration.harness.rawclient import RawClient
+from integration.harness.scripts import echo, open_fds
+from integration.harness.service import ECHO, PATH
+from integration.harness.supervised import wait_for
+from integration.harness.threats import ERROR, Scene, open_limited, open_scene
 
 NAME = "org.example.Victim"
 

@@ -3,8 +3,8 @@
 import pytest
 
 from broker.wire.header import MessageType
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.stage import (
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.stage import (
     DENIED,
     ERROR,
     INTERFACE,
@@ -19,7 +19,7 @@ from integration.stage import (
     signal,
     told,
 )
-from integration.threats import Scene
+from integration.harness.threats import Scene
 
 EVERYTHING = "send+receive+see+own:"
 BAD_RULE = f"{ERROR}MatchRuleInvalid"

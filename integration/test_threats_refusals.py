@@ -3,9 +3,9 @@
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.messages import make_header, make_message
-from integration.rawclient import BUS, RawClient
-from integration.stage import (
+from integration.harness.messages import make_header, make_message
+from integration.harness.rawclient import BUS, RawClient
+from integration.harness.stage import (
     DENIED,
     INTERFACE,
     PASSED,
@@ -17,7 +17,7 @@ from integration.stage import (
     settle,
     signal,
 )
-from integration.threats import Scene
+from integration.harness.threats import Scene
 
 ABSENT = "org.example.Absent"
 ABSENT_UNIQUE = ":1.4000000"

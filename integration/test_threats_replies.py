@@ -6,12 +6,12 @@ import socket
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.messages import make_header, make_message
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.scripts import auth
-from integration.stage import ERROR, INTERFACE, PATH, Stage, arrivals, settle
-from integration.supervised import wait_for
-from integration.threats import Scene, assert_rests
+from integration.harness.messages import make_header, make_message
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.scripts import auth
+from integration.harness.stage import ERROR, INTERFACE, PATH, Stage, arrivals, settle
+from integration.harness.supervised import wait_for
+from integration.harness.threats import Scene, assert_rests
 
 WISHED = "org.example.Error.Wished"
 

@@ -14,14 +14,21 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType
-from integration.buses import Bus
-from integration.forge import GOOD, Field, forge, text
-from integration.messages import make_header, make_message
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.scripts import auth, echo, echo_message, hello_message, open_fds, read_until
-from integration.service import ECHO, PATH
-from integration.supervised import wait_for
-from integration.threats import (
+from integration.harness.buses import Bus
+from integration.harness.forge import GOOD, Field, forge, text
+from integration.harness.messages import make_header, make_message
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.scripts import (
+    auth,
+    echo,
+    echo_message,
+    hello_message,
+    open_fds,
+    read_until,
+)
+from integration.harness.service import ECHO, PATH
+from integration.harness.supervised import wait_for
+from integration.harness.threats import (
     ERROR,
     MIB,
     SMALL_LIMITS,

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import Flag, MessageType
-from integration.clients import TEXT_CALLS
-from integration.messages import make_header, make_message
-from integration.processes import running
-from integration.rawclient import BUS, BUS_PATH
-from integration.scripts import echo, echo_message
-from integration.service import ECHO, PATH as ECHO_PATH
-from integration.stage import (
+from integration.harness.clients import TEXT_CALLS
+from integration.harness.messages import make_header, make_message
+from integration.harness.processes import running
+from integration.harness.rawclient import BUS, BUS_PATH
+from integration.harness.scripts import echo, echo_message
+from integration.harness.service import ECHO, PATH as ECHO_PATH
+from integration.harness.stage import (
     DENIED,
     ERROR,
     INTERFACE,
@@ -29,8 +29,8 @@ from integration.stage import (
     settle,
     signal,
 )
-from integration.supervised import wait_for
-from integration.threats import Scene
+from integration.harness.supervised import wait_for
+from integration.harness.threats import Scene
 
 ABSENT = "org.example.Absent"
 ABSENT_UNIQUE = ":1.4000000"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import Flag
-from integration.buses import KINDS, open_bus
-from integration.processes import PYTHON
-from integration.rawclient import BUS, BUS_PATH, RawClient
-from integration.service import ECHO, PATH as ECHO_PATH, running_service
-from integration.stage import (
+from integration.harness.buses import KINDS, open_bus
+from integration.harness.processes import PYTHON
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient
+from integration.harness.service import ECHO, PATH as ECHO_PATH, running_service
+from integration.harness.stage import (
     DENIED,
     INTERFACE,
     NO_OWNER,
@@ -21,8 +21,8 @@ from integration.stage import (
     refusal,
     settle,
 )
-from integration.supervised import Warden, open_warden, wait_for
-from integration.threats import Scene, open_scene
+from integration.harness.supervised import Warden, open_warden, wait_for
+from integration.harness.threats import Scene, open_scene
 
 STARTS = "org.example.Starts"
 QUESTION = (STARTS, ECHO_PATH, ECHO, "Sender")
@@ -32,7 +32,7 @@ START = (BUS, BUS_PATH, BUS, "StartServiceByName", "su", (STARTS, 0))
 @pytest.fixture(scope="module", params=KINDS)
 def starting(request: pytest.FixtureRequest) -> Iterator[Warden]:
     """A supervisor on a bus that starts a service."""
-    argv = [PYTHON, "-m", "integration.service", "--name", STARTS]
+    argv = [PYTHON, "-m", "integration.harness.service", "--name", STARTS]
     with tempfile.TemporaryDirectory(prefix="bw-") as name:
         folder = Path(name)
         with (

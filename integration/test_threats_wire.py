@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType, serialise_header
-from integration.buses import Bus
-from integration.forge import (
+from integration.harness.buses import Bus
+from integration.harness.forge import (
     CALL,
     ERROR,
     GOOD,
@@ -21,11 +21,11 @@ from integration.forge import (
     with_field,
     without,
 )
-from integration.messages import make_header
-from integration.rawclient import RawClient
-from integration.scripts import echo, echo_message
-from integration.service import ECHO, PATH
-from integration.threats import (
+from integration.harness.messages import make_header
+from integration.harness.rawclient import RawClient
+from integration.harness.scripts import echo, echo_message
+from integration.harness.service import ECHO, PATH
+from integration.harness.threats import (
     ERROR as ERROR_NAME,
     MIB,
     SMALL_LIMITS,

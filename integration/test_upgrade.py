@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType
-from integration.buses import Bus
-from integration.load import Caller, Emitter, Talker, under_load
-from integration.messages import make_header, make_message
-from integration.processes import is_running
-from integration.rawclient import CallError, RawClient, connect_socket
-from integration.service import ECHO, PATH, running_service
-from integration.stage import arrivals
-from integration.supervised import (
+from integration.harness.buses import Bus
+from integration.harness.load import Caller, Emitter, Talker, under_load
+from integration.harness.messages import make_header, make_message
+from integration.harness.processes import is_running
+from integration.harness.rawclient import CallError, RawClient, connect_socket
+from integration.harness.service import ECHO, PATH, running_service
+from integration.harness.stage import arrivals
+from integration.harness.supervised import (
     MANAGE,
     MANAGE_PATH,
     NAME,
@@ -25,7 +25,7 @@ from integration.supervised import (
     open_warden,
     wait_for,
 )
-from integration.values import Variant
+from integration.harness.values import Variant
 
 TALK = (f"send:{ECHO}", "receive:", "own:org.example.mine.*", "see:")
 

@@ -11,17 +11,24 @@ from pathlib import Path
 import pytest
 import trio
 
-from broker.engines import gate as gate_module, upgrade as upgrade_module
-from broker.engines.gate import GateEngine
-from broker.gate.control import PROTOCOL, BusSpec, Event, Listener, SandboxSpec, Snapshot
-from broker.gate.handover import VERSION
+from broker.control_protocol.messages import (
+    PROTOCOL,
+    BusSpec,
+    Event,
+    Listener,
+    SandboxSpec,
+    Snapshot,
+)
+from broker.engines import gate_engine as gate_module, gate_upgrade as upgrade_module
+from broker.engines.gate_engine import GateEngine
+from broker.gate.dumps import VERSION
 from broker.wire.errors import CallRefusedError
-from integration.bad_gate import OTHER_VERSION
-from integration.buses import Bus
-from integration.load import Talker, under_load
-from integration.processes import is_running
-from integration.rawclient import RawClient
-from integration.service import ECHO, running_service
+from integration.harness.bad_gate import OTHER_VERSION
+from integration.harness.buses import Bus
+from integration.harness.load import Talker, under_load
+from integration.harness.processes import is_running
+from integration.harness.rawclient import RawClient
+from integration.harness.service import ECHO, running_service
 from policy.rules import Access, AccessList, Identity, Rule
 
 # How the new gate fails, and what the one line says then.
@@ -66,7 +73,7 @@ async def engine_with(bus: Bus, folder: Path, how: str, told: Told) -> AsyncIter
     engine = GateEngine(
         control=folder / "gate.sock",
         buses=(BusSpec(name="session", address=bus.address),),
-        command=(sys.executable, "-P", "-m", "integration.bad_gate", how),
+        command=(sys.executable, "-P", "-m", "integration.harness.bad_gate", how),
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.keep_connected, told)
@@ -128,7 +135,7 @@ async def test_the_old_gate_goes_on(
                     assert await engine.who("session", name) == "c0"
                 assert (folder / "app").exists()
             assert [type(event).__name__ for event in told.events] == ["Connected"] * 2
-            assert children_of(os.getpid(), "integration.bad_gate") == [pid]
+            assert children_of(os.getpid(), "integration.harness.bad_gate") == [pid]
 
 
 def children_of(parent: int, words: str) -> list[int]:
@@ -166,7 +173,7 @@ async def test_a_gate_newer_than_the_supervisor_is_refused_in_words(
 
 
 async def test_a_gate_older_than_the_supervisor_hands_over(bus: Bus, folder: Path) -> None:
-    command = (sys.executable, "-P", "-m", "integration.bad_gate")
+    command = (sys.executable, "-P", "-m", "integration.harness.bad_gate")
     buses = (BusSpec(name="session", address=bus.address),)
     control = folder / "gate.sock"
     older = GateEngine(control=control, buses=buses, command=(*command, "newer"))

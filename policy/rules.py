@@ -2,7 +2,7 @@
 
 Everything that decides or stores access speaks in these types. They are values: frozen, comparable,
 and encodable by msgspec. What a rule means is written down in docs/policy.md; `policy.match` carries
-it out. Nothing here checks text from outside: `policy.text` and `policy.containers1` do.
+it out. Nothing here checks text from outside: `policy.text` and `policy.usos.wire_form` do.
 """
 
 import enum
@@ -61,7 +61,7 @@ class AccessList(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     # lets them in, snapd's AppArmor does not.
     receive_from_host: bool = True
     # Whether some calls to the bus itself, which every sandbox may make otherwise, need a send rule
-    # as well (broker.gate.methods.BY_RULE_TOO): as under snapd's AppArmor.
+    # as well (broker.gate.filter.driver_calls.BY_RULE_TOO): as under snapd's AppArmor.
     bus_by_rule: bool = False
 
 

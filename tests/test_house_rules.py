@@ -19,38 +19,45 @@ MAX_LINES: Final = 600
 MAX_FUNCTION_LINES: Final = 50  # docstring and comments left out
 
 # Whatever is in one of these may import what stands behind it, and itself; the first match counts.
-# The arrows: cli, api -> supervisor -> engines -> (bus | gate control); gate -> wire, policy.
+# The arrows: cli, api -> supervisor -> engines -> (bus | control protocol); gate -> control protocol, wire, policy.
 MAY_IMPORT: Final = {
     "policy": {"policy"},
     "broker.wire": {"broker.wire"},
     "broker.systemd": {"broker.systemd"},
     "broker.posix": {"broker.posix"},
+    "broker.control_protocol": {"broker.control_protocol", "broker.wire", "policy"},
     "broker.gate": {
         "broker.gate",
+        "broker.control_protocol",
         "broker.posix",
         "broker.systemd.notify",
         "broker.wire",
         "policy",
     },
-    "broker.proxy": {"broker.proxy", "broker.gate", "broker.posix", "broker.wire", "policy"},
-    "broker.bus": {"broker.bus", "broker.posix", "broker.wire"},
-    "broker.engines": {
-        "broker.engines",
-        "broker.bus",
-        "broker.gate.control",
-        "broker.gate.upstream",
+    "broker.proxy": {
+        "broker.proxy",
+        "broker.gate",
+        "broker.control_protocol",
         "broker.posix",
         "broker.wire",
         "policy",
     },
-    "broker.sandbox": {"broker.sandbox", "broker.wire", "policy"},
-    "broker.supervisor.service": {"broker", "policy"},  # puts the processes' parts together
+    "broker.bus": {"broker.bus", "broker.posix", "broker.wire"},
+    "broker.engines": {
+        "broker.engines",
+        "broker.bus",
+        "broker.control_protocol",
+        "broker.posix",
+        "broker.wire",
+        "policy",
+    },
+    "broker.launcher": {"broker.launcher", "broker.wire", "policy"},
+    "broker.daemon": {"broker", "policy"},  # puts the processes' parts together
     "broker.supervisor": {
         "broker.supervisor",
         "broker.engines",
         "broker.bus",
-        "broker.gate.control",
-        "broker.gate.upstream",
+        "broker.control_protocol",
         "broker.posix",
         "broker.wire",
         "policy",
@@ -60,7 +67,7 @@ MAY_IMPORT: Final = {
         "broker.supervisor",
         "broker.engines",
         "broker.bus",
-        "broker.gate.control",
+        "broker.control_protocol",
         "broker.posix",
         "broker.wire",
         "policy",
@@ -72,25 +79,25 @@ PROSE_MENDED: Final = (
     "broker.api.dispatch",
     "broker.api.subscribers",
     "broker.bus",
-    "broker.gate.accept",
-    "broker.gate.barrier",
-    "broker.gate.chores",
-    "broker.gate.ledger",
-    "broker.gate.linger",
-    "broker.gate.meeting",
-    "broker.gate.payers",
-    "broker.gate.slices",
-    "broker.gate.subscriptions",
-    "broker.gate.swap",
-    "broker.gate.tagging",
-    "broker.gate.verdicts",
-    "broker.gate.views",
+    "broker.gate.io.listener",
+    "broker.gate.filter.read_barrier",
+    "broker.gate.filter.chores",
+    "broker.gate.name_ledger",
+    "broker.gate.sandbox.lingering",
+    "broker.gate.bus_id_query",
+    "broker.gate.filter.payers",
+    "broker.gate.io.slices",
+    "broker.gate.filter.subscriptions",
+    "broker.gate.filter.access_change",
+    "broker.gate.instance_field",
+    "broker.gate.filter.verdict_cache",
+    "broker.gate.filter.owner_views",
     "broker.posix",
-    "broker.sandbox",
-    "broker.supervisor.rules",
-    "broker.supervisor.spec",
+    "broker.launcher",
+    "broker.supervisor.sandboxes.rule_limits",
+    "broker.supervisor.sandboxes.specs",
     "broker.wire.skim",
-    "policy.explain",
+    "policy.snaps.explain",
     "policy.match",
     "policy.matcher",
     "policy.tables",
@@ -110,18 +117,17 @@ PURE: Final = [
     or path.is_relative_to(PROJECT / "broker" / "wire")
     or path.relative_to(PROJECT).as_posix()
     in {
-        "broker/engines/dialect.py",
-        "broker/gate/control.py",
-        "broker/gate/handover.py",
-        "broker/gate/upstream.py",
+        "broker/engines/containers1_dialect.py",
+        "broker/control_protocol/messages.py",
+        "broker/gate/dumps.py",
         "broker/proxy/arguments.py",
         "broker/proxy/judge.py",
-        "broker/proxy/passage.py",
-        "broker/sandbox/mounts.py",
-        "broker/sandbox/plan.py",
-        "broker/sandbox/seccomp.py",
-        "broker/supervisor/ends.py",
-        "broker/supervisor/registry.py",
+        "broker/proxy/passthrough.py",
+        "broker/launcher/mounts.py",
+        "broker/launcher/plan.py",
+        "broker/launcher/seccomp.py",
+        "broker/supervisor/sandboxes/lifecycle.py",
+        "broker/supervisor/sandboxes/registry.py",
     }
 ]
 NEEDS_THE_WORLD: Final = {
@@ -177,7 +183,7 @@ def wrong_imports(path: Path) -> set[str]:
         for module in imported_modules(path)
         if any(is_within(module, package) for package in PACKAGES)
         and not any(is_within(module, other) for other in allowed)
-        # `from broker.gate import control` names the package, too: what it takes of it is judged.
+        # `from broker import control_protocol` names the package, too: what it takes of it is judged.
         and not any(is_within(other, module) for other in allowed)
     }
 
@@ -259,8 +265,8 @@ def test_an_import_against_the_arrows_is_found(
     monkeypatch.setattr(f"{__name__}.PROJECT", tmp_path)
     path = tmp_path / "broker" / "engines" / "bad.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from broker.gate import control, core\nimport policy.rules\nimport trio\n")
-    assert wrong_imports(path) == {"broker.gate.core"}
+    path.write_text("from broker import control_protocol, gate\nimport policy.rules\nimport trio\n")
+    assert wrong_imports(path) == {"broker.gate"}
 
 
 def test_everything_names_the_supported_pythons() -> None:

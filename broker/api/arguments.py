@@ -6,17 +6,17 @@ from typing import Any, Final
 
 from broker.bus.codec import Packer, TooLongError
 from broker.bus.values import Variant, holds_descriptor, nesting
-from broker.supervisor import cgroups, processes
-from broker.supervisor.ends import Process
-from broker.supervisor.requests import AddRequest
-from broker.supervisor.rules import SLICE, check_number
-from broker.supervisor.sockets import check_readable, check_writable
+from broker.supervisor.sandboxes.lifecycle import Process
+from broker.supervisor.sandboxes.rule_limits import SLICE, check_number
+from broker.supervisor.sandboxes.sockets import check_readable, check_writable
+from broker.supervisor.sandboxes.specs import AddRequest
+from broker.supervisor.watches import cgroups, processes
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError
 from broker.wire.names import is_interface
-from policy.containers1 import parse_usos
 from policy.match import RULE_WORK, reading_work
 from policy.rules import AccessList, Rule
 from policy.text import parse_rule
+from policy.usos.wire_form import parse_usos
 
 # An app's identifier may be any text; it is shown, stored, and in each message about the sandbox.
 MAX_TEXT: Final = 4096  # bytes

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from broker.bus.connection import DRIVER, Call, Target
 from broker.bus.values import Variant, holds_descriptor, pack
-from broker.supervisor.requests import Caller
+from broker.supervisor.sandboxes.specs import Caller
 from broker.supervisor.supervisor import Supervisor
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
 

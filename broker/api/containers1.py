@@ -8,9 +8,9 @@ from broker.api.dispatch import Interface, Method, Property, Reply, Signal, args
 from broker.bus.codec import MAX_BODY
 from broker.bus.connection import DRIVER, Call
 from broker.bus.values import Variant, unpack
-from broker.supervisor.lifetime import Watch
-from broker.supervisor.registry import INSTANCE_PREFIX, Record
-from broker.supervisor.rules import in_slices
+from broker.supervisor.sandboxes.registry import INSTANCE_PREFIX, Record
+from broker.supervisor.sandboxes.rule_limits import in_slices
+from broker.supervisor.watches.watches import Watch
 from broker.wire.errors import (
     FAILED,
     INVALID_ARGS,

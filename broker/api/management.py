@@ -13,13 +13,13 @@ from broker.api.subscribers import Subscribers
 from broker.bus.codec import MAX_BODY
 from broker.bus.connection import Call
 from broker.bus.values import Variant, unpack
+from broker.control_protocol.messages import Denied
 from broker.engines.base import Engine, EngineLostError
-from broker.gate.control import Denied
 from broker.supervisor.config import Config
-from broker.supervisor.ends import Phase
-from broker.supervisor.lifetime import Watch
-from broker.supervisor.registry import Sandbox
-from broker.supervisor.rules import in_slices
+from broker.supervisor.sandboxes.lifecycle import Phase
+from broker.supervisor.sandboxes.registry import Sandbox
+from broker.supervisor.sandboxes.rule_limits import in_slices
+from broker.supervisor.watches.watches import Watch
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
 from policy.rules import Rule
 from policy.text import format_rule

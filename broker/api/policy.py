@@ -13,12 +13,12 @@ from broker.api.dispatch import Interface, Method, Reply, args
 from broker.bus.codec import MAX_BODY
 from broker.bus.connection import Call
 from broker.bus.values import Variant
-from broker.supervisor.snaps import world_of
+from broker.supervisor.snaps.catalogue import world_of
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
 from broker.wire.names import is_bus_name, is_interface, is_member, is_object_path
-from policy.compiler import Change
-from policy.explain import Explanation, Question, Remedy
 from policy.rules import Access, Identity
+from policy.snaps.compiler import Change
+from policy.snaps.explain import Explanation, Question, Remedy
 from policy.text import format_rule, parse_rule
 
 PATH: Final = "/org/buswarden/Broker1"

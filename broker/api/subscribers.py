@@ -8,8 +8,8 @@ has the counts and the last refusals. A subscription ends when its connection le
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from broker.supervisor.registry import Record
-from broker.supervisor.requests import Caller
+from broker.supervisor.sandboxes.registry import Record
+from broker.supervisor.sandboxes.specs import Caller
 from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
 
 MAX_SUBSCRIBERS: Final = 64

@@ -19,7 +19,7 @@ import trio_asyncio
 
 from broker.bus.callers import Callers
 from broker.bus.codec import MAX_BODY, TooLongError
-from broker.bus.link import BusLostError, Link, Reply, make_message
+from broker.bus.message_bus import BusLostError, Link, Reply, make_message
 from broker.bus.values import Turn, pack, unpack, unpack_in_turns
 from broker.posix.reserve import is_reserved
 from broker.wire.address import UnixAddress, parse_address
@@ -318,7 +318,7 @@ class Bus:
         )
         link.put_raw(serialise_header(header, extra={INSTANCE_FIELD: ("o", "/")}))
 
-    # -- what comes in: broker.bus.link.Taker ---------------------------------------------------------
+    # -- what comes in: broker.bus.message_bus.Taker ---------------------------------------------------------
 
     def look(self, header: Header) -> bool:
         """Return whether to read a call or signal; refuse an unwanted call."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from broker.bus.connection import DRIVER, Signal, Target
-from broker.bus.link import BusLostError
+from broker.bus.message_bus import BusLostError
 
 
 class Caller(Protocol):

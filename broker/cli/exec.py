@@ -20,8 +20,8 @@ from broker.cli.options import (
     identity_options,
 )
 from broker.cli.output import print_error
-from broker.sandbox.cgroup import own_cgroup
-from broker.sandbox.host import (
+from broker.launcher.cgroup import own_cgroup
+from broker.launcher.host import (
     check_standard_descriptors,
     find_bound,
     find_bubblewrap,
@@ -32,9 +32,9 @@ from broker.sandbox.host import (
     find_x11,
     make_home,
 )
-from broker.sandbox.launch import NotStartedError, run_sandbox
-from broker.sandbox.plan import Wish, addresses_in, make_plan
-from policy.snaps import SNAP_TYPE
+from broker.launcher.launch import NotStartedError, run_sandbox
+from broker.launcher.plan import Wish, addresses_in, make_plan
+from policy.snaps.installed import SNAP_TYPE
 
 DEFAULT_TYPE: Final = "org.buswarden.Exec"
 RuleTexts = tuple[tuple[bool, str], ...]

@@ -22,16 +22,16 @@ from broker.cli.policy_text import (
     usos_facts,
 )
 from broker.supervisor.config import Limits
-from broker.supervisor.snaps import Snaps, load_own_library
+from broker.supervisor.snaps.catalogue import Snaps, load_own_library
 from broker.wire.errors import CallRefusedError, ConfigError
-from policy.compiler import Compiler
 from policy.importers.apparmor import import_apparmor
 from policy.importers.flatpak import import_flatpak
 from policy.importers.report import ImportFileError, Source
-from policy.library import CatalogueError, parse_interface
 from policy.match import excess
 from policy.rules import AccessList
-from policy.snaps import SnapError, World, parse_world
+from policy.snaps.compiler import Compiler
+from policy.snaps.installed import SnapError, World, parse_world
+from policy.snaps.library import CatalogueError, parse_interface
 
 FILE_OR_STDIN: Final = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 FORMAT: Final = click.option(

@@ -5,13 +5,13 @@ from typing import Any, Final
 
 import msgspec
 
-from policy.containers1 import on_the_wire
 from policy.exporters.xdg_dbus_proxy import export_options
-from policy.interface import Entry, PeerBySystem
-from policy.library import SECTIONS, Known
 from policy.rules import AccessList
+from policy.snaps.catalogue_schema import Entry, PeerBySystem
+from policy.snaps.library import SECTIONS, Known
 from policy.text import format_rule
-from policy.usos import usos_list
+from policy.usos.convert import usos_list
+from policy.usos.wire_form import on_the_wire
 
 _USUAL_BUSES: Final = {"session", "system"}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from broker.posix.files import check_entries, open_file, open_folder
-from broker.supervisor.doors import StartError
+from broker.supervisor.bus_connections import StartError
 from broker.wire.address import make_unix_address
 
 SOCKET_NAME: Final = "private-bus"

@@ -11,9 +11,9 @@ import trio
 from broker.cli.options import KeyValue
 from broker.cli.output import print_line
 from broker.cli.private_bus import private_bus
-from broker.gate.control import BusSpec
+from broker.control_protocol.messages import BusSpec
+from broker.daemon import serve
 from broker.supervisor.config import Config, EngineName, load_config
-from broker.supervisor.service import serve
 from broker.wire.address import make_unix_address
 
 

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from broker.engines.held import Held
-from broker.gate.control import Event, SandboxSpec, Snapshot, Use
+from broker.control_protocol.messages import Event, SandboxSpec, Snapshot, Use
+from broker.engines.held_sockets import Held
 from broker.wire.errors import NOT_CONTAINER, BrokerError, CallRefusedError
 from policy.rules import AccessList
 

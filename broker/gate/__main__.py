@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from broker.gate.handover import Failed, HandoverError, Opening
-from broker.gate.loop import READABLE, Loop
-from broker.gate.managed import Manager
+from broker.gate.dumps import Failed, HandoverError, Opening
+from broker.gate.handover.channel import Channel
+from broker.gate.handover.take_over import LONGEST_WAIT, offer, take_over
+from broker.gate.io.loop import READABLE, Loop
+from broker.gate.recorder import trace_into
 from broker.gate.server import Gate
-from broker.gate.successor import LONGEST_WAIT, offer, take_over
-from broker.gate.takeover import Channel
-from broker.gate.trace import trace_into
+from broker.gate.systemd_service import Manager
 from broker.posix.files import UnsafeFileError, open_folder
 
 EXIT_OK: Final = 0

@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, assert_never
 
-from broker.gate.accept import peer_uid
-from broker.gate.bus import Bus
-from broker.gate.control import (
+from broker.control_protocol.messages import (
     LOST,
     MAX_FRAME_FDS,
     PROTOCOL,
     AddSandbox,
     Answer,
+    CallBus,
     Confirm,
     Done,
     Envelope,
@@ -35,6 +34,7 @@ from broker.gate.control import (
     SandboxSpec,
     SetAccess,
     SetBuses,
+    SetUpstream,
     Shutdown,
     Snapshot,
     StartNext,
@@ -48,20 +48,21 @@ from broker.gate.control import (
     WhoIs,
     make_frame,
 )
-from broker.gate.core import Chunk
-from broker.gate.handover import VERSION, Fds, HandoverError, Opening, SandboxDump, pick
-from broker.gate.kept import Kept
-from broker.gate.loop import READABLE, Loop
-from broker.gate.managed import Manager
-from broker.gate.meeting import Meeting
-from broker.gate.parts import PART, cut
-from broker.gate.pipe import Closed, Pipe, adopt, close_fds
-from broker.gate.sandbox import Sandbox
-from broker.gate.slices import Sliced, Work
-from broker.gate.tagging import Tagging
-from broker.gate.takeover import Channel, hand_over, leave
-from broker.gate.upstream import CallBus, SetUpstream
-from broker.gate.upstreams import Upstreams
+from broker.control_protocol.snapshot_parts import PART, cut
+from broker.gate.bus_id_query import Meeting
+from broker.gate.containers1.servers import Upstreams
+from broker.gate.dumps import VERSION, Fds, HandoverError, Opening, SandboxDump, pick
+from broker.gate.event_journal import Kept
+from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.connection_state import Chunk
+from broker.gate.handover.channel import Channel, hand_over, leave
+from broker.gate.instance_field import Tagging
+from broker.gate.io.listener import peer_uid
+from broker.gate.io.loop import READABLE, Loop
+from broker.gate.io.slices import Sliced, Work
+from broker.gate.io.stream import Closed, Pipe, adopt, close_fds
+from broker.gate.sandbox.sandbox import Sandbox
+from broker.gate.systemd_service import Manager
 from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
 from broker.posix.reserve import is_reserved
 from broker.wire import errors

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from broker.gate.core import OWN_SERIALS, REPLY_SERIAL, Core, Denial, Output, Special
+from broker.gate.filter.connection_state import (
+    OWN_SERIALS,
+    REPLY_SERIAL,
+    Core,
+    Denial,
+    Output,
+    Special,
+)
 from broker.wire.header import BUS_LIMITS, Header, MessageType, measure
 from broker.wire.skim import parse_or_skim
 

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Final
 
-from broker.gate.budgets import JUDGED_A_TURN
-from broker.gate.bus import Bus
-from broker.gate.connector import Done
-from broker.gate.control import Event, Listener, SandboxLimits, SandboxSpec
-from broker.gate.core import Core, Denial
-from broker.gate.filter import Filter
-from broker.gate.loop import Loop
-from broker.gate.sandbox import Sandbox
+from broker.control_protocol.messages import Event, Listener, SandboxLimits, SandboxSpec
+from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.connection_state import Core, Denial
+from broker.gate.filter.filter import Filter
+from broker.gate.io.connect import Done
+from broker.gate.io.loop import Loop
+from broker.gate.sandbox.budgets import JUDGED_A_TURN
+from broker.gate.sandbox.sandbox import Sandbox
 from broker.proxy.arguments import Group
-from broker.proxy.dial import Place, dial
+from broker.proxy.connect import Place, dial
 from broker.proxy.judge import ProxyJudge, copy_judge
 from broker.proxy.keyring import fetch_cookie
 from broker.proxy.log import Printer, Tap
-from broker.proxy.passage import Passage
+from broker.proxy.passthrough import Passage
 from broker.wire.address import UnixAddress, make_unix_address
 from broker.wire.header import MAX_MESSAGE
 from broker.wire.sasl import Client

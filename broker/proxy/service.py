@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from broker.gate.control import Listener
-from broker.gate.loop import READABLE, Loop
+from broker.control_protocol.messages import Listener
+from broker.gate.io.loop import READABLE, Loop
 from broker.proxy.arguments import Ask, Command, Group, check_paths, parse_arguments
-from broker.proxy.dial import Place
-from broker.proxy.find import find_places
+from broker.proxy.connect import Place
 from broker.proxy.log import Printer
+from broker.proxy.resolve import find_places
 from broker.proxy.sandbox import ProxyBus, ProxySandbox
 from broker.proxy.sockets import bind_socket
 from broker.wire.errors import ConfigError

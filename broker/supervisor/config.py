@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from broker.gate.control import BusSpec, SandboxLimits
+from broker.control_protocol.messages import BusSpec, SandboxLimits
 from broker.wire.address import MAX_PATH, parse_address
 from broker.wire.errors import ConfigError
 

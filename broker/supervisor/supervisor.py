@@ -19,31 +19,46 @@ from typing import Final, Protocol
 import msgspec
 import trio
 
+from broker.control_protocol.messages import (
+    Connected,
+    Denied,
+    Ended,
+    Event,
+    Gone,
+    SandboxSpec,
+    Snapshot,
+    UpstreamLost,
+)
 from broker.engines.base import Engine, gone_is_fine
-from broker.gate.control import Connected, Denied, Ended, Event, Gone, SandboxSpec, Snapshot
-from broker.gate.upstream import UpstreamLost
 from broker.posix.reserve import is_reserved
-from broker.supervisor.busids import BusIds
-from broker.supervisor.cgroups import Cgroups
+from broker.supervisor.bus_connections import BusIds
 from broker.supervisor.config import Limits
-from broker.supervisor.ends import STOPPED, Effect, Event as LifeEvent, Phase
-from broker.supervisor.jobs import Jobs
-from broker.supervisor.lifetime import Vigil, Watch, boot_time
-from broker.supervisor.policy import Policy
-from broker.supervisor.processes import Processes
-from broker.supervisor.registry import Record, Registry, Removed, SandboxId, Step
-from broker.supervisor.requests import AddRequest, Behind, Caller, Times, make_record
-from broker.supervisor.restore import is_held, make_again
-from broker.supervisor.rules import WHAT_TO_DO, check_list, check_rules, over_limit
-from broker.supervisor.salvage import settle
-from broker.supervisor.snaps import Snaps, is_snap, load_own_library
-from broker.supervisor.sockets import Bound, bound_socket, given_socket, notify, sweep
-from broker.supervisor.spec import make_spec
-from broker.supervisor.state import State
-from broker.supervisor.tags import Tags
+from broker.supervisor.engine_jobs import Jobs
+from broker.supervisor.header_requests import Tags
+from broker.supervisor.sandboxes.lifecycle import STOPPED, Effect, Event as LifeEvent, Phase
+from broker.supervisor.sandboxes.registry import Record, Registry, Removed, SandboxId, Step
+from broker.supervisor.sandboxes.rule_limits import WHAT_TO_DO, check_list, check_rules, over_limit
+from broker.supervisor.sandboxes.sockets import Bound, bound_socket, given_socket, notify, sweep
+from broker.supervisor.sandboxes.specs import (
+    AddRequest,
+    Behind,
+    Caller,
+    Times,
+    is_held,
+    make_again,
+    make_record,
+    make_spec,
+)
+from broker.supervisor.snaps.catalogue import Snaps, is_snap, load_own_library
+from broker.supervisor.snaps.connections import Policy
+from broker.supervisor.storage.recovery import settle
+from broker.supervisor.storage.state_file import State
+from broker.supervisor.watches.cgroups import Cgroups
+from broker.supervisor.watches.processes import Processes
+from broker.supervisor.watches.watches import Vigil, Watch, boot_time
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
-from policy.library import Library
 from policy.rules import AccessList, Rule
+from policy.snaps.library import Library
 
 LOGGER: Final = logging.getLogger(__name__)
 

@@ -8,7 +8,11 @@ from integration.bench.client import BenchError, Client
 from integration.bench.measure import Column, Effort, Result, Series, interleave
 from integration.bench.parties import Scene
 from integration.bench.sandboxes import A_BLOCK, MILLISECONDS, open_sandbox, time_adding
-from integration.buses import CONTAINERS1_DAEMON, open_containers1_daemon, why_no_containers1
+from integration.harness.buses import (
+    CONTAINERS1_DAEMON,
+    open_containers1_daemon,
+    why_no_containers1,
+)
 
 
 def measure_labelled_adding(scene: Scene, effort: Effort) -> list[Result]:

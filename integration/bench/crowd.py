@@ -19,7 +19,7 @@ from integration.bench.client import BUFFER, SERIAL_AT, TIMEOUT, BenchError, Cli
 from integration.bench.measure import Column, Effort, Result, interleave, make_result
 from integration.bench.parties import Scene
 from integration.bench.traffic import MICROSECONDS, ROUNDTRIP
-from integration.messages import make_header, make_message
+from integration.harness.messages import make_header, make_message
 from policy.rules import Access, Rule
 
 SIZES: Final = (1, 10, 100)

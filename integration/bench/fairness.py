@@ -19,7 +19,7 @@ from integration.bench.measure import Effort, Result, make_result
 from integration.bench.parties import Process, Scene
 from integration.bench.sandboxes import TALK_FLAGS, open_sandbox
 from integration.bench.traffic import MICROSECONDS, ROUNDTRIP
-from policy.containers1 import Usos
+from policy.usos.wire_form import Usos
 
 # Of a block, in which both victims call all the time.
 BLOCK: Final = 0.4  # seconds

@@ -27,7 +27,7 @@ from integration.bench.client import (
     make_driver_call,
 )
 from integration.bench.traffic import Load
-from integration.messages import make_header, make_message
+from integration.harness.messages import make_header, make_message
 
 COMMANDS: Final = 0
 MIB: Final = 1024 * 1024

@@ -20,7 +20,7 @@ from integration.bench.client import BenchError, Client
 from integration.bench.measure import Effort, Result, make_result
 from integration.bench.parties import Scene
 from integration.bench.sandboxes import MILLISECONDS, make_broker_call
-from integration.values import Variant, decode
+from integration.harness.values import Variant, decode
 
 ENDS: Final = 50  # a block: its 99th percentile is its slowest
 TIMEOUT: Final = 10.0  # seconds

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from broker.gate import control
+from broker.control_protocol import messages as control
 from integration.bench.client import BenchError
-from integration.processes import is_running
+from integration.harness.processes import is_running
 from policy.rules import Access, AccessList, Identity, Rule
 
 ROOT: Final = Path(__file__).resolve().parents[2]

@@ -11,12 +11,12 @@ from typing import Final
 from integration.bench.client import BenchError
 from integration.bench.measure import Column, Effort, Result, Series, interleave
 from integration.bench.parties import Scene
-from policy.compiler import Compiler
 from policy.globs import is_literal
-from policy.library import Library, load_library
 from policy.match import Judge
 from policy.rules import Access, AccessList, Identity, Rule
-from policy.snaps import SNAP_TYPE, Port, Snap, World, parse_connection, tag_of
+from policy.snaps.compiler import Compiler
+from policy.snaps.installed import SNAP_TYPE, Port, Snap, World, parse_connection, tag_of
+from policy.snaps.library import Library, load_library
 
 SNAPS: Final = 1000
 CONNECTIONS: Final = 10  # of each snap

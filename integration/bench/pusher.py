@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Final
 
-from broker.gate import control
+from broker.control_protocol import messages
 from integration.bench import parties
 from integration.bench.traffic import make_rules
 from policy.rules import AccessList
@@ -30,13 +30,13 @@ class Pusher:
 
     def __init__(self, connection: socket.socket, sandbox: str) -> None:
         self._connection: Final = connection
-        self._reader: Final = control.FrameReader()
+        self._reader: Final = messages.FrameReader()
         self._unanswered = 0
         lists = (AccessList(rules=(*make_rules(count), parties.TALK)) for count in (9, 10))
-        requests = (control.SetAccess(sandbox, access) for access in lists)
-        envelopes = (control.Envelope(serial=SERIAL, body=request) for request in requests)
+        requests = (messages.SetAccess(sandbox, access) for access in lists)
+        envelopes = (messages.Envelope(serial=SERIAL, body=request) for request in requests)
         # Made beforehand: this process should take little of what it shares with those it disturbs.
-        self._frames: Final = itertools.cycle([control.make_frame(each) for each in envelopes])
+        self._frames: Final = itertools.cycle([messages.make_frame(each) for each in envelopes])
 
     def push_until_told(self) -> int:
         """Push until there is a byte on the input; return how many changes were confirmed."""
@@ -59,7 +59,7 @@ class Pusher:
         if not wait and not select.select([self._connection], [], [], 0)[0]:
             return
         for envelope, _ in self._reader.feed(self._connection.recv(65536)):
-            if isinstance(envelope.body, control.Refused):
+            if isinstance(envelope.body, messages.Refused):
                 raise SystemExit(f"the gate refuses: {envelope.body.text}")
             self._unanswered -= envelope.serial == SERIAL
 

@@ -15,9 +15,9 @@ from integration.bench import parties
 from integration.bench.client import BenchError, Client
 from integration.bench.measure import Column, Effort, Result, Series, interleave
 from integration.bench.parties import Scene
-from integration.messages import make_header, make_message
-from integration.values import Variant, decode
-from policy.containers1 import Usos
+from integration.harness.messages import make_header, make_message
+from integration.harness.values import Variant, decode
+from policy.usos.wire_form import Usos
 
 BROKER: Final = "org.buswarden.Broker1"
 OBJECT: Final = "/org/freedesktop/DBus"

@@ -20,17 +20,17 @@ from broker.api.dispatch import Objects
 from broker.api.subscribers import Subscribers
 from broker.bus.codec import MAX_STEPS, STEPS_A_SLICE, Unpacker
 from broker.bus.connection import Call
-from broker.bus.intake import Arrived, Intake
+from broker.bus.message_intake import Arrived, Intake
 from broker.bus.values import Variant, pack
-from broker.gate.control import BusSpec
+from broker.control_protocol.messages import BusSpec
 from broker.supervisor.config import Config, Limits
-from broker.supervisor.registry import SandboxId
-from broker.supervisor.salvage import open_state
+from broker.supervisor.sandboxes.registry import SandboxId
+from broker.supervisor.storage.recovery import open_state
 from broker.supervisor.supervisor import Outside, Supervisor
 from broker.wire.errors import CallRefusedError
 from broker.wire.header import Header, MessageType, serialise_header
 from integration.fuzz.pieces import Choices, cut
-from tests.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch
+from tests.helpers.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch
 
 _CALLER: Final = ":1.1"
 _INSIDE: Final = ":1.7"

@@ -5,7 +5,7 @@ The first bytes of an input say in what pieces the rest arrives, and with how ma
 
 from typing import Final
 
-from broker.gate.control import (
+from broker.control_protocol.messages import (
     AddSandbox,
     Answer,
     BusSpec,

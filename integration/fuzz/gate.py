@@ -7,15 +7,24 @@ happens. An input is things that happen: a byte says which, and what follows say
 from collections.abc import Callable
 from typing import Final
 
-from broker.gate.bus import DRIVER
-from broker.gate.core import OWN_SERIALS
+from broker.gate.filter.bus_state import DRIVER
+from broker.gate.filter.connection_state import OWN_SERIALS
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import BUS_ADDS, FIXED_SIZE, MAX_FIELDS, measure, parse_header
 from broker.wire.marshal import make_return
 from integration.fuzz.pieces import Choices
 from integration.fuzz.world import NAMES, OWNERS, PEERS, World, answer_to, from_peer
-from tests.messages import NO_REPLY, access, big, call, changed, driver_call, misplaced, signal
-from tests.modelbus import ME
+from tests.helpers.messages import (
+    NO_REPLY,
+    access,
+    big,
+    call,
+    changed,
+    driver_call,
+    misplaced,
+    signal,
+)
+from tests.helpers.modelbus import ME
 
 MAX_RAW: Final = 512
 RULES: Final = (

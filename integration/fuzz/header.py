@@ -24,7 +24,7 @@ from broker.wire.header import (
     serialise_header,
 )
 from broker.wire.skim import skim_header
-from tests.messages import big, call, changed, driver_call, signal
+from tests.helpers.messages import big, call, changed, driver_call, signal
 
 _FIELDS: Final = SignatureTree("a(yv)").types[0]
 _KNOWN_FLAGS: Final = 7

@@ -7,7 +7,7 @@ the number of its descriptors.
 from dataclasses import dataclass
 from typing import Final
 
-from broker.gate.intake import Intake
+from broker.gate.filter.receive_buffer import Intake
 from broker.wire.errors import PeerProtocolError
 from integration.fuzz.pieces import Choices
 

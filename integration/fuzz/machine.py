@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-from broker.gate.bus import DRIVER
-from broker.gate.core import OWN_SERIALS
+from broker.gate.filter.bus_state import DRIVER
+from broker.gate.filter.connection_state import OWN_SERIALS
 from broker.wire.errors import NAME_HAS_NO_OWNER
 from broker.wire.header import Flag, MessageType, parse_header
 from integration.fuzz.pieces import cut
@@ -42,8 +42,8 @@ from integration.fuzz.vocabulary import (
 )
 from integration.fuzz.world import BOXED, LIMITS, NAMES, PEERS, STRANGER, World, answer_to
 from policy.rules import Access, AccessList, Rule
-from tests.messages import big, call, changed, driver_call
-from tests.modelbus import ME
+from tests.helpers.messages import big, call, changed, driver_call
+from tests.helpers.modelbus import ME
 
 EXAMPLES_A_ROUND: Final = 25
 NOBODY: Final = ""

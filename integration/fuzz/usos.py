@@ -4,7 +4,7 @@ import struct
 from typing import Final
 
 from integration.fuzz.pieces import Choices, text_of
-from policy.containers1 import Usos, make_usos, parse_usos
+from policy.usos.wire_form import Usos, make_usos, parse_usos
 
 _FLAGS: Final = struct.Struct("<I")
 _MAX_ENTRIES: Final = 4

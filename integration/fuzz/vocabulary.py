@@ -4,11 +4,11 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-from broker.gate.core import OWN_SERIALS
+from broker.gate.filter.connection_state import OWN_SERIALS
 from broker.wire.header import parse_header
 from integration.fuzz.world import NAMES, PEERS, STRANGER
 from policy.rules import Access, AccessList, Peer, Rule
-from tests.messages import NO_REPLY, Message, big, call, changed, signal
+from tests.helpers.messages import NO_REPLY, Message, big, call, changed, signal
 
 PATHS: Final = ("/", "/a", "/a/b")
 INTERFACES: Final = ("org.i", "org.i.j")

@@ -8,17 +8,17 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Final
 
-from broker.gate.bus import ABSENT, ABSENT_UNIQUE, DRIVER, Bus
-from broker.gate.core import OWN_SERIALS, REPLY_SERIAL
-from broker.gate.methods import NEVER_INTERFACES, NEVER_MEMBERS
-from broker.gate.outgoing import CONTAINER_INSTANCE, INSTANCE_PATH
+from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, DRIVER, Bus
+from broker.gate.filter.connection_state import OWN_SERIALS, REPLY_SERIAL
+from broker.gate.filter.driver_calls import NEVER_INTERFACES, NEVER_MEMBERS
+from broker.gate.filter.from_app import CONTAINER_INSTANCE, INSTANCE_PATH
 from broker.wire.header import Field, Flag, Header, MessageType
 from broker.wire.matchrule import parse_match_rule
 from integration.fuzz.header import read_fields
 from policy.match import Judge
 from policy.rules import Identity
-from tests.messages import Message
-from tests.modelbus import APP
+from tests.helpers.messages import Message
+from tests.helpers.modelbus import APP
 
 SANDBOX: Final = "c1"
 REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)

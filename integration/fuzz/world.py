@@ -4,11 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from broker.gate.budgets import MessageBudget
-from broker.gate.bus import DRIVER, Bus
-from broker.gate.chores import NAME_WORK
-from broker.gate.control import SandboxLimits
-from broker.gate.core import (
+from broker.control_protocol.messages import SandboxLimits
+from broker.gate.filter.bus_state import DRIVER, Bus
+from broker.gate.filter.chores import NAME_WORK
+from broker.gate.filter.connection_state import (
     MAX_CALLERS,
     OWN_SERIALS,
     Chunk,
@@ -16,8 +15,9 @@ from broker.gate.core import (
     Special,
     Target,
 )
-from broker.gate.filter import Filter
-from broker.gate.verdicts import MAX_REMEMBERED
+from broker.gate.filter.filter import Filter
+from broker.gate.filter.verdict_cache import MAX_REMEMBERED
+from broker.gate.sandbox.budgets import MessageBudget
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Flag, MessageType, measure, parse_header
@@ -25,8 +25,8 @@ from broker.wire.skim import skim_header
 from integration.fuzz.witness import Witness
 from policy.match import Judge
 from policy.rules import AccessList
-from tests.messages import Message, changed, driver_call, split
-from tests.modelbus import APP, ME, OTHER_APP, FakeHost, ModelBus
+from tests.helpers.messages import Message, changed, driver_call, split
+from tests.helpers.modelbus import APP, ME, OTHER_APP, FakeHost, ModelBus
 
 # Who else is on the bus. The last one is in a sandbox of its own.
 HOSTS: Final = (":1.2", ":1.3", ":1.4")

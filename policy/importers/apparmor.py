@@ -21,7 +21,7 @@ from policy.importers.apparmor_parser import PROFILE_NAME, Profile, Resolver, pa
 from policy.importers.report import Imported, ImportFileError, Source, Unsaid, cut
 from policy.match import BUS_NAME
 from policy.rules import Access, AccessList, Peer, Rule
-from policy.templates import ANY_CONNECTION
+from policy.snaps.templates import ANY_CONNECTION
 
 MAX_RULES: Final = 50_000
 MAX_WRITTEN: Final = 2**24  # characters of all patterns, their alternatives written out

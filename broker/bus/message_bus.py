@@ -1,0 +1,344 @@
+"""dbus-next's MessageBus, made to stand a bus with hostile peers on it. Only broker.bus.connection uses it.
+
+Of dbus-next 0.2.3 its connecting and its handlers of replies are kept. Replaced is what would let somebody
+else on the bus, or a busy moment, end the connection or stop us:
+- its reader ends it for a header field or message type that it does not know (dbus-broker forwards both),
+  takes a descriptor for whatever message comes next, and unpacks each message before anybody looks whose it is;
+- its writer ends it when the socket's buffer is full;
+- its handshake spins for ever when the bus hangs up, and its connect blocks;
+- its codec reads and writes a body whole, however long that takes.
+So the socket comes here authenticated. Values are those of broker.bus.values. What a bus may legally deliver never ends
+the connection: what is not wanted is skipped, by its header (intake.py).
+"""
+
+import array
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import trio
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.message_bus import BaseMessageBus
+
+from broker.bus.codec import MAX_BODY
+from broker.bus.message_intake import Arrived, Dropped, Intake, Oversize
+from broker.bus.values import unpack
+from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, PeerProtocolError
+from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.marshal import make_error
+
+LOGGER: Final = logging.getLogger(__name__)
+_CHUNK: Final = 64 * 1024
+# Reads of skipped bytes in one turn: other work must not wait behind 128 MiB of them.
+SKIPS_A_TURN: Final = 32
+_INT: Final = array.array("i").itemsize
+_ANCILLARY: Final = socket.CMSG_SPACE(253 * _INT)  # as many as the kernel lets through at once
+# Bytes that wait to be sent, beyond which refusals are dropped: callers make them faster than the bus reads.
+MAX_UNSENT: Final = 4 * 1024 * 1024
+DRIVER_NAME: Final = "org.freedesktop.DBus"
+
+
+class BusLostError(BrokerError):
+    """The connection to a bus is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer to a call of ours."""
+
+    header: Header
+    values: list[Any]
+
+
+class Taker(Protocol):
+    """The receiver of a link's calls and signals."""
+
+    def look(self, header: Header) -> bool:
+        """Return whether to read a call or signal.
+
+        A taker that returns False for a call answers the caller itself.
+        """
+
+    def take(self, header: Header, body: bytes, fds: list[int]) -> None:
+        """Take one that is wanted, and the descriptors with it."""
+
+
+@dataclass(slots=True)
+class _Expected:
+    """A reply that is waited for."""
+
+    destination: str
+    take: Callable[[Reply | None, Exception | None], None]
+
+
+class Link(MessageBus):
+    """A dbus-next connection whose messages are read and written here."""
+
+    def __init__(self, sock: socket.socket, taker: Taker) -> None:
+        self._given: Final = sock
+        self._taker: Final = taker
+        super().__init__(bus_address="unix:path=/", negotiate_unix_fd=True)
+        self._out: Final = _Writer(self)
+        self._writer: Any = self._out
+        self._intake: Final = Intake(self._look)
+        self._expected: Final[dict[int, _Expected]] = {}
+        self.on_lost: Callable[[], None] = lambda: None
+        self.sent = trio.Event()  # nothing waits to be sent any more
+        self.room = trio.Event()  # little waits to be sent
+        self.room.set()
+
+    def _setup_socket(self) -> None:
+        self._sock = self._given
+        self._sock.setblocking(False)
+        self._stream: Any = self._sock.makefile("wb")  # connect() writes Hello to it
+        self._fd = self._sock.fileno()
+
+    async def _authenticate(self) -> None:
+        """Do nothing: the socket is authenticated already."""
+
+    def next_serial(self) -> int:
+        serial: int = self._serial % 0xFFFFFFFF + 1
+        self._serial = serial
+        return serial
+
+    def close(self) -> None:
+        """Close everything. Calls that wait fail."""
+        self._finalize(BusLostError("closed"))
+        self._stream.detach()  # closing it would flush
+        self._sock.close()
+        _close_all(self._intake.close())
+
+    def put_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a message. Its descriptors are to stay open until it is sent."""
+        self._out.put(data, list(fds))
+
+    def expect(
+        self, serial: int, destination: str, take: Callable[[Reply | None, Exception | None], None]
+    ) -> None:
+        """Give `take` the reply to a call, once, if `destination` sent it."""
+        self._expected[serial] = _Expected(destination, take)
+
+    def forget(self, serial: int) -> None:
+        """Wait for that reply no more."""
+        self._expected.pop(serial, None)
+
+    def refuse(self, header: Header | Oversize, name: str, text: str) -> None:
+        """Answer a call with an error, if it wants one, and the bus takes what we send."""
+        if header.sender and not header.flags & Flag.NO_REPLY_EXPECTED and self.has_room:
+            error = make_error(
+                self.next_serial(),
+                reply_serial=header.serial,
+                name=name,
+                text=text.encode(errors="replace").decode().replace("\0", "?"),
+                destination=header.sender,
+            )
+            self.put_raw(error)
+
+    @property
+    def backlog(self) -> int:
+        """The number of messages that wait to be sent."""
+        return self._out.backlog
+
+    @property
+    def has_room(self) -> bool:
+        """Return whether the send queue has room."""
+        return self.room.is_set()
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def _message_reader(self) -> None:
+        for _ in range(SKIPS_A_TURN):
+            if not self._read() or self._disconnected or not self._intake.is_skipping:
+                return
+
+    def _read(self) -> bool:
+        """Read once and take what came; say whether there was anything."""
+        try:
+            data, ancillary, flags, _ = self._sock.recvmsg(
+                _CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            )
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as exc:
+            self._finalize(exc)
+            return False
+        fds = _take_fds(ancillary)
+        if not data:
+            _close_all(fds)
+            self._finalize(BusLostError("the bus hung up"))
+            return False
+        try:
+            for item in self._intake.feed(data, fds, cut=bool(flags & socket.MSG_CTRUNC)):
+                self._take(item)
+        except PeerProtocolError as exc:
+            self._finalize(exc)
+        return True
+
+    def _look(self, header: Header) -> bool:
+        if header.type in (MessageType.METHOD_CALL, MessageType.SIGNAL):
+            return self._taker.look(header)
+        expected = self._expected.get(header.reply_serial or 0)
+        if expected is None or not _may_answer(expected.destination, header.sender):
+            # The handler of Hello is dbus-next's, and its answer the first message that there is.
+            is_hello = header.reply_serial in self._method_return_handlers
+            return is_hello and header.sender in (None, DRIVER_NAME)
+        if header.body_length > MAX_BODY:
+            self._answered(header, None, f"a reply of more than {MAX_BODY} bytes")
+            return False
+        return True
+
+    def _take(self, item: Arrived | Oversize | Dropped) -> None:
+        match item:
+            case Arrived(header, body, fds, cut):
+                self._take_message(header, body, fds, cut=cut)
+            case Oversize():
+                if item.type == MessageType.METHOD_CALL:
+                    self.refuse(item, LIMITS_EXCEEDED, "the header of the call is too long")
+            case Dropped():
+                _close_all(item.fds)
+
+    def _take_message(self, header: Header, body: bytes, fds: list[int], *, cut: bool) -> None:
+        if header.type not in (MessageType.METHOD_CALL, MessageType.SIGNAL):
+            _close_all(fds)  # nothing that we ask for has any
+            try:
+                values = unpack(header.signature, body, little=header.little) if body else []
+            except ValueError as exc:
+                self._answered(header, None, str(exc))
+            else:
+                self._answered(header, values, "")
+        elif cut:
+            text = "lost the descriptors of a message of %s: raise the limit of open files"
+            LOGGER.warning(text, header.sender)
+            self.refuse(header, LIMITS_EXCEEDED, "the broker has no file descriptors left for it")
+        else:
+            self._taker.take(header, body, fds)
+
+    def _answered(self, header: Header, values: list[Any] | None, problem: str) -> None:
+        serial = header.reply_serial or 0
+        reply = Reply(header, values) if values is not None else None
+        error = PeerProtocolError(problem) if problem else None
+        if (expected := self._expected.pop(serial, None)) is not None:
+            expected.take(reply, error)
+        elif (handler := self._method_return_handlers.pop(serial, None)) is not None:
+            handler(_HelloReply(values or []), error)
+
+    def _finalize(self, err: BaseException | None = None) -> None:
+        if self._disconnected:
+            return
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._out.clear()
+        # Not our superclass's, which keeps the error in a future that nobody awaits.
+        BaseMessageBus._finalize(self, BusLostError(str(err)))  # noqa: SLF001
+        waiting = list(self._expected.values())
+        self._expected.clear()
+        for expected in waiting:
+            expected.take(None, BusLostError(str(err)))
+        self.on_lost()
+
+
+@dataclass(frozen=True, slots=True)
+class _HelloReply:
+    """The part of a message that dbus-next's handler of Hello reads."""
+
+    body: list[Any]
+
+
+class _Writer:
+    """The send queue. Senders keep their descriptors open until the reply."""
+
+    def __init__(self, link: Any) -> None:
+        self._link = link
+        self._queue: deque[tuple[memoryview, list[int]]] = deque()
+        self._waiting = False
+        self.unsent = 0  # bytes
+
+    @property
+    def backlog(self) -> int:
+        return len(self._queue)
+
+    def clear(self) -> None:
+        self._queue.clear()
+        self.unsent = 0
+        self._link.sent.set()
+        self._link.room.set()
+
+    def schedule_write(self, _msg: None = None, _future: None = None) -> None:
+        """Send it when the connection is ready; the name and form are dbus-next's."""
+        if self._link.unique_name and not self._waiting:
+            self._flush()
+
+    def put(self, data: bytes, fds: list[int]) -> None:
+        # A view: cutting a copy of a long message off at each write would cost its square.
+        self._queue.append((memoryview(data), fds))
+        self.unsent += len(data)
+        self.schedule_write()
+        if self.unsent > MAX_UNSENT and self._link.room.is_set():
+            self._link.room = trio.Event()
+
+    def _flush(self) -> None:
+        link = self._link
+        while self._queue:
+            data, fds = self._queue[0]
+            ancillary = (
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            )
+            try:
+                sent = link._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)  # noqa: SLF001
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as exc:
+                link._finalize(exc)  # noqa: SLF001
+                return
+            self.unsent -= sent
+            if sent == len(data):
+                self._queue.popleft()
+            else:
+                self._queue[0] = (data[sent:], [])
+        if self.unsent <= MAX_UNSENT // 2:
+            link.room.set()
+        self._wait_or_not()
+
+    def _wait_or_not(self) -> None:
+        link = self._link
+        if bool(self._queue) == self._waiting:
+            return
+        self._waiting = not self._waiting
+        if self._waiting:
+            link.sent = trio.Event()
+            link._loop.add_writer(link._fd, self._flush)  # noqa: SLF001
+        else:
+            link._loop.remove_writer(link._fd)  # noqa: SLF001
+            link.sent.set()
+
+
+def make_message(header: Header, body: bytes) -> bytes:
+    """Return the bytes of a message of ours."""
+    return serialise_header(header) + body
+
+
+def _may_answer(destination: str, sender: str | None) -> bool:
+    """Return whether the called connection sent a reply; buses deliver forged ones.
+
+    Who has a well-known name is not known here. Only the command line calls one.
+    """
+    if sender in (None, DRIVER_NAME, destination):
+        return True
+    return destination != DRIVER_NAME and not destination.startswith(":")
+
+
+def _take_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % _INT])
+    return fds.tolist()
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

@@ -1,0 +1,1 @@
+"""The protocol between supervisor and gate: messages, frames and files."""

@@ -1,0 +1,352 @@
+"""The supervisor process: folder, lock, buses, gate and interfaces put together, and taken down in order."""
+
+import fcntl
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from broker.api import containers1, management, policy
+from broker.api.caller import Door
+from broker.api.dispatch import Objects
+from broker.api.subscribers import Subscribers
+from broker.bus.connection import Bus, open_loop
+from broker.bus.message_bus import BusLostError
+from broker.bus.watch import NameWatch
+from broker.control_protocol.messages import Denied
+from broker.engines.containers1_engine import Containers1Engine
+from broker.engines.gate_engine import GateEngine
+from broker.posix.files import check_entries, open_file, open_folder, write_file
+from broker.supervisor.bus_connections import Line, StartError, serve_calls
+from broker.supervisor.config import CONTAINERS, Config
+from broker.supervisor.sandboxes.registry import Record, shorten
+from broker.supervisor.storage.recovery import open_state
+from broker.supervisor.storage.state_file import State
+from broker.supervisor.supervisor import Outside, Supervisor
+from broker.supervisor.watches.process_connector import open_connector
+from broker.supervisor.watches.processes import Processes
+from broker.systemd.fd_store import keep, stay_alive
+from broker.systemd.notify import Notifier, take_descriptors, take_notifier
+from broker.wire.errors import BrokerError, ConfigError
+
+LOGGER: Final = logging.getLogger(__name__)
+NAME: Final = "org.buswarden.Broker1"
+NOBODY: Final = ":0.0"  # a unique name that no bus gives
+# Signals about refusals are worth less than the memory they would take on a bus that does not read.
+MAX_BACKLOG: Final = 1000
+# Seconds from the signal: to the answers of what is pending, and from there to the end.
+ANSWER_TIMEOUT: Final = 1.0
+SHUTDOWN_TIMEOUT: Final = 3.25
+# And from the signal to when a start that is under way is given up.
+START_GRACE: Final = 2.0
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+async def serve(config: Config) -> None:
+    """Run until SIGTERM or SIGINT. Raises StartError, or BusLostError if no bus is left.
+
+    Prints `ready` and the primary bus's address when the service is there.
+    """
+    if not config.buses:
+        raise ConfigError("no bus to serve")
+    os.umask(0o077)  # for what SQLite and we make in a folder that others may pass through
+    # Two descriptors a sandbox, held for the gate: the usual soft limit of 1024 is soon reached.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    failures: list[BrokerError | OSError] = []
+    try:
+        await _serve(config)
+    except* (BrokerError, OSError) as group:
+        failures += _leaves(group)
+    for failure in failures[1:]:
+        LOGGER.error("%s", failure)
+    for failure in failures[:1]:
+        if isinstance(failure, OSError):
+            where = failure.filename or "the supervisor"
+            raise StartError(f"{where}: {failure.strerror}") from failure
+        raise failure
+
+
+async def _serve(config: Config) -> None:
+    folder = config.runtime_dir
+    with ExitStack() as stack:
+        signals = stack.enter_context(trio.open_signal_receiver(*SIGNALS))
+        stack.enter_context(_locked_folder(config))
+        state = stack.enter_context(open_state(folder / "state.db"))
+        gone_after = config.bus_gone_seconds or math.inf
+        lines = {spec.name: Line(spec, NAME, gone_after) for spec in config.buses}
+        async with open_loop(), trio.open_nursery() as nursery:
+            told = _Told()
+            nursery.start_soon(told.listen, signals, nursery.cancel_scope)
+            buses = {name: await nursery.start(line.keep_open) for name, line in lines.items()}
+            parts = _make_parts(config, state, lines, buses)
+            stack.enter_context(_address_file(folder / "bus-address", config.buses[0].address))
+            await _run(parts, told)
+            nursery.cancel_scope.cancel()
+
+
+class _Told:
+    """What signals told us."""
+
+    def __init__(self) -> None:
+        self.to_end: Final = trio.Event()
+        self.has_started: Final = trio.Event()
+        self._reload, self.reloads = trio.open_memory_channel[None](1)
+
+    async def listen(self, signals: AsyncIterator[int], start: trio.CancelScope) -> None:
+        """Hear them, also while we start; a start that takes long when we are to end is given up."""
+        async for number in signals:
+            if number != signal.SIGHUP:
+                LOGGER.info("%s: ending", signal.Signals(number).name)
+                break
+            with suppress(trio.WouldBlock):  # one waits already
+                self._reload.send_nowait(None)
+        self.to_end.set()
+        with trio.move_on_after(START_GRACE) as grace:
+            await self.has_started.wait()
+        if grace.cancelled_caught:
+            LOGGER.warning("the start is given up: it takes too long")
+            start.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    config: Config
+    lines: Mapping[str, Line]
+    watches: dict[str, NameWatch]  # of the present connections
+    subscribers: Subscribers
+    engine: GateEngine  # or one that is more
+    supervisor: Supervisor
+    all_gone: trio.Event
+    notifier: Notifier
+
+    async def ask(self) -> None:
+        """Have the gate answer something."""
+        await self.engine.who(self.config.buses[0].name, NOBODY)
+
+    async def bus_back(self, name: str, bus: Bus) -> None:
+        """Have the service on a new connection."""
+        self.subscribers.lose_bus(name)
+        self.watch(name, bus)
+        self.supervisor.bus_back(name, self.lines[name].id)
+        await self.watches[name].check()
+
+    def watch(self, name: str, bus: Bus) -> None:
+        """Watch the names on a connection."""
+        watch = self.watches[name] = NameWatch(bus)
+        watch.on_gone = partial(self.name_gone, name)
+        _attach(watch, bus)
+
+    def name_gone(self, bus: str, unique_name: str) -> None:
+        """Drop what depends on a connection that left its bus."""
+        self.subscribers.discard(bus, unique_name)
+        self.supervisor.name_gone(bus, unique_name)
+
+    def bus_gone(self, name: str) -> None:
+        """Do without a bus; without any, end."""
+        self.supervisor.bus_gone(name)
+        if all(line.is_gone for line in self.lines.values()):
+            self.all_gone.set()
+
+
+def _make_parts(
+    config: Config, state: State, lines: Mapping[str, Line], buses: Mapping[str, Bus]
+) -> _Parts:
+    folder = config.runtime_dir
+    # One may have been lost and found while the next was opened.
+    buses = {name: lines[name].bus or bus for name, bus in buses.items()}
+    watches = {name: NameWatch(bus) for name, bus in buses.items()}
+    engine = _make_engine(config)
+    subscribers = Subscribers(time.monotonic)
+    notifier = take_notifier()
+    keep(notifier, engine.held, take_descriptors())
+    outside = Outside(
+        engine=engine,
+        state=state,
+        announcer=_Announcer(lines, subscribers),
+        watches=watches,
+        folder=folder / CONTAINERS,
+        processes=Processes(open_connector),
+    )
+    supervisor = Supervisor(outside, config.limits)
+    parts = _Parts(config, lines, watches, subscribers, engine, supervisor, trio.Event(), notifier)
+    for name, line in lines.items():
+        watches[name].on_gone = partial(parts.name_gone, name)
+        _attach(watches[name], buses[name])
+        supervisor.bus_met(name, line.id)
+        line.on_back = partial(parts.bus_back, name)
+        line.on_gone = partial(parts.bus_gone, name)
+    return parts
+
+
+def _attach(watch: NameWatch, bus: Bus) -> None:
+    """Connect a watch with its bus: signals one way, callers that leave the other."""
+    bus.on_signal = watch.take
+    watch.on_caller_gone = bus.calls.gone
+    bus.calls.watch(watch)
+
+
+async def _run(parts: _Parts, told: _Told) -> None:
+    closing = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(parts.engine.keep_connected, parts.supervisor)
+        nursery.start_soon(parts.supervisor.run_jobs)
+        nursery.start_soon(parts.supervisor.vigil.run)
+        for watch in parts.watches.values():
+            with suppress(BusLostError):  # its line sees to that
+                await watch.check()
+        told.has_started.set()
+        async with trio.open_nursery() as doors:
+            for name, line in parts.lines.items():
+                make_objects = partial(_make_objects, parts, name)
+                doors.start_soon(serve_calls, line, make_objects, closing)
+            sys.stdout.write(f"ready {parts.config.buses[0].address}\n")
+            sys.stdout.flush()
+            parts.notifier.ready()
+            nursery.start_soon(stay_alive, parts.notifier, parts.ask)
+            await _wait_end(parts, told)
+            parts.notifier.stopping()
+            closing.set()
+            doors.cancel_scope.deadline = trio.current_time() + ANSWER_TIMEOUT
+        # Nobody is answered any more; what ends with the gate is still announced.
+        with trio.move_on_after(SHUTDOWN_TIMEOUT):
+            await parts.engine.shutdown()
+        nursery.cancel_scope.cancel()
+    if parts.all_gone.is_set():
+        raise BusLostError(f"no bus is left: gone for {parts.config.bus_gone_seconds} s")
+
+
+async def _wait_end(parts: _Parts, told: _Told) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def wait_gone() -> None:
+            await parts.all_gone.wait()
+            nursery.cancel_scope.cancel()
+
+        async def reload() -> None:
+            async for _ in told.reloads:
+                await _reload(parts)
+
+        nursery.start_soon(wait_gone)
+        nursery.start_soon(reload)
+        await told.to_end.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _reload(parts: _Parts) -> None:
+    """Have the gate replaced: that is all that a reload does."""
+    parts.notifier.reloading()
+    try:
+        old, new = await parts.engine.upgrade()
+    except BrokerError as exc:
+        LOGGER.error("SIGHUP: %s", exc)  # noqa: TRY400 - no defect of ours
+    else:
+        LOGGER.info("SIGHUP: the gate is process %d now, instead of %d", new, old)
+    finally:
+        parts.notifier.ready()
+
+
+def _make_engine(config: Config) -> GateEngine:
+    control = config.runtime_dir / "gate.sock"
+    if config.engine == "gate":
+        return GateEngine(control=control, buses=config.buses)
+    is_required = config.engine == "containers1"
+    return Containers1Engine(control=control, buses=config.buses, is_required=is_required)
+
+
+def _make_objects(parts: _Parts, name: str, bus: Bus) -> Objects:
+    watch = parts.watches[name]
+    door = Door(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.lines))
+    return Objects(
+        {
+            containers1.PATH: [containers1.Containers1(door, watch).interface()],
+            management.PATH: [
+                management.Management(
+                    door, parts.engine, parts.config, parts.subscribers, watch
+                ).interface(),
+                policy.PolicyInterface(door).interface(),
+            ],
+        }
+    )
+
+
+class _Announcer:
+    """Sends the signals."""
+
+    def __init__(self, lines: Mapping[str, Line], subscribers: Subscribers) -> None:
+        self._lines: Final = lines
+        self._subscribers: Final = subscribers
+
+    def removed(self, record: Record, reason: str) -> None:
+        for bus in [line.bus for line in self._lines.values() if line.bus is not None]:
+            bus.emit(containers1.PATH, containers1.NAME, "InstanceRemoved", "o", [record.path])
+            ended = [record.path, reason]
+            bus.emit(management.PATH, management.NAME, "SandboxEnded", "os", ended)
+
+    def denied(self, record: Record, event: Denied) -> None:
+        what = None
+        for bus_name, unique_name in self._subscribers.hearers(record):
+            line = self._lines.get(bus_name)
+            bus = line.bus if line is not None else None
+            if bus is None or bus.backlog > MAX_BACKLOG:
+                continue
+            what = what or management.describe_denial(shorten(event))
+            bus.emit(
+                management.PATH,
+                management.NAME,
+                "Denied",
+                "oa{sv}",
+                [record.path, what],
+                destination=unique_name,
+            )
+
+
+@contextmanager
+def _locked_folder(config: Config) -> Iterator[None]:
+    """Make the runtime folder and have it for ourselves. Raises OSError, StartError."""
+    mode = 0o700 if config.scope == "user" else 0o711
+    folder = config.runtime_dir
+    for path in (folder, folder / CONTAINERS):
+        with open_folder(path, make=mode, ours=True) as fd:
+            os.chmod(".", mode, dir_fd=fd)
+    check_entries(folder)
+    lock = open_file(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"another supervisor runs in {folder}") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _address_file(path: Path, address: str) -> Iterator[None]:
+    """Say where the service is, for the command line."""
+    write_file(path, f"{address}\n".encode(), 0o644)  # in a system's folder others look here, too
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _leaves(
+    group: BaseExceptionGroup[BrokerError | OSError],
+) -> Iterator[BrokerError | OSError]:
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from _leaves(exc)
+        else:
+            yield exc

@@ -1,0 +1,241 @@
+"""One control connection to a gate: requests out, answers and events in."""
+
+import array
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+import msgspec
+import trio
+
+from broker.control_protocol.messages import (
+    LOST,
+    MAX_FRAME_FDS,
+    Answer,
+    Confirm,
+    Connected,
+    Denied,
+    Ended,
+    Envelope,
+    Event,
+    FrameReader,
+    Gone,
+    Refused,
+    Request,
+    SandboxState,
+    Snapshot,
+    UpstreamLost,
+    make_frame,
+)
+from broker.engines.base import EngineLostError
+from broker.posix.reserve import SCARCE
+from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError, PeerProtocolError
+
+LOGGER: Final = logging.getLogger(__name__)
+_CHUNK: Final = 64 * 1024
+# Seconds for one frame to leave: a gate that reads nothing for so long is none.
+SEND_TIMEOUT: Final = 10.0
+# Seconds: events that come close together are confirmed together.
+CONFIRM_PAUSE: Final = 0.1
+_ANCILLARY: Final = socket.CMSG_SPACE(MAX_FRAME_FDS * array.array("i").itemsize)
+
+
+class Hearer(Protocol):
+    """Who is told what comes in, in step with the answers."""
+
+    def take_event(self, event: Event) -> None:
+        """Something happened."""
+
+    def take_snapshot(self, snapshot: Snapshot) -> None:
+        """That is what there is."""
+
+
+class Link:
+    """A connection that is open. Use it in a `with`; it is dead after `run` has returned."""
+
+    def __init__(self, sock: trio.socket.SocketType, listener: Hearer) -> None:
+        self._sock: Final = sock
+        self._listener: Final = listener
+        self._waiting: Final[dict[int, _Waiter]] = {}
+        self._serial = 0
+        self._sending: Final = trio.Lock()
+        self._dead = False
+        self._parts: Final[list[SandboxState]] = []  # of a snapshot that is not whole yet
+        self.broken = ""  # what was wrong with what the gate said, if it ended for that
+        self._heard = 0  # the number of the last event that was dealt with
+        self._confirmed = 0
+        self._unconfirmed = trio.Event()
+        self.ended: Final = trio.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up. Requests that wait fail."""
+        self._dead = True
+        self._sock.close()
+        self.ended.set()
+        for waiter in self._waiting.values():
+            waiter.done.set()
+        self._unconfirmed.set()
+
+    async def request(self, body: Request, fds: Sequence[int] = ()) -> Answer:
+        """Return the answer. Raises CallRefusedError if it is Refused, and EngineLostError."""
+        answer, given = await self.request_fds(body, fds)
+        close_all(given)
+        return answer
+
+    async def request_fds(self, body: Request, fds: Sequence[int] = ()) -> tuple[Answer, list[int]]:
+        """Return the answer with its descriptors, which are the caller's. Raises as `request`."""
+        waiter = _Waiter()
+        self._serial += 1
+        serial = self._serial
+        self._waiting[serial] = waiter
+        try:
+            await self._send(serial, body, fds)
+            await waiter.done.wait()
+        except BaseException:
+            close_all(waiter.fds)
+            raise
+        finally:
+            del self._waiting[serial]
+        if waiter.answer is None:
+            raise EngineLostError("the gate went away")
+        if isinstance(waiter.answer, Refused):
+            raise CallRefusedError(waiter.answer.error, waiter.answer.text)
+        return waiter.answer, waiter.fds
+
+    async def confirm_events(self) -> None:
+        """Say now and then which events have been dealt with, until the gate hangs up."""
+        while not self._dead:
+            await self._unconfirmed.wait()
+            with trio.move_on_after(CONFIRM_PAUSE):
+                await self.ended.wait()
+            self._unconfirmed = trio.Event()
+            if self._confirmed < self._heard and not self._dead:
+                with contextlib.suppress(EngineLostError):
+                    await self.request(Confirm())
+
+    async def run(self) -> None:
+        """Read until the gate hangs up."""
+        reader = FrameReader()
+        try:
+            while True:
+                data, ancillary, flags, _ = await self._sock.recvmsg(
+                    _CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                )
+                given, cut = _take_fds(ancillary), bool(flags & socket.MSG_CTRUNC)
+                if cut:  # some alone are of no use
+                    close_all(given)
+                for envelope, fds in reader.feed(data, given, cut=cut):
+                    self._take(envelope, fds)
+                if not data:
+                    break
+        except (OSError, trio.ClosedResourceError):
+            pass  # as good as its end
+        except PeerProtocolError as exc:
+            self.broken = str(exc)
+            LOGGER.error("the gate broke the control protocol: %s", exc)  # noqa: TRY400 - no defect of ours
+        finally:
+            close_all(reader.take_all_fds())
+            self.close()
+
+    def _take(self, envelope: Envelope, fds: list[int]) -> None:
+        body = envelope.body
+        if isinstance(body, Connected | Gone | Ended | Denied | UpstreamLost):
+            self._listener.take_event(body)
+            if envelope.number:
+                self._heard = envelope.number
+                self._unconfirmed.set()
+            return
+        waiter = self._waiting.get(envelope.serial)
+        if isinstance(body, Snapshot):
+            self._parts.extend(body.sandboxes)
+            if body.more:
+                return
+            body = msgspec.structs.replace(body, sandboxes=tuple(self._parts))
+            self._parts.clear()
+            # Here and not in the task that asked: the events that follow are about this one.
+            self._listener.take_snapshot(body)
+        if envelope.fds == LOST:
+            body = Refused(LIMITS_EXCEEDED, "the supervisor has no file descriptors left")
+        if waiter is not None and isinstance(body, Answer):
+            waiter.answer = body
+            waiter.fds = fds
+            waiter.done.set()
+        else:
+            close_all(fds)
+
+    async def _send(self, serial: int, body: Request, fds: Sequence[int]) -> None:
+        """Send a frame whole, cancelled or not: half of one would end the connection."""
+        async with self._sending:
+            if self._dead:
+                raise EngineLostError("the gate went away")
+            with trio.move_on_after(SEND_TIMEOUT, shield=True) as scope:
+                self._confirmed = self._heard
+                envelope = Envelope(serial=serial, body=body, fds=len(fds), number=self._heard)
+                try:
+                    await self._send_all(make_frame(envelope), fds)
+                except (OSError, trio.ClosedResourceError) as exc:
+                    if fds and getattr(exc, "errno", None) in SCARCE:  # nothing of it was sent
+                        text = "too many file descriptors are in flight to the gate: try again"
+                        raise CallRefusedError(LIMITS_EXCEEDED, text) from exc
+                    self.close()
+                    raise EngineLostError("the gate went away") from exc
+            if scope.cancelled_caught:
+                self.close()
+                raise EngineLostError("the gate does not read")
+
+    async def _send_all(self, data: bytes, fds: Sequence[int]) -> None:
+        rest = memoryview(data)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        while rest:
+            sent = await self._sock.sendmsg([rest], ancillary)
+            ancillary = []
+            rest = rest[sent:]
+
+
+class _Waiter:
+    """Who waits for an answer."""
+
+    __slots__ = ("answer", "done", "fds")
+
+    def __init__(self) -> None:
+        self.done: Final = trio.Event()
+        self.answer: Answer | None = None
+        self.fds: list[int] = []
+
+
+async def connect(control: Path) -> trio.socket.SocketType | None:
+    """Connect to a gate's control socket; None if nobody listens there."""
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await sock.connect(os.fspath(control))
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def close_all(fds: list[int]) -> None:
+    """Close descriptors, and leave none in the list."""
+    while fds:
+        os.close(fds.pop())
+
+
+def _take_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()

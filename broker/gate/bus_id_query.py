@@ -1,0 +1,80 @@
+"""Find out the id of a bus, for questions that come before the first app connects.
+
+A new gate finds the sandboxed names of an earlier one on file, by the id of the bus (ledger.py). The bus states
+its id in the handshake. So the gate connects, goes through the handshake, and closes before Hello: the connection
+gets no name.
+"""
+
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from broker.gate.filter.bus_state import Bus
+from broker.gate.io.connect import connect
+from broker.gate.io.loop import Loop
+from broker.gate.io.stream import Closed, Pipe, close_fds
+from broker.wire.errors import PeerProtocolError
+from broker.wire.sasl import SaslClient
+
+# Seconds; less than callers on a bus wait for an answer.
+MEETING_SECONDS: Final = 5.0
+
+
+class Meeting:
+    """A connection that ends with the handshake; `done` is called once, also after a failure."""
+
+    def __init__(self, loop: Loop, bus: Bus, uid: int, done: Callable[["Meeting"], None]) -> None:
+        self.bus: Final = bus
+        # The supervisor's requests that wait for it, with the names that they are about.
+        self.asked: list[tuple[int, str]] = []
+        self._loop: Final = loop
+        self._done: Final = done
+        self._client: Final = SaslClient(uid)
+        self._pipe: Pipe | None = None
+        self._is_over = False
+        self._deadline: Final = loop.call_later(MEETING_SECONDS, self.end)
+        connect(loop, bus.address, uid, self._connected)
+
+    def end(self) -> None:
+        """Close the connection and call `done`. Does nothing the second time."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._deadline.cancel()
+        if self._pipe is not None:
+            self._pipe.close()
+        # In a later turn, because `__init__` may call this before the caller has the object.
+        self._loop.next_turn(lambda: self._done(self))
+
+    def _connected(self, sock: socket.socket | None) -> None:
+        if self._is_over:
+            if sock is not None:
+                sock.close()
+            return
+        if sock is None:
+            self.end()
+            return
+        self._pipe = Pipe(self._loop, sock, self._readable, _nothing)
+        try:
+            self._pipe.write([self._client.start()])
+        except Closed:
+            self.end()
+
+    def _readable(self) -> None:
+        assert self._pipe is not None
+        try:
+            data, fds = self._pipe.read()
+            close_fds(fds)
+            self._client.feed(data)
+        except BlockingIOError:
+            return
+        except (Closed, PeerProtocolError, OSError):
+            self.end()
+            return
+        if self._client.guid:
+            self.bus.met(self._client.guid)
+            self.end()
+
+
+def _nothing() -> None:
+    pass

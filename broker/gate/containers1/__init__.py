@@ -1,0 +1,1 @@
+"""Buses that have the Containers1 interface themselves."""

@@ -1,0 +1,515 @@
+"""The gate's own connections to buses, for the supervisor's calls to a bus that has Containers1. No rules apply.
+
+Theory of operation. A bus that has Containers1 ends a server when the connection that asked for it leaves, and
+the gate outlives the supervisor. So the supervisor's calls go through connections of the gate. There is one
+connection for each bus and user, made when it is first needed.
+
+What a call with `undo` made is unclaimed until a sandbox has it. If the supervisor leaves before that, or no longer
+waits for the answer, the gate undoes the call. So nothing is left half made, whichever process dies when.
+
+The bus is trusted in what it says. It is not trusted to answer or to read: calls have a deadline, and the
+number of waiting calls is bounded.
+"""
+
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final, Protocol
+
+from broker.control_protocol.messages import CONTAINERS1, CallBus, Called, Refused, Upstream
+from broker.gate.dumps import Fds, OwnCallDump, OwnDump
+from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, Bus
+from broker.gate.io.connect import connect
+from broker.gate.io.loop import Loop
+from broker.gate.io.stream import Closed, Pipe, adopt, close_fds
+from broker.wire import errors, marshal
+from broker.wire.errors import CallRefusedError, PeerProtocolError
+from broker.wire.header import (
+    BUS_LIMITS,
+    FIXED_SIZE,
+    READ_LIMITS,
+    Flag,
+    Header,
+    MessageType,
+    measure,
+    measure_header,
+    parse_header,
+    serialise_header,
+)
+from broker.wire.reader import Reader
+from broker.wire.sasl import SaslClient
+from broker.wire.skim import skim_fixed, skim_header
+
+LOGGER: Final = logging.getLogger(__name__)
+# Less than callers on a bus wait for an answer, AddServer's two calls together.
+CALL_SECONDS: Final = 5.0
+# A bus that has nothing to keep for us need not have us, either: most buses are asked once what they can do.
+IDLE_SECONDS: Final = 10.0
+# Calls that wait on one connection, those included for whose answer nobody waits any more.
+MAX_WAITING: Final = 1024
+# The most bytes of a reply, and of what the bus leaves unread. Longer messages are skipped, because any program on the bus
+# may send one here.
+MAX_BYTES: Final = 16 * 1024 * 1024
+PEER: Final = "org.freedesktop.DBus.Peer"
+_HELLO: Final = 1
+_ADD_MATCH: Final = 2
+_FIRST_CALL: Final = 3
+_LAST_SERIAL: Final = 0xFFFFFFFF
+_MATCH: Final = (
+    f"type='signal',sender='{DRIVER}',interface='{CONTAINERS1}',member='InstanceRemoved'"
+)
+
+
+class Host(Protocol):
+    """What an own connection needs of the gate."""
+
+    def answer(self, asked: int, answer: Called | Refused) -> None:
+        """Answer the supervisor's request of that number."""
+
+    def instance_removed(self, sandbox: str, bus: str) -> None:
+        """The bus ended what it had made for a sandbox."""
+
+    def upstream_lost(self, sandbox: str, bus: str) -> None:
+        """The connection is gone, and with it what the bus had made for a sandbox."""
+
+
+class OwnLink:
+    """One connection."""
+
+    def __init__(self, loop: Loop, host: Host, bus: Bus, uid: int) -> None:
+        self.bus: Final = bus
+        self.uid: Final = uid
+        self.claimed: Final[dict[str, str]] = {}  # instance -> sandbox
+        self.unclaimed: Final[dict[str, tuple[str, str]]] = {}  # instance -> (interface, undo)
+        self.is_closed = False
+        self._loop: Final = loop
+        self._host: Final = host
+        self._client: Final = SaslClient(uid)
+        self._is_greeting = True
+        self._pipe: Pipe | None = None
+        self._early: list[bytes] = []  # until there is a pipe
+        self._buffer = bytearray()
+        self._skip = 0  # bytes of a message that is gone over, still to come
+        self._waiting: Final[dict[int, OwnCallDump]] = {}
+        self._next_serial = _FIRST_CALL
+        self._greeted = 0  # answers to Hello and AddMatch
+        self._may_leave = False  # soon
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may be handed over."""
+        return self._greeted == _ADD_MATCH
+
+    def open(self) -> None:
+        """Connect."""
+        self._loop.call_later(CALL_SECONDS, self._check_ready)
+        self._send(self._client.start())
+        self._send_call(_HELLO, DRIVER, "Hello")
+        body = marshal.make_body("s", (_MATCH,))
+        self._send_call(_ADD_MATCH, DRIVER, "AddMatch", "s", body)
+        try:
+            connect(self._loop, self.bus.address, self.uid, self._connected)
+        except (OSError, LookupError) as exc:  # there is no such user, or we may not be that one
+            self.close(f"cannot be user {self.uid}: {exc}")
+
+    def close(self, reason: str) -> None:
+        """End it. Whoever waits is told; what the bus made is lost."""
+        if self.is_closed:
+            return
+        LOGGER.warning("own-connection-lost bus=%s: %s", self.bus.name, reason)
+        self.hang_up()
+        waiting, claimed = dict(self._waiting), dict(self.claimed)
+        self._waiting.clear()
+        self.claimed.clear()
+        self.unclaimed.clear()
+        lost = [*claimed.values(), *(call.removed for call in waiting.values() if call.removed)]
+        for call in waiting.values():
+            self._refuse(call, errors.DISCONNECTED, f"bus {self.bus.name}: {reason}")
+        for sandbox in lost:
+            self._host.upstream_lost(sandbox, self.bus.name)
+
+    def hang_up(self) -> None:
+        """End it, and tell nobody."""
+        self.is_closed = True
+        if self._pipe is not None:
+            self._pipe.close()
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def call(self, request: CallBus, asked: int) -> None:
+        """Call the bus; the answer goes to who asked. Raises CallRefusedError."""
+        if len(self._waiting) >= MAX_WAITING:
+            text = f"bus {self.bus.name}: {MAX_WAITING} calls wait for its answer"
+            raise CallRefusedError(errors.LIMITS_EXCEEDED, text)
+        serial = self._take_serial()
+        self._waiting[serial] = OwnCallDump(
+            serial=serial,
+            asked=asked,
+            interface=request.interface,
+            member=request.member,
+            undo=request.undo,
+            leave=request.leave,
+        )
+        self._loop.call_later(CALL_SECONDS, partial(self._check_answered, serial))
+        self._send_call(serial, request.interface, request.member, request.signature, request.body)
+
+    def tell(self, interface: str, member: str, instance: str) -> None:
+        """Call a method on an instance, whatever comes of it."""
+        self.unclaimed.pop(instance, None)
+        self.claimed.pop(instance, None)
+        self._tell(interface, member, instance)
+        self._leave_soon()
+
+    def stop_listening(self, member: str, instance: str) -> None:
+        """Have the bus take no more connections for it."""
+        self._tell(CONTAINERS1, member, instance)
+
+    def supervisor_lost(self) -> None:
+        """Nobody waits for answers any more, nor will claim anything."""
+        for serial, call in self._waiting.items():
+            self._waiting[serial] = call.unasked()
+        for instance, (interface, undo) in list(self.unclaimed.items()):
+            self.tell(interface, undo, instance)
+
+    def _tell(self, interface: str, member: str, instance: str) -> None:
+        if not self.is_closed:
+            serial = self._take_serial()
+            body = marshal.make_body("o", (instance,))
+            self._send_call(serial, interface, member, "o", body, mute=True)
+
+    def _check_answered(self, serial: int) -> None:
+        call = self._waiting.get(serial)
+        if call is not None and call.asked:
+            # It stays, for what the answer may bring is to be undone.
+            self._waiting[serial] = call.unasked()
+            text = f"bus {self.bus.name} did not answer {call.member} in {CALL_SECONDS:g} s"
+            self._refuse(call, errors.NO_REPLY, text)
+
+    def _check_ready(self) -> None:
+        if not self.is_ready:
+            self.close(f"no answer to Hello in {CALL_SECONDS:g} s")
+
+    def _refuse(self, call: OwnCallDump, error: str, text: str) -> None:
+        if call.asked:
+            self._host.answer(call.asked, Refused(error, text))
+
+    @property
+    def _is_idle(self) -> bool:
+        return not (self.claimed or self.unclaimed or self._waiting)
+
+    def _leave_soon(self) -> None:
+        if self._is_idle and not self._may_leave:
+            self._may_leave = True
+            self._loop.call_later(IDLE_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        self._may_leave = False
+        if self._is_idle and not self.is_closed:
+            self.hang_up()
+
+    def _take_serial(self) -> int:
+        serial = self._next_serial
+        # Those of the greeting are not used again, lest an answer pass for theirs.
+        self._next_serial = serial + 1 if serial < _LAST_SERIAL else _FIRST_CALL
+        return serial
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def _send_call(
+        self,
+        serial: int,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: bytes = b"",
+        *,
+        mute: bool = False,
+    ) -> None:
+        header = Header(
+            little=True,
+            type=MessageType.METHOD_CALL,
+            flags=int(Flag.NO_REPLY_EXPECTED) if mute else 0,
+            body_length=len(body),
+            serial=serial,
+            path=DRIVER_PATH,
+            interface=interface,
+            member=member,
+            destination=DRIVER,
+            signature=signature,
+        )
+        self._send(serialise_header(header) + body)
+
+    def _send(self, data: bytes) -> None:
+        if self._pipe is None:
+            self._early.append(data)
+            return
+        try:
+            self._pipe.write([data])
+        except Closed:
+            self.close("it hung up")
+            return
+        if self._pipe.queued > MAX_BYTES:
+            self.close("it does not read")
+
+    def _connected(self, sock: socket.socket | None) -> None:
+        if self.is_closed:
+            if sock is not None:
+                sock.close()
+            return
+        if sock is None:
+            self.close("it cannot be reached")
+            return
+        self._pipe = Pipe(self._loop, sock, self._readable, _nothing)
+        early, self._early = b"".join(self._early), []
+        self._send(early)
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        assert self._pipe is not None
+        try:
+            data, fds = self._pipe.read()
+            close_fds(fds)
+            self._feed(data)
+        except BlockingIOError:
+            return
+        except Closed:
+            self.close("it hung up")
+        except (PeerProtocolError, OSError) as exc:
+            self.close(str(exc))
+
+    def _feed(self, data: bytes) -> None:
+        if self._is_greeting:
+            self._client.feed(data)
+            self._is_greeting = not self._client.done
+            if self._is_greeting:
+                return
+            # Another bus than before, perhaps: then all that is known of its names is void.
+            self.bus.met(self._client.guid)
+            data = self._client.leftover
+        skipped = min(self._skip, len(data))
+        self._skip -= skipped
+        self._buffer += data[skipped:]
+        while len(self._buffer) >= FIXED_SIZE and not self.is_closed:
+            length = measure(self._buffer, 0, BUS_LIMITS)
+            if length > MAX_BYTES:
+                if not self._go_over(length):
+                    return
+                continue
+            if len(self._buffer) < length:
+                return
+            message = bytes(self._buffer[:length])
+            del self._buffer[:length]
+            try:
+                header = parse_header(message, 0, READ_LIMITS)
+            except PeerProtocolError as exc:
+                self._leave_out(skim_header(message), str(exc))
+            else:
+                self._take(header, message)
+
+    def _go_over(self, length: int) -> bool:
+        """Leave out a message that is too long. False: the end of its header is still to come."""
+        header_size = measure_header(self._buffer, 0, BUS_LIMITS)
+        if header_size > MAX_BYTES:
+            header = skim_fixed(self._buffer)
+        elif len(self._buffer) < header_size:
+            return False
+        else:
+            header = skim_header(self._buffer)
+        self._skip = max(0, length - len(self._buffer))
+        del self._buffer[:length]
+        self._leave_out(header, f"a message of {length} bytes")
+        return True
+
+    def _leave_out(self, header: Header, why: str) -> None:
+        """Tell whoever waits for a message that it is not read. Raises PeerProtocolError."""
+        if header.sender == DRIVER:
+            raise PeerProtocolError(f"the bus sent an unreadable message: {why}")
+        LOGGER.warning("left-out bus=%s sender=%s: %s", self.bus.name, header.sender, why)
+        if header.type == MessageType.METHOD_CALL:
+            self._answer_stranger(header)
+
+    def _take(self, header: Header, message: bytes) -> None:
+        if header.type == MessageType.METHOD_CALL:
+            self._answer_stranger(header)
+        elif header.sender != DRIVER:
+            return
+        elif header.type == MessageType.SIGNAL:
+            is_removal = header.interface == CONTAINERS1 and header.member == "InstanceRemoved"
+            if is_removal and header.signature == "o":
+                body = message[header.size :]
+                (instance,) = marshal.read_body("o", body, little=header.little)
+                self._removed(str(instance))
+        elif header.reply_serial in (_HELLO, _ADD_MATCH):
+            if header.type == MessageType.ERROR:
+                raise PeerProtocolError(f"it refused us: {header.error_name}")
+            self._greeted = max(self._greeted, header.reply_serial)
+        elif (call := self._waiting.pop(header.reply_serial or 0, None)) is not None:
+            if call.leave and self._is_idle:
+                self.hang_up()
+            self._take_reply(call, header, message[header.size :])
+            self._leave_soon()
+
+    def _take_reply(self, call: OwnCallDump, header: Header, body: bytes) -> None:
+        if call.removed:
+            self._host.instance_removed(call.removed, self.bus.name)
+            return
+        reader = Reader(body, little=header.little)
+        if header.type == MessageType.ERROR:
+            text = reader.string() if header.signature.startswith("s") else ""
+            self._refuse(call, header.error_name or errors.FAILED, text)
+            return
+        if call.undo and header.signature.startswith("o"):
+            instance = reader.object_path()
+            if call.asked:
+                self.unclaimed[instance] = (call.interface, call.undo)
+            else:
+                self._tell(call.interface, call.undo, instance)
+        if call.asked:
+            answer = Called(signature=header.signature, body=body, little=header.little)
+            self._host.answer(call.asked, answer)
+
+    def _removed(self, instance: str) -> None:
+        self.unclaimed.pop(instance, None)
+        sandbox = self.claimed.pop(instance, None)
+        if sandbox is None:
+            return
+        # A bus that ends removes all, too, and then hangs up: its sandboxes are to wait for it to come back.
+        serial = self._take_serial()
+        self._waiting[serial] = OwnCallDump(
+            serial=serial, interface=PEER, member="Ping", removed=sandbox
+        )
+        self._send_call(serial, PEER, "Ping")
+
+    def _answer_stranger(self, header: Header) -> None:
+        """Whoever calls us must not wait for ever."""
+        if header.flags & Flag.NO_REPLY_EXPECTED or header.sender is None:
+            return
+        serial = self._take_serial()
+        self._send(
+            marshal.make_error(
+                serial,
+                reply_serial=header.serial,
+                name=errors.UNKNOWN_METHOD,
+                text="nothing is to be called here",
+                destination=header.sender,
+            )
+        )
+
+    # -- handing over ---------------------------------------------------------------------------------
+
+    def dump(self, fds: Fds) -> OwnDump:
+        """Return all of it, descriptors as indexes. It must be ready."""
+        assert self._pipe is not None
+        return OwnDump(
+            bus=self.bus.name,
+            uid=self.uid,
+            pipe=self._pipe.dump(fds),
+            buffer=bytes(self._buffer),
+            skip=self._skip,
+            next_serial=self._next_serial,
+            waiting=tuple(self._waiting.values()),
+            claimed=tuple(self.claimed.items()),
+            unclaimed=tuple((path, *undo) for path, undo in self.unclaimed.items()),
+        )
+
+    def load(self, dump: OwnDump, fds: Sequence[int]) -> None:
+        """Be as the one was that made the dump."""
+        self._is_greeting, self._greeted = False, _ADD_MATCH
+        self._pipe = Pipe(self._loop, adopt(fds[dump.pipe.fd]), self._readable, _nothing)
+        self._pipe.load(dump.pipe, fds)
+        self._buffer += dump.buffer
+        self._skip = dump.skip
+        self._next_serial = dump.next_serial
+        for call in dump.waiting:
+            self._waiting[call.serial] = call
+            self._loop.call_later(CALL_SECONDS, partial(self._check_answered, call.serial))
+        self.claimed.update(dump.claimed)
+        self.unclaimed.update({path: (interface, undo) for path, interface, undo in dump.unclaimed})
+        self._leave_soon()
+
+
+def _nothing() -> None:
+    pass
+
+
+class Own:
+    """All of them, by bus and user."""
+
+    def __init__(self, loop: Loop, host: Host) -> None:
+        self._loop: Final = loop
+        self._host: Final = host
+        self._links: Final[dict[tuple[str, int], OwnLink]] = {}
+
+    def call(self, bus: Bus, request: CallBus, asked: int) -> None:
+        """Call the bus; the answer goes to the request of that number. Raises CallRefusedError."""
+        link = self._get(bus.name, request.uid)
+        if link is None:
+            link = OwnLink(self._loop, self._host, bus, request.uid)
+            self._links[bus.name, request.uid] = link
+            link.open()
+            if link.is_closed:
+                text = f"bus {bus.name} cannot be reached"
+                raise CallRefusedError(errors.DISCONNECTED, text)
+        link.call(request, asked)
+
+    def claim(self, sandbox: str, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+        """Have these be a sandbox's from now on: they are made, and nobody's. Raises CallRefusedError."""
+        for bus, upstream in upstreams.items():
+            link = self._get(bus, uid)
+            if upstream.instance and (link is None or upstream.instance not in link.unclaimed):
+                text = f"bus {bus} does not have {upstream.instance} any more"
+                raise CallRefusedError(errors.DISCONNECTED, text)
+        for bus, upstream in upstreams.items():
+            if upstream.instance and (link := self._get(bus, uid)) is not None:
+                del link.unclaimed[upstream.instance]
+                link.claimed[upstream.instance] = sandbox
+
+    def stop_listening(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+        """Have the buses take no more connections there."""
+        for bus, upstream in upstreams.items():
+            link = self._get(bus, uid)
+            if link is not None and upstream.instance in link.claimed and upstream.stop_listening:
+                link.stop_listening(upstream.stop_listening, upstream.instance)
+
+    def stop(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+        """Have the buses end them."""
+        for bus, upstream in upstreams.items():
+            link = self._get(bus, uid)
+            if link is not None and upstream.instance in link.claimed:
+                link.tell(CONTAINERS1, upstream.stop, upstream.instance)
+
+    def supervisor_lost(self) -> None:
+        """Undo what nobody will claim."""
+        for link in self._links.values():
+            link.supervisor_lost()
+
+    def close(self) -> None:
+        """Hang up on all: the buses end what they made, and nobody is told."""
+        for link in self._links.values():
+            link.hang_up()
+        self._links.clear()
+
+    def dump(self, fds: Fds) -> tuple[OwnDump, ...]:
+        """Return those that are ready."""
+        return tuple(link.dump(fds) for link in self._links.values() if link.is_ready)
+
+    def settle(self) -> None:
+        """Close what is not ready to be handed over: it has made nothing yet."""
+        for link in list(self._links.values()):
+            if not link.is_ready:
+                link.close("the gate is being replaced: try again")
+        for key in [key for key, link in self._links.items() if link.is_closed]:
+            del self._links[key]
+
+    def load(self, dumps: Sequence[OwnDump], buses: Mapping[str, Bus], fds: Sequence[int]) -> None:
+        """Have those that were dumped."""
+        for dump in dumps:
+            link = OwnLink(self._loop, self._host, buses[dump.bus], dump.uid)
+            self._links[dump.bus, dump.uid] = link
+            link.load(dump, fds)
+
+    def _get(self, bus: str, uid: int) -> OwnLink | None:
+        link = self._links.get((bus, uid))
+        return link if link is not None and not link.is_closed else None

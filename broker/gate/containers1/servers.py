@@ -1,0 +1,81 @@
+"""What buses that have Containers1 made for sandboxes: said to the buses, and heard from them."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from broker.control_protocol.messages import Called, Event, Refused, Upstream, UpstreamLost
+from broker.gate.containers1.bus_client import Own
+from broker.gate.io.loop import Loop
+from broker.gate.sandbox.connection import Link
+from broker.gate.sandbox.sandbox import Sandbox
+
+
+class Upstreams:
+    """The buses' own servers of all sandboxes. The host of the gate's own connections."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sandboxes: Mapping[str, Sandbox],
+        emit: Callable[[Event], None],
+        answer: Callable[[int, Called | Refused], None],
+    ) -> None:
+        self.own: Final = Own(loop, self)
+        self._sandboxes: Final = sandboxes
+        self._emit: Final = emit
+        self._answer: Final = answer
+
+    def set(self, sandbox: Sandbox, bus: str, upstream: Upstream | None) -> None:
+        """Have a sandbox's connections to a bus made there, and end the server before. Raises CallRefusedError."""
+        uid, before = sandbox.spec.uid, sandbox.spec.upstreams.get(bus)
+        if upstream is not None:
+            self.own.claim(sandbox.id, uid, {bus: upstream})
+        if before is not None:  # nobody else ever would
+            self.own.stop(uid, {bus: before})
+        sandbox.set_upstream(bus, upstream)
+        self.follow(sandbox)
+
+    def follow(self, sandbox: Sandbox) -> None:
+        """Tell the buses what a sandbox has no use for any more."""
+        uid, upstreams = sandbox.spec.uid, sandbox.spec.upstreams
+        if sandbox.is_over:
+            self.own.stop(uid, upstreams)
+        elif not sandbox.is_listening:
+            for bus, upstream in upstreams.items():
+                # Who is on the way there would be refused, and a bus ends a server that it has nobody left on.
+                if upstream.stop_listening and not _is_joined(sandbox, bus):
+                    self.own.stop_listening(uid, {bus: upstream})
+                    told = msgspec.structs.replace(upstream, stop_listening="")
+                    sandbox.set_upstream(bus, told)
+
+    def answer(self, asked: int, answer: Called | Refused) -> None:
+        """Answer the supervisor's request of that number, later than others."""
+        self._answer(asked, answer)
+
+    def instance_removed(self, sandbox: str, bus: str) -> None:
+        """The bus ended what it had made for a sandbox, of itself or because somebody asked it to."""
+        found = self._sandboxes.get(sandbox)
+        if found is None:
+            return
+        if found.is_listening or _links(found, bus):
+            found.stop("instance-removed")
+        else:  # it took no more connections there, and the last one has left
+            found.set_upstream(bus, None)
+
+    def upstream_lost(self, sandbox: str, bus: str) -> None:
+        """A bus has forgotten a sandbox: what connects there waits for the supervisor to have it made again."""
+        if (found := self._sandboxes.get(sandbox)) is not None:
+            found.set_upstream(bus, Upstream())
+            self._emit(UpstreamLost(sandbox, bus))
+
+
+def _links(sandbox: Sandbox, bus: str) -> list[Link]:
+    return [link for link in sandbox.links if link.bus.name == bus]
+
+
+def _is_joined(sandbox: Sandbox, bus: str) -> bool:
+    """Say whether a connection is on its way to that bus, and has no name there yet."""
+    filters = [link.filter for link in _links(sandbox, bus)]
+    return any(one is None or not one.core.unique_name for one in filters)

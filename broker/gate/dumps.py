@@ -1,0 +1,440 @@
+"""What one gate hands over to the next: the types of its whole state, and how they are written. No I/O.
+
+A hand-over is a row of frames, each msgpack with the names of its fields, and the descriptors that it speaks of by
+index: one Opening, one SandboxDump each, one Closing. What can be worked out anew is left out: compiled
+rules, remembered verdicts, sums. Times are those of the monotonic clock, which all processes share.
+
+VERSION is raised when a gate could misread what an older one writes; fields with a default may be added without.
+"""
+
+import array
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import msgspec
+
+from broker.control_protocol.messages import SandboxSpec
+from broker.gate.event_journal import Kept
+from policy.rules import AccessList, Identity
+
+VERSION: Final = 2
+# The versions that this gate can read. Version 1 wrote calls one by one, each with all former owners: see `modern`.
+READS: Final = (1, 2)
+
+
+class Then(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is to be done with a reply: `kind` names who does it, `values` are what that one has to know."""
+
+    kind: str
+    values: tuple[str | int, ...] = ()
+    after: "Then | None" = None
+
+
+class TargetDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The connections that may answer a call.
+
+    They are `owner` and the later owners of `name`: those in its history from the change `since` on.
+    """
+
+    owner: str
+    name: str = ""
+    since: int = 0
+    before: tuple[str, ...] = ()  # former owners that may answer, too; written by version 1 alone
+
+
+class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that waits for its reply, of which more is to be known than who may give it."""
+
+    serial: int
+    target: TargetDump
+    then: Then | None = None
+    is_own: bool = False
+
+
+class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Calls whose reply is passed on. Thousands may wait, each for another owner of a name, so they are packed."""
+
+    owners: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    rows: bytes = (
+        b""  # of each call: serial, index of owner and of name, `since` as in a TargetDump
+    )
+
+
+class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The last changes of a name's owner, for all calls to it that wait."""
+
+    name: str
+    count: int = 0
+    changes: tuple[tuple[str, str], ...] = ()
+
+
+class WaitingDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that waits for its reply, as version 1 wrote it."""
+
+    serial: int
+    owner: str
+    name: str = ""
+    former: tuple[str, ...] = ()
+    then: Then | None = None
+    is_own: bool = False
+
+
+class CoreDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What both directions of a connection know."""
+
+    unique_name: str = ""
+    greeting: bool = False
+    pending: tuple[WaitingDump, ...] = ()  # of version 1
+    plain: PlainCallsDump = PlainCallsDump()
+    calls: tuple[CallDump, ...] = ()
+    lent: tuple[int, ...] = ()
+    asked: tuple[tuple[str, int], ...] = ()
+    matches: tuple[tuple[str, int], ...] = ()
+    requested_names: tuple[tuple[str, int], ...] = ()
+    name_requests: int = 0
+    callers: tuple[str, ...] = ()
+    counts_callers: bool = False
+    next_own: int
+
+    def asked_names(self) -> set[str]:
+        """Return the well-known names that calls wait for."""
+        return ({call.target.name for call in self.calls} | set(self.plain.names)) - {""}
+
+
+class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who owns the names that matter to a connection."""
+
+    names: tuple[tuple[str, str], ...] = ()
+    waiting: int = 0
+    tells: bool = False
+    extra: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
+    subtrees: tuple[str, ...] = ()
+    globs: bool = False
+    matches: tuple[str, ...] = ()
+    histories: tuple[HistoryDump, ...] = ()  # of the names that calls wait for
+    unasked: tuple[str, ...] = ()  # names whose owner is still to be asked for
+    asking: int = 0  # how many have been
+
+
+class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Bytes with the descriptors that go with them."""
+
+    data: bytes
+    fds: tuple[int, ...] = ()
+
+
+class IntakeDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The unfinished end of a stream."""
+
+    held: bytes = b""
+    need: int = 0
+    skip: int = 0
+    unfinished: int = 0
+    number: int = 0
+    fds: tuple[int, ...] = ()
+    batches: tuple[tuple[int, int], ...] = ()  # (how many are left, where their read ended)
+
+
+class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One connection's judgement."""
+
+    app_takes_fds: bool
+    held: bool = False
+    yielded: bool = False
+    wake: bool = False
+    core: CoreDump
+    owners: OwnersDump
+    lately_seen: tuple[str, ...] = ()
+    told: tuple[str, ...] | None = None
+    from_app: IntakeDump
+    from_bus: IntakeDump
+    stash: tuple[ChunkDump, ...] = ()
+
+
+class PipeDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A socket, and what its other end has not taken."""
+
+    fd: int
+    queue: tuple[ChunkDump, ...] = ()
+    reading: bool = True
+
+
+class LinkDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An app's connection. Until there is a filter, what was said in the handshakes is said again."""
+
+    bus: str
+    guid: str
+    app: PipeDump
+    said: bytes = b""
+    upstream: PipeDump | None = None
+    bus_said: bytes = b""
+    filter: FilterDump | None = None
+    deadline: float | None = None
+    watched: int = 0  # the number of the message whose deadline it is; 0: the handshake's
+    was_unfinished: int = 0
+    is_throttled: bool = False
+
+
+class LingerDump(msgspec.Struct, frozen=True, kw_only=True):
+    """A connection whose app has gone, and that the bus has not let go of."""
+
+    bus: str
+    unique_name: str
+    fd: int
+
+
+class BudgetDump(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left of a sandbox's messages."""
+
+    left: int
+    filled: float
+    caused: int = 0
+
+
+class ComplaintsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a sandbox has caused in the log."""
+
+    second: float
+    used: int = 0
+    suppressed: int = 0
+    suppressed_ever: int = 0
+
+
+class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A sandbox with its sockets and connections."""
+
+    spec: SandboxSpec
+    guid: str
+    listening: tuple[tuple[int, int], ...] = ()  # (index in the spec's listeners, descriptor)
+    close_pipe: int = -1
+    links: tuple[LinkDump, ...] = ()
+    lingering: tuple[LingerDump, ...] = ()
+    reason: str = ""  # why it ends, if it waits for these
+    asked: tuple[int, ...] = ()  # the supervisor's requests that wait for its end
+    messages: BudgetDump
+    complaints: ComplaintsDump
+    is_throttled: bool = False
+    throttled_count: int = 0
+    waiting: tuple[int, ...] = ()  # who goes on next: index of a link, -1 for the listeners
+    denied_count: int = 0
+    reports_left: int
+    unreported: int = 0
+
+
+class PayersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The payers of a bus, without its open connections."""
+
+    late: tuple[tuple[str, str], ...] = ()  # (unique name, sandbox)
+    movers: tuple[tuple[str, str], ...] = ()  # (name, its last requester)
+    arriving: tuple[tuple[str, int], ...] = ()  # (unique name, its debt)
+
+
+class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What all connections to a bus know."""
+
+    name: str
+    address: str
+    guid: str = ""
+    identities: tuple[tuple[str, Identity], ...] = ()
+    sandboxes: tuple[tuple[str, str], ...] = ()
+    late: tuple[str, ...] = ()
+    spans: tuple[tuple[str, bytes], ...] = ()  # of the ledger
+    # Rules of connections that are closed: those of the others come with them.
+    judges: tuple[tuple[AccessList, Identity], ...] = ()
+    speakers: tuple[tuple[str, int], ...] = ()
+    tagged: tuple[str, ...] = ()
+    wording: tuple[tuple[str, str, str], ...] = ()
+    payers: PayersDump = PayersDump()
+
+
+class OwnCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call on a connection of the gate's own that waits for its reply."""
+
+    serial: int
+    asked: int = 0  # the supervisor's request that waits for it; 0: none any more
+    interface: str
+    member: str
+    undo: str = ""
+    leave: bool = False
+    removed: str = ""  # the sandbox whose end depends on there being an answer
+
+    def unasked(self) -> "OwnCallDump":
+        """Return it as one for whose answer nobody waits."""
+        return msgspec.structs.replace(self, asked=0)
+
+
+class OwnDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A connection of the gate's own to a bus, and what the bus made on it."""
+
+    bus: str
+    uid: int
+    pipe: PipeDump
+    buffer: bytes = b""
+    skip: int = 0  # bytes still to come that are skipped
+    next_serial: int
+    waiting: tuple[OwnCallDump, ...] = ()
+    claimed: tuple[tuple[str, str], ...] = ()  # (instance, sandbox)
+    unclaimed: tuple[tuple[str, str, str], ...] = ()  # (instance, interface, how to undo it)
+
+
+class Opening(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    """The first frame: what is there once, and how many sandboxes follow."""
+
+    version: int
+    pid: int
+    control: int
+    supervisor: PipeDump | None = None
+    serial: int  # of the request that this is the answer to
+    protocol: int  # of whoever made it
+    unanswered: bytes = b""  # what the supervisor sent behind it
+    unanswered_fds: tuple[int, ...] = ()
+    buses: tuple[BusDump, ...] = ()
+    own: tuple[OwnDump, ...] = ()
+    kept: Kept
+    sandboxes: int = 0
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The new gate is there, and can read these versions."""
+
+    pid: int
+    reads: tuple[int, ...]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The new gate has everything, and has tried it."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The new gate cannot take it."""
+
+    text: str
+
+
+class Go(msgspec.Struct, frozen=True, tag=True):
+    """The old gate will not read any more: the new one begins."""
+
+
+Word = Offer | Ready | Failed | Go
+_ROW: Final = struct.Struct("=4I")
+_encoder: Final = msgspec.msgpack.Encoder()
+_words: Final = msgspec.msgpack.Decoder(Word)
+
+
+class HandoverError(Exception):
+    """It does not work out, and why: the old gate goes on."""
+
+
+def encode(frame: msgspec.Struct) -> bytes:
+    """Return a frame's bytes. Equal state gives equal bytes."""
+    return _encoder.encode(frame)
+
+
+def decode_word(data: bytes) -> Word:
+    """Read what the other side says. Raises HandoverError."""
+    try:
+        word: Word = _words.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the other gate said something else than expected: {exc}") from exc
+    return word
+
+
+def decode_opening(data: bytes) -> Opening:
+    """Read a first frame. Raises HandoverError."""
+    try:
+        return msgspec.msgpack.decode(data, type=Opening)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the old gate's state: {exc}") from exc
+
+
+def decode_sandbox(data: bytes) -> SandboxDump:
+    """Read a sandbox, whatever version wrote it. Raises HandoverError."""
+    try:
+        return modern(msgspec.msgpack.decode(data, type=SandboxDump))
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the old gate's state: {exc}") from exc
+
+
+def modern(dump: SandboxDump) -> SandboxDump:
+    """Return what this version would have written in place of what version 1 wrote."""
+    if not any(link.filter and link.filter.core.pending for link in dump.links):
+        return dump
+    return msgspec.structs.replace(dump, links=tuple(_modern_link(link) for link in dump.links))
+
+
+def _modern_link(link: LinkDump) -> LinkDump:
+    replace = msgspec.structs.replace
+    if link.filter is None:
+        return link
+    pending = link.filter.core.pending
+    calls = tuple(
+        CallDump(
+            serial=one.serial,
+            target=TargetDump(owner=one.owner, name=one.name, before=one.former),
+            then=one.then,
+            is_own=one.is_own,
+        )
+        for one in pending
+        if one.then is not None or one.former
+    )
+    plain = PlainCalls()
+    for one in pending:
+        if one.then is None and not one.former:
+            plain.add((one.serial, *plain.index(one.owner, one.name), 0))
+    names = sorted({one.name for one in pending if one.name})
+    core = replace(link.filter.core, pending=(), calls=calls, plain=plain.dump())
+    histories = tuple(HistoryDump(name=name) for name in names)
+    owners = replace(link.filter.owners, histories=histories)
+    return replace(link, filter=replace(link.filter, core=core, owners=owners))
+
+
+class PlainCalls:
+    """The packer of calls whose reply is passed on. Both gates are on one machine, so numbers are as it has them."""
+
+    def __init__(self) -> None:
+        self._owners: Final[dict[str, int]] = {}
+        self._names: Final[dict[str, int]] = {}
+        self._numbers: Final = array.array("I")
+
+    def index(self, owner: str, name: str) -> tuple[int, int]:
+        """Return the indexes of an owner and a name."""
+        owners, names = self._owners, self._names
+        return owners.setdefault(owner, len(owners)), names.setdefault(name, len(names))
+
+    def add(self, row: tuple[int, int, int, int]) -> None:
+        """Add a call: serial, index of the owner, index of the name, `since`."""
+        self._numbers.extend(row)
+
+    def dump(self) -> PlainCallsDump:
+        """Return what was added."""
+        rows = self._numbers.tobytes()
+        return PlainCallsDump(owners=tuple(self._owners), names=tuple(self._names), rows=rows)
+
+
+def unpack_rows(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Return the rows of a `PlainCallsDump`. Raises struct.error."""
+    return _ROW.iter_unpack(data)
+
+
+class Fds:
+    """The descriptors of one frame, which speaks of them by index."""
+
+    def __init__(self) -> None:
+        self.all: Final[list[int]] = []
+
+    def put(self, fd: int) -> int:
+        """Add one and return its index."""
+        self.all.append(fd)
+        return len(self.all) - 1
+
+    def put_all(self, fds: Sequence[int]) -> tuple[int, ...]:
+        """Add some and return their indexes."""
+        return tuple(self.put(fd) for fd in fds)
+
+
+def pick(fds: Sequence[int], indexes: Sequence[int]) -> tuple[int, ...]:
+    """Return the descriptors that have these indexes."""
+    return tuple(fds[index] for index in indexes)

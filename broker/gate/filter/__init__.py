@@ -1,0 +1,1 @@
+"""The judgement of one connection's messages, without input or output."""

@@ -1,0 +1,88 @@
+"""A change of rules on a connection: what the app is told of it, and what is taken from it. No I/O.
+
+Every message is judged by the new rules from `use` on. What the app has to be told takes a look at each name that is
+followed, old rules against new: that is a chore, and until it is done nobody's names change and no list is given.
+"""
+
+from typing import Final
+
+from broker.gate.dumps import Then
+from broker.gate.filter.chores import NAME_WORK, STEP_WORK
+from broker.gate.filter.connection_state import Core
+from broker.gate.filter.from_bus import Incoming
+from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.visibility import Sight
+from broker.gate.io.slices import Work
+from policy.match import Judge
+
+
+class Swap:
+    """The changes of one connection, one after the other."""
+
+    def __init__(self, core: Core, owners: Owners, sight: Sight, incoming: Incoming) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._sight: Final = sight
+        self._incoming: Final = incoming
+        # Names that the app saw when the rules changed, until it has been told what the change brought.
+        self.told: frozenset[str] | None = None
+        self.changing = 0  # changes of which the app has not yet been told what they took
+
+    def use(self, judge: Judge) -> None:
+        """Judge every message from now on by these rules."""
+        core = self._core
+        before, core.judge = core.judge, judge
+        core.forget_verdicts()
+        if not core.unique_name:
+            return
+        if core.bus.speaks(core.unique_name, judge):
+            for member in core.bus.members:
+                member.forget_verdicts()
+        self._release_names()
+        self.changing += 1
+        self._owners.hold(self._change(before, judge))
+
+    def _change(self, before: Judge, judge: Judge) -> Work:
+        """Tell of the names that went out of sight, and follow those of the new rules."""
+        known = self.told
+        kept: dict[str, str] = {}
+        for owner in self._owners.views.owners():
+            steps = before.steps + judge.steps
+            saw = self._sight.visible(before, owner)
+            if known is not None:  # it has not heard yet of what the last change brought
+                saw &= known
+            sees = self._sight.visible(judge, owner)
+            for name in sorted(saw - sees):
+                self._incoming.tell_owner_change(name, owner, "")
+            kept.update(dict.fromkeys(saw & sees, owner))
+            names = len(self._owners.names_of(owner))
+            yield NAME_WORK * names + STEP_WORK * (before.steps + judge.steps - steps)
+        # What comes into sight is told when all owners are known: another name of an owner may hide it.
+        self.told = frozenset(kept)
+        yield from self._owners.use(judge.uses, self.tell_new)
+        for name in sorted(kept.keys() - self._owners.names.keys()):
+            # Seen because of its owner alone, who is nobody to ask for any more.
+            self._incoming.tell_owner_change(name, kept[name], "")
+            yield NAME_WORK
+        self.changing -= 1
+
+    def _release_names(self) -> None:
+        """Give back the names that the app may own no more."""
+        core = self._core
+        for name in [name for name in core.requested_names if not core.judge.own(name).allowed]:
+            del core.requested_names[name]
+            core.bus.payers.moves("", name)  # the change of rules is the cause
+            core.call_driver("ReleaseName", "s", (name,), Then("ignore"))
+
+    def tell_new(self) -> Work:
+        """Tell of the names that came into sight with the rules that are in force now."""
+        return self._tell_new(self._core.judge)
+
+    def _tell_new(self, judge: Judge) -> Work:
+        told, self.told = self.told or frozenset(), None
+        for owner in self._owners.views.owners():
+            steps = judge.steps
+            for name in sorted(self._sight.visible(judge, owner) - told):
+                self._incoming.tell_owner_change(name, "", owner)
+            names = len(self._owners.names_of(owner))
+            yield NAME_WORK * names + STEP_WORK * (judge.steps - steps)

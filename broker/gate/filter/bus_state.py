@@ -1,0 +1,325 @@
+"""What all connections of one gate to one bus share: who is who, and how that bus words its errors.
+
+Identity is exact because it is learned from the Hello reply as it passes through the gate, before that connection
+can say anything else, and because it is never unlearned: a bus gives no unique name twice, so a name that a sandbox
+had is not a host's however long its connection is gone. A unique name goes through these states:
+
+    connected   the app is there                                       its sandbox, its app
+    lingering   the app has gone, the bus has not let go (linger.py)   its sandbox, its app
+    late        the bus has let go, and may still deliver what it had  its sandbox, its app; the last MAX_LATE,
+                                                                       or fewer (MAX_LATE_RULES)
+    unknown     late no more, or of a gate that died (ledger.py)       a sandbox, not known which: UNKNOWN
+    host        none of these                                          a host
+"""
+
+import logging
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from broker.control_protocol.messages import BusSpec
+from broker.gate.dumps import BusDump
+from broker.gate.filter.payers import Payers
+from broker.gate.filter.read_barrier import Barrier
+from broker.gate.io.connect import Done, connect
+from broker.gate.io.loop import Loop
+from broker.gate.name_ledger import Ledger
+from broker.wire import errors
+from broker.wire.sasl import Client, SaslClient
+from policy.match import Judge
+from policy.rules import Identity
+
+LOGGER: Final = logging.getLogger(__name__)
+DRIVER: Final = "org.freedesktop.DBus"
+DRIVER_PATH: Final = "/org/freedesktop/DBus"
+
+# A name that nobody owns and that no service file gives: what a bus says of it is what it says of
+# every name that is not there.
+# Nobody can guess it, own it, and leave us without an answer.
+ABSENT: Final = f"org.buswarden.NotThere.x{os.urandom(16).hex()}"
+ABSENT_UNIQUE: Final = ":0.4294967295"
+
+
+# Closed connections whose identity is remembered, because their messages may still come: dbus-daemon closes a connection
+# before it has delivered everything, and dbus-broker keeps calls for a service that is being started. Older ones are UNKNOWN.
+MAX_LATE: Final = 4096
+# Rules of their lists that restrict the hearers of broadcasts, each list once: some MiB, and some 50 ms of a hand-over.
+# The newest list is kept, however long.
+MAX_LATE_RULES: Final = 4096
+# The identity of a sandbox that is not known any more: no host, and no app that a rule could name.
+UNKNOWN: Final = Identity(type="", app="")
+
+
+class Member(Protocol):
+    """What the bus has to know of a connection: see `Bus.connected`."""
+
+    def stranger_appeared(self, unique_name: str) -> None:
+        """Forget what was decided for this unique name while it was a host's."""
+
+    def forget_verdicts(self) -> None:
+        """Forget everything that was decided."""
+
+
+class Closable(Protocol):
+    """A connection to the bus."""
+
+    def close(self, reason: str) -> None:
+        """End it."""
+
+    def ask_if_read(self, number: int) -> None:
+        """Call `Bus.has_read(number)` once the bus has read all sent messages."""
+
+
+class Lingering(Protocol):
+    """A connection to the bus whose app has gone."""
+
+    def close(self) -> None:
+        """Close the connection to the bus."""
+
+
+class Bus:
+    """One real bus."""
+
+    def __init__(self, name: str, address: str, folder: Path | None = None) -> None:
+        self.name: Final = name
+        self.address = address
+        self.identities: Final[dict[str, Identity]] = {}
+        self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
+        self.ledger: Final = Ledger(folder)  # all unique names that ever were there
+        self.members: Final[set[Member]] = set()
+        self.payers: Final = Payers()
+        # Senders whose rules say which apps hear their broadcasts: their unique names.
+        self.speakers: Final[dict[str, Judge]] = {}
+        self._late: Final[OrderedDict[str, None]] = OrderedDict()
+        # The lists among `speakers` that late ones have: which ones, the list that was used last at the end.
+        self._late_lists: Final[OrderedDict[Judge, dict[str, None]]] = OrderedDict()
+        self._late_rules = 0
+        # Connections that want header field 10 on what sandboxes send them.
+        self.tagged: Final[set[str]] = set()
+        self._wording: dict[str, tuple[str, str]] = {}
+        self._guid = ""
+        self.links: Final[set[Closable]] = set()
+        self.lingering: Final[dict[str, Lingering]] = {}  # by unique name
+        self.barriers: Final[dict[int, Barrier]] = {}
+        # Both are ways of xdg-dbus-proxy, for who is to pass for it. All unique names may be heard to come
+        # and go; a well-known name is judged as itself alone, whatever else its owner owns.
+        self.tells_unique_names = False
+        self.judges_names_alone = False
+        # False: no program may ask about the sandboxes of its connections.
+        self.tags_headers = True
+        # False: no connection to it passes descriptors, and apps are told so in the handshake.
+        self.takes_fds = True
+
+    def spec(self) -> BusSpec:
+        """Return it as the supervisor knows it."""
+        return BusSpec(name=self.name, address=self.address)
+
+    def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
+        """Connect as that user; `address` is the bus's own, or one that it made for a sandbox."""
+        connect(loop, address, uid, done)
+
+    def make_client(self, sock: socket.socket, uid: int) -> Client:
+        """Return who does the handshake on a new connection."""
+        return SaslClient(uid)
+
+    def met(self, guid: str) -> None:
+        """Take note of who answers at the address.
+
+        Another bus than before has given unique names anew: what was known is about others, and whoever
+        is still connected to the old one has only not heard yet.
+        """
+        if not self._guid:
+            self.ledger.meet(guid)
+        elif guid != self._guid:
+            for link in list(self.links):
+                link.close("the bus started anew")
+            for rest in list(self.lingering.values()):
+                rest.close()
+            self.ledger.move(guid)
+            self.identities.clear()
+            self.sandboxes.clear()
+            self.speakers.clear()
+            self._late.clear()
+            self._late_lists.clear()
+            self._late_rules = 0
+            self.tagged.clear()
+            self._wording.clear()
+            self.payers.clear()
+        self._guid = guid
+
+    @property
+    def is_met(self) -> bool:
+        """Return whether the bus's id is known."""
+        return bool(self._guid)
+
+    def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
+        """Remember the identity behind a unique name, before the app may use it.
+
+        Raises OSError if the name cannot be written to the ledger. The app must not use the connection then.
+        """
+        self.ledger.add(unique_name)
+        if unique_name in self._late:
+            self._forget(unique_name)
+        self.identities[unique_name] = identity
+        self.sandboxes[unique_name] = sandbox
+        for member in self.members:
+            member.stranger_appeared(unique_name)
+
+    def gone(self, unique_name: str) -> None:
+        """Note that the bus has released a connection.
+
+        Its identity is remembered for a while, because its last messages are still to be judged.
+        """
+        if unique_name in self.identities:
+            self._remember_late(unique_name)
+        for number in list(self.barriers):
+            self.has_read(unique_name, number)
+        while self._late_rules > MAX_LATE_RULES and len(self._late_lists) > 1:
+            for name in list(next(iter(self._late_lists.values()))):
+                self._forget(name)
+        while len(self._late) > MAX_LATE:
+            self._forget(next(iter(self._late)))
+
+    def _remember_late(self, unique_name: str) -> None:
+        self._late[unique_name] = None
+        if (judge := self.speakers.get(unique_name)) is not None:
+            if judge not in self._late_lists:
+                self._late_lists[judge] = {}
+                self._late_rules += len(judge.access.rules)
+            self._late_lists[judge][unique_name] = None
+            self._late_lists.move_to_end(judge)
+
+    def _forget(self, unique_name: str) -> None:
+        """Forget the identity behind the unique name of a closed connection."""
+        del self._late[unique_name]
+        del self.identities[unique_name]
+        self.sandboxes.pop(unique_name, None)
+        judge = self.speakers.pop(unique_name, None)
+        if judge is not None and (names := self._late_lists.get(judge)) is not None:
+            names.pop(unique_name, None)
+            if not names:
+                del self._late_lists[judge]
+                self._late_rules -= len(judge.access.rules)
+
+    def wait_read(self, number: int, passed: Callable[[], None]) -> None:
+        """Call `passed` once the bus has read everything sandboxes have sent so far."""
+        late = set(self._late)
+        names = [name for name in self.sandboxes if name not in late]
+        barrier = self.barriers[number] = Barrier(names, passed)
+        for link in list(self.links):
+            link.ask_if_read(number)
+        barrier.check()
+
+    def has_read(self, unique_name: str, number: int) -> None:
+        """Note that the bus has read what a connection sent before its question."""
+        if (barrier := self.barriers.get(number)) is not None:
+            barrier.take(unique_name)
+
+    def peer(self, unique_name: str) -> Identity | None:
+        """Return the app behind a connection, be it UNKNOWN; None for a host."""
+        identity = self.identities.get(unique_name)
+        if identity is None and unique_name in self.ledger:
+            return UNKNOWN
+        return identity
+
+    def who(self, unique_name: str) -> str | None:
+        """Return the id of the sandbox that a connection is in, "" if it is not known which; None for a host."""
+        sandbox = self.sandboxes.get(unique_name)
+        return "" if sandbox is None and self.peer(unique_name) is not None else sandbox
+
+    def speaks(self, unique_name: str, judge: Judge) -> bool:
+        """Let a connection's broadcasts be heard by whom these rules say; return whether that may be a change."""
+        before = self.speakers.pop(unique_name, None)
+        if judge.hearers_matter:
+            self.speakers[unique_name] = judge
+        return before is not None or judge.hearers_matter
+
+    # -- handing over ------------------------------------------------------------------------
+
+    def dump(self) -> BusDump:
+        """Return all but the connections, which bring their rules with them."""
+        # One list of rules has spoken for many connections, maybe.
+        gone = sorted({*self._late, *self.lingering} & self.speakers.keys())
+        late = {name: self.speakers[name] for name in gone}
+        judges = {id(judge): judge for judge in late.values()}
+        places = {key: place for place, key in enumerate(judges)}
+        return BusDump(
+            name=self.name,
+            address=self.address,
+            guid=self._guid,
+            identities=tuple(self.identities.items()),
+            sandboxes=tuple(self.sandboxes.items()),
+            late=tuple(self._late),
+            spans=self.ledger.dump(),
+            judges=tuple((judge.access, judge.me) for judge in judges.values()),
+            speakers=tuple((name, places[id(judge)]) for name, judge in late.items()),
+            tagged=tuple(sorted(self.tagged)),
+            wording=tuple((question, *words) for question, words in self._wording.items()),
+            payers=self.payers.dump(),
+        )
+
+    def load(self, dump: BusDump) -> None:
+        """Know what the one knew that made the dump."""
+        judges = [Judge(access, bus=self.name, me=me) for access, me in dump.judges]
+        self._guid = dump.guid
+        self.ledger.load(dump.guid, dump.spans)
+        self.identities.update(dump.identities)
+        self.sandboxes.update(dump.sandboxes)
+        self.speakers.update((name, judges[place]) for name, place in dump.speakers)
+        for name in dump.late:
+            self._remember_late(name)
+        self.tagged.update(dump.tagged)
+        self._wording.update((question, (error, text)) for question, error, text in dump.wording)
+        self.payers.load(dump.payers)
+
+    def resume(self) -> None:
+        """Write down what an older gate did not: it had no ledger."""
+        try:
+            for unique_name in self.identities:
+                self.ledger.add(unique_name)
+        except OSError as exc:  # the connections are there, and as good as before
+            LOGGER.warning("ledger bus=%s: %s", self.name, exc)
+
+    # -- how this bus words "there is no such name" ------------------------------------------
+
+    @property
+    def wording_known(self) -> bool:
+        """True when the bus has been asked."""
+        return bool(self._wording)
+
+    def learn_wording(self, question: str, asked: str, error: str, text: str) -> None:
+        """Take the answer to `question` about ABSENT or ABSENT_UNIQUE as the bus's way of saying so."""
+        if error in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER):
+            self._wording[question] = (error, text.replace(asked, "\0"))
+
+    def no_such_name(self, question: str, name: str) -> tuple[str, str]:
+        """Return the error name and text that this bus gives for a name that does not exist.
+
+        `question` is "call", "call-no-start", "unique", "unique-no-start" or a driver method's name.
+        """
+        error, text = self._wording.get(question) or _WORDING.get(
+            question, _WORDING["GetNameOwner"]
+        )
+        return error, text.replace("\0", name)
+
+
+# dbus-daemon's, until the bus in use has been heard.
+_NOT_PROVIDED: Final = (
+    errors.SERVICE_UNKNOWN,
+    "The name \0 was not provided by any .service files",
+)
+_NOT_EXISTING: Final = (errors.NAME_HAS_NO_OWNER, 'Name "\0" does not exist')
+_WORDING: Final = {
+    "call": _NOT_PROVIDED,
+    "call-no-start": _NOT_EXISTING,
+    "unique": _NOT_PROVIDED,
+    "unique-no-start": _NOT_EXISTING,
+    "StartServiceByName": _NOT_PROVIDED,
+    "GetNameOwner": (
+        errors.NAME_HAS_NO_OWNER,
+        "Could not get owner of name '\0': no such name",
+    ),
+}

@@ -1,0 +1,52 @@
+"""Long work of one connection, done in slices: a look at every name that it follows. No I/O.
+
+Other programs may own thousands of names. A walk over all followed names is a chore: its first slice is done at once, and
+nearly always that is all. The rest is done a slice a turn of the loop, and meanwhile nothing is read on the
+connection. Chores of one connection are done one after the other.
+"""
+
+from collections import deque
+from typing import Final
+
+from broker.gate.io.slices import SLICE, Work
+
+# The work of a look at a name, beside the steps of the rules, as `policy.match` counts work.
+NAME_WORK: Final = 128
+# The work of one step of the rules (0.4 µs): see `slices.SLICE`.
+STEP_WORK: Final = 4
+
+
+class Chores:
+    """The chores of one connection."""
+
+    def __init__(self) -> None:
+        self._works: Final[deque[Work]] = deque()
+        self._is_working = False
+        self.room = SLICE  # of a turn
+
+    def __bool__(self) -> bool:
+        return bool(self._works)
+
+    def begin(self, work: Work) -> None:
+        """Do a chore after those that are there. Raises what it raises."""
+        self._works.append(work)
+        if len(self._works) == 1 and not self._is_working:
+            self.do_slice()
+
+    def do_slice(self) -> None:
+        """Do as much as a turn has room for. Raises what the chores raise."""
+        done = 0
+        self._is_working = True
+        try:
+            while self._works and done < self.room:
+                try:
+                    done += next(self._works[0])
+                except StopIteration:
+                    self._works.popleft()
+        finally:
+            self._is_working = False
+
+    def finish(self) -> None:
+        """Do all chores now: a connection that is about to be handed over has no turns left."""
+        while self._works:
+            self.do_slice()

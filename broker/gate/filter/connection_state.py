@@ -1,0 +1,439 @@
+"""The state of one connection of a sandbox to a bus, shared by the two directions. No I/O.
+
+Theory of operation. A connection has an app side and a bus side. `Filter` cuts both byte streams into
+messages; what it has not seen before goes to `Outgoing`, `Driver` or `Incoming`, which judge it and
+leave a memory in `fast`, so that the next message with the same header bytes costs one look-up.
+
+Rule 1: whatever a remembered verdict depends on (rules, owners, identities, tags) calls `forget_verdicts`
+when it changes, in the same step; or `forget_about`, if that is a name's owner or what an owner is and has.
+Rule 2: `pending` has one entry for each call that waits for a reply, whoever asked. An entry's `owner` is the one unique
+name whose reply is let through without a second look; "" makes every reply take the slow path. Many entries may be one Target.
+Rule 3: serials from OWN_SERIALS up are the gate's. An app's message that has one is given another.
+Rule 4: a descriptor that came in is in exactly one place; whoever drops it closes it by `close_fds`.
+Rule 5: what is known for longer than a turn of the loop is data, and in `dump`: another process may have to go on with it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+from broker.control_protocol.messages import SandboxLimits
+from broker.gate.dumps import (
+    CallDump,
+    CoreDump,
+    PlainCalls,
+    PlainCallsDump,
+    TargetDump,
+    Then,
+    unpack_rows,
+)
+from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, Bus
+from broker.gate.filter.chores import Chores
+from broker.gate.filter.pending_calls import Since
+from broker.gate.filter.subscriptions import Subscriptions
+from broker.gate.filter.verdict_cache import Verdicts
+from broker.wire import marshal
+from broker.wire.errors import PeerQuotaError
+from broker.wire.header import Header
+from broker.wire.marshal import Value
+from broker.wire.matchrule import parse_match_rule
+from policy.match import Judge
+from policy.rules import Identity
+
+
+class Host(Protocol):
+    """What the connection needs of the sandbox it belongs to."""
+
+    bytes_held: int
+
+    @property
+    def id(self) -> str:
+        """Its id, cN."""
+
+    @property
+    def identity(self) -> Identity:
+        """Which app it is."""
+
+    @property
+    def limits(self) -> SandboxLimits:
+        """What it may take."""
+
+    @property
+    def cores(self) -> Collection["Core"]:
+        """Its connections, those in their handshakes left out."""
+
+    def denied(self, core: "Core", denial: "Denial") -> None:
+        """Report a refusal."""
+
+    def said_hello(self, core: "Core") -> None:
+        """Register `core.unique_name`, before the app gets to know it."""
+
+    def close_fds(self, fds: Sequence[int]) -> None:
+        """Close descriptors."""
+
+
+OWN_SERIALS: Final = 0xFFF00000
+LAST_SERIAL: Final = 0xFFFFFFFE
+REPLY_SERIAL: Final = 0xFFFFFFFF  # of replies that the gate makes itself: no bus uses it
+MAX_CALLERS: Final = 1024  # that are remembered: whoever called the app may be seen by it
+MAX_FORMER_OWNERS: Final = 64  # that one waiting call is followed through
+
+
+class Chunk(NamedTuple):
+    """Bytes that must begin a write of their own, with the descriptors that go with them."""
+
+    data: bytes | memoryview
+    fds: tuple[int, ...]
+
+
+Output = list[bytes | Chunk]
+
+
+class Target:
+    """Who may reply to a call: a unique name, or a well-known one with its present owner."""
+
+    __slots__ = ("former", "name", "owner")
+
+    def __init__(self, owner: str, name: str = "", former: Collection[str] = frozenset()) -> None:
+        self.owner = owner
+        self.name = name  # the well-known name that was addressed, if one was
+        self.former = former  # who else owned that name since the call
+
+
+# Gets what `Then` says, and the reply: header, whole message, descriptors.
+Finisher = Callable[[Then, Header, bytes, tuple[int, ...]], None]
+
+
+class Special:
+    """A call whose reply is not simply passed on: `then` says what is done with it."""
+
+    __slots__ = ("former", "is_own", "name", "owner", "target", "then")
+
+    def __init__(self, then: Then, target: "Target | None" = None, *, is_own: bool = False) -> None:
+        self.owner = ""  # never equal to a sender
+        self.name = ""
+        self.former: Collection[str] = frozenset()
+        self.target = target if target is not None else DRIVER_TARGET
+        self.then = then
+        self.is_own = is_own  # a call of the gate, not of the app
+
+
+DRIVER_TARGET: Final = Target(DRIVER)
+NOBODY: Final = Target("")  # may reply: the call waits under another serial
+
+
+class Denial(NamedTuple):
+    """A refusal, for the supervisor."""
+
+    direction: str
+    kind: str
+    peer: str
+    path: str
+    interface: str
+    member: str
+    reason: str
+    origin: str
+
+
+class Core:
+    """Everything both directions know."""
+
+    def __init__(self, bus: Bus, sandbox: Host, judge: Judge, *, app_takes_fds: bool) -> None:
+        self.bus: Final = bus
+        self.sandbox: Final = sandbox
+        self.judge = judge
+        self.app_takes_fds: Final = app_takes_fds
+        self.unique_name = ""
+        self.greeting = False  # Hello is on its way
+        self.to_bus: Final[Output] = []
+        self.to_app: Final[Output] = []
+        # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
+        self.pending: Final[dict[int, Target | Special]] = {}
+        # Serials of the gate's range that calls of the app have: they wait under another.
+        self.lent: Final[set[int]] = set()
+        # Calls to the app that wait for its reply: (caller, serial).
+        self.asked: Final[set[tuple[str, int]]] = set()
+        self.matches: Final = Subscriptions()
+        self.chores: Final = Chores()
+        # Names that the app has or waits for, and the number of its last request for each.
+        self.requested_names: Final[dict[str, int]] = {}
+        self.name_requests = 0  # so far
+        self.callers: Final[OrderedDict[str, None]] = OrderedDict()
+        self.counts_callers = False  # it is being asked which of them are still there
+        # Remembered verdicts, by the first header word (byte order, type, flags, version), then the field array.
+        self.app_calls: Final[Verdicts[Target]] = Verdicts()  # -> who may reply
+        self.app_mute: Final[Verdicts[bool]] = Verdicts()  # calls that want no reply
+        self.app_signals: Final[Verdicts[bool]] = Verdicts()
+        self.bus_calls: Final[Verdicts[str]] = Verdicts()  # -> caller
+        self.bus_mute: Final[Verdicts[str]] = Verdicts()  # -> sender
+        self.bus_signals: Final[Verdicts[str]] = Verdicts()
+        self.bus_refused: Final[Verdicts[Denial]] = Verdicts()  # broadcasts
+        self.tables: Final[tuple[Verdicts[Any], ...]] = (
+            *(self.app_calls, self.app_mute, self.app_signals),
+            *(self.bus_calls, self.bus_mute, self.bus_signals, self.bus_refused),
+        )
+        # Replies of one sender have one shape, the field array without the four bytes of REPLY_SERIAL:
+        # length of the array -> where those are; shape -> sender (destination).
+        self.bus_reply_at: Final[dict[int, int]] = {}
+        self.bus_replies: Final[dict[bytes, str]] = {}
+        self.app_reply_at: Final[dict[int, int]] = {}
+        self.app_replies: Final[dict[bytes, str]] = {}
+        self._next_own = OWN_SERIALS
+        # Who knows what to do with a reply to a Special call: by Then.kind. Each part of the connection
+        # puts its own in.
+        self.finishers: Final[dict[str, Finisher]] = {
+            "ignore": _ignore,
+            "translate": self._translate,
+        }
+
+    # -- remembered verdicts -----------------------------------------------------------------
+
+    def forget_verdicts(self) -> None:
+        """Judge everything anew."""
+        for table in self.tables:
+            table.clear()
+        self.app_replies.clear()
+
+    def forget_about(self, *names: str) -> None:
+        """Judge anew what is to or from whoever has, or had, one of these names."""
+        for table in self.tables:
+            table.forget_about(*names)
+
+    def stranger_appeared(self, unique_name: str) -> None:
+        """Unique names can be guessed: a verdict may be older than the connection it is about."""
+        self.forget_about(unique_name)
+
+    # -- what the sandbox has in all ------------------------------------------------------------
+
+    @property
+    def all_match_rules(self) -> int:
+        """How many match rules the connections of the sandbox have together."""
+        return sum(core.matches.count for core in self.sandbox.cores)
+
+    @property
+    def all_names(self) -> int:
+        """How many names they own or wait for together."""
+        return sum(len(core.requested_names) for core in self.sandbox.cores)
+
+    # -- serials and calls of the gate's own ------------------------------------------------------
+
+    def waits(self, serial: int) -> bool:
+        """Say whether a call of the app with this serial waits for its reply."""
+        return serial in (self.pending if serial < OWN_SERIALS else self.lent)
+
+    def own_serial(self) -> int:
+        """Return a serial that no waiting call has."""
+        for _ in range(LAST_SERIAL - OWN_SERIALS):
+            serial = self._next_own
+            self._next_own = OWN_SERIALS if serial == LAST_SERIAL else serial + 1
+            if serial not in self.pending:
+                return serial
+        raise PeerQuotaError("too many calls wait for a reply")
+
+    def call_driver(
+        self,
+        member: str,
+        signature: str,
+        values: Sequence[Value],
+        then: Then,
+    ) -> None:
+        """Call the bus on this connection for the gate's own use."""
+        serial = self.own_serial()
+        self.pending[serial] = Special(then, is_own=True)
+        self.to_bus.append(
+            marshal.make_call(
+                serial,
+                destination=DRIVER,
+                path=DRIVER_PATH,
+                interface=DRIVER,
+                member=member,
+                signature=signature,
+                values=values,
+            )
+        )
+
+    # -- answers of the gate's own ----------------------------------------------------------------
+
+    def answer(self, serial: int, signature: str = "", values: Sequence[Value] = ()) -> None:
+        """Answer a call of the app in the bus's place."""
+        self.to_app.append(
+            marshal.make_return(
+                REPLY_SERIAL,
+                reply_serial=serial,
+                destination=self.unique_name or None,
+                sender=DRIVER,
+                signature=signature,
+                values=values,
+            )
+        )
+
+    def answer_error(self, serial: int, name: str, text: str) -> None:
+        """Refuse a call of the app in the bus's place."""
+        self.to_app.append(
+            marshal.make_error(
+                REPLY_SERIAL,
+                reply_serial=serial,
+                name=name,
+                text=text,
+                destination=self.unique_name or None,
+                sender=DRIVER,
+            )
+        )
+
+    def deliver(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Pass a message to the app as it is."""
+        self.to_app.append(Chunk(data, fds) if fds else data)
+
+    def finish(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        """Do with the reply what is said."""
+        self.finishers[then.kind](then, reply, data, fds)
+
+    def translated(self, serial: int, after: Then | None = None) -> Then:
+        """Say that the reply is to be given the app's own serial back, which no other call has meanwhile."""
+        if serial < OWN_SERIALS:
+            self.pending[serial] = NOBODY
+        else:
+            self.lent.add(serial)
+        return Then("translate", (serial,), after)
+
+    def _translate(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        (serial,) = then.values
+        assert isinstance(serial, int)
+        if serial < OWN_SERIALS:
+            self.pending.pop(serial, None)
+        self.lent.discard(serial)
+        at = reply.reply_serial_at
+        order: Literal["little", "big"] = "little" if reply.little else "big"
+        data = data[:at] + serial.to_bytes(4, order) + data[at + 4 :]
+        if then.after is None:
+            self.deliver(data, fds)
+        else:
+            self.finish(then.after, reply, data, fds)
+
+    def refuse_caller(self, caller: str, serial: int, name: str, text: str) -> None:
+        """Refuse a call to the app in the app's place."""
+        self.to_bus.append(
+            marshal.make_error(
+                self.own_serial(), reply_serial=serial, name=name, text=text, destination=caller
+            )
+        )
+
+    def met(self, unique_name: str) -> None:
+        """Remember a caller: the app may see it as long as it lives."""
+        self.callers[unique_name] = None
+        self.callers.move_to_end(unique_name)
+        if len(self.callers) > MAX_CALLERS:
+            self.callers.popitem(last=False)
+
+    # -- handing over ---------------------------------------------------------------------------------
+
+    def dump(self, changes_of: Callable[[str], int]) -> CoreDump:
+        """Return all but the rules and what is remembered of them.
+
+        `changes_of` tells how often a name has changed its owner so far.
+        """
+        plain, calls = _dump_calls(self.pending, changes_of)
+        return CoreDump(
+            unique_name=self.unique_name,
+            greeting=self.greeting,
+            plain=plain,
+            calls=calls,
+            lent=tuple(sorted(self.lent)),
+            asked=tuple(sorted(self.asked)),
+            matches=tuple((rule.canonical(), count) for rule, count in self.matches.items()),
+            requested_names=tuple(self.requested_names.items()),
+            name_requests=self.name_requests,
+            callers=tuple(self.callers),
+            counts_callers=self.counts_callers,
+            next_own=self._next_own,
+        )
+
+    def load(self, dump: CoreDump, since: Callable[[str, int, Collection[str]], Since]) -> None:
+        """Restore the state from `dump`. `since` makes what a call knows of a name's owners."""
+        self.unique_name = dump.unique_name
+        self.greeting = dump.greeting
+        self.pending.update(_load_plain(dump.plain, since))
+        for call in dump.calls:
+            self._check(call.then)
+            self.pending[call.serial] = _load_call(call, since)
+        self.lent.update(dump.lent)
+        self.asked.update(dump.asked)
+        for text, count in dump.matches:
+            self.matches.add(parse_match_rule(text), count)
+        self.requested_names.update(dump.requested_names)
+        self.name_requests = dump.name_requests
+        self.callers.update(dict.fromkeys(dump.callers))
+        self.counts_callers = dump.counts_callers
+        self._next_own = dump.next_own
+
+    def _check(self, then: Then | None) -> None:
+        """Raise ValueError if nobody here knows what to do with such a reply."""
+        while then is not None:
+            if then.kind not in self.finishers:
+                raise ValueError(f"a reply to be dealt with as {then.kind!r}")
+            then = then.after
+
+
+def _dump_calls(
+    pending: Mapping[int, Target | Special], changes_of: Callable[[str], int]
+) -> tuple[PlainCallsDump, tuple[CallDump, ...]]:
+    """Return the calls that wait, in few bytes and steps each: how many they are is the app's choice."""
+    plain = PlainCalls()
+    others: list[CallDump] = []
+    last: Target | Special | None = None
+    dump, row, is_plain = TargetDump(owner=""), (0, 0, 0), False
+    for serial, entry in pending.items():
+        if entry is not last:  # many in a row are for one peer
+            last, dump = entry, _dump_target(entry, changes_of)
+            is_plain = isinstance(entry, Target) and not dump.before
+            if is_plain:
+                row = (*plain.index(dump.owner, dump.name), dump.since)
+        if is_plain:
+            plain.add((serial, *row))
+        else:
+            then, is_own = (
+                (entry.then, entry.is_own) if isinstance(entry, Special) else (None, False)
+            )
+            others.append(CallDump(serial=serial, target=dump, then=then, is_own=is_own))
+    return plain.dump(), tuple(others)
+
+
+def _dump_target(entry: Target | Special, changes_of: Callable[[str], int]) -> TargetDump:
+    target = entry.target if isinstance(entry, Special) else entry
+    former = target.former
+    if isinstance(former, Since):
+        since, before = former.count, former.before
+    else:
+        since, before = changes_of(target.name) if target.name else 0, former
+    return TargetDump(
+        owner=target.owner, name=target.name, since=since, before=tuple(sorted(before))
+    )
+
+
+def _load_plain(
+    dump: PlainCallsDump, since: Callable[[str, int, Collection[str]], Since]
+) -> Iterator[tuple[int, Target]]:
+    owners, names = dump.owners, dump.names
+    made: dict[tuple[int, int, int], Target] = {}
+    for serial, owner, name, count in unpack_rows(dump.rows):
+        key = (owner, name, count)
+        target = made.get(key)
+        if target is None:
+            target = made[key] = Target(owners[owner], names[name])
+            if target.name:
+                target.former = since(target.name, count, ())
+        yield serial, target
+
+
+def _load_call(
+    dump: CallDump, since: Callable[[str, int, Collection[str]], Since]
+) -> Target | Special:
+    its = dump.target
+    target = Target(its.owner, its.name, frozenset(its.before))
+    if its.name:
+        target.former = since(its.name, its.since, target.former)
+    return target if dump.then is None else Special(dump.then, target, is_own=dump.is_own)
+
+
+def _ignore(_then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+    """It makes no difference what was answered."""

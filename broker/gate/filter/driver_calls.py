@@ -1,0 +1,521 @@
+"""Calls of an app to the bus itself (org.freedesktop.DBus), or to nobody. No I/O.
+
+An allow-list: what stands in no table here needs a rule, and some things no rule can allow.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, Literal
+
+from broker.gate.dumps import Then
+from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH
+from broker.gate.filter.chores import NAME_WORK, STEP_WORK
+from broker.gate.filter.connection_state import (
+    DRIVER_TARGET,
+    OWN_SERIALS,
+    Core,
+    Denial,
+    Special,
+    Target,
+)
+from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.visibility import Sight
+from broker.gate.io.slices import Work
+from broker.wire import errors, marshal
+from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
+from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
+from broker.wire.marshal import Value
+from broker.wire.matchrule import MatchRule, parse_match_rule
+from broker.wire.names import is_bus_name, is_well_known_name
+from broker.wire.reader import Reader, skip_value
+from policy.tables import MAX_PATH
+
+_PROPERTIES: Final = "a{sv}"
+_HANDLE: Final = "h"  # the type of a descriptor
+
+
+def arguments(call: Header, data: bytes, signature: str) -> tuple[Value, ...]:
+    """Read the arguments of a call. Raises CallRefusedError if they are not of that form."""
+    if call.signature != signature:
+        raise CallRefusedError(
+            errors.INVALID_ARGS, f"{call.member} takes ({signature}), not ({call.signature})"
+        )
+    return marshal.read_body(signature, data[call.size :], little=call.little)
+
+
+def bus_name(call: Header, data: bytes) -> str:
+    """Read the bus name that a call is about. Raises CallRefusedError if it is about none."""
+    name = str(arguments(call, data, "s")[0])
+    if not is_bus_name(name):
+        raise CallRefusedError(errors.INVALID_ARGS, f"not a bus name: {name[:40]!r}")
+    return name
+
+
+def results(reply: Header, data: bytes, signature: str) -> tuple[Value, ...]:
+    """Read what the bus answered. Raises PeerProtocolError if it is not of that form."""
+    if reply.signature != signature:
+        raise PeerProtocolError(f"the bus answered ({reply.signature}) instead of ({signature})")
+    return marshal.read_body(signature, data[reply.size :], little=reply.little)
+
+
+def without_descriptors(data: bytes) -> bytes:
+    """Return an answer of type `a{sv}` without its descriptors, and without the entries that name one.
+
+    The descriptors themselves are the caller's to close. Raises PeerProtocolError if the answer is of another type.
+    """
+    reply = parse_header(data)
+    if reply.signature != _PROPERTIES:
+        raise PeerProtocolError(f"the bus answered ({reply.signature}) instead of ({_PROPERTIES})")
+    body = data[reply.size :]
+    reader = Reader(body, little=reply.little)
+    end = reader.array_end("{")
+    kept = bytearray()
+    while reader.at < end:
+        reader.align(8)
+        start = reader.at
+        reader.string()
+        kind = reader.variant_type()
+        skip_value(reader, kind)
+        if _HANDLE not in kind:
+            # An entry begins at a multiple of eight, so its bytes are the same at any other.
+            kept += bytes(-len(kept) % 8) + body[start : reader.at]
+    reader.finish()
+    order: Literal["little", "big"] = "little" if reply.little else "big"
+    new = len(kept).to_bytes(4, order) + bytes(4) + kept
+    header = replace(reply, unix_fds=0, body_length=len(new))
+    return serialise_header(header, sender=True) + new
+
+
+PEER: Final = "org.freedesktop.DBus.Peer"
+INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+
+# No rule allows these: they reach beyond one connection (the stock session buses would let them through).
+NEVER_INTERFACES: Final = frozenset(
+    {
+        "org.freedesktop.DBus.Monitoring",
+        "org.freedesktop.DBus.Debug.Stats",
+        "org.freedesktop.DBus.Containers1",
+    }
+)
+# The bus takes calls without an interface, so their members count too.
+NEVER_MEMBERS: Final = frozenset(
+    {
+        "BecomeMonitor",
+        "UpdateActivationEnvironment",
+        "GetStats",
+        "GetConnectionStats",
+        "GetAllMatchRules",
+        "AddServer",
+        "StopInstance",
+        "StopListening",
+        "GetConnectionInstance",
+        "GetInstanceInfo",
+        "RequestHeader",
+    }
+)
+# Flags of RequestName that the specification has.
+REQUEST_NAME_FLAGS: Final = 7
+# Answers of RequestName by which the app has the name, or waits in its queue, or has it already.
+HAS_NAME: Final = (1, 2, 4)
+
+# Calls that every sandbox may make, and that snapd's profiles do not allow to every snap: in a list with
+# `bus_by_rule` they need a send rule as well.
+BY_RULE_TOO: Final = frozenset(
+    {
+        "GetAdtAuditSessionData",
+        "GetConnectionCredentials",
+        "GetConnectionSELinuxSecurityContext",
+        "GetConnectionUnixProcessID",
+        "GetConnectionUnixUser",
+        "GetId",
+        "ListActivatableNames",
+        "ListNames",
+        "ListQueuedOwners",
+        "ReleaseName",
+        "RequestName",
+    }
+)
+LOOK_UPS: Final = frozenset(
+    {
+        "GetNameOwner",
+        "NameHasOwner",
+        "GetConnectionUnixProcessID",
+        "GetConnectionUnixUser",
+        "GetConnectionCredentials",
+        "GetConnectionSELinuxSecurityContext",
+        "GetAdtAuditSessionData",
+    }
+)
+
+
+class Driver:
+    """The bus, as one app may use it."""
+
+    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._sight: Final = sight
+        self._methods: Final[dict[str, Callable[[Header, bytes], bool]]] = {
+            "Hello": self._hello,
+            "AddMatch": self._add_match,
+            "RemoveMatch": self._remove_match,
+            "GetId": self._pass,
+            "ListNames": self._list,
+            "ListActivatableNames": self._list,
+            "StartServiceByName": self._start_service,
+            "RequestName": self._request_name,
+            "ReleaseName": self._release_name,
+            "ListQueuedOwners": self._list_queued,
+        }
+        self._methods.update(dict.fromkeys(LOOK_UPS, self._look_up))
+        core.finishers["hello"] = self._greeted
+        core.finishers["add-match"] = self._added_match
+        core.finishers["list"] = self._listed
+        core.finishers["credentials"] = self._told_credentials
+        core.finishers["request-name"] = self._requested_name
+
+    def call(self, header: Header, data: bytes) -> bool:
+        """Deal with one call. False: it must wait until the owners are known."""
+        core = self._core
+        wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
+        if wants_reply and core.waits(header.serial):
+            text = f"a call with serial {header.serial} already waits"
+            core.answer_error(header.serial, errors.ACCESS_DENIED, text)
+            return True
+        if wants_reply and len(core.pending) >= core.sandbox.limits.pending_calls:
+            text = f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already"
+            core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
+            return True
+        try:
+            return self._dispatch(header, data)
+        except CallRefusedError as exc:
+            if wants_reply:
+                core.answer_error(header.serial, exc.dbus_name, str(exc))
+            return True
+
+    def _dispatch(self, header: Header, data: bytes) -> bool:
+        member = header.member or ""
+        if header.destination is None:
+            return self._nobody(header, data)
+        if header.interface in NEVER_INTERFACES or (
+            member in NEVER_MEMBERS and header.interface in (None, DRIVER)
+        ):
+            self._never(header)
+        if header.interface in (None, DRIVER):
+            method = self._methods.get(member)
+            if method is not None:
+                if member in BY_RULE_TOO and self._core.judge.access.bus_by_rule:
+                    self._demand_rule(header)
+                return method(header, data)
+        if header.interface in (None, PEER) and member == "Ping":
+            return self._pass(header, data)
+        if header.interface in (None, INTROSPECTABLE) and member == "Introspect":
+            return self._pass(header, data)
+        if header.interface in (None, PROPERTIES) and member in ("Get", "GetAll", "Set"):
+            body = data[header.size :]
+            if any(name.encode() in body for name in NEVER_INTERFACES):
+                self._never(header)
+        return self._by_rule(header, data)
+
+    def _nobody(self, header: Header, data: bytes) -> bool:
+        """No destination: the buses answer org.freedesktop.DBus.Peer there, and nothing else."""
+        if header.interface in (None, PEER):
+            if header.member == "Ping":
+                return self._pass(header, data)
+            if header.member == "GetMachineId":
+                return self._by_rule(header, data)
+        raise CallRefusedError(
+            errors.UNKNOWN_METHOD,
+            f"{header.interface}.{header.member} is not understood without a destination",
+        )
+
+    def _never(self, header: Header) -> None:
+        reason = "no rule can allow it in a sandbox"
+        self._report(header, reason)
+        raise CallRefusedError(errors.ACCESS_DENIED, f"{header.member} of the bus: {reason}")
+
+    def _by_rule(self, header: Header, data: bytes) -> bool:
+        self._demand_rule(header)
+        return self._pass(header, data)
+
+    def _demand_rule(self, header: Header) -> None:
+        verdict = self._core.judge.send(
+            (DRIVER,), header.path, header.interface, header.member, None
+        )
+        if verdict.allowed:
+            return
+        origin = verdict.rule.origin if verdict.rule is not None else ""
+        self._report(header, verdict.reason, origin=origin)
+        raise CallRefusedError(
+            errors.ACCESS_DENIED,
+            f"This sandbox may not call {header.interface}.{header.member} of the bus: "
+            f"{verdict.reason}",
+        )
+
+    def _report(
+        self,
+        header: Header,
+        reason: str,
+        *,
+        direction: str = "send",
+        name: str = DRIVER,
+        origin: str = "",
+    ) -> None:
+        denial = Denial(
+            direction,
+            "call",
+            name,
+            (header.path or "")[:MAX_PATH],
+            header.interface or "",
+            header.member or "",
+            reason,
+            origin,
+        )
+        self._core.sandbox.denied(self._core, denial)
+
+    # -- passing on --------------------------------------------------------------------------------
+
+    def _pass(self, header: Header, data: bytes) -> bool:
+        """Forward a call with the body that it has."""
+        return self._send(header, data[header.size :], None)
+
+    def _call(
+        self,
+        header: Header,
+        signature: str,
+        values: Sequence[Value],
+        then: Then | None = None,
+    ) -> bool:
+        """Forward a call with these arguments in place of its own; `then` is for the reply."""
+        body = marshal.make_body(signature, values)
+        made = replace(header, little=True, signature=signature, body_length=len(body))
+        return self._send(made, body, then)
+
+    def _send(self, header: Header, body: bytes, then: Then | None) -> bool:
+        core = self._core
+        serial = header.serial
+        wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
+        # dbus-daemon answers also what wants no reply, and with an error what it cannot pass on: what comes
+        # under a serial of the app's, once it has said Hello, may be about anything that had it.
+        is_safe = not core.unique_name or (then is None and wants_reply)
+        if serial >= OWN_SERIALS or not is_safe:
+            serial = core.own_serial()
+            if wants_reply:
+                then = core.translated(header.serial, then)
+        made = replace(header, serial=serial, unix_fds=0)
+        core.to_bus.append(serialise_header(made) + body)
+        if wants_reply:
+            core.pending[serial] = DRIVER_TARGET if then is None else Special(then)
+        return True
+
+    # -- Hello --------------------------------------------------------------------------------------
+
+    def _hello(self, header: Header, _data: bytes) -> bool:
+        core = self._core
+        if core.unique_name or core.greeting:
+            raise CallRefusedError(errors.FAILED, "Already handled an Hello message")
+        if header.flags & Flag.NO_REPLY_EXPECTED:
+            raise PeerProtocolError("a Hello that wants no reply")
+        core.greeting = True
+        return self._call(header, "", (), Then("hello"))
+
+    def _greeted(self, _then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        if reply.type != MessageType.METHOD_RETURN:
+            raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
+        core.unique_name = str(results(reply, data, "s")[0])
+        core.sandbox.said_hello(core)
+        core.bus.speaks(core.unique_name, core.judge)
+        self._owners.hold(self._owners.use(core.judge.uses))
+        if not core.bus.wording_known:
+            self._owners.ask_wording()
+        core.deliver(data, fds)
+
+    # -- match rules ------------------------------------------------------------------------------
+
+    def _add_match(self, header: Header, data: bytes) -> bool:
+        core = self._core
+        rule = _match_rule(header, data)
+        limit = core.sandbox.limits.match_rules
+        if core.all_match_rules >= limit:
+            raise CallRefusedError(
+                errors.LIMITS_EXCEEDED, f"match_rules={limit} are in use already"
+            )
+        core.matches.add(rule)
+        text = rule.canonical()
+        return self._call(header, "s", (text,), Then("add-match", (text,)))
+
+    def _added_match(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        if reply.type == MessageType.ERROR:
+            rule = parse_match_rule(str(then.values[0]))
+            if rule in self._core.matches:
+                self._core.matches.drop(rule)
+        self._core.deliver(data, fds)
+
+    def _remove_match(self, header: Header, data: bytes) -> bool:
+        rule = _match_rule(header, data)
+        if rule not in self._core.matches:
+            raise CallRefusedError(
+                errors.MATCH_RULE_NOT_FOUND,
+                "The given match rule wasn't found and can't be removed",
+            )
+        self._core.matches.drop(rule)
+        return self._call(header, "s", (rule.canonical(),))
+
+    # -- looking names up ---------------------------------------------------------------------------
+
+    def _look_up(self, header: Header, data: bytes) -> bool:
+        name = bus_name(header, data)
+        if not self._sight.knows_enough(name):
+            self._owners.ask(name)
+            return False
+        if self._owners.waiting:
+            return False
+        if self._sight.sees(name):
+            then = Then("credentials") if header.member == "GetConnectionCredentials" else None
+            return self._call(header, "s", (name,), then)
+        core = self._core
+        self._report(header, "the name may not be seen", direction="see", name=name)
+        if header.member == "NameHasOwner":
+            if not header.flags & Flag.NO_REPLY_EXPECTED:
+                core.answer(header.serial, "b", (False,))
+            return True
+        raise CallRefusedError(*core.bus.no_such_name(header.member or "", name))
+
+    def _told_credentials(
+        self, _then: Then, _reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
+        core = self._core
+        if fds:
+            # From dbus 1.16 on ProcessFD is among them. For an app's connection it is the gate's process, for a
+            # service's a process of the host. No sandbox may hold either.
+            core.sandbox.close_fds(fds)
+            data = without_descriptors(data)
+        core.deliver(data)
+
+    def _start_service(self, header: Header, data: bytes) -> bool:
+        name, flags = arguments(header, data, "su")
+        name = str(name)
+        if not is_well_known_name(name):
+            raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
+        target = self._owners.names.get(name)
+        if target is None and self._core.judge.any_send:
+            self._owners.ask(name)
+            return False
+        if self._owners.waiting:
+            return False
+        if name == DRIVER or self._may_start(name, target):
+            return self._call(header, "su", (name, flags))
+        core = self._core
+        self._report(header, "no rule allows sending to it", name=name)
+        if self._sight.sees(name):
+            raise CallRefusedError(
+                errors.ACCESS_DENIED,
+                f"This sandbox may not start {name}: no rule allows sending to it",
+            )
+        raise CallRefusedError(*core.bus.no_such_name("StartServiceByName", name))
+
+    def _may_start(self, name: str, target: Target | None) -> bool:
+        core = self._core
+        owner = target.owner if target is not None else ""
+        names = {name}
+        if owner and not core.bus.judges_names_alone:
+            names |= self._owners.names_of(owner)
+        return core.judge.start(names, core.bus.peer(owner)).allowed
+
+    def _list(self, header: Header, _data: bytes) -> bool:
+        if self._owners.waiting:
+            return False
+        return self._call(header, "", (), Then("list"))
+
+    def _listed(self, _then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        if reply.type != MessageType.METHOD_RETURN:
+            core.deliver(data, fds)
+            return
+        (names,) = results(reply, data, "as")
+        assert isinstance(names, (list, tuple))
+        at = reply.reply_serial_at
+        serial = int.from_bytes(data[at : at + 4], "little" if reply.little else "big")
+        self._owners.hold(self._give_list(reply.serial, serial, names))
+
+    def _give_list(self, serial: int, asked: int, names: Sequence[Value]) -> Work:
+        """Answer the call `asked` with those names that may be seen."""
+        core = self._core
+        seen: list[str] = []
+        for name in names:
+            steps = core.judge.steps
+            if self._sight.sees(str(name)):
+                seen.append(str(name))
+            yield NAME_WORK + STEP_WORK * (core.judge.steps - steps)
+        core.deliver(
+            marshal.make_return(
+                serial,
+                reply_serial=asked,
+                destination=core.unique_name,
+                sender=DRIVER,
+                signature="as",
+                values=(seen,),
+            )
+        )
+
+    # -- owning names -------------------------------------------------------------------------------
+
+    def _request_name(self, header: Header, data: bytes) -> bool:
+        core = self._core
+        name, flags = arguments(header, data, "su")
+        name = str(name)
+        assert isinstance(flags, int)
+        self._must_own(header, name)
+        limit = core.sandbox.limits.names
+        if name not in core.requested_names and core.all_names >= limit:
+            raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
+        core.bus.payers.moves(core.unique_name, name)
+        core.name_requests += 1
+        request = core.requested_names[name] = core.name_requests
+        then = Then("request-name", (name, request))
+        return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), then)
+
+    def _requested_name(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        name, request = then.values
+        names = self._core.requested_names
+        got = reply.type == MessageType.METHOD_RETURN and results(reply, data, "u")[0] in HAS_NAME
+        # The answer to a later request for the name may be another.
+        if not got and names.get(str(name)) == request:
+            del names[str(name)]
+        self._core.deliver(data, fds)
+
+    def _release_name(self, header: Header, data: bytes) -> bool:
+        name = str(arguments(header, data, "s")[0])
+        self._must_own(header, name)
+        self._core.bus.payers.moves(self._core.unique_name, name)
+        self._core.requested_names.pop(name, None)
+        return self._call(header, "s", (name,))
+
+    def _list_queued(self, header: Header, data: bytes) -> bool:
+        name = str(arguments(header, data, "s")[0])
+        self._must_own(header, name)
+        return self._call(header, "s", (name,), Then("list"))
+
+    def _must_own(self, header: Header, name: str) -> None:
+        if not is_well_known_name(name):
+            raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
+        verdict = self._core.judge.own(name)
+        if verdict.allowed:
+            return
+        origin = verdict.rule.origin if verdict.rule is not None else ""
+        self._report(header, verdict.reason, direction="own", name=name, origin=origin)
+        raise CallRefusedError(
+            errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
+        )
+
+
+def _match_rule(header: Header, data: bytes) -> MatchRule:
+    """Return the rule of AddMatch or RemoveMatch. Raises CallRefusedError, PeerProtocolError."""
+    rule = parse_match_rule(str(arguments(header, data, "s")[0]))
+    if rule.sender == DRIVER and rule.path_namespace == DRIVER_PATH:
+        # The bus speaks from that path alone, so it says the same. The gate's own rules are written the other
+        # way: an app cannot take one of them away, whatever it asks for and however the bus answers.
+        return replace(rule, path=DRIVER_PATH, path_namespace=None)
+    return rule

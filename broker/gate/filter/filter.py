@@ -1,0 +1,515 @@
+"""One connection's judgement: bytes and descriptors in, bytes and descriptors out. No I/O.
+
+The fast path is here: a message whose header bytes were judged before costs a slice and a look-up, and runs of such
+messages are passed on as one slice. Everything else is cut out whole and handed to `Outgoing` or `Incoming`. Read core.py's
+theory of operation first. Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not
+read from the app: it waits for an answer of the bus, or (`yielded`) others have to have their turn before `go_on`.
+`spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away. What
+else the bus brings is charged here, to whoever caused it (payers.py); `billed` is the time of that.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from broker.control_protocol.trace_file import FROM_APP, FROM_BUS
+from broker.gate.dumps import ChunkDump, Fds, FilterDump, HandoverError, pick
+from broker.gate.filter.access_change import Swap
+from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.connection_state import OWN_SERIALS, Core, Host, Special
+from broker.gate.filter.from_app import Outgoing
+from broker.gate.filter.from_bus import Arrived, Incoming
+from broker.gate.filter.message_runs import Place, take_calls, take_replies
+from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.receive_buffer import Intake
+from broker.gate.filter.unreadable import AWAITED, MAX_HEADER, TOO_LARGE, leave_out
+from broker.gate.filter.visibility import Sight
+from broker.gate.recorder import make_known_note, make_pass, parse_from_app, parse_from_bus
+from broker.gate.sandbox.budgets import BUSY_SECOND, BYTES_A_MESSAGE, HEARD_COST, JUDGED_COST, Clock
+from broker.wire.errors import PeerProtocolError, PeerQuotaError
+from broker.wire.fixed_header import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
+from broker.wire.header import (
+    BUS_LIMITS,
+    FIXED_SIZE,
+    READ_LIMITS,
+    Header,
+    measure,
+    measure_header,
+    parse_header,
+)
+from broker.wire.skim import skim_fixed, skim_header
+from policy.match import Judge
+
+_SIGNALS: Final = frozenset(SIGNALS)
+
+
+class Filter:
+    """A connection of a sandbox to a bus."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        sandbox: Host,
+        judge: Judge,
+        *,
+        app_takes_fds: bool,
+        judged_a_turn: int = sys.maxsize,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.core: Final = Core(bus, sandbox, judge, app_takes_fds=app_takes_fds)
+        self.held = False
+        self.yielded = False
+        self.spent = self.answered = 0
+        self.billed = 0.0
+        self._clock: Final = clock
+        self._turn = judged_a_turn * JUDGED_COST
+        self._owners: Final = Owners(self.core, self._synced)
+        self._sight: Final = Sight(self.core, self._owners)
+        self._outgoing: Final = Outgoing(self.core, self._owners, self._sight)
+        self._incoming: Final = Incoming(self.core, self._owners, self._sight)
+        self._swap: Final = Swap(self.core, self._owners, self._sight, self._incoming)
+        self.from_app: Final = Intake(sandbox)
+        self._from_bus: Final = Intake(None)
+        # What came from the bus and waits; everything behind it waits with it, to come in order.
+        self._stash: Final[deque[Arrived]] = deque()
+        self._stashed_bytes = 0
+        self._wake = False
+        core = self.core
+        self._pass_app: Final = make_pass(core.to_bus, sandbox.id, FROM_APP)
+        self._pass_bus: Final = make_pass(core.to_app, sandbox.id, FROM_BUS)
+        self._note_refusal: Final = make_known_note(sandbox.id, FROM_BUS)
+        self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
+            **dict.fromkeys(CALLS, core.app_calls),
+            **dict.fromkeys(MUTE_CALLS, core.app_mute),
+            **dict.fromkeys(SIGNALS, core.app_signals),
+        }
+        self._budgets: Final = bus.payers.budgets
+        self.bus_tables: Final[dict[int, Mapping[bytes, str]]] = {
+            **dict.fromkeys(CALLS, core.bus_calls),
+            **dict.fromkeys(MUTE_CALLS, core.bus_mute),
+            **dict.fromkeys(SIGNALS, core.bus_signals),
+        }
+
+    # -- rules ---------------------------------------------------------------------------------------
+
+    def use(self, judge: Judge) -> None:
+        """Judge every message from now on by these rules."""
+        self._swap.use(judge)
+        self._resume()
+        self.held = self.held or bool(self.core.chores)
+
+    def work(self) -> None:
+        """Do a slice of what takes long. Raises as `feed_bus` does."""
+        start = self._clock()
+        self.core.chores.do_slice()
+        took = self._clock() - start
+        self.core.bus.payers.charge(self.core.unique_name, int(took * BUSY_SECOND))
+        self._resume()
+        if self.core.chores:
+            self.held = True
+        elif self.held and not self.yielded:
+            self.held = False
+            self.feed_app(b"")
+
+    @property
+    def is_changing(self) -> bool:
+        """Return whether the app is still to be told of names that a change of rules hid."""
+        return self._swap.changing > 0
+
+    def go_on(self) -> None:
+        """Others had their turn: see to what waits. Raises as `feed_app` does."""
+        if self.yielded:
+            self.yielded, self.held = False, bool(self.core.chores)
+            self.feed_app(b"")
+
+    @property
+    def bus_is_clear(self) -> bool:
+        """True when nothing from the bus waits."""
+        return self._from_bus.is_idle and not (self._stash or self.core.chores)
+
+    @property
+    def fds(self) -> int:
+        """How many descriptors are here."""
+        waiting = sum(len(stashed.fds) for stashed in self._stash)
+        return self.from_app.fd_count + self._from_bus.fd_count + waiting
+
+    @property
+    def tracked_names(self) -> int:
+        """How many names are followed only because the app wrote to them."""
+        return self._owners.extra_count
+
+    @property
+    def followed_names(self) -> int:
+        """The number of names whose owner is followed."""
+        return len(self._owners.names)
+
+    def close(self) -> list[int]:
+        """Return every descriptor that is still here: the caller closes them."""
+        fds = self.from_app.take_fds() + self._from_bus.take_fds()
+        for stashed in self._stash:
+            fds += stashed.fds
+        self._stash.clear()
+        return fds
+
+    # -- handing over ------------------------------------------------------------------------------------
+
+    def dump(self, fds: Fds) -> FilterDump:
+        """Return all of it but the rules, descriptors as indexes. Raises HandoverError."""
+        if self.core.to_app or self.core.to_bus:
+            raise HandoverError("something is still to be sent")
+        told = self._swap.told
+        core = self.core.dump(self._owners.changes_of)
+        return FilterDump(
+            app_takes_fds=self.core.app_takes_fds,
+            held=self.held,
+            yielded=self.yielded,
+            wake=self._wake,
+            core=core,
+            owners=self._owners.dump(core.asked_names()),
+            lately_seen=tuple(self._sight.lately_seen),
+            told=None if told is None else tuple(sorted(told)),
+            from_app=self.from_app.dump(fds),
+            from_bus=self._from_bus.dump(fds),
+            stash=tuple(ChunkDump(one.data, fds.put_all(one.fds)) for one in self._stash),
+        )
+
+    def load(self, dump: FilterDump, fds: Sequence[int]) -> None:
+        """Be as the one was that made the dump. Raises ValueError if it cannot be."""
+        self.held, self.yielded, self._wake = dump.held, dump.yielded, dump.wake
+        histories = self._owners.load(dump.owners, self._swap.tell_new)
+        self.core.load(dump.core, self._owners.since)
+        del histories  # the calls that wait have them now
+        self._sight.lately_seen.update(dict.fromkeys(dump.lately_seen))
+        self._swap.told = None if dump.told is None else frozenset(dump.told)
+        self.from_app.load(dump.from_app, fds)
+        self._from_bus.load(dump.from_bus, fds)
+        for one in dump.stash:
+            self._stash.append(
+                Arrived(parse_header(one.data, 0, READ_LIMITS), one.data, pick(fds, one.fds))
+            )
+            self._stashed_bytes += len(one.data)
+
+    @property
+    def fits_rules(self) -> bool:
+        """False if the rules ask for other names than when they were last looked at."""
+        return not self.core.unique_name or self._owners.uses == self.core.judge.uses
+
+    # -- from the app ----------------------------------------------------------------------------------
+
+    # The two loops are one function each, however long: a call a message costs as much as the look-up.
+
+    def feed_app(  # noqa: C901, PLR0912, PLR0915
+        self, data: bytes, fds: Sequence[int] = ()
+    ) -> None:
+        """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        core, intake = self.core, self.from_app
+        plain = not fds and intake.is_idle
+        if not plain or self.held or not data:
+            data = self._take_from_app(data, fds) or b""
+            if not data:
+                return
+        end = len(data)
+        pos = run = known = 0
+        pending = core.pending
+        room = core.sandbox.limits.pending_calls
+        calls = core.app_calls
+        tables = self.app_tables if plain or not intake.has_fds else {}
+        unpack = FIXED.unpack_from
+        while pos + FIXED_SIZE <= end:
+            first, body, serial, fields = unpack(data, pos)
+            table = tables.get(first)
+            if table is not None:
+                start = pos + 16 + (fields + 7 & -8)
+                stop = start + body
+                target = table.get(data[pos + 12 : start])
+                if target is not None and stop <= end and 0 < serial < OWN_SERIALS:
+                    if table is not calls:
+                        pos = stop
+                        known += 1
+                        continue
+                    if serial not in pending and len(pending) < room:
+                        pending[serial] = target  # type: ignore[assignment]
+                        more = take_calls(data, (pos, start, stop), pending, room)
+                        known += 1 + more
+                        pos = stop + (stop - pos) * more
+                        continue
+            elif tables and first in REPLIES:
+                stop = self.known_app_reply(data, pos, end, body, fields)
+                if stop:
+                    pos = stop
+                    known += 1
+                    continue
+            if run < pos:
+                self._pass_app(data, run, pos)
+            run, stop = pos, self._app_message(data, pos)
+            if not stop:
+                break
+            run = pos = stop
+        if run < pos:
+            self._pass_app(data, run, pos)
+        self.spent += known
+        if pos < end or not plain:
+            intake.consumed(data, pos)
+
+    def _take_from_app(self, data: bytes, fds: Sequence[int]) -> bytes | None:
+        """Put what arrived behind what is held; return it all if it can be looked at now."""
+        core = self.core
+        intake = self.from_app
+        ready = intake.take(data, fds)
+        if self.held:
+            if ready is not None:
+                intake.put_back(ready)
+            return None
+        if ready is None:
+            if core.sandbox.bytes_held <= core.sandbox.limits.bytes_held or not intake.held:
+                return None
+            # Other connections of the sandbox took what was left when this message began.
+            ready = intake.take_all()
+        return ready
+
+    def known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
+        """Return where a reply of a known shape ends, 0 if it has to be looked at; it is given then."""
+        start = pos + 16 + (fields + 7 & -8)
+        at = self.core.app_reply_at.get(start - pos)
+        if at is None or start + body > end:
+            return 0
+        at += pos
+        caller = self.core.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        serial = U32.unpack_from(data, pos + 8)[0]
+        if caller is None or not 0 < serial < OWN_SERIALS:
+            return 0
+        key = (caller, U32.unpack_from(data, at)[0])
+        if key not in self.core.asked:
+            return 0
+        self.core.asked.discard(key)
+        return start + body
+
+    def _app_message(self, data: bytes, pos: int) -> int:
+        """Deal with one message from the app; return where it ends, 0 if it has to wait."""
+        intake = self.from_app
+        if self.spent >= self._turn:
+            self.held = self.yielded = True
+            return 0
+        size = measure(data, pos)
+        if pos + size > len(data):
+            limit = self.core.sandbox.limits.bytes_held
+            if self.core.sandbox.bytes_held + size <= limit:
+                intake.need(size)
+                return 0
+            return self._refuse_too_large(data, pos, size)
+        header = parse_from_app(self.core.sandbox.id, data, pos)
+        # Whoever drops the message closes them, so they are taken only when it will not wait.
+        fds = intake.peek_fds(header.unix_fds, pos)
+        if header.unix_fds and not self.core.app_takes_fds:
+            raise PeerProtocolError("file descriptors that were not negotiated")
+        if not self._outgoing.message(header, data[pos : pos + size], fds):
+            self.held = True
+            return 0
+        self.spent += JUDGED_COST
+        intake.drop_fds(len(fds))
+        return pos + size
+
+    def _refuse_too_large(self, data: bytes, pos: int, size: int) -> int:
+        """Refuse a message that is over the sandbox's budget; the rest of it is not stored."""
+        intake = self.from_app
+        header_size = measure_header(data, pos)
+        if len(data) - pos < header_size:
+            intake.need(header_size)
+            return 0
+        header = parse_header(data, pos)
+        if header.unix_fds:
+            raise PeerQuotaError("a message over the budget, with file descriptors")
+        limit = self.core.sandbox.limits.bytes_held
+        self._outgoing.refuse_too_large(
+            header, f"a message of {size} bytes, with bytes_held={limit} in all for this sandbox"
+        )
+        intake.skip(pos + size - len(data))
+        return len(data)
+
+    # -- from the bus ----------------------------------------------------------------------------------
+
+    def feed_bus(  # noqa: C901, PLR0912, PLR0915
+        self, arrived: bytes, fds: Sequence[int] = ()
+    ) -> None:
+        """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        intake = self._from_bus
+        plain = not fds and intake.is_idle
+        data = arrived if plain else intake.take(arrived, fds)
+        if data is None:
+            return
+        pos, run, end = 0, 0, len(data)
+        answered = 0  # bytes of replies to the app's calls
+        chores = self.core.chores
+        fast = not (intake.has_fds or self._stash or chores)
+        unpack = FIXED.unpack_from
+        while pos + FIXED_SIZE <= end:
+            first, body, serial, fields = unpack(data, pos)
+            start = pos + 16 + (fields + 7 & -8)
+            stop = start + body
+            if stop <= end:
+                if first in REPLIES:
+                    known = self._known_bus_reply(data, (pos, start, stop)) if fast else 0
+                    if known:
+                        answered += known - pos
+                        pos = known
+                        continue
+                else:
+                    table = self.bus_tables.get(first) if fast else None
+                    if table is not None:
+                        caller = table.get(data[pos + 12 : start])
+                        if caller is not None and self.known_bus_call(
+                            table, caller, serial, stop - pos
+                        ):
+                            pos = stop
+                            continue
+            if run < pos:
+                self._pass_bus(data, run, pos)
+            run, stop = pos, self._bus_message(data, pos)
+            if not stop:
+                break
+            fast = fast and not (self._stash or chores)
+            run = pos = stop
+        if run < pos:
+            self._pass_bus(data, run, pos)
+        if pos < end or not plain:
+            intake.consumed(data, pos)
+        if self._wake:
+            self._resume()
+        if chores:
+            self.held = True
+        self.answered += answered // BYTES_A_MESSAGE
+
+    def _known_bus_reply(self, data: bytes, place: Place) -> int:
+        """Return where a reply of a known shape, and those like it behind it, end; 0 if it has to be looked at."""
+        pos, start, stop = place
+        core = self.core
+        at = core.bus_reply_at.get(start - pos)
+        if at is None:
+            return 0
+        at += pos
+        sender = core.bus_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        entry = core.pending.get(asked := U32.unpack_from(data, at)[0])
+        if sender is None or entry is None or entry.owner != sender:
+            return 0
+        del core.pending[asked]
+        return stop + (stop - pos) * take_replies(data, place, at, core.pending, sender)
+
+    def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
+        """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
+        core = self.core
+        if table is core.bus_calls:
+            if len(core.asked) >= core.sandbox.limits.pending_calls:
+                return False
+            core.asked.add((caller, serial))
+        if (budget := self._budgets.get(caller)) is not None:
+            budget.charge(1 + size // BYTES_A_MESSAGE)
+        return True
+
+    def _bus_message(self, data: bytes, pos: int) -> int:
+        """Deal with one message from the bus; return where it ends, 0 if it is not whole."""
+        intake = self._from_bus
+        start = self._clock()
+        size = measure(data, pos, BUS_LIMITS)
+        if measure_header(data, pos, BUS_LIMITS) > MAX_HEADER:
+            return self._leave_out(data, pos, size, TOO_LARGE)
+        if pos + size > len(data):
+            intake.need(size)
+            return 0
+        waits = self._stash or self.core.chores
+        if not (waits or intake.has_fds) and self._known_refusal(data, pos, size):
+            return pos + size
+        try:
+            header = parse_from_bus(self.core.sandbox.id, data, pos)
+        except PeerProtocolError as exc:
+            return self._leave_out(data, pos, size, str(exc))
+        fds = intake.peek_fds(header.unix_fds, pos)
+        self._take_in(Arrived(header, data[pos : pos + size], fds), start)
+        intake.drop_fds(len(fds))
+        return pos + size
+
+    def _take_in(self, arrived: Arrived, start: float) -> None:
+        """Judge a message from the bus, or queue it behind waiting ones."""
+        waiting = len(self.core.pending)
+        in_order = not (self._stash or self.core.chores) or self._cannot_wait(arrived.header)
+        if not (in_order and self._hear(arrived, start)):
+            self._stash.append(arrived)
+            self._stashed_bytes += len(arrived.data)
+        if len(self.core.pending) < waiting:
+            self.answered += len(arrived.data) // BYTES_A_MESSAGE
+        # One message alone may be as large as the bus allows.
+        is_much = self._stashed_bytes > self.core.sandbox.limits.bytes_queued
+        if is_much and len(self._stash) > 1:
+            raise PeerQuotaError("too much arrived while the owners of names were asked for")
+
+    def _leave_out(self, data: bytes, pos: int, size: int, why: str) -> int:
+        """Go over a message that is not read; return as `_bus_message` does."""
+        intake = self._from_bus
+        header_size = measure_header(data, pos, BUS_LIMITS)
+        if pos + header_size > len(data):
+            if data[pos + 1] in AWAITED:
+                intake.need(header_size)
+                return 0
+            header = skim_fixed(data, pos)  # no program waits for a signal: none of it is stored
+        else:
+            header = skim_header(data, pos)
+        # They were sent with the beginning of their message.
+        self.core.sandbox.close_fds(intake.take_fds_before(pos + size))
+        intake.skip(max(0, pos + size - len(data)))
+        start = self._clock()
+        in_place = leave_out(self.core, header, why)
+        cost = max(HEARD_COST, int((self._clock() - start) * BUSY_SECOND))
+        self.core.bus.payers.charge(header.sender or "", cost + size // BYTES_A_MESSAGE)
+        if in_place is not None:
+            self._take_in(Arrived(parse_header(in_place), in_place, ()), self._clock())
+        return min(pos + size, len(data))
+
+    def _known_refusal(self, data: bytes, pos: int, size: int) -> bool:
+        """Refuse a broadcast that was refused before; return whether it was one."""
+        refusals = self.core.bus_refused
+        first, _, _, fields = FIXED.unpack_from(data, pos)
+        if not refusals or first not in _SIGNALS:
+            return False
+        header_size = FIXED_SIZE + (fields + 7 & -8)
+        denial = refusals.get(data[pos + 12 : pos + header_size])
+        if denial is None:
+            return False
+        self._note_refusal(data, pos, header_size)
+        self.core.sandbox.denied(self.core, denial)
+        self.core.bus.payers.charge(denial.peer, 1 + size // BYTES_A_MESSAGE)
+        return True
+
+    def _hear(self, arrived: Arrived, start: float) -> bool:
+        """Deal with a message, at the cost of whoever caused it. False: it must wait."""
+        header, data, fds = arrived
+        if not self._incoming.message(header, data, fds):
+            return False
+        took = self._clock() - start
+        self.billed += took
+        self._incoming.charge(len(data) // BYTES_A_MESSAGE, int(took * BUSY_SECOND))
+        return True
+
+    def _cannot_wait(self, header: Header) -> bool:
+        """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
+        entry = self.core.pending.get(header.reply_serial or 0)
+        return isinstance(entry, Special) and (entry.is_own or not self.core.unique_name)
+
+    # -- waiting for owners ---------------------------------------------------------------------------
+
+    def _synced(self) -> None:
+        # Called from within a loop over a buffer: what waited goes on when that loop is done.
+        self._wake = True
+
+    def _resume(self) -> None:
+        while self._wake and not self._owners.waiting:
+            self._wake = False
+            # One of these messages may start long work. The messages behind it wait for the end of that.
+            while self._stash and not self._owners.waiting:
+                arrived = self._stash.popleft()
+                self._stashed_bytes -= len(arrived.data)
+                waits = not self._hear(arrived, self._clock())
+                assert not waits
+            if self.held and not (self.yielded or self._owners.waiting):
+                self.held = False
+                self.feed_app(b"")

@@ -1,0 +1,328 @@
+"""What an app sends: judged, cleaned, and passed to its bus. No I/O.
+
+The slow path of the app side; `Filter` comes here with what it does not remember.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Final
+
+from broker.gate.dumps import Then
+from broker.gate.filter.bus_state import DRIVER
+from broker.gate.filter.connection_state import OWN_SERIALS, Chunk, Core, Denial, Special, Target
+from broker.gate.filter.driver_calls import Driver, results
+from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.verdict_cache import remember_shape
+from broker.gate.filter.visibility import Sight
+from broker.wire import errors
+from broker.wire.errors import PeerProtocolError
+from broker.wire.header import Flag, Header, MessageType, serialise_header
+from policy.match import Verdict
+from policy.rules import Identity
+from policy.tables import MAX_PATH
+
+# dbus-daemon takes 16 and ends a connection that sends more (max_message_unix_fds).
+MAX_FDS: Final = 16
+KNOWN_FLAGS: Final = 7
+CONTAINER_INSTANCE: Final = 10
+INSTANCE_PATH: Final = "/org/freedesktop/DBus/Containers1/"
+
+
+class Outgoing:
+    """The app side of one connection."""
+
+    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._sight: Final = sight
+        self._driver: Final = Driver(core, owners, sight)
+        core.finishers["refuse"] = self._refuse_now
+
+    def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        """Deal with one whole message. False: it must wait until the owners are known."""
+        core = self._core
+        if not core.unique_name and not self._is_hello(header):
+            if core.greeting:
+                return False
+            self._refuse_before_hello(header)
+            core.sandbox.close_fds(fds)
+            return True
+        if header.type == MessageType.METHOD_CALL:
+            if header.destination is None or header.destination == DRIVER:
+                if not self._driver.call(header, data):
+                    return False
+                core.sandbox.close_fds(fds)
+                return True
+            return self._call(header, data, fds)
+        if header.type == MessageType.SIGNAL:
+            if header.destination is None:
+                self._broadcast(header, data, fds)
+                return True
+            return self._signal(header, data, fds)
+        if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            self._reply(header, data, fds)
+        else:  # the specification wants unknown types ignored
+            core.sandbox.close_fds(fds)
+        return True
+
+    # -- before Hello ---------------------------------------------------------------------------
+
+    def _is_hello(self, header: Header) -> bool:
+        return (
+            header.type == MessageType.METHOD_CALL
+            and header.destination == DRIVER
+            and header.member == "Hello"
+            and header.interface in (None, DRIVER)
+        )
+
+    def _refuse_before_hello(self, header: Header) -> None:
+        if header.type != MessageType.METHOD_CALL or header.destination not in (None, DRIVER):
+            raise PeerProtocolError("sent a message before Hello")
+        if not header.flags & Flag.NO_REPLY_EXPECTED:
+            self._core.answer_error(
+                header.serial,
+                errors.ACCESS_DENIED,
+                "Client tried to send a message other than Hello without being registered",
+            )
+
+    def refuse_too_large(self, header: Header, text: str) -> None:
+        """Refuse a message of which only the header is known. Whoever waits for it is told."""
+        core = self._core
+        key = (header.destination or "", header.reply_serial or 0)
+        if header.type == MessageType.METHOD_CALL:
+            if not header.flags & Flag.NO_REPLY_EXPECTED:
+                core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
+        elif header.type != MessageType.SIGNAL and key in core.asked:
+            core.asked.discard(key)
+            core.refuse_caller(*key, errors.LIMITS_EXCEEDED, text)
+
+    # -- calls and signals ------------------------------------------------------------------------
+
+    def _call(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        core = self._core
+        target = self._target(header)
+        if target is None:
+            return False
+        if self._over_limit(header, fds):
+            return True
+        names, peer = self._other_end(header, target)
+        verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
+        if not verdict.allowed:
+            core.sandbox.close_fds(fds)
+            self._refuse(header, verdict, names, peer)
+            return True
+        if header.flags & Flag.NO_REPLY_EXPECTED:
+            plain = self._emit(header, data, fds, target)
+            if plain:
+                core.app_mute.remember(data[12 : header.size], True, *_names(header, target))
+            return True
+        plain = self._emit(header, data, fds, target)
+        if header.serial < OWN_SERIALS:
+            core.pending[header.serial] = target
+        if plain:
+            core.app_calls.remember(data[12 : header.size], target, *_names(header, target))
+        return True
+
+    def _over_limit(self, header: Header, fds: tuple[int, ...]) -> bool:
+        core = self._core
+        mute = bool(header.flags & Flag.NO_REPLY_EXPECTED)
+        if len(fds) > MAX_FDS:
+            problem = (errors.LIMITS_EXCEEDED, f"{len(fds)} file descriptors, {MAX_FDS} at most")
+        elif not mute and core.waits(header.serial):
+            problem = (errors.ACCESS_DENIED, f"a call with serial {header.serial} already waits")
+        elif not mute and len(core.pending) >= core.sandbox.limits.pending_calls:
+            problem = (
+                errors.LIMITS_EXCEEDED,
+                f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already",
+            )
+        else:
+            return False
+        core.sandbox.close_fds(fds)
+        if header.type == MessageType.METHOD_CALL and not mute:
+            core.answer_error(header.serial, *problem)
+        return True
+
+    def _signal(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        core = self._core
+        if header.destination == DRIVER:  # e.g. a forged ActivationFailure
+            core.sandbox.close_fds(fds)
+            verdict = Verdict(allowed=False, rule=None, reason="the bus takes no signals")
+            core.sandbox.denied(core, denial("send", header, DRIVER, verdict))
+            return True
+        target = self._target(header)
+        if target is None:
+            return False
+        names, peer = self._other_end(header, target)
+        verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
+        if verdict.allowed and len(fds) <= MAX_FDS:
+            if self._emit(header, data, fds, target):
+                core.app_signals.remember(data[12 : header.size], True, *_names(header, target))
+        else:
+            core.sandbox.close_fds(fds)
+            core.sandbox.denied(core, denial("send", header, header.destination or "", verdict))
+        return True
+
+    def _broadcast(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        verdict = core.judge.broadcast(header.path, header.interface, header.member)
+        if verdict.allowed and len(fds) <= MAX_FDS:
+            if self._emit(header, data, fds, None):
+                core.app_signals.remember(data[12 : header.size], True)
+        else:
+            core.sandbox.close_fds(fds)
+            core.sandbox.denied(core, denial("send", header, "", verdict))
+
+    def _target(self, header: Header) -> Target | None:
+        """Return who is written to; None if that has to be asked first."""
+        name = header.destination or ""
+        if name[:1] == ":":
+            # Not before it is known which names it owns: one of them may be denied.
+            return None if self._owners.waiting else Target(name)
+        target = self._owners.names.get(name)
+        if target is None:
+            if not self._core.judge.any_send and self._sight.knows_enough(name):
+                return Target("", name)
+            self._owners.ask(name)
+            return None
+        self._owners.used(name)
+        return None if self._owners.waiting else target
+
+    def _other_end(self, header: Header, target: Target) -> tuple[set[str], Identity | None]:
+        core = self._core
+        name = header.destination or ""
+        names = {name}
+        if target.owner and (target.owner == name or not core.bus.judges_names_alone):
+            names |= self._owners.names_of(target.owner)
+        return names, core.bus.peer(target.owner)
+
+    def _refuse(
+        self, header: Header, verdict: Verdict, names: Collection[str], peer: Identity | None
+    ) -> None:
+        core = self._core
+        name = header.destination or ""
+        core.sandbox.denied(core, denial("send", header, name, verdict))
+        if header.flags & Flag.NO_REPLY_EXPECTED:
+            return
+        seen = core.judge.see(names, peer).allowed
+        question = "unique" if name[:1] == ":" else "call"
+        if header.flags & Flag.NO_AUTO_START:
+            question += "-no-start"
+        text = refusal(header, name, verdict)
+        if name in core.callers and not seen:
+            # It may be seen as long as it lives, and nothing has told us of its end.
+            then = Then("refuse", (header.serial, name, question, text))
+            core.call_driver("NameHasOwner", "s", (name,), then)
+            return
+        self._say_why(header.serial, name, question, text if seen or self._sight.sees(name) else "")
+
+    def _refuse_now(self, then: Then, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        serial, name, question, text = then.values
+        assert isinstance(serial, int)
+        callers = self._core.callers
+        if reply.signature == "b" and not results(reply, data, "b")[0]:
+            callers.pop(str(name), None)
+        self._say_why(serial, str(name), str(question), str(text) if name in callers else "")
+
+    def _say_why(self, serial: int, name: str, question: str, text: str) -> None:
+        """Refuse in words, or without any as if the name were not there."""
+        core = self._core
+        if text:
+            core.answer_error(serial, errors.ACCESS_DENIED, text)
+        else:
+            core.answer_error(serial, *core.bus.no_such_name(question, name))
+
+    # -- replies ----------------------------------------------------------------------------------
+
+    def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        key = (header.destination or "", header.reply_serial or 0)
+        if key not in core.asked or len(fds) > MAX_FDS:
+            core.sandbox.close_fds(fds)
+            if header.destination not in (None, DRIVER):
+                core.sandbox.denied(
+                    core,
+                    Denial("send", "reply", key[0], "", "", "", "no call waits for it", ""),
+                )
+            return
+        core.asked.discard(key)
+        if self._emit(header, data, fds, Target(key[0])):
+            remember_shape(core.app_replies, core.app_reply_at, header, data, key[0])
+
+    # -- onto the bus -------------------------------------------------------------------------------
+
+    def _emit(
+        self, header: Header, data: bytes, fds: tuple[int, ...], target: Target | None
+    ) -> bool:
+        """Pass a message on, cleaned; return True if it went as it came, and may be remembered."""
+        core = self._core
+        clean, untouched = cleaned(core, header, data, target)
+        if fds:
+            core.to_bus.append(Chunk(clean, fds))
+            return False
+        core.to_bus.append(clean)
+        return untouched and header.little
+
+
+def _names(header: Header, target: Target) -> tuple[str, str]:
+    """Return what a verdict rests on: who has the name that is written to, and what else that one has."""
+    return header.destination or "", target.owner
+
+
+def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> tuple[bytes, bool]:
+    """Return the message as the bus may have it, and whether it is as it was.
+
+    A serial of the gate's own range is translated; the reply will be translated back.
+    """
+    extra = {}
+    if _may_reach_who_wants_tags(core, header, target):
+        extra[CONTAINER_INSTANCE] = ("o", INSTANCE_PATH + core.sandbox.id)
+    dirty = (
+        header.has_unknown
+        or header.has_misplaced  # a path in a reply would only be in its receiver's way
+        or header.sender is not None
+        or header.flags & ~KNOWN_FLAGS
+    )
+    serial = header.serial
+    if serial >= OWN_SERIALS:
+        serial = core.own_serial()
+        if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
+            core.pending[serial] = Special(core.translated(header.serial), target)
+    elif not dirty and not extra:
+        return data, True
+    new = serialise_header(replace(header, serial=serial), extra=extra)
+    return new + data[header.size :], False
+
+
+def _may_reach_who_wants_tags(core: Core, header: Header, target: Target | None) -> bool:
+    """Return whether a receiver of the message may have asked for header field 10.
+
+    Only a unique name tells the receiver. A well-known name may have another owner when the bus delivers the message; one
+    that nobody owns may be a service's that is being started, and that asks before it takes what waits for it.
+    """
+    name = header.destination
+    if not core.bus.tags_headers:
+        return False
+    if name is not None and name[:1] == ":":
+        return name in core.bus.tagged
+    return bool(core.bus.tagged) or (target is not None and not target.owner)
+
+
+def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denial:
+    """Return the report of a refused message."""
+    return Denial(
+        direction,
+        "call" if header.type == MessageType.METHOD_CALL else "signal",
+        peer,
+        (header.path or "")[:MAX_PATH],  # longer ones are refused whatever they are
+        header.interface or "",
+        header.member or "",
+        verdict.reason,
+        verdict.rule.origin if verdict.rule is not None else "",
+    )
+
+
+def refusal(header: Header, name: str, verdict: Verdict) -> str:
+    """Return the text of AccessDenied, for whoever has to make the app work."""
+    member = f"{header.interface}.{header.member}" if header.interface else header.member
+    path = (header.path or "")[:MAX_PATH]
+    return f"This sandbox may not call {member} at {path} of {name}: {verdict.reason}"

@@ -1,0 +1,297 @@
+"""What the bus delivers to an app: judged, and passed to it. No I/O.
+
+The slow path of the bus side; `Filter` comes here with what it does not remember.
+"""
+
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+from broker.gate.dumps import Then
+from broker.gate.filter.bus_state import DRIVER, UNKNOWN
+from broker.gate.filter.connection_state import Core, Denial, Special, Target
+from broker.gate.filter.from_app import denial
+from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.verdict_cache import remember_shape
+from broker.gate.filter.visibility import Sight
+from broker.gate.sandbox.budgets import ANSWER_COST, HEARD_COST, QUESTION_COST, TOLD_COST
+from broker.wire import errors, marshal
+from broker.wire.header import (
+    READ_LIMITS,
+    Flag,
+    Header,
+    MessageType,
+    parse_header,
+    serialise_header,
+)
+from policy.match import Verdict
+
+# The sender's own rules restrict its hearers, and those rules are not known any more.
+NOT_KNOWN: Final = Verdict(
+    allowed=False,
+    rule=None,
+    reason="its sender was in a sandbox of which nothing is known any more",
+)
+
+
+class Arrived(NamedTuple):
+    """A whole message of the bus that waits."""
+
+    header: Header
+    data: bytes
+    fds: tuple[int, ...]
+
+
+class Incoming:
+    """The bus side of one connection."""
+
+    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self._sight: Final = sight
+        # The payer of the current message, and its count.
+        self._cause = ""
+        self._cost = 0
+        self._arrives = False  # the message announces the payer's own connection
+        core.finishers["count-callers"] = self._counted
+
+    def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
+        """Deal with one whole message. False: it must wait until the owners are known."""
+        self._cause, self._cost, self._arrives = self._core.unique_name, ANSWER_COST, False
+        if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            if self._owners.waiting and self._kind_of(header) == "list":
+                return False
+            self._reply(header, data, fds)
+        elif header.type == MessageType.SIGNAL and header.sender in (DRIVER, None):
+            if self._owners.waiting and header.member == "NameOwnerChanged":
+                return False
+            self._core.sandbox.close_fds(fds)
+            self._driver_signal(header, data)
+        elif header.type in (MessageType.METHOD_CALL, MessageType.SIGNAL):
+            if self._owners.waiting or not self._core.unique_name:
+                return False
+            self._from_peer(header, data, fds)
+        else:
+            self._core.sandbox.close_fds(fds)
+        return True
+
+    def charge(self, size: int, took: int) -> None:
+        """Charge the last message to its causer: its count or its time, if that is more.
+
+        `size` is the count of its bytes, `took` that of its time.
+        """
+        cost = max(self._cost + size, took)
+        if self._arrives:
+            self._core.bus.payers.charge_arrival(self._cause, cost)
+        else:
+            self._core.bus.payers.charge(self._cause, cost)
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    def _kind_of(self, header: Header) -> str:
+        """Return the kind of `Then` that a reply is waited for with; "" if it is simply passed on."""
+        entry = self._core.pending.get(header.reply_serial or 0)
+        if not isinstance(entry, Special):
+            return ""
+        then = entry.then.after if entry.then.kind == "translate" else entry.then
+        return then.kind if then is not None else ""
+
+    def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        sender = header.sender or DRIVER
+        entry = core.pending.get(header.reply_serial or 0)
+        if entry is None or not self._may_answer(entry, sender):
+            core.sandbox.close_fds(fds)
+            if sender != DRIVER:
+                self._cause, self._cost = sender, HEARD_COST
+                core.sandbox.denied(
+                    core, Denial("receive", "reply", sender, "", "", "", "not asked for", "")
+                )
+            return
+        # The bus may add descriptors to credentials of which the app never gets any: no reason to refuse.
+        app_gets_fds = self._kind_of(header) != "credentials"
+        del core.pending[header.reply_serial or 0]
+        if fds and not core.app_takes_fds and app_gets_fds:
+            core.sandbox.close_fds(fds)
+            fds = ()
+            header, data = without_fds(header)
+        untouched = not header.has_unknown
+        if not untouched:
+            data = self._clean(header, data)
+            header = parse_header(data, 0, READ_LIMITS)
+        if isinstance(entry, Special):
+            if entry.is_own:
+                self._cost = QUESTION_COST
+            core.finish(entry.then, header, data, fds)
+            return
+        core.deliver(data, fds)
+        if untouched and not fds and header.little and header.sender:
+            remember_shape(core.bus_replies, core.bus_reply_at, header, data, sender)
+
+    def _may_answer(self, entry: Target | Special, sender: str) -> bool:
+        """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
+        target = entry.target if isinstance(entry, Special) else entry
+        if not (target.owner or target.name):  # NOBODY
+            return False
+        return sender in (DRIVER, target.owner) or sender in target.former
+
+    # -- signals of the bus itself -----------------------------------------------------------------
+
+    def _driver_signal(self, header: Header, data: bytes) -> None:
+        core = self._core
+        self._cost = HEARD_COST
+        if header.member == "NameOwnerChanged" and header.interface == DRIVER:
+            self._owner_changed(header, data)
+        elif header.destination is not None:  # NameAcquired, NameLost
+            self._find_mover(header, data)
+            core.deliver(self._clean(header, data))
+        else:
+            self._cause = ""
+            verdict = core.judge.receive(
+                (DRIVER,), header.path, header.interface, header.member, None, broadcast=True
+            )
+            if verdict.allowed:
+                core.deliver(self._clean(header, data))
+
+    def _owner_changed(self, header: Header, data: bytes) -> None:
+        if header.signature != "sss":
+            return
+        arguments = marshal.read_body("sss", data[header.size :], little=header.little)
+        name, old, new = (str(argument) for argument in arguments)
+        self._cause = self._core.bus.payers.who_moved(name, new, old)
+        self._arrives = name[:1] == ":" and not old
+        changes = self._sight.owner_changed(name, old, new)
+        self._cost += len(changes) * TOLD_COST
+        for change in changes:
+            if change != (name, old, new):
+                self.tell_owner_change(*change)
+            # Our own match rules bring changes that the app has not asked for.
+            elif self._core.matches.want_owner_change(*change):
+                self._core.deliver(self._clean(header, data))
+
+    def _find_mover(self, header: Header, data: bytes) -> None:
+        """Charge NameAcquired or NameLost to the connection that caused it."""
+        if header.signature == "s":
+            (name,) = marshal.read_body("s", data[header.size :], little=header.little)
+            self._cause = self._core.bus.payers.who_asked(str(name)) or self._cause
+
+    def tell_owner_change(self, name: str, old: str, new: str) -> None:
+        """Say that a name came into sight or left it, in the words of an owner change."""
+        if self._core.matches.want_owner_change(name, old, new):
+            self._core.deliver(
+                marshal.make_signal(
+                    0xFFFFFFFF,
+                    path="/org/freedesktop/DBus",
+                    interface=DRIVER,
+                    member="NameOwnerChanged",
+                    sender=DRIVER,
+                    signature="sss",
+                    values=(name, old, new),
+                )
+            )
+
+    # -- calls and signals of others -----------------------------------------------------------------
+
+    def _from_peer(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
+        core = self._core
+        sender = header.sender or ""
+        self._cause, self._cost = sender, HEARD_COST
+        is_call = header.type == MessageType.METHOD_CALL
+        wants_reply = is_call and not header.flags & Flag.NO_REPLY_EXPECTED
+        verdict = self._judge(header, sender)
+        problem = None
+        if not verdict.allowed:
+            refused = denial("receive", header, sender, verdict)
+            core.sandbox.denied(core, refused)
+            if header.destination is None and not fds and header.little:
+                core.bus_refused.remember(data[12 : header.size], refused, sender)
+            problem = (
+                errors.ACCESS_DENIED,
+                f"The sandboxed receiver takes no such call: {verdict.reason}",
+            )
+        elif fds and not core.app_takes_fds:
+            problem = (errors.NOT_SUPPORTED, "The receiver takes no file descriptors")
+        elif wants_reply and len(core.asked) >= core.sandbox.limits.pending_calls:
+            problem = (errors.LIMITS_EXCEEDED, "Too many calls wait for the receiver's reply")
+            self._count_callers()
+        if problem is not None:
+            core.sandbox.close_fds(fds)
+            if wants_reply:
+                core.refuse_caller(sender, header.serial, *problem)
+            return
+        core.deliver(self._clean(header, data), fds)
+        if is_call:
+            core.met(sender)
+        if wants_reply:
+            core.asked.add((sender, header.serial))
+        if not fds and header.little and not header.has_unknown:
+            self._remember(header, data[12 : header.size], sender)
+
+    def _judge(self, header: Header, sender: str) -> Verdict:
+        """Judge by our rules; a sandbox's broadcast also by its own, if they say who hears it."""
+        core = self._core
+        peer = core.bus.peer(sender)
+        broadcast = header.destination is None
+        verdict = core.judge.receive(
+            self._owners.names_of(sender),
+            header.path,
+            header.interface,
+            header.member,
+            peer,
+            broadcast=broadcast,
+        )
+        if not broadcast or not verdict.allowed:
+            return verdict
+        if peer is UNKNOWN:
+            return NOT_KNOWN
+        speaker = core.bus.speakers.get(sender)
+        if speaker is None:
+            return verdict
+        return speaker.hear(header.path, header.interface, header.member, core.sandbox.identity)
+
+    def _count_callers(self) -> None:
+        """Calls of callers that are gone may never be answered: find out which these are."""
+        if not self._core.counts_callers:
+            self._core.counts_callers = True
+            self._core.call_driver("ListNames", "", (), Then("count-callers"))
+
+    def _counted(self, _then: Then, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        self._core.counts_callers = False
+        if reply.signature == "as":
+            (names,) = marshal.read_body("as", data[reply.size :], little=reply.little)
+            assert isinstance(names, tuple)
+            there = frozenset(names)
+            asked = self._core.asked
+            asked -= {key for key in asked if key[0] not in there}
+
+    def _remember(self, header: Header, key: bytes, sender: str) -> None:
+        core = self._core
+        if header.type == MessageType.SIGNAL:
+            core.bus_signals.remember(key, sender, sender)
+        elif header.flags & Flag.NO_REPLY_EXPECTED:
+            core.bus_mute.remember(key, sender, sender)
+        else:
+            core.bus_calls.remember(key, sender, sender)
+
+    def _clean(self, header: Header, data: bytes) -> bytes:
+        """Leave out what the bus let through and does not define: it could be forged."""
+        if not header.has_unknown:
+            return data
+        return serialise_header(header, sender=True) + data[header.size :]
+
+
+def without_fds(header: Header) -> tuple[Header, bytes]:
+    """Return an error in place of a reply that the app cannot take."""
+    body = marshal.make_body("s", ("The reply has file descriptors, which were not negotiated",))
+    error = replace(
+        header,
+        little=True,
+        type=MessageType.ERROR,
+        error_name=errors.NOT_SUPPORTED,
+        signature="s",
+        body_length=len(body),
+        unix_fds=0,
+        has_unknown=False,
+        has_misplaced=False,
+    )
+    made = serialise_header(error, sender=True) + body
+    return parse_header(made), made

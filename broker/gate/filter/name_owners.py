@@ -1,0 +1,373 @@
+"""Who owns the names that matter to one connection, learned on that connection. No I/O.
+
+Only on the app's own connection is an owner change certain to come before the new owner's
+messages, so each connection asks for itself: a match rule first, the question second, and the last
+word wins. While an answer is missing, `waiting` is above zero and what needs it is held.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+from weakref import WeakValueDictionary
+
+from broker.gate.dumps import HistoryDump, OwnersDump, Then
+from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, DRIVER
+from broker.gate.filter.chores import NAME_WORK
+from broker.gate.filter.connection_state import MAX_FORMER_OWNERS, Core, Special, Target
+from broker.gate.filter.owner_views import Views
+from broker.gate.filter.pending_calls import History, Since
+from broker.gate.io.slices import Work
+from broker.wire import marshal
+from broker.wire.errors import PeerQuotaError
+from broker.wire.header import Flag, Header, MessageType
+from broker.wire.marshal import Value
+from policy.match import NamesUsed
+
+# With a path_namespace, where no rule of an app has one: see driver.py. As canonical() would write it.
+_OWNER_CHANGED: Final = (
+    "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
+    "member='NameOwnerChanged',path_namespace='/org/freedesktop/DBus'"
+)
+_LOOK_UPS: Final = (
+    "GetNameOwner",
+    "GetConnectionUnixProcessID",
+    "GetConnectionUnixUser",
+    "GetConnectionCredentials",
+    "GetConnectionSELinuxSecurityContext",
+    "GetAdtAuditSessionData",
+)
+# With more names than this, one match for every owner change is cheaper, and the system bus takes 512 at most.
+MAX_NARROW_MATCHES: Final = 64
+# Names whose owner is asked for at a time. With a glob there may be hundreds when an app connects, and a long piece of
+# work in the gate makes all other connections wait.
+ASKED_A_TURN: Final = 4
+
+
+class Owners:
+    """The names of one connection's rules, and those its app wrote to."""
+
+    def __init__(self, core: Core, synced: Callable[[], None]) -> None:
+        self._core: Final = core
+        self._synced: Final = synced
+        self.names: Final[dict[str, Target]] = {}
+        self.waiting = 0  # answers that are on their way
+        self._then: Callable[[], Work] | None = None
+        self.views: Final = Views(core.bus)
+        # Of names with calls that wait, which hold it: who owned them meanwhile.
+        self._histories: Final[WeakValueDictionary[str, History]] = WeakValueDictionary()
+        self._extra: Final[OrderedDict[str, None]] = OrderedDict()
+        # Names whose owner is still to be asked for, and how many have been and are not known.
+        self._unasked: Final[deque[str]] = deque()
+        self._asking = 0
+        self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
+        self._matches: Final[set[str]] = set()
+        core.finishers["owner"] = self._told
+        core.finishers["owners"] = self._listed
+        core.finishers["wording"] = self._worded
+        core.finishers["must-work"] = self._worked
+
+    @property
+    def extra_count(self) -> int:
+        """How many names are followed that no rule names."""
+        return len(self._extra)
+
+    def names_of(self, unique_name: str) -> set[str]:
+        """Return the unique name and the names that we know it to own."""
+        return self.views.names_of(unique_name)
+
+    # -- what to know -------------------------------------------------------------------------
+
+    def use(self, uses: NamesUsed, then: Callable[[], Work] | None = None) -> Work:
+        """Follow these names from now on; when all are known do the work of `then`.
+
+        All may be known at once.
+        """
+        self._then = then
+        self.waiting += 1  # keeps synced() from coming early
+        before, self._uses = self._uses, uses
+        asked = {_target_of(entry).name for entry in self._core.pending.values()}
+        for name in list(self.names):
+            yield NAME_WORK
+            if self._relevant(name):
+                continue
+            if name in asked:  # its reply is still to be recognised
+                self._extra[name] = None
+            else:
+                self._forget(name)
+        self._set_matches()
+        wanted = uses.exact - self.names.keys() - {DRIVER}
+        if self._wide or uses.subtrees - before.subtrees or (uses.globs and not before.globs):
+            self._ask("ListNames", "", (), Then("owners", tuple(sorted(wanted))))
+        else:
+            for name in sorted(wanted):
+                self._ask_owner(name)
+        self._answered()
+
+    def ask(self, name: str) -> None:
+        """Know one more name, which no rule names."""
+        self._extra[name] = None
+        while len(self._extra) > max(self._core.sandbox.limits.tracked_names, 1):
+            oldest, _ = self._extra.popitem(last=False)
+            if not self._relevant(oldest):
+                self._forget(oldest)
+        self._set_matches()
+        self._ask_owner(name)
+
+    def ask_wording(self) -> None:
+        """Ask the bus what it says of names that are not there, to say the same of hidden ones."""
+        for question in _LOOK_UPS:
+            self._ask(question, "s", (ABSENT,), Then("wording", (question, ABSENT)))
+        then = Then("wording", ("StartServiceByName", ABSENT))
+        self._ask("StartServiceByName", "su", (ABSENT, 0), then)
+        for question, flags in (("", 0), ("-no-start", Flag.NO_AUTO_START)):
+            self._ping(ABSENT, flags, f"call{question}")
+            self._ping(ABSENT_UNIQUE, flags, f"unique{question}")
+
+    def _ping(self, name: str, flags: int, question: str) -> None:
+        serial = self._core.own_serial()
+        then = Then("wording", (question, name))
+        self._core.pending[serial] = Special(then, Target(name), is_own=True)
+        self.waiting += 1
+        self._core.to_bus.append(
+            marshal.make_call(
+                serial,
+                destination=name,
+                path="/",
+                interface="org.freedesktop.DBus.Peer",
+                member="Ping",
+                flags=flags,
+            )
+        )
+
+    def _worded(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        if header.type == MessageType.ERROR and header.signature == "s":
+            (text,) = marshal.read_body("s", data[header.size :], little=header.little)
+            question, asked = map(str, then.values)
+            self._core.bus.learn_wording(question, asked, header.error_name or "", str(text))
+        self._answered()
+
+    def used(self, name: str) -> None:
+        """Keep a name that no rule names a while longer."""
+        if name in self._extra:
+            self._extra.move_to_end(name)
+
+    def changed(self, name: str, new: str) -> bool:
+        """Take note of an owner change ("" is nobody); return whether the name matters here."""
+        target = self.names.get(name)
+        if target is None:
+            if not self._relevant(name):
+                return False
+            target = self.names[name] = Target("", name)
+        old = target.owner
+        if old == new:
+            return True
+        if old:
+            self.views.take(old, name)
+        if new:
+            self.views.give(new, name)
+        self._follow(target, old, new)
+        if not new and name not in self._uses.exact and name not in self._extra:
+            del self.names[name]  # names come and go: those of a subtree or glob have no end
+        self._core.forget_about(name, old, new)
+        return True
+
+    # -- inside --------------------------------------------------------------------------------
+
+    @property
+    def _wide(self) -> bool:
+        uses = self._uses
+        number = len(uses.exact) + len(uses.subtrees) + len(self._extra)
+        return uses.globs or number > MAX_NARROW_MATCHES
+
+    def _relevant(self, name: str) -> bool:
+        uses = self._uses
+        if uses.globs or name in uses.exact or name in uses.subtrees or name in self._extra:
+            return True
+        parts = name.split(".")
+        return any(".".join(parts[:n]) in uses.subtrees for n in range(1, len(parts)))
+
+    def _follow(self, target: Target, old: str, new: str) -> None:
+        """Let waiting calls to this name be answered by whoever owned it since they were made.
+
+        They have `target` in common, or one from before an earlier change; calls from now on have another.
+        """
+        self._keep_history(target).add(old, new)
+        self.names[target.name] = Target(new, target.name)
+
+    def _keep_history(self, target: Target) -> History:
+        """Let the calls that wait for `target` know of all changes from now on."""
+        history = self._history_of(target.name)
+        if not isinstance(target.former, Since):
+            target.former = Since(history, ())
+        return history
+
+    def _history_of(self, name: str) -> History:
+        history = self._histories.get(name)
+        if history is None:
+            history = self._histories[name] = History(MAX_FORMER_OWNERS - 1)
+        return history
+
+    def changes_of(self, name: str) -> int:
+        """Return how often a name that calls wait for has changed its owner."""
+        history = self._histories.get(name)
+        return history.count if history is not None else 0
+
+    def _forget(self, name: str) -> None:
+        target = self.names.pop(name, None)
+        if target is None:
+            return
+        self._keep_history(target)
+        if target.owner:
+            self.views.take(target.owner, name)
+        self._core.forget_about(name, target.owner)
+
+    def _set_matches(self) -> None:
+        """Bring the match rules of the connection in line with what is to be known."""
+        uses = self._uses
+        if self._wide:
+            wanted = {_OWNER_CHANGED}
+        else:
+            wanted = {f"{_OWNER_CHANGED},arg0='{name}'" for name in (*uses.exact, *self._extra)}
+            wanted |= {f"{_OWNER_CHANGED},arg0namespace='{base}'" for base in uses.subtrees}
+        for text in sorted(wanted - self._matches):
+            self._ask("AddMatch", "s", (text,), Then("must-work"))
+        for text in sorted(self._matches - wanted):
+            self._core.call_driver("RemoveMatch", "s", (text,), Then("ignore"))
+        self._matches.clear()
+        self._matches.update(wanted)
+
+    def _ask(self, member: str, signature: str, values: tuple[Value, ...], then: Then) -> None:
+        self.waiting += 1
+        self._core.call_driver(member, signature, values, then)
+
+    def hold(self, work: Work) -> None:
+        """Begin a chore, and hold messages that need owners until it is done."""
+        self.waiting += 1
+        self._core.chores.begin(self._held(work))
+
+    def _held(self, work: Work) -> Work:
+        yield from work
+        self._answered()
+
+    def _answered(self) -> None:
+        self.waiting -= 1
+        if self.waiting:
+            return
+        then, self._then = self._then, None
+        if then is not None:
+            self.hold(then())
+        else:
+            self._synced()
+
+    def _ask_owner(self, name: str) -> None:
+        self.names.setdefault(name, Target("", name))
+        self.waiting += 1
+        self._unasked.append(name)
+        self._ask_on()
+
+    def _ask_on(self) -> None:
+        """Ask about the next names, a few at a time."""
+        while self._unasked and self._asking < ASKED_A_TURN:
+            self._asking += 1
+            name = self._unasked.popleft()
+            self._core.call_driver("GetNameOwner", "s", (name,), Then("owner", (name,)))
+
+    def _told(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        self._asking = max(0, self._asking - 1)  # an earlier gate did not count
+        self._ask_on()
+        name, owner = str(then.values[0]), ""
+        if header.type == MessageType.METHOD_RETURN:
+            owner = str(marshal.read_body("s", data[header.size :], little=header.little)[0])
+        if name in self.names:
+            self.changed(name, owner)
+        self._answered()
+
+    def _listed(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+        if header.type != MessageType.METHOD_RETURN:
+            raise PeerQuotaError("the bus does not list its names")
+        (names,) = marshal.read_body("as", data[header.size :], little=header.little)
+        assert isinstance(names, tuple)
+        self.hold(self._take_list(names, tuple(map(str, then.values))))
+        self._answered()
+
+    def _take_list(self, names: tuple[Value, ...], wanted: tuple[str, ...]) -> Work:
+        """Ask for the owners of listed names; of those that are wanted and not listed, there is none."""
+        there = frozenset(map(str, names))
+        for name in wanted:
+            yield NAME_WORK
+            # The rules may be others by now: what nobody follows any more is not known to be nobody's.
+            if name not in there and self._relevant(name):
+                self.names.setdefault(name, Target("", name))
+        for name in sorted(there - {DRIVER}):
+            if name[0] == ":":
+                continue
+            yield NAME_WORK
+            target = self.names.get(name)
+            if (target is None or not target.owner) and self._relevant(name):
+                self._ask_owner(name)
+
+    def _worked(self, _then: Then, header: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+        if header.type != MessageType.METHOD_RETURN:
+            # Without it an owner change could be missed, and a right outlive its reason.
+            raise PeerQuotaError("the bus takes no more match rules from this connection")
+        self._answered()
+
+    # -- handing over ---------------------------------------------------------------------------
+
+    def dump(self, asked: Collection[str]) -> OwnersDump:
+        """Return all of it. `asked`: the names that calls wait for."""
+        return OwnersDump(
+            names=tuple((name, target.owner) for name, target in self.names.items()),
+            waiting=self.waiting,
+            tells=self._then is not None,
+            extra=tuple(self._extra),
+            exact=tuple(sorted(self._uses.exact)),
+            subtrees=tuple(sorted(self._uses.subtrees)),
+            globs=self._uses.globs,
+            matches=tuple(sorted(self._matches)),
+            histories=tuple(self._dump_history(name) for name in sorted(asked)),
+            unasked=tuple(self._unasked),
+            asking=self._asking,
+        )
+
+    def _dump_history(self, name: str) -> HistoryDump:
+        history = self._histories.get(name)
+        if history is None:
+            return HistoryDump(name=name)
+        return HistoryDump(name=name, count=history.count, changes=history.changes)
+
+    def load(self, dump: OwnersDump, then: Callable[[], Work]) -> Sequence[History]:
+        """Restore the state from `dump`, and return the histories: they live until nobody has them.
+
+        What `then` returns is done when all owners are known, if that was still to be done.
+        """
+        for name, owner in dump.names:
+            self.names[name] = Target(owner, name)
+            if owner:
+                self.views.give(owner, name)
+        histories = [self._history_of(one.name) for one in dump.histories]
+        for history, one in zip(histories, dump.histories, strict=True):
+            history.restore(one.count, one.changes)
+        self.waiting = dump.waiting
+        self._then = then if dump.tells else None
+        self._extra.update(dict.fromkeys(dump.extra))
+        self._uses = NamesUsed(
+            exact=frozenset(dump.exact), subtrees=frozenset(dump.subtrees), globs=dump.globs
+        )
+        self._matches.update(dump.matches)
+        self._unasked.extend(dump.unasked)
+        self._asking = dump.asking
+        return histories
+
+    def since(self, name: str, count: int, before: Collection[str]) -> Since:
+        """Return who owned a name since it had changed so often, and whoever did before."""
+        return Since(self._history_of(name), before, count)
+
+    @property
+    def uses(self) -> NamesUsed:
+        """The names that the rules asked for when they were last looked at."""
+        return self._uses
+
+
+def _target_of(entry: Target | Special) -> Target:
+    return entry.target if isinstance(entry, Special) else entry

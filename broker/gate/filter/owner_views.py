@@ -1,0 +1,85 @@
+"""Views of name owners by an app's rules, counted name by name. No I/O.
+
+An owner is seen if a rule shows one of its names and no rule hides one. Names come and go one at a time, and an
+owner may have hundreds. So a view counts how many names of the owner are shown and how many are hidden.
+An owner of more than MAX_NAMES is not seen, because counting its names would be too much work at a time, and nothing
+may be sent to it anyway.
+"""
+
+from typing import Final
+
+from broker.gate.filter.bus_state import Bus
+from policy.match import Judge
+from policy.rules import Identity
+from policy.tables import MAX_NAMES
+
+
+class View:
+    """The view of one owner by one list of rules."""
+
+    __slots__ = ("hidden", "identity", "judge", "shown")
+
+    def __init__(self, judge: Judge, identity: Identity | None) -> None:
+        self.judge: Final = judge
+        self.identity: Final = identity
+        self.shown = self.hidden = 0
+
+    def count(self, name: str, number: int) -> None:
+        """Count a name that came (1) or went (-1)."""
+        verdict = self.judge.see((name,), self.identity)
+        if verdict.allowed:
+            self.shown += number
+        elif verdict.rule is not None:
+            self.hidden += number
+
+
+class Views:
+    """The owners that one connection knows, with their names."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus: Final = bus
+        self._by_owner: Final[dict[str, set[str]]] = {}
+        self._views: Final[dict[str, View]] = {}
+
+    def names_of(self, unique_name: str) -> set[str]:
+        """Return the unique name and the names that we know it to own."""
+        return {unique_name, *self._by_owner.get(unique_name, ())}
+
+    def owners(self) -> list[str]:
+        """Return whoever owns names."""
+        return list(self._by_owner)
+
+    def give(self, owner: str, name: str) -> None:
+        """Note that somebody owns a name."""
+        owned = self._by_owner.setdefault(owner, set())
+        if name in owned:
+            return
+        owned.add(name)
+        if (view := self._views.get(owner)) is not None:
+            view.count(name, 1)
+
+    def take(self, owner: str, name: str) -> None:
+        """Note that somebody owns a name no more."""
+        owned = self._by_owner[owner]
+        owned.discard(name)
+        if not owned:
+            del self._by_owner[owner]
+            self._views.pop(owner, None)
+        elif (view := self._views.get(owner)) is not None:
+            view.count(name, -1)
+
+    def sees(self, judge: Judge, owner: str) -> bool:
+        """Judge by all names of an owner, its unique name included."""
+        identity = self._bus.peer(owner)
+        if owner not in self._by_owner:
+            return judge.see((owner,), identity).allowed
+        if len(self._by_owner[owner]) >= MAX_NAMES:  # with its unique name it is one more
+            self._views.pop(owner, None)
+            return False
+        view = self._views.get(owner)
+        # A Judge and an Identity never change. But another judge may be in force, or the identity become known or unknown.
+        if view is None or view.judge is not judge or view.identity is not identity:
+            view = self._views[owner] = View(judge, identity)
+            for name in self.names_of(owner):
+                view.count(name, 1)
+        return view.shown > 0 and not view.hidden

@@ -1,0 +1,88 @@
+"""Which names a connection's app may see. No I/O.
+
+It sees itself, the bus, what its rules let it see (by any name of the same owner), and whoever has
+called it as long as that caller lives.
+"""
+
+from collections import OrderedDict
+from typing import Final
+
+from broker.gate.filter.bus_state import DRIVER
+from broker.gate.filter.connection_state import Core
+from broker.gate.filter.name_owners import Owners
+from policy.match import Judge
+
+# Connections that lost the last name by which they were seen. Their end is still told, because a client that
+# knew them waits for it.
+MAX_LATELY_SEEN: Final = 256
+
+
+class Sight:
+    """What one app may see."""
+
+    def __init__(self, core: Core, owners: Owners) -> None:
+        self._core: Final = core
+        self._owners: Final = owners
+        self.lately_seen: Final[OrderedDict[str, None]] = OrderedDict()
+
+    def knows_enough(self, name: str) -> bool:
+        """Return False if the owner of `name` could change what may be seen, and is not known."""
+        return (
+            name[:1] == ":"
+            or name == DRIVER
+            or name in self._owners.names
+            or not self._core.judge.owner_matters
+        )
+
+    def sees(self, name: str) -> bool:
+        """Judge by what is known now."""
+        return self.would_see(self._core.judge, name)
+
+    def would_see(self, judge: Judge, name: str) -> bool:
+        """Judge the same by other rules."""
+        core = self._core
+        if name in (DRIVER, core.unique_name) or name in core.callers:
+            return True
+        target = self._owners.names.get(name)
+        owner = name if name[:1] == ":" else target.owner if target is not None else ""
+        if owner and (owner in core.callers or owner == core.unique_name):
+            return True
+        if owner and (owner == name or not core.bus.judges_names_alone):
+            return self._owners.views.sees(judge, owner)
+        return judge.see((name,), core.bus.peer(owner)).allowed
+
+    def visible(self, judge: Judge, owner: str) -> frozenset[str]:
+        """Return the names of an owner that may be seen by these rules."""
+        owned = self._owners.names_of(owner) - {owner}
+        if self._core.bus.judges_names_alone:
+            return frozenset(name for name in owned if self.would_see(judge, name))
+        # All names of an owner are seen if one of them is: it is judged once, however many these are.
+        return frozenset(owned) if self.would_see(judge, owner) else frozenset()
+
+    def owner_changed(self, name: str, old: str, new: str) -> list[tuple[str, str, str]]:
+        """Take note of a NameOwnerChanged; return the changes that the app may hear of.
+
+        A name may move from an owner that is seen to one that is not: then it goes, for the app, and no
+        unique name is told that it cannot ask about. And with a name its owner may come into sight or
+        leave it, with all that it is called.
+        """
+        if name[:1] == ":":
+            told = self._core.bus.tells_unique_names or self.sees(name) or name in self.lately_seen
+            if not new:
+                self._core.callers.pop(name, None)
+                self.lately_seen.pop(name, None)
+            return [(name, old, new)] if told else []
+        told_old = old if self.sees(name) else ""
+        old_seen, new_seen = bool(old) and self.sees(old), bool(new) and self.sees(new)
+        self._owners.changed(name, new)
+        if old_seen:
+            self.lately_seen[old] = None
+            if len(self.lately_seen) > MAX_LATELY_SEEN:
+                self.lately_seen.popitem(last=False)
+        told_new = new if self.sees(name) else ""
+        changes = [(name, told_old, told_new)] if told_old or told_new else []
+        for owner, before in ((old, old_seen), (new, new_seen)):
+            if owner and self.sees(owner) is not before:
+                others = sorted(self._owners.names_of(owner) - {name, owner})
+                changes += [(each, *((owner, "") if before else ("", owner))) for each in others]
+        return changes

@@ -1,0 +1,1 @@
+"""Handing all state over from one gate process to the next."""

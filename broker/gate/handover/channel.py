@@ -1,0 +1,175 @@
+"""The hand-over from gate to gate: the words, the frames, and the descriptors, over a socket between the two.
+
+The old gate does nothing else while it lasts, so nothing changes under it, and no step may take too long. It decides:
+until it has said Go, the new gate reads from nobody and writes to nobody; once it has, it is gone. Whatever goes
+wrong before is a HandoverError there, and it goes on; what the new gate had were copies.
+"""
+
+import array
+import gc
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NoReturn
+
+import msgspec
+
+from broker.gate.dumps import (
+    VERSION,
+    Failed,
+    Fds,
+    Go,
+    HandoverError,
+    Offer,
+    Opening,
+    Ready,
+    SandboxDump,
+    Word,
+    decode_word,
+    encode,
+)
+from broker.gate.io.stream import close_fds
+
+# Bytes of one packet: some of them fit into the socket's buffer.
+PACKET: Final = 65536
+# What the kernel passes with one message (SCM_MAX_FD).
+FDS_A_PACKET: Final = 253
+# A frame is as large as what one sandbox may have queued and held, on all its connections.
+MAX_FRAME: Final = 1 << 40
+_HEAD: Final = struct.Struct("<QI")  # bytes and descriptors that follow
+_ANCILLARY: Final = socket.CMSG_SPACE(FDS_A_PACKET * 4)
+Dump = Callable[[Fds], SandboxDump]
+
+
+class Channel:
+    """One end of the socket. All of it raises HandoverError."""
+
+    def __init__(self, fd: int, seconds: float) -> None:
+        self._sock: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        self._seconds: Final = (
+            seconds  # for a step: who has much to read may be long, but not silent
+        )
+        self._sock.settimeout(seconds)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._sock.close()
+
+    def say(self, word: Word) -> None:
+        """Send a word."""
+        self.send(encode(word))
+
+    def hear(self) -> Word:
+        """Wait for a word."""
+        data, fds = self.receive()
+        close_fds(fds)
+        return decode_word(data)
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a frame with its descriptors, which stay ours, too."""
+        rest = memoryview(_HEAD.pack(len(data), len(fds)) + data)
+        while rest or fds:
+            # Descriptors need some byte to go with.
+            self._send(rest[:PACKET] or b"F", fds[:FDS_A_PACKET])
+            rest, fds = rest[PACKET:], fds[FDS_A_PACKET:]
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        """Wait for a frame. The descriptors are the caller's."""
+        first, fds = self._receive()
+        if len(first) < _HEAD.size:
+            raise HandoverError("the other gate said something else than expected")
+        size, count = _HEAD.unpack_from(first)
+        if size > MAX_FRAME:
+            raise HandoverError(f"a frame of {size} bytes")
+        data = bytearray(first[_HEAD.size :])
+        while len(data) < size or len(fds) < count:
+            more, its_fds = self._receive()
+            data += more
+            fds += its_fds
+        return bytes(data[:size]), fds
+
+    def _send(self, data: bytes | memoryview, fds: Sequence[int] = ()) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._sock.sendmsg([data], rights)
+        except TimeoutError:
+            raise HandoverError(self._too_slow()) from None
+        except ConnectionError:
+            raise HandoverError("the other gate ended") from None
+        except OSError as exc:
+            raise HandoverError(f"cannot send to the other gate: {exc.strerror}") from exc
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        try:
+            data, ancillary, flags, _ = self._sock.recvmsg(
+                PACKET, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            raise HandoverError(self._too_slow()) from None
+        except ConnectionError:
+            raise HandoverError("the other gate ended") from None
+        except OSError as exc:
+            raise HandoverError(f"cannot hear the other gate: {exc.strerror}") from exc
+        fds = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        if flags & socket.MSG_CTRUNC:
+            raise HandoverError("no room for all descriptors")
+        if not data:
+            raise HandoverError("the other gate ended")
+        return data, list(fds)
+
+    def _too_slow(self) -> str:
+        return f"nothing from the other gate for {self._seconds:g} s"
+
+
+def hand_over(channel: Channel, opening: Callable[[Fds], Opening], dumps: Iterable[Dump]) -> None:
+    """Give everything to the gate at the other end. When it returns, that one serves. Raises HandoverError."""
+    offer = channel.hear()
+    if isinstance(offer, Failed):
+        raise HandoverError(offer.text)
+    if not isinstance(offer, Offer) or VERSION not in offer.reads:
+        reads = offer.reads if isinstance(offer, Offer) else ()
+        known = ", ".join(map(str, reads)) or "nothing"
+        raise HandoverError(f"it reads hand-over version {known}; this one writes {VERSION}")
+    gc.disable()  # nothing of this is garbage
+    try:
+        for dump in (opening, *dumps):
+            channel.send(*_write(dump))
+    finally:
+        gc.enable()
+    answer = channel.hear()
+    if isinstance(answer, Failed):
+        raise HandoverError(answer.text)
+    if not isinstance(answer, Ready):
+        raise HandoverError("the other gate said something else than expected")
+    channel.say(Go())
+
+
+def _write(dump: Callable[[Fds], msgspec.Struct]) -> tuple[bytes, list[int]]:
+    fds = Fds()
+    try:
+        return encode(dump(fds)), fds.all
+    except HandoverError:
+        raise
+    except Exception as exc:  # a defect of ours, which is no reason to end
+        raise HandoverError(f"the state cannot be written down: {exc!r}") from exc
+
+
+def leave(last: Callable[[], None]) -> NoReturn:
+    """Do the last thing, and end this process as it stands: what it has open is another's, and not to be tidied up."""
+    try:
+        last()
+    finally:
+        os._exit(0)
+
+
+def same(
+    dump: Callable[[Fds], msgspec.Struct], received: msgspec.Struct, fds: Sequence[int]
+) -> bool:
+    """Say whether a dump says what was received."""
+    again = Fds()
+    # As values: a newer gate may write more fields than an older one.
+    return dump(again) == received and again.all == list(fds)

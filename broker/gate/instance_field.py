@@ -1,0 +1,106 @@
+"""Wishes for header field 10: connections that want it on messages from sandboxes.
+
+A wish is answered when no message without the field is on its way any more. That takes a question to the bus on each
+connection (barrier.py). So wishes are dealt with in rounds, a few in a second, and a wish that comes during a round is in
+the next one.
+
+    service      gate                                  bus
+     | wishes --> | tags all messages from now on       |
+     |            | -- GetId, on each connection -----> | (has read what came before)
+     |            | <--------------------- answers ---- |
+     | <-- Done   |
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from broker.control_protocol.messages import Answer, Done, Refused
+from broker.gate.filter.bus_state import Bus
+from broker.gate.io.loop import Loop
+from broker.wire import errors
+
+# Seconds for a bus to read all messages of sandboxes: less than a caller waits for an answer.
+BARRIER_SECONDS: Final = 5.0
+# Seconds from the end of a round to the next one.
+PAUSE: Final = 0.1
+# By unique name: the supervisor's requests that wait.
+Wishes = dict[str, list[int]]
+
+
+class Tagging:
+    """The wishes that are not answered yet, of all buses."""
+
+    def __init__(self, loop: Loop, answer: Callable[[int, Answer], None]) -> None:
+        self._loop: Final = loop
+        self._answer: Final = answer
+        self._rounds: Final[dict[Bus, Wishes]] = {}
+        self._next: Final[dict[Bus, Wishes]] = {}
+        self._resting: Final[set[Bus]] = set()
+        self._number = 0  # of the last round
+
+    def wish(self, bus: Bus, unique_name: str, serial: int) -> None:
+        """Answer the request when that connection gets no message without the field any more."""
+        current = self._rounds.get(bus, {})
+        if unique_name in current:
+            current[unique_name].append(serial)
+        elif unique_name in bus.tagged:
+            self._answer(serial, Done())
+        else:
+            self._next.setdefault(bus, {}).setdefault(unique_name, []).append(serial)
+            self._begin(bus)
+
+    def take_back(self, bus: Bus, unique_name: str) -> None:
+        """Stop tagging for a connection. Remembered verdicts stay valid."""
+        bus.tagged.discard(unique_name)
+        for serial in self._next.get(bus, {}).pop(unique_name, []):
+            self._answer(serial, Done())
+
+    def give_up(self, text: str) -> None:
+        """Refuse all waiting wishes, which have to be asked for again."""
+        for bus in {*self._rounds, *self._next}:
+            bus.barriers.clear()
+            self._refuse(bus, self._rounds.pop(bus, {}), text)
+            self._refuse(bus, self._next.pop(bus, {}), text)
+
+    def _begin(self, bus: Bus) -> None:
+        if bus in self._rounds or bus in self._resting or not self._next.get(bus):
+            return
+        wishes = self._rounds[bus] = self._next.pop(bus)
+        bus.tagged.update(wishes)
+        for core in bus.members:
+            core.forget_verdicts()
+        self._number += 1
+        number = self._number
+        self._loop.call_later(BARRIER_SECONDS, partial(self._too_long, bus, number))
+        if bus.links:  # else there is nobody to be asked
+            self._resting.add(bus)
+            self._loop.call_later(PAUSE, partial(self._rested, bus))
+        bus.wait_read(number, partial(self._passed, bus, number))
+
+    def _rested(self, bus: Bus) -> None:
+        self._resting.discard(bus)
+        self._begin(bus)
+
+    def _passed(self, bus: Bus, number: int) -> None:
+        if bus.barriers.pop(number, None) is None:
+            return
+        for serials in self._rounds.pop(bus).values():
+            for serial in serials:
+                self._answer(serial, Done())
+        self._begin(bus)
+
+    def _too_long(self, bus: Bus, number: int) -> None:
+        if (barrier := bus.barriers.pop(number, None)) is None:
+            return
+        names = ", ".join(sorted(barrier.names)[:3])
+        text = f"bus {bus.name} has not read all messages of {names} yet: try again"
+        self._refuse(bus, self._rounds.pop(bus), text)
+        self._begin(bus)
+
+    def _refuse(self, bus: Bus, wishes: Wishes, text: str) -> None:
+        """Refuse tags to those who would get messages that were sent without."""
+        bus.tagged.difference_update(wishes)
+        for serials in wishes.values():
+            for serial in serials:
+                self._answer(serial, Refused(errors.NO_REPLY, text))

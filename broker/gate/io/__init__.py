@@ -1,0 +1,1 @@
+"""Event loop, streams, listeners and connecting: the gate's input and output."""

@@ -1,0 +1,90 @@
+"""Connecting to a bus, as the user whose app it is."""
+
+import logging
+import os
+import pwd
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from broker.gate.io.loop import Loop
+from broker.posix.reserve import is_reserved
+from broker.wire.address import UnixAddress, parse_address
+from broker.wire.errors import ConfigError
+
+LOGGER: Final = logging.getLogger(__name__)
+
+# A bus whose backlog is full answers EAGAIN at once: it is asked again after this many seconds.
+RETRY_PAUSE: Final = 0.05
+RETRIES: Final = 100
+
+Done = Callable[[socket.socket | None], None]
+
+
+def connect(loop: Loop, address: str, uid: int, done: Done) -> None:
+    """Connect to the first address that answers; `done` gets the socket, or None."""
+    try:
+        places = parse_address(address)
+    except ConfigError as exc:
+        LOGGER.error("bus-address: %s", exc)  # noqa: TRY400 - the operator needs no traceback
+        done(None)
+        return
+    _Attempt(loop, places, uid, done).go()
+
+
+class _Attempt:
+    def __init__(self, loop: Loop, places: list[UnixAddress], uid: int, done: Done) -> None:
+        self._loop = loop
+        self._places = places
+        self._uid = uid
+        self._done = done
+        self._left = RETRIES
+
+    def go(self) -> None:
+        busy = False
+        for place in self._places:
+            try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            except OSError:
+                break
+            if is_reserved([sock.fileno()]):
+                sock.close()
+                break
+            try:
+                with _as_user(self._uid):
+                    sock.connect(place.path)
+            except BlockingIOError:
+                sock.close()
+                busy = True
+            except OSError as exc:
+                sock.close()
+                LOGGER.debug("bus-connect path=%r: %s", place.path, exc.strerror)
+            else:
+                self._done(sock)
+                return
+        self._left -= 1
+        if busy and self._left:
+            self._loop.call_later(RETRY_PAUSE, self.go)
+        else:
+            self._done(None)
+
+
+@contextmanager
+def _as_user(uid: int) -> Iterator[None]:
+    """Be somebody else: a bus takes a connection's user and groups from the moment of connect(2)."""
+    mine = os.geteuid()
+    if uid == mine:
+        yield
+        return
+    groups, gid = os.getgroups(), os.getegid()
+    user = pwd.getpwuid(uid)
+    os.setgroups(os.getgrouplist(user.pw_name, user.pw_gid))
+    os.setegid(user.pw_gid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+        os.setegid(gid)
+        os.setgroups(groups)

@@ -1,0 +1,55 @@
+"""Work that takes longer than anybody may be kept waiting: done in slices, one a turn of the loop. No I/O."""
+
+from collections.abc import Callable, Generator
+from typing import Final
+
+from broker.gate.io.loop import Loop
+from broker.wire.errors import CallRefusedError
+
+# Work of some milliseconds on a slow machine. `policy.match` counts it: 4 take the time of one step.
+SLICE: Final = 50_000
+
+# Yields how much work was done since the last time, and raises CallRefusedError if it is refused.
+Work = Generator[int, None, None]
+
+
+class Sliced:
+    """A piece of work that is done in slices; `ended` is told its outcome."""
+
+    def __init__(
+        self, loop: Loop, work: Work, ended: Callable[[CallRefusedError | None], None]
+    ) -> None:
+        self._loop: Final = loop
+        self._work: Final = work
+        self._ended: Final = ended
+        self._later: Callable[[], None] | None = None
+
+    def begin(self, later: Callable[[], None]) -> bool:
+        """Do the first slice; return True if that was all.
+
+        Otherwise the rest follows in later turns of the loop, and then `later` is called.
+        """
+        if self._slice():
+            return True
+        self._later = later
+        self._loop.next_turn(self._go_on)
+        return False
+
+    def _go_on(self) -> None:
+        if not self._slice():
+            self._loop.next_turn(self._go_on)
+        elif self._later is not None:
+            self._later()
+
+    def _slice(self) -> bool:
+        done = 0
+        try:
+            while done < SLICE:
+                done += next(self._work)
+        except StopIteration:
+            self._ended(None)
+        except CallRefusedError as exc:
+            self._ended(exc)
+        else:
+            return False
+        return True

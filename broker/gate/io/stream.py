@@ -1,0 +1,318 @@
+"""One socket of a connection: reading with descriptors, writing with a queue behind it."""
+
+import array
+import contextlib
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from broker.gate.dumps import ChunkDump, Fds, PipeDump, pick
+from broker.gate.filter.connection_state import Chunk, Output
+from broker.gate.io.loop import BROKEN, READABLE, WRITABLE, Loop
+from broker.wire.errors import PeerProtocolError
+
+READ_SIZE: Final = 65536
+# For who sends more than that at a time: fewer calls, and fewer messages that end in the next read.
+READ_SIZE_FOR_MUCH: Final = 262144
+# Plain integers: an operation on the socket module's enum members runs Python code, once a message.
+# Independent of O_NONBLOCK, which every holder of the socket may change.
+DONTWAIT: Final = int(socket.MSG_DONTWAIT)
+RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC) | DONTWAIT
+TRUNCATED: Final = int(socket.MSG_CTRUNC)
+# What the kernel passes with one message (SCM_MAX_FD).
+ANCILLARY: Final = socket.CMSG_SPACE(253 * 4)
+# Parts of one sendmsg; the kernel takes 1024 (UIO_MAXIOV).
+MAX_PARTS: Final = 64
+
+
+Ancillary = tuple[int, int, bytes]
+
+
+class Closed(Exception):  # noqa: N818 - an event, not a fault
+    """The other end is gone."""
+
+
+class Pipe:
+    """A non-blocking stream socket in the loop."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        readable: Callable[[], None],
+        drained: Callable[[], None],
+    ) -> None:
+        self._loop: Final = loop
+        self.sock: Final = sock
+        self.fd: Final = sock.fileno()
+        self.readable = readable  # may be replaced: another state, another reader
+        self._drained: Final = drained
+        self._queue: Final[deque[Chunk]] = deque()
+        self.queued = 0  # bytes that the other end has not taken
+        self.queued_fds = 0
+        self.is_behind = False  # what waits is more than one message, or was when more came
+        self.handler: Callable[[int], None] = self.event
+        # Read, and nothing waits on either way that has to go before what comes: see shortcut.py.
+        self.is_clear = False
+        self._reading = True
+        self._is_away = False  # hung up while not read: not in the loop
+        self._events: int = READABLE
+        self._recvmsg = sock.recvmsg
+        self._read_size = READ_SIZE
+        self._send = sock.send
+        loop.add(self.fd, READABLE, self.handler)
+
+    def read(self) -> tuple[bytes, Sequence[int]]:
+        """Return what is there, with its descriptors. Raises Closed, BlockingIOError, PeerProtocolError."""
+        try:
+            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
+        except ConnectionError as exc:
+            raise Closed from exc
+        return self.received(data, ancillary, flags)
+
+    def read_or_lose_fds(self) -> tuple[bytes, Sequence[int], bool]:
+        """Return what is there, its descriptors, and whether there was no room for them. Raises as `read`."""
+        try:
+            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
+        except ConnectionError as exc:
+            raise Closed from exc
+        if not flags & TRUNCATED:
+            return (*self.received(data, ancillary, flags), False)
+        # The descriptors that did fit are of no use alone.
+        close_fds(descriptors(ancillary) if ancillary else ())
+        return data, (), True
+
+    def received(
+        self, data: bytes, ancillary: Sequence[Ancillary], flags: int
+    ) -> tuple[bytes, Sequence[int]]:
+        """Return what recvmsg gave, with its descriptors. Raises Closed, PeerProtocolError."""
+        self._read_size = READ_SIZE if len(data) < READ_SIZE else READ_SIZE_FOR_MUCH
+        fds = descriptors(ancillary) if ancillary else ()
+        if flags & TRUNCATED:
+            close_fds(fds)
+            raise PeerProtocolError("more file descriptors than fit")
+        if not data:
+            close_fds(fds)
+            raise Closed
+        return data, fds
+
+    def write(self, output: Output) -> None:
+        """Send, or queue what the other end does not take; `output` is emptied. Raises Closed.
+
+        Not if the other end has gone: what it sent before is still to be read, and `read` raises it then.
+        """
+        if not self._queue and len(output) == 1 and output[0].__class__ is bytes:
+            data = output[0]
+            output.clear()
+            try:
+                sent = self._send(data, DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except ConnectionError:
+                return
+            except OSError as exc:
+                raise Closed from exc
+            if sent < len(data):
+                self.queue(data[sent:])
+            return
+        was_waiting = bool(self._queue)
+        for item in output:
+            self._enqueue(item if isinstance(item, Chunk) else Chunk(item, ()))
+        output.clear()
+        # The other end that took no more a moment ago: the loop says when it does.
+        if not self._events & WRITABLE or self._is_away:
+            self._flush()
+        self.is_behind = len(self._queue) > 1 or (was_waiting and bool(self._queue))
+
+    def hand_over(self, handler: Callable[[int], None]) -> None:
+        """Have the loop call somebody else, who leaves to `event` what it does not do itself."""
+        self.handler = handler
+        if not self._is_away:
+            self._loop.replace(self.fd, handler)
+
+    def queue(self, data: bytes) -> None:
+        """Have the end of something that was not all taken sent as soon as the other end takes it."""
+        self._enqueue(Chunk(data, ()))
+        self._listen()
+
+    def pause(self, *, reading: bool) -> None:
+        """Read on, or not."""
+        if reading is not self._reading:
+            self._reading = reading
+            self._listen()
+
+    def dump(self, fds: Fds) -> PipeDump:
+        """Return it with what is queued, descriptors as indexes."""
+        return PipeDump(
+            fd=fds.put(self.fd),
+            queue=tuple(ChunkDump(bytes(c.data), fds.put_all(c.fds)) for c in self._queue),
+            reading=self._reading,
+        )
+
+    def load(self, dump: PipeDump, fds: Sequence[int]) -> None:
+        """Have what was queued, and read or not, as the one that made the dump."""
+        for one in dump.queue:
+            self._enqueue(Chunk(one.data, pick(fds, one.fds)))
+        self._reading = dump.reading
+        self._listen()
+
+    def drain(self, seconds: float) -> None:
+        """Wait until the other end has taken what is queued, but no longer than that: nothing else is served meanwhile."""
+        deadline = time.monotonic() + seconds
+        taking = select.poll()
+        taking.register(self.fd, select.POLLOUT)
+        with contextlib.suppress(Closed):
+            while self._queue and (left := deadline - time.monotonic()) > 0:
+                if taking.poll(left * 1000):
+                    self._flush()
+
+    def close(self) -> None:
+        """Close the socket and what is queued."""
+        self._loop.remove(self.fd)
+        self.sock.close()
+        self._drop_queue()
+
+    def leave(self) -> None:
+        """Leave the loop, and close nothing."""
+        self._loop.remove(self.fd)
+        self.sock.detach()
+
+    def release(self) -> socket.socket:
+        """Give the socket up, and drop what is queued: its other end gets the end of the file there instead."""
+        self._loop.remove(self.fd)
+        self._drop_queue()
+        return self.sock
+
+    def _drop_queue(self) -> None:
+        for chunk in self._queue:
+            close_fds(chunk.fds)
+        self._queue.clear()
+        self.queued = self.queued_fds = 0
+
+    def event(self, events: int) -> None:
+        """Do what the loop says: read, or write what is queued."""
+        if events == READABLE:
+            if self._reading:
+                self.readable()
+            return
+        if events & WRITABLE and self._queue:
+            try:
+                self._flush()
+            except Closed:
+                events |= READABLE  # reading finds out, and ends the connection
+            else:
+                if not self._queue:
+                    self.is_behind = False
+                    self._drained()
+        if self._reading:
+            if events & (READABLE | BROKEN):
+                self.readable()
+        elif events & BROKEN and not self._is_away:
+            # It would be told again and again until somebody reads.
+            self._is_away = True
+            self._loop.remove(self.fd)
+
+    def _enqueue(self, chunk: Chunk) -> None:
+        self._queue.append(chunk)
+        self.queued += len(chunk.data)
+        self.queued_fds += len(chunk.fds)
+
+    def _listen(self) -> None:
+        if self._is_away:
+            if self._reading:
+                self._is_away = False
+                self._events = READABLE
+                self._loop.add(self.fd, READABLE, self.handler)
+            return
+        wanted = (READABLE if self._reading else 0) | (WRITABLE if self._queue else 0)
+        if wanted != self._events:
+            self._events = wanted
+            self._loop.change(self.fd, wanted)
+
+    def _flush(self) -> None:
+        """Send as much as the other end takes. Raises Closed."""
+        while self._queue:
+            try:
+                sent = self._send_some()
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                self._drop_queue()
+                break
+            except OSError as exc:
+                raise Closed from exc
+            self._took(sent)
+        self._listen()
+
+    def _send_some(self) -> int:
+        first = self._queue[0]
+        if first.fds:
+            # Alone, so that the receiver can tell which message they belong to.
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", first.fds))
+            sent = self.sock.sendmsg([first.data], [rights], DONTWAIT)
+            close_fds(first.fds)
+            self.queued_fds -= len(first.fds)
+            self._queue[0] = Chunk(first.data, ())
+            return sent
+        parts: list[bytes | memoryview] = []
+        for chunk in self._queue:
+            if chunk.fds or len(parts) == MAX_PARTS:
+                break
+            parts.append(chunk.data)
+        return self.sock.sendmsg(parts, (), DONTWAIT)
+
+    def _took(self, sent: int) -> None:
+        self.queued -= sent
+        while sent:
+            first = self._queue[0]
+            if sent < len(first.data):
+                # A view: a large message must not be copied once for each piece that is taken.
+                self._queue[0] = Chunk(memoryview(first.data)[sent:], first.fds)
+                return
+            sent -= len(first.data)
+            self._queue.popleft()
+
+
+def adopt(fd: int) -> socket.socket:
+    """Return the stream socket that a descriptor from elsewhere is."""
+    # With family and type said, Python asks the kernel for neither.
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+
+
+def descriptors(ancillary: Sequence[Ancillary]) -> list[int]:
+    """Return the descriptors that came with a message."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+def close_fds(fds: Sequence[int]) -> None:
+    """Close descriptors."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def close_output(output: Output) -> None:
+    """Close the descriptors of what will not be sent."""
+    for item in output:
+        if isinstance(item, Chunk):
+            close_fds(item.fds)
+
+
+def unlink_socket(name: str, device: int, inode: int) -> None:
+    """Remove a socket's file, if it is still that one; no name: it has none."""
+    if not name:
+        return
+    with contextlib.suppress(OSError):
+        path = Path(name)
+        found = path.lstat()
+        if (found.st_dev, found.st_ino) == (device, inode):
+            path.unlink()

@@ -1,0 +1,117 @@
+"""What the gate writes down of messages for whoever looks into its death: two rings in a file that it has mapped.
+
+Of each message that is judged, and of each one or run of them that passes because it is known. A write is one into memory of
+our own; the kernel keeps it when we are killed. Before `trace_into` nothing is written.
+"""
+
+import itertools
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from broker.control_protocol.trace_file import (
+    FROM_APP,
+    FROM_BUS,
+    RING,
+    SIZE,
+    SLOT,
+    Note,
+    known_slot,
+    make_name,
+)
+from broker.gate.filter.connection_state import Output
+from broker.posix.files import open_file
+from broker.wire.fixed_header import U32
+from broker.wire.header import FIXED_SIZE, READ_LIMITS, Header, parse_header
+
+_rings: memoryview | None = None
+_numbers: Iterator[int] = itertools.count(1)
+# Where the next one is written.
+_judged: Iterator[int] = itertools.cycle(range(0, RING, SLOT))
+_known: Iterator[int] = itertools.cycle(range(RING, SIZE, SLOT))
+
+# Write down a header: the bytes that it is in, where it begins, how long it is.
+KnownNote = Callable[[bytes, int, int], None]
+
+
+def parse_from_app(sandbox: str, data: bytes, pos: int) -> Header:
+    """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
+    _note(sandbox, FROM_APP, data, pos)
+    return parse_header(data, pos)
+
+
+def parse_from_bus(sandbox: str, data: bytes, pos: int) -> Header:
+    """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
+    _note(sandbox, FROM_BUS, data, pos)
+    return parse_header(data, pos, READ_LIMITS)
+
+
+def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
+    if _rings is not None:
+        note = Note(next(_numbers), time.time(), direction, sandbox)
+        note.write(_rings, next(_judged), data, pos)
+
+
+def make_known_note(sandbox: str, direction: int) -> KnownNote:
+    """Return what writes down messages of a sandbox that are known. It has to be fast: see shortcut.py."""
+    name = make_name(sandbox)
+    name_size = len(name)
+    slot, room = known_slot(name_size)
+    pack_into, now = slot.pack_into, time.time
+
+    def note(data: bytes, pos: int, size: int) -> None:
+        if _rings is not None:
+            if size > room:  # noqa: PLR1730 - not a call more for each message
+                size = room
+            pack_into(
+                _rings,
+                next(_known),
+                next(_numbers),
+                now(),
+                direction,
+                name_size,
+                size,
+                name,
+                data[pos : pos + size],
+            )
+
+    return note
+
+
+def make_pass(out: Output, sandbox: str, direction: int) -> Callable[[bytes, int, int], None]:
+    """Return what passes on a run of known messages, from `pos` to `end`, and writes down the first one."""
+    note = make_known_note(sandbox, direction)
+
+    def pass_on(data: bytes, pos: int, end: int) -> None:
+        out.append(data[pos:end])
+        # Known headers are little-endian.
+        note(data, pos, FIXED_SIZE + U32.unpack_from(data, pos + 12)[0])
+
+    return pass_on
+
+
+def trace_into(path: Path | None) -> None:
+    """Write to that file from now on, or no more. Raises OSError.
+
+    It takes the place of what is there: another gate may still have that one mapped.
+    """
+    global _rings  # noqa: PLW0603 - one a process, as its death is
+    _rings = None
+    if path is None:
+        return
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.unlink(missing_ok=True)  # of a process that had our number
+    fd = open_file(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        # Room now: a page that the file system has none for would be the end of us later.
+        os.posix_fallocate(fd, 0, SIZE)
+        rings = memoryview(mmap.mmap(fd, SIZE))
+        new.rename(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+    _rings = rings

@@ -1,0 +1,1 @@
+"""A sandbox with its sockets, connections, budgets and reports."""

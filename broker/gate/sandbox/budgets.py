@@ -1,0 +1,143 @@
+"""What one sandbox may take of the gate's time: messages, and lines in the log. No I/O but the log."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from broker.gate.dumps import BudgetDump, ComplaintsDump
+
+LOGGER: Final = logging.getLogger(__name__)
+
+# What things cost, in messages. One whose header was judged before takes some 30 µs of the machine's time: 4 here,
+# the rest in the bus and in who gets it. One that is new or refused takes 50 to 100 µs more, here; a connection
+# with both of its handshakes some milliseconds, here, in the bus and in the supervisor.
+JUDGED_COST: Final = 5
+CONNECTION_COST: Final = 250
+# A read, in a handshake: what it says is bounded in sasl.py. Elsewhere meter.py looks at what it brought.
+READ_COST: Final = 1
+# A message from the bus that has to be judged, on each connection that hears it; with a remembered verdict it costs 1. See
+# payers.py for the payer. The price of an app's call includes its reply, unless the gate has to read that (ANSWER_COST).
+HEARD_COST: Final = 4
+ANSWER_COST: Final = 1
+# A question of the gate's own, with its answer: each is a message for the bus as well.
+QUESTION_COST: Final = 5
+# Each message more that the app is told of one owner change: the owner came into sight, say, with all of its names.
+TOLD_COST: Final = 1
+# Messages that a second counts for, of the gate's time or of the bus's: the default budget is 40 % of it.
+BUSY_SECOND: Final = 62_500
+# So many bytes cost a message more: that is what copying them takes, here, in the bus and in who gets them.
+BYTES_A_MESSAGE: Final = 3072
+# Messages to be judged anew that one connection gets done before the others have their turn.
+JUDGED_A_TURN: Final = 8
+# Seconds' worth of messages that may come at once: apps ask for much when they start.
+BURST: Final = 1.0
+# Seconds' worth of debt that are kept: the bill comes when the bus has delivered the message.
+MOST_OWED: Final = 10
+# Whoever has taken too much waits at least so long, or each timer would be for a handful of messages.
+SHORTEST_PAUSE: Final = 0.005
+
+Clock = Callable[[], float]
+
+
+class MessageBudget:
+    """A token bucket. `left` is charged by whoever handles messages; below 0 ask for a `pause`.
+
+    It is filled up only then, so that those who never empty it cost no look at the clock.
+    """
+
+    def __init__(self, a_second: int, clock: Clock = time.monotonic) -> None:
+        self._rate: Final = max(1, a_second)
+        self._full: Final = max(1, int(self._rate * BURST))
+        self._least: Final = -self._rate * MOST_OWED
+        self._clock: Final = clock
+        self._filled = clock()
+        self.left = self._full
+        self.caused = 0  # the part of all charges, so far, that is for messages from the bus
+
+    def fill(self) -> None:
+        """Put in what has come together since the last time."""
+        now = self._clock()
+        earned = int((now - self._filled) * self._rate)
+        # What is less than one message is kept for the next time.
+        self._filled += earned / self._rate
+        self.left = min(self._full, self.left + earned)
+
+    def charge(self, cost: int) -> None:
+        """Take away what the bus brought to anybody because of this sandbox; what it owes has a bound."""
+        if self.left > self._least:
+            self.left = max(self.left - cost, self._least)
+        self.caused += cost
+
+    def take_more(self, cost: int) -> None:
+        """Take away what things cost beyond what was counted; never so much that it lasts over a second."""
+        self.fill()
+        self.left = min(self.left, max(self.left - cost, -self._rate))
+
+    def pause(self) -> float:
+        """Return for how many seconds nothing more may be taken; 0 if some may."""
+        self.fill()
+        return max(SHORTEST_PAUSE, (1 - self.left) / self._rate) if self.left < 0 else 0.0
+
+    @property
+    def used(self) -> int:
+        """How much of it is used up now."""
+        self.fill()
+        return self._full - self.left
+
+    def dump(self) -> BudgetDump:
+        """Return what is left, and since when."""
+        return BudgetDump(left=self.left, filled=self._filled, caused=self.caused)
+
+    def load(self, dump: BudgetDump) -> None:
+        """Have left what the one had that made the dump."""
+        self.left, self._filled, self.caused = dump.left, dump.filled, dump.caused
+
+
+class Complaints:
+    """The lines that one sandbox may cause, each second; how many more there were is told later."""
+
+    def __init__(self, about: str, lines_a_second: int, clock: Clock = time.monotonic) -> None:
+        self._about: Final = about
+        self._most: Final = max(1, lines_a_second)
+        self._clock: Final = clock
+        self._second = clock()
+        self.used = 0
+        self.suppressed = 0  # since the last line that told
+        self.suppressed_ever = 0
+
+    def add(self, what: str, detail: str = "", *, traceback: bool = False) -> None:
+        """Log a line, or count it."""
+        now = self._clock()
+        if now - self._second >= 1.0:
+            self._second = now
+            self.used = 0
+            self.tell()
+        if self.used >= self._most:
+            self.suppressed += 1
+            self.suppressed_ever += 1
+            return
+        self.used += 1
+        # What a peer sent may be in it: no line of the log is to be made by an app.
+        text = detail if detail.isprintable() else ascii(detail)
+        LOGGER.warning("%s sandbox=%s: %s", what, self._about, text, exc_info=traceback)
+
+    def tell(self) -> None:
+        """Say how many lines were left out, if any were."""
+        if self.suppressed:
+            count, self.suppressed = self.suppressed, 0
+            LOGGER.warning("log sandbox=%s: %d suppressed", self._about, count)
+
+    def dump(self) -> ComplaintsDump:
+        """Return what was counted."""
+        return ComplaintsDump(
+            second=self._second,
+            used=self.used,
+            suppressed=self.suppressed,
+            suppressed_ever=self.suppressed_ever,
+        )
+
+    def load(self, dump: ComplaintsDump) -> None:
+        """Count on from there."""
+        self._second, self.used = dump.second, dump.used
+        self.suppressed, self.suppressed_ever = dump.suppressed, dump.suppressed_ever

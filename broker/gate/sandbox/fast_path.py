@@ -1,0 +1,171 @@
+"""The short way of a single message whose header bytes were judged before: one read, a look-up, one write.
+
+Most of what apps send comes one message at a time, and then what is around the judgement costs more than
+the judgement: calls, lists of one, a queue. So an established connection has these handlers in the loop. They
+take nothing but one whole known message, where nothing waits that has to go first (`Pipe.is_clear`);
+everything else goes to the link as it was read. What is looked up, and why that is enough, is the same as in
+filter.py.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from broker.control_protocol.trace_file import FROM_APP, FROM_BUS
+from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.filter import Filter
+from broker.gate.io.loop import READABLE
+from broker.gate.io.stream import ANCILLARY, READ_SIZE, RECEIVE, TRUNCATED, Ancillary, Closed, Pipe
+from broker.gate.recorder import make_known_note
+from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, MessageBudget
+from broker.gate.sandbox.meter import Meter
+from broker.wire.fixed_header import FIXED, REPLIES, U32
+from broker.wire.header import FIXED_SIZE
+
+Handler = Callable[[int], None]
+# Take note of one message and say whether to pass it on; False: nothing is done, it has to be looked at.
+Note = Callable[[bytes, int], bool]
+# Who judges what is not passed on: bytes, ancillary data and flags, as recvmsg gave them.
+Sent = Callable[[bytes, Sequence[Ancillary], int], None]
+
+
+class LongWay(Protocol):
+    """The link, which does whatever is not done here."""
+
+    def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
+        """Judge what was read from the app."""
+
+    def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
+        """Judge what was read from the bus."""
+
+    def cut_short(self, pipe: Pipe, rest: bytes) -> None:
+        """See to the end of a message that was not taken whole."""
+
+    def failed(self, exc: Exception) -> None:
+        """End the connection as the exception says, or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Payers:
+    """Who judges what the long way takes, and what both ways are charged to."""
+
+    judging: Filter
+    budget: MessageBudget
+    meter: Meter
+
+
+def take_short_way(link: LongWay, payers: Payers, app: Pipe, bus: Pipe) -> None:
+    """Have known messages of an established connection passed on without the link."""
+    app.hand_over(_make_handler(link, app, bus, _make_app_note(payers), link.app_sent))
+    bus.hand_over(_make_handler(link, bus, app, _make_bus_note(payers), link.bus_sent))
+
+
+def _make_handler(link: LongWay, source: Pipe, target: Pipe, note: Note, sent: Sent) -> Handler:
+    receive, write, target_fd = source.sock.recvmsg, os.write, target.fd
+
+    def handle(events: int) -> None:
+        if events != READABLE or not source.is_clear:
+            source.event(events)
+            return
+        try:
+            data, ancillary, flags, _ = receive(READ_SIZE, ANCILLARY, RECEIVE)
+            size = len(data)
+            if size < FIXED_SIZE or ancillary or flags & TRUNCATED or not note(data, size):
+                sent(data, ancillary, flags)
+                return
+            try:
+                # Never waits: this end of a connection is the gate's alone, and it made it non-blocking.
+                taken = write(target_fd, data)
+            except OSError as exc:
+                taken = _count_as_sent(exc, size)
+            if taken != size:
+                link.cut_short(target, data[taken:])
+        except Exception as exc:  # noqa: BLE001 - the link knows what each means for it
+            link.failed(exc)
+
+    return handle
+
+
+def _count_as_sent(exc: OSError, size: int) -> int:
+    """Return how much of a message nobody has to send any more. Raises Closed."""
+    if isinstance(exc, BlockingIOError):
+        return 0
+    if isinstance(exc, ConnectionError):
+        return size  # what the other end sent before it went is still to be read, and then it ends
+    raise Closed from exc
+
+
+def _make_app_note(payers: Payers) -> Note:
+    judging, budget, meter = payers.judging, payers.budget, payers.meter
+    core = judging.core
+    pending, calls, tables = core.pending, core.app_calls, judging.app_tables
+    room = core.sandbox.limits.pending_calls
+    unpack = FIXED.unpack_from
+    trace = make_known_note(core.sandbox.id, FROM_APP)
+
+    def note(data: bytes, size: int) -> bool:
+        first, body, serial, fields = unpack(data)
+        start = 16 + (fields + 7 & -8)
+        if start + body != size or not 0 < serial < OWN_SERIALS:
+            return False
+        if budget.left <= 0 or meter.counted >= meter.ask_from:
+            return False
+        table = tables.get(first)
+        if table is None:
+            if first not in REPLIES or not judging.known_app_reply(data, 0, size, body, fields):
+                return False
+        else:
+            answerer = table.get(data[12:start])
+            if answerer is None:
+                return False
+            if table is calls:
+                if serial in pending or len(pending) >= room:
+                    return False
+                pending[serial] = answerer  # type: ignore[assignment]
+        cost = 1 + size // BYTES_A_MESSAGE
+        budget.left -= cost
+        meter.counted += cost
+        trace(data, 0, start)
+        return True
+
+    return note
+
+
+def _make_bus_note(payers: Payers) -> Note:
+    judging, meter = payers.judging, payers.meter
+    core = judging.core
+    pending, tables = core.pending, judging.bus_tables
+    reply_at, shapes = core.bus_reply_at, core.bus_replies
+    unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
+    trace = make_known_note(core.sandbox.id, FROM_BUS)
+
+    def note(data: bytes, size: int) -> bool:
+        first, body, serial, fields = unpack(data)
+        start = 16 + (fields + 7 & -8)
+        if start + body != size:
+            return False
+        if first not in REPLIES:
+            table = tables.get(first)
+            caller = table.get(data[12:start]) if table is not None else None
+            if caller is None or not judging.known_bus_call(table, caller, serial, size):
+                return False
+            trace(data, 0, start)
+            return True
+        at = reply_at.get(start)
+        if at is None:
+            return False
+        asked = unpack_serial(data, at)[0]
+        entry = pending.get(asked)
+        # No owner is None.
+        if entry is None or entry.owner != shapes.get(data[12:at] + data[at + 4 : start]):
+            return False
+        del pending[asked]
+        if size >= BYTES_A_MESSAGE:
+            answered = size // BYTES_A_MESSAGE
+            meter.counted += answered
+            meter.answered += answered
+        trace(data, 0, start)
+        return True
+
+    return note

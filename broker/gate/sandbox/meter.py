@@ -1,0 +1,108 @@
+"""What one connection costs: the messages that its filter counts, or the time that they really took if it is more.
+
+The counts in budgets.py are those of a machine with nothing else to do. On a slower or busier one the same messages
+take more of the gate's time, and of the bus's. So the gate looks at the clock around each judgement of what was read;
+and behind every few hundred messages, or replies to them, it asks the bus something, since until the answer comes the
+bus has been at work on them. Thus whoever floods has a share of the time, on a slow machine as on a fast one.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from broker.gate.dumps import Then
+from broker.gate.filter.filter import Filter
+from broker.gate.sandbox.budgets import BUSY_SECOND, BYTES_A_MESSAGE, Clock, MessageBudget
+from broker.wire.header import Header
+
+# Messages, as budgets.py counts them, from one question to the next: a question costs the bus as much as two.
+EVERY: Final = 512
+# Who has not read more than this part of `bytes_queued` pays for replies by their number as well.
+BEHIND: Final = 16
+KIND: Final = "meter"
+
+
+class Meter:
+    """Feeds the filter, and sets its `spent` to what that cost.
+
+    Whoever passes messages on without it adds to `counted`, and gives it the next one when that is `ask_from`. Replies
+    cost nothing by their number, for what calls cost has them in it; so they are added to `answered` as well.
+    """
+
+    def __init__(
+        self, judging: Filter, budget: MessageBudget, clock: Clock = time.monotonic
+    ) -> None:
+        self._judging: Final = judging
+        self._budget: Final = budget
+        self._clock: Final = clock
+        self._asked: tuple[float, int] | None = None  # when, and what had been paid
+        # Who has none passes all answers on, those to calls of the gate's own as well.
+        self._asks: Final = bool(judging.core.finishers)
+        judging.core.finishers[KIND] = self._answered
+        self.counted = self.answered = 0  # since the last question
+        self.ask_from = EVERY if self._asks else sys.maxsize
+
+    def feed_app(self, data: bytes, fds: Sequence[int]) -> None:
+        """Have judged what the app sent. Raises as the filter does."""
+        self._measure_app(lambda: self._judging.feed_app(data, fds), len(data))
+
+    def go_on(self) -> None:
+        """Have judged what waits for its turn. Raises as the filter does."""
+        self._measure_app(self._judging.go_on, 0)
+
+    def feed_bus(self, data: bytes, fds: Sequence[int], *, pays: bool) -> None:
+        """Have judged what the bus sent. Raises as the filter does.
+
+        Known replies to the app's calls may cost it the time that they take, and if it `pays` their number. What has to
+        be looked at has been charged to whoever caused it.
+        """
+        judging = self._judging
+        judging.billed = 0.0
+        start = self._clock()
+        judging.feed_bus(data, fds)
+        if judging.answered:
+            if pays:
+                judging.spent, judging.answered = judging.spent + judging.answered, 0
+            self._spend(start + judging.billed, judging.answered)
+            self._ask_if_due()
+
+    def _measure_app(self, judge: Callable[[], None], size: int) -> None:
+        judging = self._judging
+        start = self._clock()
+        try:
+            judge()
+        finally:  # a message that ends the connection has taken its time as well
+            # A read with nothing whole in it is a read: whoever sends byte by byte pays for each.
+            least = 1 if size else 0
+            judging.spent = max(judging.spent + size // BYTES_A_MESSAGE, least)
+            self._spend(start, 0)
+        # Half of a message is not on its way to the bus yet.
+        if judging.core.to_bus:
+            self._ask_if_due()
+
+    def _spend(self, start: float, answered: int) -> None:
+        judging = self._judging
+        took = int((self._clock() - start) * BUSY_SECOND)
+        judging.spent = max(judging.spent, took - answered)
+        judging.answered = 0
+        self.counted += judging.spent + answered
+        self.answered += answered
+
+    def _ask_if_due(self) -> None:
+        core = self._judging.core
+        if self.counted >= self.ask_from and core.unique_name:
+            self._asked = (self._clock(), self.counted - self.answered)
+            self.counted = self.answered = 0
+            self.ask_from = sys.maxsize
+            core.call_driver("GetId", "", (), Then(KIND))
+
+    def _answered(self, _then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+        if self._asked is None:
+            return  # another gate had asked
+        when, paid = self._asked
+        self._asked = None
+        self.ask_from = EVERY
+        more = int((self._clock() - when) * BUSY_SECOND) - paid
+        if more > 0:
+            self._budget.take_more(more)

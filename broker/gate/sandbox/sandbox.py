@@ -1,0 +1,551 @@
+"""A sandbox in the gate: its listening sockets, its connections, its rules, its end."""
+
+import os
+import select
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Final
+
+import msgspec
+
+from broker.control_protocol.messages import (
+    Connected,
+    Ended,
+    Event,
+    Gone,
+    Listener,
+    SandboxSpec,
+    SandboxState,
+    Upstream,
+    Use,
+)
+from broker.gate.dumps import Fds, SandboxDump
+from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.connection_state import Core, Denial
+from broker.gate.filter.filter import Filter
+from broker.gate.io import listener as accept
+from broker.gate.io.loop import Loop
+from broker.gate.io.slices import Sliced, Work
+from broker.gate.io.stream import adopt, close_fds, unlink_socket
+from broker.gate.sandbox.budgets import CONNECTION_COST, JUDGED_A_TURN, Complaints, MessageBudget
+from broker.gate.sandbox.connection import Link
+from broker.gate.sandbox.denial_reports import Reports, is_news
+from broker.gate.sandbox.error_boundaries import contained_by_sandbox
+from broker.gate.sandbox.lingering import Linger
+from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
+from policy.match import Judge, excess, make_judge
+from policy.rules import AccessList
+
+# What a socket calls itself in the handshake when nobody gave it a guid: 32 hex digits.
+GUID: Final = os.urandom(16).hex()
+# The work of a change of rules for one connection, beside what its chores count: as `policy.match` counts work.
+CHANGE_WORK: Final = 4096
+# Seconds that the end of a sandbox waits for the bus to close its connections. A message that the bus delivers later is of
+# a sandbox that is not known any more.
+LINGER_SECONDS: Final = 5.0
+
+
+class Sandbox:
+    """One app instance."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        spec: SandboxSpec,
+        buses: dict[str, Bus],
+        emit: Callable[[Event], None],
+        changed: Callable[["Sandbox"], None],
+    ) -> None:
+        self._loop: Final = loop
+        self.spec = spec
+        self.id: Final = spec.id
+        self.identity: Final = spec.identity
+        self.limits: Final = spec.limits
+        self.bytes_held = 0
+        self.messages: Final = MessageBudget(spec.limits.messages_per_second)
+        self.complaints: Final = Complaints(spec.id, spec.limits.log_lines_per_second)
+        self.is_throttled = False
+        self._throttled_count = 0
+        # Who may go on when the budget has filled up, in the order in which they came.
+        self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
+        self.denied_count = 0
+        self.links: Final[dict[Link, None]] = {}  # a set with an order
+        self.lingering: Final[
+            dict[Linger, None]
+        ] = {}  # connections that the app has closed and the bus has not
+        self._buses: Final = buses
+        self._emit: Final = emit
+        self._changed: Final = changed  # it listens less, a connection joined or left, all is over
+        self._judges: dict[str, Judge] = {}
+        self._listening: Final[dict[int, tuple[socket.socket, Listener]]] = {}
+        self._close_pipe = -1
+        self._reports: Final = Reports(loop, spec.id, emit)
+        self._guid = GUID
+        self._reason = ""  # of its end, once that is decided
+        self.asked: Final[list[int]] = []  # requests of the supervisor that wait for its end
+        self.is_over = self._is_preparing = False
+        # Connections of the former gate, by bus and unique name, that this one could not take over.
+        self.lost: Final[list[tuple[str, str]]] = []
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def open(self, fds: Sequence[int]) -> None:
+        """Serve the sockets. The descriptors are the sandbox's from here on."""
+        for listener in self.spec.listeners:
+            self._listen(fds[listener.fd], listener)
+        if self.spec.close_notify is not None:
+            self._watch_pipe(fds[self.spec.close_notify])
+
+    def _listen(self, fd: int, listener: Listener) -> None:
+        self._listening[fd] = (socket.socket(fileno=fd), listener)
+        self._loop.add(fd, accept.LISTENING, partial(self._readable, fd))
+
+    def _watch_pipe(self, fd: int) -> None:
+        self._close_pipe = fd
+        # Its end alone, whatever it is: bytes mean nothing, and nobody is to keep us busy with them.
+        self._loop.add(fd, select.EPOLLRDHUP, self._close_notify)
+
+    def descriptors(self) -> list[tuple[str, int]]:
+        """Return what it listens on, by bus; and by no bus the pipe that ends it."""
+        found = [(listener.bus, fd) for fd, (_, listener) in self._listening.items()]
+        return [*found, ("", self._close_pipe)] if self._close_pipe >= 0 else found
+
+    def stop_listening(self) -> None:
+        """Take no more connections; end with the last one."""
+        for fd in list(self._listening):
+            self._close_listener(fd)
+        self._end_if_done()
+
+    def _close_listener(self, fd: int) -> None:
+        sock, listener = self._listening.pop(fd)
+        self._loop.remove(fd)
+        sock.close()
+        unlink_socket(listener.path, listener.device, listener.inode)
+
+    def stop(self, reason: str) -> None:
+        """End it, connections and all; it is over when the bus has let go of them."""
+        if self._reason:
+            return
+        self._reason = reason
+        for fd in list(self._listening):
+            self._close_listener(fd)
+        for link in list(self.links):
+            link.close(reason)
+        if self._close_pipe >= 0:
+            self._loop.remove(self._close_pipe)
+            os.close(self._close_pipe)
+            self._close_pipe = -1
+        if self.lingering:
+            self._loop.call_later(LINGER_SECONDS, self.finish)
+            self._changed(self)
+        else:
+            self.finish()
+
+    def abandon(self) -> None:
+        """Finish after `stop` without waiting for the bus to release connections."""
+        for rest in list(self.lingering):
+            rest.close()
+        self.finish()
+
+    def finish(self) -> None:
+        """Tell the end, after `stop`; connections may linger. Does nothing the second time."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._reports.tell_rest()
+        self.complaints.tell()
+        self._emit(Ended(self.id, self._reason))
+        self._changed(self)
+
+    @contained_by_sandbox
+    def _close_notify(self, _events: int) -> None:
+        self._loop.remove(self._close_pipe)  # it would be told again and again
+        self.stop("close-notify")
+
+    def _end_if_done(self) -> None:
+        if self.is_over:
+            return
+        if self._reason:
+            if not (self.links or self.lingering):
+                self.finish()
+        elif not (self._listening or self.links or self.lingering):
+            self.stop("last-connection")
+        else:
+            self._changed(self)
+
+    # -- rules -----------------------------------------------------------------------------------
+
+    def judge(self, bus: str) -> Judge:
+        """Return the rules of this sandbox on a bus, compiled."""
+        judge = self._judges.get(bus)
+        if judge is None:
+            judge = Judge(self.spec.access, bus=bus, me=self.identity)
+            self._judges[bus] = judge
+        return judge
+
+    def compile(self) -> Work:
+        """Compile the rules that it comes with. Raises CallRefusedError."""
+        self._judges = yield from self._compiled(self.spec.access, is_new=True)
+
+    def has_rules(self, bus: str) -> bool:
+        """Say whether the rules for a bus are compiled. After a hand-over they are not if no connection needed them."""
+        return bus in self._judges
+
+    def prepare(self) -> None:
+        """Compile the rules in slices, and let connections that wait for them go on."""
+        if not self._is_preparing:
+            self._is_preparing = True
+            Sliced(self._loop, self._prepare(), self._prepared).begin(lambda: None)
+
+    def _prepare(self) -> Work:
+        access = self.spec.access
+        judges = yield from self._compiled(access, is_new=False)
+        if self.spec.access is access:  # else others came meanwhile, and are compiled
+            self._judges.update(judges)
+
+    def _prepared(self, refused: CallRefusedError | None) -> None:
+        self._is_preparing = False
+        for link in [one for one in self.links if one.filter is None]:
+            if refused is not None:
+                self.complaints.add("rules", str(refused))
+                link.close("its rules are not understood")
+            else:
+                link.resume()
+
+    def set_access(self, access: AccessList) -> Work:
+        """Judge by other rules once this is done. Raises CallRefusedError, and nothing has changed."""
+        judges = yield from self._compiled(access, is_new=True)
+        if self.is_over:
+            raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
+        self.spec = msgspec.structs.replace(self.spec, access=access)
+        self._judges = judges
+        for link in list(self.links):
+            judging = link.filter
+            if judging is not None and link in self.links:
+                yield from link.use(self.judge(judging.core.bus.name))
+                yield CHANGE_WORK
+
+    def _compiled(
+        self, access: AccessList, *, is_new: bool
+    ) -> Generator[int, None, dict[str, Judge]]:
+        """Return the judges of each bus. Whoever made a new list is not trusted to have counted what it costs."""
+        judges = {}
+        for listener in self.spec.listeners:
+            try:
+                judge = yield from make_judge(access, bus=listener.bus, me=self.identity)
+            except ValueError as exc:
+                raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
+            if is_new and (text := excess(judge.cost, self.limits.rule_steps)) is not None:
+                raise CallRefusedError(LIMITS_EXCEEDED, text)
+            judges[listener.bus] = judge
+        return judges
+
+    def settle(self) -> None:
+        """Do now what connections would do in later turns."""
+        for link in list(self.links):
+            link.settle()
+
+    def set_upstream(self, bus: str, upstream: Upstream | None) -> None:
+        """Make connections to that bus there from now on, those that wait for it included."""
+        upstreams = {b: u for b, u in self.spec.upstreams.items() if b != bus}
+        upstreams |= {bus: upstream} if upstream is not None else {}
+        self.spec = msgspec.structs.replace(self.spec, upstreams=upstreams)
+        for link in [one for one in self.links if one.filter is None and one.bus.name == bus]:
+            link.resume()
+
+    # -- connections -------------------------------------------------------------------------------
+
+    @property
+    def cores(self) -> list[Core]:
+        """Its connections, those in their handshakes left out."""
+        return [link.filter.core for link in self.links if link.filter is not None]
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether it takes connections."""
+        return bool(self._listening)
+
+    @contained_by_sandbox
+    def _readable(self, fd: int, events: int) -> None:
+        if events & accept.SHUT_DOWN:
+            self._lose_listener(fd, "its creator has shut it down")
+            return
+        sock, listener = self._listening[fd]
+        for _ in range(accept.A_TURN):
+            if self._waits_for_bus():
+                return
+            try:
+                if (connection := accept.take(sock, shared=not listener.path)) is None:
+                    return
+            except OSError as exc:
+                self._cannot_accept(fd, exc)
+                return
+            try:
+                self._take(connection, listener)
+            except (OSError, MemoryError) as exc:  # e.g. no room in the loop
+                connection.close()
+                self.complaints.add("accept", str(exc))
+            if self.charge(CONNECTION_COST, self._listen_on):
+                for listening in self._listening:
+                    self._loop.change(listening, 0)
+                return
+
+    def _waits_for_bus(self) -> bool:
+        """Take no connection that would be one too many only until the bus has let go of others."""
+        most = self.limits.connections
+        if not len(self.links) < most <= len(self.links) + len(self.lingering):
+            return False
+        for listening in self._listening:
+            self._loop.change(listening, 0)
+        return True
+
+    def _cannot_accept(self, fd: int, exc: OSError) -> None:
+        if exc.errno in accept.SCARCE:
+            self.complaints.add("accept", exc.strerror or "")
+            self._loop.change(fd, 0)
+            self._loop.call_later(accept.PAUSE, partial(self._accept_again, fd))
+        else:  # and it would be readable for ever
+            self._lose_listener(fd, exc.strerror or "")
+
+    def _lose_listener(self, fd: int, why: str) -> None:
+        self.complaints.add("listener-lost", why)
+        self._close_listener(fd)
+        self._end_if_done()
+
+    def _accept_again(self, fd: int) -> None:
+        if fd in self._listening:
+            self._loop.change(fd, accept.LISTENING)
+
+    def _listen_on(self) -> None:
+        for fd in self._listening:
+            self._loop.change(fd, accept.LISTENING)
+
+    def _take(self, connection: socket.socket, listener: Listener) -> None:
+        if (uid := accept.peer_uid(connection)) != self.spec.uid:
+            self.complaints.add("wrong-uid", f"uid={uid}")
+            connection.close()
+            return
+        if len(self.links) >= self.limits.connections:
+            most = self.limits.connections
+            self.complaints.add("too-many-connections", f"max_connections_per_container={most}")
+            connection.close()
+            return
+        connection.setblocking(False)
+        bus = self._buses[listener.bus]
+        self.links[Link(self._loop, self, bus, connection, listener.guid or self._guid)] = None
+
+    def make_filter(self, bus: Bus, *, app_takes_fds: bool) -> Filter:
+        """Return what judges a new connection."""
+        return Filter(
+            bus,
+            self,
+            self.judge(bus.name),
+            app_takes_fds=app_takes_fds,
+            judged_a_turn=JUDGED_A_TURN,
+        )
+
+    def said_hello(self, core: Core) -> None:
+        """Register a connection, before its app can use it."""
+        core.bus.connected(core.unique_name, self.id, self.identity)
+        core.bus.payers.joined(core.unique_name, self.messages)
+        self._emit(Connected(self.id, core.bus.name, core.unique_name))
+        for link in self.links:
+            if link.filter is not None and link.filter.core is core:
+                link.said_hello()
+        self._changed(self)
+
+    def link_closed(self, link: Link) -> None:
+        """Forget a connection."""
+        self.links.pop(link, None)
+        self._waiting.pop(link.read_on, None)
+        core = link.filter.core if link.filter is not None else None
+        if core is not None and core.unique_name:
+            core.bus.payers.left(core.unique_name, self.id, list(core.requested_names))
+        self._end_if_done()
+
+    def linger(self, bus: Bus, unique_name: str, sock: socket.socket) -> None:
+        """Keep what is left of a connection whose app has gone. The socket is the sandbox's from here on."""
+        rest = Linger(self._loop, bus.name, unique_name, sock, self._let_go)
+        self.lingering[rest] = None
+        bus.lingering[unique_name] = rest
+
+    @contained_by_sandbox
+    def _let_go(self, rest: Linger) -> None:
+        del self.lingering[rest]
+        bus = self._buses[rest.bus]
+        bus.lingering.pop(rest.unique_name, None)
+        bus.gone(rest.unique_name)
+        self._emit(Gone(self.id, rest.bus, rest.unique_name))
+        if self._listen_on not in self._waiting:
+            self._listen_on()
+        self._end_if_done()
+
+    # -- budgets -----------------------------------------------------------------------------------
+
+    def charge(self, cost: int, go_on: Callable[[], None], *, goes_first: bool = False) -> bool:
+        """Take note of messages. True: whoever sent them is not to be read until `go_on` is called.
+
+        The sandbox's other connections get one read each meanwhile: one cannot starve them. Who is in the
+        middle of a message goes first, or many large ones would all be whole, and sent to the bus, at once.
+        """
+        self.messages.left -= cost
+        if self.messages.left < 0 and not self.is_throttled and (wait := self.messages.pause()):
+            self._throttled_count += 1
+            self.is_throttled = True
+            self._loop.call_later(wait, self._waited)
+        if self.is_throttled:
+            self._waiting[go_on] = None
+            if goes_first:
+                self._waiting.move_to_end(go_on, last=False)
+        return self.is_throttled
+
+    @contained_by_sandbox
+    def _waited(self) -> None:
+        """Let whoever has waited longest go on; the next one when that has been read and charged.
+
+        All at once would be a burst of a read each, for which everybody else would have to wait.
+        """
+        if self._reason:
+            return
+        if wait := self.messages.pause():
+            self._loop.call_later(wait, self._waited)
+        elif self._waiting:
+            go_on, _ = self._waiting.popitem(last=False)
+            go_on()
+            self._loop.next_turn(self._waited)
+        else:
+            self.is_throttled = False
+
+    @property
+    def fds(self) -> int:
+        """How many descriptors of messages are here."""
+        return sum(link.fds for link in self.links)
+
+    def taken(self) -> Use:
+        """Return what is taken of the limits."""
+        mine = Use(
+            bytes_held=self.bytes_held,
+            rule_steps=max((judge.cost.steps for judge in self._judges.values()), default=0),
+            messages_per_second=self.messages.used,
+            log_lines_per_second=self.complaints.used,
+            throttled=self._throttled_count,
+            suppressed=self.complaints.suppressed_ever,
+            caused=self.messages.caused,
+            connections=len(self.lingering),
+            lingering=len(self.lingering),
+        )
+        return sum((link.taken() for link in self.links), mine)
+
+    def close_fds(self, fds: Sequence[int]) -> None:
+        """Close what a refused message brought."""
+        close_fds(fds)
+
+    # -- reports -----------------------------------------------------------------------------------
+
+    def denied(self, core: Core, denial: Denial) -> None:
+        """Report a refusal, or count it when there are too many."""
+        if not is_news(core, denial):
+            return
+        self.denied_count += 1
+        self._reports.add(core.bus.name, denial)
+
+    def state(self) -> SandboxState:
+        """Return what the supervisor may want to know."""
+        named = [(core.bus.name, core.unique_name) for core in self.cores if core.unique_name]
+        gone = [(rest.bus, rest.unique_name) for rest in self.lingering]
+        return SandboxState(
+            spec=self.spec,
+            listening=bool(self._listening),
+            connections=tuple(sorted([*named, *gone])),
+            opening=len(self.links) - len(named),
+            denied=self.denied_count - self._reports.unreported,  # these are told later
+            use=self.taken(),
+        )
+
+    # -- handing over ------------------------------------------------------------------------------
+
+    def dump(self, fds: Fds) -> SandboxDump:
+        """Return all of it, descriptors as indexes."""
+        places = {link.read_on: place for place, link in enumerate(self.links)}
+        listeners = self.spec.listeners
+        return SandboxDump(
+            spec=self.spec,
+            guid=self._guid,
+            listening=tuple(
+                (listeners.index(listener), fds.put(fd))
+                for fd, (_, listener) in self._listening.items()
+            ),
+            close_pipe=fds.put(self._close_pipe) if self._close_pipe >= 0 else -1,
+            links=tuple(link.dump(fds) for link in self.links),
+            lingering=tuple(rest.dump(fds) for rest in self.lingering),
+            reason=self._reason,
+            asked=tuple(self.asked),
+            messages=self.messages.dump(),
+            complaints=self.complaints.dump(),
+            is_throttled=self.is_throttled,
+            throttled_count=self._throttled_count,
+            waiting=tuple(places.get(go_on, -1) for go_on in self._waiting),
+            denied_count=self.denied_count,
+            reports_left=self._reports.left,
+            unreported=self._reports.unreported,
+        )
+
+    def load(self, dump: SandboxDump, fds: Sequence[int], judges: dict[str, Judge]) -> None:
+        """Be as the one was that made the dump; `resume` goes on. `judges`: of the same rules, by bus."""
+        self._judges = judges
+        self._guid = dump.guid
+        for place, at in dump.listening:
+            self._listen(fds[at], self.spec.listeners[place])
+        if dump.close_pipe >= 0:
+            self._watch_pipe(fds[dump.close_pipe])
+        for one in dump.links:
+            link = Link(self._loop, self, self._buses[one.bus], adopt(fds[one.app.fd]), one.guid)
+            self.links[link] = None
+            link.load(one, fds)
+        for rest in dump.lingering:
+            self.linger(self._buses[rest.bus], rest.unique_name, adopt(fds[rest.fd]))
+        self._reason = dump.reason
+        self.asked.extend(dump.asked)
+        readers = [link.read_on for link in self.links]
+        for place in dump.waiting:
+            self._waiting[readers[place] if place >= 0 else self._listen_on] = None
+        self.messages.load(dump.messages)
+        for bus in self._buses.values():
+            bus.payers.adopt(self.id, self.messages)
+        self.complaints.load(dump.complaints)
+        self.is_throttled, self._throttled_count = dump.is_throttled, dump.throttled_count
+        self.denied_count = dump.denied_count
+        self._reports.load(dump.reports_left, dump.unreported)
+
+    def discard(self) -> None:
+        """Leave the loop and close nothing: what was loaded belongs to the gate before."""
+        self.is_over = True
+        for fd, (sock, _) in self._listening.items():
+            self._loop.remove(fd)
+            sock.detach()
+        self._loop.remove(self._close_pipe)
+        for link in self.links:
+            link.discard()
+        for rest in self.lingering:
+            rest.leave()
+            self._buses[rest.bus].lingering.pop(rest.unique_name, None)
+
+    def resume(self) -> None:
+        """Continue after `load`."""
+        for bus, unique_name in self.lost:
+            self.complaints.add("connection-lost", f"{unique_name}: the next gate cannot read it")
+            self._buses[bus].gone(unique_name)
+            self._emit(Gone(self.id, bus, unique_name))
+        self.lost.clear()
+        self._end_if_done()
+        if self._listen_on in self._waiting:
+            for listening in self._listening:
+                self._loop.change(listening, 0)
+        if self.is_throttled:
+            self._loop.next_turn(self._waited)
+        for link in list(self.links):
+            link.resume()
+        if self._reason:
+            self._loop.call_later(LINGER_SECONDS, self.finish)

@@ -1,0 +1,66 @@
+"""What connections take of their sandbox's limits. No I/O."""
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+from broker.control_protocol.messages import Use
+from broker.gate.filter.filter import Filter
+from broker.wire.errors import PeerQuotaError
+
+
+class Reader(Protocol):
+    """A connection, by what its app has not read."""
+
+    @property
+    def queued(self) -> int:
+        """Bytes that wait for it."""
+
+    @property
+    def behind(self) -> int:
+        """The same, if they are of more than one message."""
+
+    def failed(self, exc: Exception) -> None:
+        """End as the exception says."""
+
+
+AnyReader = TypeVar("AnyReader", bound=Reader)
+
+
+def find_too_far_behind(readers: Iterable[AnyReader], most: int) -> AnyReader | None:
+    """Return the one that is most behind if more than `most` bytes wait for all together.
+
+    One message of any size may always wait, for one of them: of those that only one waits for the largest does not count.
+    """
+    waiting = {reader: reader.queued for reader in readers}
+    alone = [reader for reader in waiting if not reader.behind]
+    if alone:
+        del waiting[max(alone, key=waiting.__getitem__)]
+    return max(waiting, key=waiting.__getitem__) if sum(waiting.values()) > most else None
+
+
+def end_too_far_behind(reader: Reader, readers: Iterable[Reader], most: int) -> None:
+    """End that one, if there is one. Raises PeerQuotaError if it is `reader`."""
+    worst = find_too_far_behind(readers, most)
+    if worst is not None:
+        exc = PeerQuotaError("does not read what it is sent")
+        if worst is reader:
+            raise exc
+        worst.failed(exc)
+
+
+def connection_use(judging: Filter | None, *, queued: int, fds: int) -> Use:
+    """Return it. Without a filter it is in its handshakes."""
+    if judging is None:
+        return Use(connections=1, handshake_seconds=1)
+    core = judging.core
+    return Use(
+        connections=1,
+        bytes_queued=queued,
+        pending_calls=len(core.pending) + len(core.asked),
+        match_rules=core.matches.count,
+        names=len(core.requested_names),
+        tracked_names=judging.tracked_names,
+        fds=fds,
+        handshake_seconds=not core.unique_name,
+        message_seconds=bool(judging.from_app.unfinished),
+    )

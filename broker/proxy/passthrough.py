@@ -1,0 +1,171 @@
+"""A connection of a proxy that does not filter: whatever is a valid message passes, both ways. No I/O.
+
+What is left of the gate's care: only whole, strictly valid messages reach the bus, with the descriptors that
+they name and no others, and without a sender or fields that the app made up. What the bus sends is cut into
+messages only so that descriptors stay with theirs.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.connection_state import Chunk, Host
+from broker.gate.filter.driver_calls import results
+from broker.gate.filter.filter import Filter
+from broker.gate.filter.from_app import KNOWN_FLAGS
+from broker.gate.filter.from_bus import without_fds
+from broker.gate.sandbox.budgets import JUDGED_COST
+from broker.wire import errors
+from broker.wire.errors import PeerProtocolError, PeerQuotaError
+from broker.wire.header import (
+    BUS_LIMITS,
+    FIXED_SIZE,
+    Flag,
+    Header,
+    MessageType,
+    measure,
+    parse_header,
+    serialise_header,
+)
+from broker.wire.skim import parse_or_skim
+from policy.match import Judge
+
+# Headers of the app that were found valid and clean, and the longest of them: 256 KiB at the most.
+MAX_REMEMBERED: Final = 512
+MAX_REMEMBERED_BYTES: Final = 512
+
+_REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)
+# First word and fields of a header, and whether there is a body: all that makes it valid but for the
+# numbers that `measure` checks.
+_Key = tuple[bytes, bool]
+
+
+class Passage(Filter):
+    """In place of a Filter, where there is nothing to judge."""
+
+    def __init__(self, bus: Bus, sandbox: Host, judge: Judge, *, app_takes_fds: bool) -> None:
+        super().__init__(bus, sandbox, judge, app_takes_fds=app_takes_fds)
+        self.core.finishers.clear()  # the app would get the answers
+        self._clean: Final[set[_Key]] = set()
+
+    # -- from the app ------------------------------------------------------------------------------
+
+    def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        intake = self.from_app
+        whole = intake.take(data, fds)
+        if whole is None:
+            return
+        pos = run = 0
+        out = self.core.to_bus
+        while pos + FIXED_SIZE <= len(whole):
+            size = measure(whole, pos)
+            if pos + size > len(whole):
+                self._check_size(size)
+                intake.need(size)
+                break
+            if not intake.has_fds and _key(whole, pos, size) in self._clean:
+                self.spent += 1
+                pos += size
+                continue
+            if run < pos:
+                out.append(whole[run:pos])
+            self._look_at(whole[pos : pos + size], pos)
+            pos += size
+            run = pos
+        if run < pos:
+            out.append(whole[run:pos])
+        intake.consumed(whole, pos)
+
+    def _check_size(self, size: int) -> None:
+        limit = self.core.sandbox.limits.bytes_held
+        if self.core.sandbox.bytes_held + size > limit:
+            raise PeerQuotaError(f"a message of {size} bytes, with bytes_held={limit} in all")
+
+    def _look_at(self, data: bytes, at: int) -> None:
+        """Pass on a message whose header was not seen before. Raises PeerProtocolError."""
+        core = self.core
+        self.spent += JUDGED_COST
+        header = parse_header(data)
+        fds = self.from_app.peek_fds(header.unix_fds, at)
+        if fds and not core.app_takes_fds:
+            raise PeerProtocolError("file descriptors that were not negotiated")
+        self.from_app.drop_fds(len(fds))
+        if header.type > MessageType.SIGNAL:  # the specification wants unknown types ignored
+            core.sandbox.close_fds(fds)
+            return
+        if _has_forgeries(header):
+            data = serialise_header(header) + data[header.size :]
+        elif not fds:
+            self._remember(_key(data, 0, len(data)))
+        core.to_bus.append(Chunk(data, fds) if fds else data)
+
+    def _remember(self, key: _Key) -> None:
+        if len(key[0]) <= MAX_REMEMBERED_BYTES:
+            if len(self._clean) >= MAX_REMEMBERED:
+                self._clean.clear()
+            self._clean.add(key)
+
+    # -- from the bus ------------------------------------------------------------------------------
+
+    def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
+        """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        intake = self._from_bus
+        whole = intake.take(arrived, fds)
+        if whole is None:
+            return
+        pos = run = 0
+        out = self.core.to_app
+        while pos + FIXED_SIZE <= len(whole):
+            size = measure(whole, pos, BUS_LIMITS)
+            if pos + size > len(whole):
+                intake.need(size)
+                break
+            if intake.has_fds or not self.core.unique_name:
+                if run < pos:
+                    out.append(whole[run:pos])
+                self._bring(whole[pos : pos + size], pos)
+                run = pos + size
+            pos += size
+        if run < pos:
+            out.append(whole[run:pos])
+        intake.consumed(whole, pos)
+
+    def _bring(self, data: bytes, at: int) -> None:
+        """Pass a message to the app that has descriptors, or may be the answer to Hello."""
+        core = self.core
+        header = parse_or_skim(data)  # what a bus may deliver is the app's own matter
+        fds = self._from_bus.peek_fds(header.unix_fds, at)
+        self._from_bus.drop_fds(len(fds))
+        if not core.unique_name and header.type == MessageType.METHOD_RETURN:
+            core.unique_name = str(results(header, data, "s")[0])
+            core.sandbox.said_hello(core)
+        if fds and not core.app_takes_fds:
+            core.sandbox.close_fds(fds)
+            self._refuse_fds(header)
+            return
+        core.deliver(data, fds)
+
+    def _refuse_fds(self, header: Header) -> None:
+        """Say that the app takes no descriptors, to whoever waits to hear of the message."""
+        core = self.core
+        if header.type in _REPLIES:
+            core.deliver(without_fds(header)[1])
+        elif header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
+            text = "The receiver takes no file descriptors"
+            core.refuse_caller(header.sender or "", header.serial, errors.NOT_SUPPORTED, text)
+
+
+def _key(data: bytes, pos: int, size: int) -> _Key:
+    little = data[pos] == ord("l")
+    body = int.from_bytes(data[pos + 4 : pos + 8], "little" if little else "big")
+    return data[pos : pos + 4] + data[pos + 12 : pos + size - body], body > 0
+
+
+def _has_forgeries(header: Header) -> bool:
+    return bool(
+        header.has_unknown
+        or header.sender is not None
+        or header.flags & ~KNOWN_FLAGS
+        or (header.reply_serial is not None and header.type not in _REPLIES)
+    )

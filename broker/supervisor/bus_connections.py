@@ -1,0 +1,220 @@
+"""The buses that the service is on: connected to at the start, and again for as long as it takes when one is lost.
+
+Theory of operation. A Line is one bus, and has one Bus after the other; what belongs to a connection (the watch over its
+names, the objects that answer on it) is made anew with each, so nothing that was begun on one can go on on another,
+where the same unique names are others'. Whether it is the same bus that only dropped us is told by its id.
+At the start a bus that is not there is an error; afterwards it is waited for, and from `gone_after` on counts
+as gone for good, though it may still come back.
+"""
+
+import logging
+import os
+import random
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
+
+import trio
+
+from broker.bus.connection import DRIVER, Bus, Call, open_bus
+from broker.control_protocol.messages import BusSpec
+from broker.supervisor.storage.state_file import State
+from broker.wire.errors import BrokerError, CallRefusedError
+from broker.wire.header import Header
+
+
+class BusIds:
+    """The ids by the buses' names, as they were in the state file and as they are now."""
+
+    def __init__(self, state: State) -> None:
+        self._state: Final = state
+        self._ids: Final = state.load_bus_ids()
+
+    def meet(self, bus: str, id_: str) -> bool:
+        """Take note of who answers; say whether it is who did before. One never met before is."""
+        before = self._ids.get(bus, id_)
+        if self._ids.get(bus) != id_:
+            self._ids[bus] = id_
+            try:
+                self._state.put_bus_id(bus, id_)
+            except CallRefusedError as exc:
+                LOGGER.warning("bus %s: %s", bus, exc)
+        return before == id_
+
+
+LOGGER: Final = logging.getLogger(__name__)
+FIRST_PAUSE: Final = 0.1  # seconds; each is twice the one before
+LONGEST_PAUSE: Final = 5.0
+# A connection that lasted so long has shown that the bus is well: the pauses begin anew.
+STEADY_AFTER: Final = 1.0
+
+
+class StartError(BrokerError):
+    """It cannot run here: one line, exit 1."""
+
+
+class Answerer(Protocol):
+    """What answers calls."""
+
+    async def serve(self, bus: Bus, call: Call) -> None:
+        """Carry out a call and answer it."""
+
+    def look(self, header: Header) -> None:
+        """Refuse a call of which the header says enough. Raises CallRefusedError."""
+
+
+class Backoff:
+    """How long to wait before the next try: longer each time, and never as long as everybody else."""
+
+    def __init__(self, chance: Callable[[], float] = random.random) -> None:
+        self._chance: Final = chance
+        self._count = 0
+
+    def next(self) -> float:
+        """Return the seconds: between half and all of what this try may take."""
+        most = min(FIRST_PAUSE * 2.0**self._count, LONGEST_PAUSE)
+        self._count = min(self._count + 1, 32)
+        return most * (0.5 + self._chance() / 2)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._count = 0
+
+
+class Line:
+    """One bus. `on_back` and `on_gone` are to be set before it may be lost."""
+
+    def __init__(self, spec: BusSpec, name: str, gone_after: float) -> None:
+        self.name: Final = spec.name
+        self.on_back: Callable[[Bus], Awaitable[None]] = _ignore_back
+        self.on_gone: Callable[[], None] = _ignore_gone
+        self._address: Final = spec.address
+        self._wanted: Final = name  # of ours, on the bus
+        self._gone_after: Final = gone_after
+        self._backoff: Final = Backoff()
+        self.id = ""  # of the bus that was met last
+        self._bus: Bus | None = None
+        self._changed = trio.Event()
+        self._gone_at = 0.0
+        self.is_gone = False  # for good
+
+    @property
+    def bus(self) -> Bus | None:
+        """The connection, while there is one."""
+        return self._bus
+
+    async def keep_open(
+        self, *, task_status: trio.TaskStatus[Bus] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Be connected until cancelled. Raises StartError if the bus is not there at first."""
+
+        def ready(bus: Bus) -> None:
+            task_status.started(bus)
+
+        try:
+            await self._stay(ready)
+        except BrokerError as exc:
+            raise StartError(f"bus {self.name}: {exc}") from exc
+        while True:
+            await self._reconnect()
+
+    async def wait_open(self) -> Bus:
+        """Return the connection once there is one."""
+        while self._bus is None:
+            await self._changed.wait()
+        return self._bus
+
+    async def _stay(self, ready: Callable[[Bus], None] | None = None) -> None:
+        """Connect and stay until the bus is lost. Raises BrokerError if it does not come so far."""
+        opening = open_bus(self._address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
+        async with opening as bus:
+            if not await bus.request_name(self._wanted):
+                raise StartError(f"another program there is {self._wanted} already")
+            (id_,) = await bus.call(DRIVER, "GetId")
+            self.id = str(id_)
+            if ready is not None:
+                ready(bus)
+            else:
+                await self.on_back(bus)
+                LOGGER.info("bus %s: connected again", self.name)
+            self.is_gone = False
+            begun = trio.current_time()
+            self._set(bus)
+            try:
+                await bus.lost.wait()
+            finally:
+                self._set(None)
+            self._lost(begun)
+
+    def _lost(self, begun: float) -> None:
+        now = trio.current_time()
+        self._gone_at = now + self._gone_after
+        if now - begun > STEADY_AFTER:
+            self._backoff.reset()
+        LOGGER.error("bus %s went away: its sandboxes wait for it to come back", self.name)
+
+    async def _reconnect(self) -> None:
+        await self._pause(self._backoff.next())
+        try:
+            await self._stay()
+        except BrokerError as exc:
+            LOGGER.info("bus %s: %s", self.name, exc)
+
+    async def _pause(self, seconds: float) -> None:
+        LOGGER.info("bus %s: next try in %.2f s", self.name, seconds)
+        left = self._gone_at - trio.current_time()
+        if self.is_gone or left > seconds:
+            await trio.sleep(seconds)
+            return
+        await trio.sleep(max(0.0, left))
+        self.is_gone = True
+        LOGGER.error("bus %s: gone for good, after %.0f s", self.name, self._gone_after)
+        self.on_gone()
+        await trio.sleep(max(0.0, seconds - left))
+
+    def _set(self, bus: Bus | None) -> None:
+        self._bus = bus
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+
+async def serve_calls(
+    line: Line, make_objects: Callable[[Bus], Answerer], closing: trio.Event
+) -> None:
+    """Answer what is asked on a bus, whichever connection to it there is; once closing, only what was asked before."""
+    while not closing.is_set():
+        bus = await line.wait_open()
+        await _serve_connection(bus, make_objects(bus), closing)
+        if not closing.is_set():
+            await bus.lost.wait()  # so it is, or its calls would not have ended
+
+
+async def _serve_connection(bus: Bus, objects: Answerer, closing: trio.Event) -> None:
+    bus.look_at_call = objects.look
+
+    async def answer(call: Call) -> None:
+        with bus.in_its_place(call):
+            with call:
+                await objects.serve(bus, call)
+            await bus.wait_room()
+
+    async with trio.open_nursery() as turns:
+        turns.start_soon(bus.calls.give_turns)
+        async with trio.open_nursery() as nursery, trio.open_nursery() as accepting:
+            accepting.start_soon(_cancel_at, closing, accepting.cancel_scope)
+            while (call := await bus.next_call()) is not None:
+                nursery.start_soon(answer, call)
+            accepting.cancel_scope.cancel()
+        turns.cancel_scope.cancel()
+
+
+async def _cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+async def _ignore_back(_bus: Bus) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+def _ignore_gone() -> None:
+    pass

@@ -1,0 +1,431 @@
+"""The sandboxes there are: identifiers, limits, connections, denials. Pure: changes return their effects.
+
+Theory of operation. What becomes of a sandbox is the table's to say (ends.py), and `happen` is the only way to go by
+it: it is gone when the engine says that it ended, or that it does not have it. What ended while STARTING is kept
+as ENDED, until `announce` says that the creator knows of it: so an end is told once for each
+instance that was announced, after the announcement, and never for others. Ids are given once, and survive the
+registry: whoever stores records stores `next_number` with them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, NewType
+
+import msgspec
+
+from broker.control_protocol.messages import Denied, SandboxState, Snapshot
+from broker.supervisor.config import Limits
+from broker.supervisor.sandboxes.lifecycle import (
+    DECIDED,
+    FROM_GATE,
+    LAST_CONNECTION,
+    TABLE,
+    Cgroup,
+    Effect,
+    Event,
+    Phase,
+    Process,
+)
+from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
+from policy.rules import NO_ACCESS, Access, AccessList, Identity, Rule
+from policy.wall import WALL
+
+SandboxId = NewType("SandboxId", str)
+
+INSTANCE_PREFIX: Final = "/org/freedesktop/DBus/Containers1/"
+# Refusals that are remembered for each sandbox, and of each of their texts.
+MAX_DENIALS: Final = 50
+MAX_DENIAL_TEXT: Final = 255
+
+# Portals take the gate's process for the app, and so a sandboxed app for a host's (docs/design.md, Identity).
+PORTAL_RULES: Final = tuple(
+    Rule(
+        access=frozenset({Access.SEND}),
+        deny=True,
+        name=name,
+        origin="built in: portals would take the sandbox for a program of the host"
+        " (--portals-as-host allows it)",
+    )
+    for name in ("org.freedesktop.portal.*", "org.freedesktop.impl.portal.*")
+)
+
+# What stands in every list, unless its creator insists on portals.
+BUILT_IN: Final = (*PORTAL_RULES, *WALL)
+
+
+DRIVER: Final = "org.freedesktop.DBus"
+# The origin of a rule that a caller's `own` rule brings where calls to the bus need rules, too.
+OWN_CALLS: Final = "built in: a rule for owning a name lets it be asked for"
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of a sandbox and stored. Metadata and credentials are marshalled `a{sv}`."""
+
+    number: int
+    type: str
+    app: str
+    component: str | None = None
+    metadata: bytes
+    uid: int  # of the creator
+    creator: str  # unique name
+    creator_bus: str
+    credentials: bytes
+    sockets: dict[str, str]  # bus -> path
+    addresses: dict[str, str]  # bus -> address
+    access: AccessList  # as given: without the built-in rules
+    portals_as_host: bool = False
+    keep_after_creator: bool = False
+    close_notify: bool = False
+    plugs: tuple[str, ...] = ()
+    process: Process | None = None  # it ends with it
+    cgroup: Cgroup | None = None  # it ends with the last process in there
+    time_limit: int = 0  # seconds; 0: none
+    expires: float = 0.0  # when that is over, by the clock that counts from boot
+    created: float
+    listening: bool = True
+    closing: str = ""  # why it is to take no more connections
+    held: AccessList | None = (
+        None  # what the connections of snaps gave that we do not know any more
+    )
+
+    @property
+    def id(self) -> SandboxId:
+        """Its id."""
+        return SandboxId(f"c{self.number}")
+
+    @property
+    def path(self) -> str:
+        """Its object path."""
+        return f"{INSTANCE_PREFIX}{self.id}"
+
+    @property
+    def identity(self) -> Identity:
+        """Which app it is of."""
+        return Identity(type=self.type, app=self.app, component=self.component)
+
+    @property
+    def access_in_force(self) -> AccessList:
+        """Return the list with what is built in."""
+        return self.in_force(None)
+
+    @property
+    def built_in(self) -> tuple[Rule, ...]:
+        """The rules that are there whatever else is."""
+        return WALL if self.portals_as_host else BUILT_IN
+
+    def in_force(self, compiled: AccessList | None) -> AccessList:
+        """Return the list with what is built in and what the snaps' connections give.
+
+        Only where both lists let in what no rule is about, it comes in; likewise what goes to the bus.
+        """
+        compiled = self.held if compiled is None else compiled
+        more = compiled or NO_ACCESS
+        built_in = self.built_in
+        if more.bus_by_rule:
+            built_in += _own_calls(self.access.rules)
+        return AccessList(
+            rules=(*self.access.rules, *more.rules, *built_in),
+            receive_from_host=self.access.receive_from_host and more.receive_from_host,
+            bus_by_rule=self.access.bus_by_rule or more.bus_by_rule,
+        )
+
+
+def _own_calls(given: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return what is needed to own names beside the rules that callers gave for them."""
+    buses = {rule.bus for rule in given if Access.OWN in rule.access and not rule.deny}
+    return tuple(
+        Rule(
+            access=frozenset({Access.SEND}),
+            bus=bus,
+            name=DRIVER,
+            interface=DRIVER,
+            member="{Request,Release}Name",
+            origin=OWN_CALLS,
+        )
+        for bus in sorted(buses, key=str)
+    )
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sandbox:
+    """A sandbox in the registry."""
+
+    record: Record
+    phase: Phase = Phase.STARTING
+    connections: dict[tuple[str, str], None] = field(default_factory=dict)  # (bus, unique name)
+    denied: int = 0  # messages refused so far
+    denials: deque[Denied] = field(default_factory=lambda: deque(maxlen=MAX_DENIALS))
+    reason: str = ""  # why it ends, or takes no more connections
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its creator has been told of it, and nobody of its end."""
+        return self.phase in {Phase.RUNNING, Phase.CLOSING, Phase.STOPPING}
+
+    def may_be_seen_by(self, uid: int) -> bool:
+        """Return whether a user may know of the sandbox."""
+        return uid in {0, self.record.uid}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """The effect of an end: to be announced as InstanceRemoved and SandboxEnded."""
+
+    record: Record
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What came of an event."""
+
+    record: Record | None = None
+    reason: str = ""
+    effects: tuple[Effect, ...] = ()
+
+    @property
+    def removed(self) -> Removed | None:
+        """What is to be announced, if that is what follows."""
+        if self.record is None or Effect.TELL not in self.effects:
+            return None
+        return Removed(record=self.record, reason=self.reason)
+
+
+NOTHING: Final = Step()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciled:
+    """What a snapshot of the gate means for us."""
+
+    strangers: tuple[SandboxId, ...]  # the gate has them and nobody knows them: to be stopped
+    lost: tuple[Removed, ...]  # the gate has them no more
+    missing: tuple[SandboxId, ...]  # so it is with these, but it can have them again
+    changed: tuple[Record, ...]  # to be stored
+    other_access: tuple[SandboxId, ...]  # enforced by rules that were never acknowledged
+    differences: tuple[str, ...]  # for the log
+
+
+class Registry:
+    """All sandboxes."""
+
+    def __init__(
+        self, limits: Limits, records: Iterable[Record] = (), next_number: int = 0
+    ) -> None:
+        self._limits: Final = limits
+        self._sandboxes: Final[dict[SandboxId, Sandbox]] = {}
+        self._by_uid: Final[dict[int, int]] = {}
+        self.next_number = next_number
+        for record in records:
+            self.restore(record)
+
+    def __iter__(self) -> Iterator[Sandbox]:
+        return iter(list(self._sandboxes.values()))
+
+    def __len__(self) -> int:
+        return len(self._sandboxes)
+
+    # -- looking up -----------------------------------------------------------------------------
+
+    def get(self, id_: str) -> Sandbox | None:
+        """Return a sandbox that has not ended."""
+        sandbox = self._sandboxes.get(SandboxId(id_))
+        return sandbox if sandbox is not None and sandbox.phase is not Phase.ENDED else None
+
+    def find(self, id_or_path: str, *, seen_by: int | None = None) -> Sandbox:
+        """Return the sandbox that a caller means. Raises CallRefusedError NotContainer.
+
+        Of those that the user `seen_by` may not see it says the same as of those that are not there.
+        """
+        sandbox = self.get(id_or_path.removeprefix(INSTANCE_PREFIX))
+        if sandbox is None or (seen_by is not None and not sandbox.may_be_seen_by(seen_by)):
+            raise CallRefusedError(NOT_CONTAINER, f"there is no container {id_or_path[:100]!r}")
+        return sandbox
+
+    def present(self, record: Record) -> Record:
+        """Return what a sandbox's record is by now, be it that it ended before its creator knew of it."""
+        return self._sandboxes[record.id].record
+
+    def connection_count(self) -> int:
+        """Count the connections of all sandboxes."""
+        return sum(len(sandbox.connections) for sandbox in self._sandboxes.values())
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def new_number(self, uid: int, metadata_size: int) -> int:
+        """Return the number for a sandbox to `add` at once. Raises CallRefusedError LimitsExceeded."""
+        limits = self._limits
+        _check_limit(
+            "max_container_metadata_bytes", limits.max_container_metadata_bytes, metadata_size
+        )
+        _check_limit("max_containers", limits.max_containers, len(self._sandboxes) + 1)
+        _check_limit(
+            "max_containers_per_user", limits.max_containers_per_user, self._by_uid.get(uid, 0) + 1
+        )
+        return self.next_number
+
+    def add(self, record: Record) -> Sandbox:
+        """Take in a sandbox."""
+        assert record.id not in self._sandboxes
+        self.next_number = max(self.next_number, record.number + 1)
+        self._by_uid[record.uid] = self._by_uid.get(record.uid, 0) + 1
+        sandbox = self._sandboxes[record.id] = Sandbox(record=record)
+        return sandbox
+
+    def restore(self, record: Record) -> None:
+        """Take in a sandbox that was announced by one before us."""
+        sandbox = self.add(record)
+        sandbox.phase = Phase.RUNNING
+        if record.closing or not record.listening:
+            sandbox.phase = Phase.CLOSING
+            sandbox.reason = record.closing or LAST_CONNECTION
+
+    def withdraw(self, id_: SandboxId) -> None:
+        """Forget a sandbox that did not come about."""
+        step = self.happen(id_, Event.WITHDRAWN)
+        assert Effect.FORGET in step.effects
+
+    def announce(self, id_: SandboxId) -> Removed | None:
+        """The creator is told now: return the end, if that came first."""
+        return self.happen(id_, Event.ANNOUNCED).removed
+
+    def end(self, id_: str, reason: str) -> Removed | None:
+        """The gate ended it. Unknown ones are ignored: they were withdrawn."""
+        if (decided := DECIDED.get(reason)) is not None:
+            self.happen(id_, decided)
+        return self.happen(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
+
+    def happen(self, id_: str, event: Event) -> Step:
+        """Go by the table; what means nothing changes nothing."""
+        sandbox = self._sandboxes.get(SandboxId(id_))
+        row = TABLE.get((sandbox.phase, event)) if sandbox is not None else None
+        if sandbox is None or row is None:
+            return NOTHING
+        sandbox.phase = row.to
+        sandbox.reason = sandbox.reason if row.reason is None else row.reason
+        if row.to is Phase.CLOSING and not sandbox.record.closing:
+            sandbox.record = msgspec.structs.replace(sandbox.record, closing=sandbox.reason)
+        if row.to is Phase.GONE:
+            self._forget(sandbox)
+        return Step(record=sandbox.record, reason=sandbox.reason, effects=row.effects)
+
+    def update(self, record: Record) -> None:
+        """Replace what is known of a sandbox."""
+        sandbox = self._sandboxes[record.id]
+        assert sandbox.record.uid == record.uid
+        sandbox.record = record
+
+    # -- what happens in it ---------------------------------------------------------------------------
+
+    def connect(self, id_: str, bus: str, unique_name: str) -> None:
+        """A connection said Hello."""
+        if sandbox := self.get(id_):
+            sandbox.connections[bus, unique_name] = None
+
+    def disconnect(self, id_: str, bus: str, unique_name: str) -> None:
+        """A connection is closed."""
+        if sandbox := self.get(id_):
+            sandbox.connections.pop((bus, unique_name), None)
+
+    def deny(self, event: Denied) -> Sandbox | None:
+        """Remember a refusal, cut short: the texts are the sandbox's choice."""
+        sandbox = self.get(event.sandbox)
+        if sandbox is not None:
+            # Without a kind it is about no refusal of its own: those before it were too many to report.
+            sandbox.denied += bool(event.kind) + event.more
+            sandbox.denials.append(shorten(event))
+        return sandbox
+
+    # -- after a restart, ours or the gate's ------------------------------------------------------------
+
+    def reconcile(
+        self,
+        snapshot: Snapshot,
+        in_force: Callable[[Record], AccessList] = lambda record: record.access_in_force,
+        is_held: Callable[[Record], bool] = lambda _record: False,
+    ) -> Reconciled:
+        """Take the gate's word for what there is. Sandboxes that are STARTING are left to who adds them."""
+        theirs = {state.spec.id: state for state in snapshot.sandboxes}
+        strangers, others = [], []
+        differences: list[str] = []
+        changed: list[Record] = []
+        for id_, state in theirs.items():
+            self._keep_number(id_)
+            sandbox = self.get(id_)
+            if sandbox is None:
+                strangers.append(SandboxId(id_))
+                differences.append(f"{id_}: the gate has it and we do not: stopped")
+            elif sandbox.is_known:
+                changed += self._adopt(sandbox, state, differences)
+                if state.spec.access != in_force(sandbox.record):
+                    others.append(sandbox.record.id)
+                    differences.append(f"{id_}: the gate had other rules: set again")
+        lost, missing = [], []
+        for sandbox in self:
+            if not sandbox.is_known or sandbox.record.id in theirs:
+                continue
+            if sandbox.phase is Phase.RUNNING and is_held(sandbox.record):
+                sandbox.connections.clear()
+                missing.append(sandbox.record.id)
+                differences.append(f"{sandbox.record.id}: the gate does not have it: served again")
+            elif removed := self._lose(sandbox):
+                lost.append(removed)
+                differences.append(f"{sandbox.record.id}: the gate does not have it: ended")
+        return Reconciled(
+            strangers=tuple(strangers),
+            lost=tuple(lost),
+            missing=tuple(missing),
+            changed=tuple(changed),
+            other_access=tuple(others),
+            differences=tuple(differences),
+        )
+
+    def lose(self, id_: SandboxId) -> Removed | None:
+        """The gate does not have it, and will not."""
+        sandbox = self.get(id_)
+        return self._lose(sandbox) if sandbox is not None else None
+
+    def _lose(self, sandbox: Sandbox) -> Removed | None:
+        # One that took no more connections has lost its last one.
+        closing = sandbox.phase is Phase.CLOSING
+        event = Event.LAST_CONNECTION if closing else Event.GATE_LOST
+        return self.happen(sandbox.record.id, event).removed
+
+    def _adopt(
+        self, sandbox: Sandbox, state: SandboxState, differences: list[str]
+    ) -> Iterator[Record]:
+        sandbox.connections = dict.fromkeys(state.connections)
+        sandbox.denied = state.denied
+        if sandbox.record.listening and not state.listening:
+            differences.append(f"{sandbox.record.id}: the gate has stopped listening")
+            self.happen(sandbox.record.id, Event.CLOSE_ASKED)
+            sandbox.record = msgspec.structs.replace(sandbox.record, listening=False)
+            yield sandbox.record
+
+    def _keep_number(self, id_: str) -> None:
+        number = id_.removeprefix("c")
+        if number.isdecimal():
+            self.next_number = max(self.next_number, int(number) + 1)
+
+    def _forget(self, sandbox: Sandbox) -> None:
+        record = sandbox.record
+        del self._sandboxes[record.id]
+        self._by_uid[record.uid] -= 1
+        if not self._by_uid[record.uid]:
+            del self._by_uid[record.uid]
+
+
+def shorten(event: Denied) -> Denied:
+    """Return the event with texts of bounded length."""
+    texts: Mapping[str, str] = {
+        name: value[:MAX_DENIAL_TEXT]
+        for name, value in msgspec.structs.asdict(event).items()
+        if isinstance(value, str)
+    }
+    return msgspec.structs.replace(event, **texts)
+
+
+def _check_limit(name: str, limit: int, wanted: int) -> None:
+    if wanted > limit:
+        raise CallRefusedError(LIMITS_EXCEEDED, f"{name}={limit} would be exceeded")

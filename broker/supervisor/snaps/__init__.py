@@ -1,0 +1,1 @@
+"""Snaps, and the connections of their plugs to slots."""

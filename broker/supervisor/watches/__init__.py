@@ -1,0 +1,1 @@
+"""Watches for the end conditions of sandboxes."""

@@ -1,0 +1,1 @@
+"""Starting real buses, programs and supervisors for tests."""

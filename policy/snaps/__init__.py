@@ -1,0 +1,1 @@
+"""Snaps: the catalogue of interfaces, and the compiler of their rules."""

@@ -1,0 +1,306 @@
+"""Why something is allowed or denied, and what would allow it. Pure.
+
+For a denial that no rule caused, three things may help: one rule that allows just this; connections of
+plugs and slots that are there; plugs that the snap does not have. Each says how much it would open, and the least
+comes first. A denial by a deny rule is only explained: no allow helps against it.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from policy.globs import is_literal
+from policy.match import RULE_WORK, Judge, Verdict, make_judge
+from policy.rules import Access, AccessList, Identity, Peer, Rule
+from policy.snaps.compiler import Compiler
+from policy.snaps.installed import Connection, Port, Snap, SnapError, identity_of, tag_of
+from policy.snaps.rule_blocks import BlockMaker, End
+from policy.wall import walled
+
+# Connections that are tried. Those with the other end's snap, and with the system's, come first.
+MAX_TRIED: Final = 500
+# How much work it is to look at a plug or slot, as policy.match counts it.
+_LOOKING: Final = 16
+# And to try a connection, beside the rules that it would bring.
+TRYING: Final = 1024
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """An action of an app. `names` and `peer` are the other end's; for `own`, the name."""
+
+    access: Access
+    bus: str
+    names: tuple[str, ...] = ()
+    path: str | None = None
+    interface: str | None = None
+    member: str | None = None
+    peer: Identity | None = None  # None: the host
+    broadcast: bool = False
+
+
+class Remedy(msgspec.Struct, frozen=True, kw_only=True):
+    """An addition that would allow an action: a rule, a connection or a plug."""
+
+    because: Rule  # that then allows it
+    opens: int  # how much else it allows, for comparing
+    rule: Rule | None = None
+    connection: Connection | None = None
+    plug: str = ""  # the interface of a plug that the snap does not have
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """A verdict, where its rule came from, and what would turn a denial."""
+
+    verdict: Verdict
+    origin: str = ""
+    remedies: tuple[Remedy, ...] = ()
+
+
+def judge(access: AccessList, me: Identity, question: Question) -> Verdict:
+    """Return the verdict of a list."""
+    return ask(Judge(access, bus=question.bus, me=me), question)
+
+
+def ask(judge: Judge, question: Question) -> Verdict:
+    """Return the verdict of a judge, which is for the question's bus."""
+    names, peer = question.names, question.peer
+    message = (question.path, question.interface, question.member)
+    match question.access:
+        case Access.SEND if question.broadcast:
+            return judge.broadcast(*message)
+        case Access.SEND:
+            return judge.send(names, *message, peer)
+        case Access.RECEIVE:
+            return judge.receive(names, *message, peer, broadcast=question.broadcast)
+        case Access.OWN:
+            return judge.own(names[0] if names else "")
+        case Access.SEE:
+            return judge.see(names, peer)
+
+
+def explain_list(access: AccessList, me: Identity, question: Question) -> Explanation:
+    """Explain by a list alone, whoever made it."""
+    return _at_once(explaining_list(access, me, question))
+
+
+def explain(compiler: Compiler, tag: str, question: Question) -> Explanation:
+    """Explain for an app of a snap. Raises SnapError for a tag that no app has."""
+    return _at_once(explaining(compiler, tag, question))
+
+
+def explaining_list(
+    access: AccessList, me: Identity, question: Question
+) -> Generator[int, None, Explanation]:
+    """Do `explain_list` step by step; yield how much work each step was."""
+    verdict = yield from _judging(access, me, question)
+    remedies: list[Remedy] = []
+    if not verdict.allowed:
+        yield from _one_rule(access, me, question, remedies)
+    return _explanation(verdict, tuple(remedies))
+
+
+def explaining(
+    compiler: Compiler, tag: str, question: Question
+) -> Generator[int, None, Explanation]:
+    """Do `explain` step by step; yield how much work each step was.
+
+    The compiler must not change meanwhile.
+    """
+    access = walled(compiler.access(tag))
+    snap, app = _find_app(compiler, tag)
+    me = identity_of(snap.name, app)
+    verdict = yield from _judging(access, me, question)
+    if verdict.allowed or verdict.rule is not None:
+        return _explanation(verdict, ())
+    remedies: list[Remedy] = []
+    yield from _one_rule(access, me, question, remedies)
+    yield from _connections(compiler, snap, app, question, remedies)
+    yield from _new_plugs(compiler, snap, app, question, remedies)
+    return _explanation(verdict, tuple(sorted(remedies, key=_order)))
+
+
+def _at_once(work: Generator[int, None, Explanation]) -> Explanation:
+    while True:
+        try:
+            next(work)
+        except StopIteration as exc:
+            explanation: Explanation = exc.value
+            return explanation
+
+
+def _judging(access: AccessList, me: Identity, question: Question) -> Generator[int, None, Verdict]:
+    made = yield from make_judge(access, bus=question.bus, me=me)
+    return ask(made, question)
+
+
+def narrowest_rule(question: Question) -> Rule:
+    """Return the rule that allows this and as little else as a rule can."""
+    name = next((name for name in question.names if not name.startswith(":")), None)
+    rule = Rule(access=frozenset({question.access}), bus=question.bus, name=name)
+    if question.access is Access.OWN:
+        return rule
+    peer = _peer(question.peer)
+    if question.access is Access.SEE:
+        return msgspec.structs.replace(rule, peer=peer)
+    # Who hears a broadcast is judged at each receiver.
+    everybody = question.access is Access.SEND and question.broadcast
+    return msgspec.structs.replace(
+        rule,
+        name=None if everybody else name,
+        path=question.path,
+        interface=question.interface,
+        member=question.member,
+        peer=None if everybody else peer,
+    )
+
+
+def breadth(rules: Iterable[Rule]) -> int:
+    """Estimate how much rules allow: 1 for a rule that is literal throughout."""
+    return sum(_breadth(rule) for rule in rules if not rule.deny)
+
+
+def _breadth(rule: Rule) -> int:
+    # Twice as much for a pattern, four times for "any".
+    texts = [rule.bus, rule.name]
+    if rule.access != {Access.OWN}:
+        texts += [rule.path, rule.interface, rule.member]
+    doubled = sum(2 if text is None else not is_literal(text) for text in texts)
+    if rule.peer is None and Access.OWN not in rule.access:
+        doubled += 2
+    return len(rule.access - {Access.SEE} or {Access.SEE}) << doubled
+
+
+def _explanation(verdict: Verdict, remedies: tuple[Remedy, ...]) -> Explanation:
+    origin = verdict.rule.origin if verdict.rule is not None else ""
+    return Explanation(verdict=verdict, origin=origin, remedies=remedies)
+
+
+def _order(remedy: Remedy) -> tuple[int, int, str]:
+    # What the administrator can do at once comes before what needs another snap.
+    what = f"{remedy.connection or ''}{remedy.plug}"
+    return bool(remedy.plug), remedy.opens, what
+
+
+# A search for remedies adds them to a list, and yields how much work it has done.
+_Finding = Generator[int, None, None]
+
+
+def _one_rule(
+    access: AccessList, me: Identity, question: Question, found: list[Remedy]
+) -> _Finding:
+    rule = narrowest_rule(question)
+    more = msgspec.structs.replace(access, rules=(*access.rules, rule))
+    verdict = yield from _judging(more, me, question)
+    if verdict.allowed:
+        found.append(Remedy(because=rule, opens=breadth([rule]), rule=rule))
+
+
+def _connections(
+    compiler: Compiler, snap: Snap, app: str, question: Question, found: list[Remedy]
+) -> _Finding:
+    tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
+    near = {question.peer.app} if question.peer is not None else set()
+    near |= {other.name for other in compiler.snaps.values() if other.system}
+    others = sorted(compiler.snaps.values(), key=lambda each: (each.name not in near, each.name))
+    yield _LOOKING * len(others)
+    tried = 0
+    for connection in _candidates(compiler, snap, app, others):
+        if connection is None:  # it is another snap's turn
+            yield _LOOKING
+            continue
+        tried += 1
+        if tried > MAX_TRIED:
+            return
+        changes = compiler.preview(connection)
+        added = [rule for change in changes if change.tag == tag for rule in change.added]
+        yield TRYING + RULE_WORK * sum(len(change.added) for change in changes)
+        because = yield from _allowing(added, me, question)
+        if because is not None:
+            all_added = [rule for change in changes for rule in change.added]
+            found.append(Remedy(because=because, opens=breadth(all_added), connection=connection))
+
+
+def _candidates(
+    compiler: Compiler, snap: Snap, app: str, others: list[Snap]
+) -> Iterator[Connection | None]:
+    """Find what the app's plugs and slots could be connected to, and are not; None now and then."""
+    plugs, slots = _by_interface(snap.plugs, snap, app), _by_interface(snap.slots, snap, app)
+    for other in others:
+        yield None
+        for slot, there in other.slots.items():
+            yield None
+            for plug in plugs.get(there.interface, ()):
+                yield _unconnected(compiler, (snap.name, plug), (other.name, slot))
+        for plug, there in other.plugs.items():
+            yield None
+            for slot in slots.get(there.interface, ()):
+                yield _unconnected(compiler, (other.name, plug), (snap.name, slot))
+
+
+def _by_interface(ports: dict[str, Port], snap: Snap, app: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, port in _ports_of(ports, snap, app):
+        found.setdefault(port.interface, []).append(name)
+    return found
+
+
+def _ports_of(ports: dict[str, Port], snap: Snap, app: str) -> list[tuple[str, Port]]:
+    return [(name, port) for name, port in ports.items() if app in snap.apps_of(port)]
+
+
+def _unconnected(
+    compiler: Compiler, plug: tuple[str, str], slot: tuple[str, str]
+) -> Connection | None:
+    connection = Connection(plug_snap=plug[0], plug=plug[1], slot_snap=slot[0], slot=slot[1])
+    return None if compiler.is_connected(connection) else connection
+
+
+def _new_plugs(
+    compiler: Compiler, snap: Snap, app: str, question: Question, found: list[Remedy]
+) -> _Finding:
+    """Find interfaces of the host of which the snap has no plug."""
+    tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
+    library, maker = compiler.library, BlockMaker(compiler.library, compiler.system)
+    host = library.system_snap(compiler.system)
+    there = [
+        port.interface
+        for one in compiler.snaps.values()
+        if one.system
+        for port in one.slots.values()
+    ]
+    slots = {name: Port(interface=name) for name in (*host.slots, *there)}
+    host = msgspec.structs.replace(host, slots=slots)
+    has = {port.interface for _, port in _ports_of(snap.plugs, snap, app)}
+    for name in sorted(host.slots.keys() - has):
+        with_plug = msgspec.structs.replace(snap, plugs={name: Port(interface=name)})
+        try:
+            plug = End(library, "plug", with_plug, name)
+            made = maker.connected(plug, End(library, "slot", host, name))
+        except SnapError:
+            continue  # it needs attributes
+        added = [rule for _, blocks in made if tag in blocks for rule in blocks[tag].rules]
+        yield TRYING + RULE_WORK * len(added)
+        because = yield from _allowing(added, me, question)
+        if because is not None:
+            found.append(Remedy(because=because, opens=breadth(added), plug=name))
+
+
+def _allowing(
+    added: list[Rule], me: Identity, question: Question
+) -> Generator[int, None, Rule | None]:
+    access = AccessList(rules=tuple(added), receive_from_host=False)
+    verdict = yield from _judging(access, me, question)
+    return verdict.rule if verdict.allowed else None
+
+
+def _find_app(compiler: Compiler, tag: str) -> tuple[Snap, str]:
+    # A snap's name has no dot.
+    _, name, app = tag.split(".", 2)
+    return compiler.snaps[name], app
+
+
+def _peer(identity: Identity | None) -> Peer:
+    if identity is None:
+        return Peer(kind="host")
+    return Peer(kind="app", type=identity.type, app=identity.app, component=identity.component)

@@ -1,0 +1,1 @@
+"""Rules in the wire form a(usos), and conversion both ways."""

@@ -1,0 +1,84 @@
+"""Serials, remembered verdicts and shapes, callers: the state that both directions share."""
+
+import pytest
+
+from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.connection_state import LAST_SERIAL, OWN_SERIALS, Core, Target
+from broker.gate.filter.verdict_cache import remember_shape
+from broker.wire.errors import PeerQuotaError
+from broker.wire.header import parse_header
+from broker.wire.marshal import make_return
+from policy.match import Judge
+from tests.helpers.messages import access, changed
+from tests.helpers.modelbus import APP, FakeHost
+
+
+def make_core() -> Core:
+    judge = Judge(access(), bus="session", me=APP)
+    return Core(Bus("session", ""), FakeHost(), judge, app_takes_fds=True)
+
+
+def test_own_serials_are_those_that_no_call_waits_with() -> None:
+    core = make_core()
+    core.pending[OWN_SERIALS + 1] = Target(":1.2")
+    assert [core.own_serial() for _ in range(3)] == [OWN_SERIALS, OWN_SERIALS + 2, OWN_SERIALS + 3]
+
+
+def test_own_serials_begin_again_at_their_end() -> None:
+    core = make_core()
+    core._next_own = LAST_SERIAL
+    assert [core.own_serial(), core.own_serial()] == [LAST_SERIAL, OWN_SERIALS]
+
+
+def test_own_serials_that_are_all_in_use_end_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.gate.filter.connection_state.LAST_SERIAL", OWN_SERIALS + 2)
+    core = make_core()
+    core.pending.update(dict.fromkeys(range(OWN_SERIALS, OWN_SERIALS + 3), Target(":1.2")))
+    with pytest.raises(PeerQuotaError, match="too many"):
+        core.own_serial()
+
+
+def test_only_serials_of_the_app_wait_for_the_app() -> None:
+    core = make_core()
+    core.pending.update({5: Target(":1.2"), OWN_SERIALS: Target(":1.2")})
+    assert [core.waits(serial) for serial in (5, 6, OWN_SERIALS)] == [True, False, False]
+
+
+def shaped(path: str, serial: int = 7) -> bytes:
+    plain = make_return(1, reply_serial=serial, destination=":1.2", sender=":1.3")
+    return changed(plain, extra={10: ("o", path)})
+
+
+def test_shapes_of_one_length_lack_the_same_bytes() -> None:
+    shapes: dict[bytes, str] = {}
+    positions: dict[int, int] = {}
+    near, far = shaped("/a"), changed(shaped("/a"), path=None, error_name="a.b2345678")
+    far = changed(far, error_name="a.bcdefgh")
+    first, second = parse_header(near), parse_header(far)
+    assert first.size != second.size or first.reply_serial_at != second.reply_serial_at
+    # As if both had one length: the second place drops what was remembered with the first.
+    remember_shape(shapes, positions, first, near, ":1.3")
+    positions[first.size] += 8
+    remember_shape(shapes, positions, first, near, ":1.4")
+    assert list(shapes.values()) == [":1.4"]
+    assert positions == {first.size: first.reply_serial_at}
+
+
+def test_shape_that_is_too_long_leaves_nothing() -> None:
+    shapes: dict[bytes, str] = {}
+    positions: dict[int, int] = {}
+    long = shaped("/" + "a" * 1000)
+    remember_shape(shapes, positions, parse_header(long), long, ":1.3")
+    assert not shapes
+    assert not positions
+
+
+def test_stranger_that_was_judged_as_host_drops_the_verdicts() -> None:
+    core = make_core()
+    core.app_calls.remember(b"key", Target(":1.5"), ":1.5")
+    core.stranger_appeared(":1.6")
+    assert core.app_calls
+    core.stranger_appeared(":1.5")
+    assert not core.app_calls

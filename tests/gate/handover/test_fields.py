@@ -1,0 +1,106 @@
+"""Nothing that the gate knows is forgotten in a hand-over: each field of its objects is handed over, or can be made again.
+
+Whoever adds a field says here which it is; and if it is handed over, its class's `dump` and `load` have it.
+"""
+
+import ast
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
+# Given to the constructor, or made by it and never changed.
+GIVEN: Final = """
+_about _account _app _budgets _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _least _loop _methods _most
+_outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd finishers
+from_app id identity limits sandbox sock
+"""
+CORE: Final = """
+_next_own app_takes_fds asked callers counts_callers greeting lent matches name_requests pending requested_names
+unique_name
+"""
+CORE_AGAIN: Final = """
+app_calls app_mute app_replies app_reply_at app_signals bus_calls bus_mute bus_refused bus_replies bus_reply_at
+bus_signals chores judge tables to_app to_bus
+"""
+LINK: Final = """
+bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
+"""
+SANDBOX: Final = """
+_close_pipe _guid _listening _reason _throttled_count _waiting asked complaints denied_count is_throttled lingering
+links messages spec
+"""
+# File and class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
+FIELDS: Final = {
+    "filter/connection_state.py:Core": (CORE, CORE_AGAIN),
+    "filter/subscriptions.py:Subscriptions": ("", "_counts _filed _spaces count"),
+    "filter/name_owners.py:Owners": (
+        "_asking _extra _matches _then _unasked _uses names waiting",
+        "_histories views",
+    ),
+    "filter/owner_views.py:Views": ("", "_by_owner _bus _views"),
+    "filter/visibility.py:Sight": ("lately_seen", ""),
+    "filter/access_change.py:Swap": ("told", "changing"),
+    # All are done before anything is handed over.
+    "filter/chores.py:Chores": ("", "_is_working _works room"),
+    "filter/receive_buffer.py:Intake": (
+        "_batches _fds _need _number _parts _skip unfinished",
+        "_held",
+    ),
+    "filter/filter.py:Filter": (
+        "_from_bus _stash _wake held yielded",
+        "_note_refusal _pass_app _pass_bus _stashed_bytes answered billed spent",
+    ),
+    "filter/from_bus.py:Incoming": ("", "_arrives _cause _cost"),
+    "filter/from_app.py:Outgoing": ("", ""),
+    "filter/driver_calls.py:Driver": ("", ""),
+    "filter/bus_state.py:Bus": (
+        "_guid _late _wording address identities ledger name sandboxes speakers tagged",
+        "_late_lists _late_rules barriers judges_names_alone lingering links members payers tags_headers takes_fds tells_unique_names",
+    ),
+    "filter/payers.py:Payers": ("_arriving _late _movers", "_orphans budgets"),
+    # As long as it is not known which bus it is, nobody has a name there: the file says the rest.
+    "name_ledger.py:Ledger": ("_path _spans", "_fd _folder _last_line _rumours _size _surplus"),
+    "sandbox/lingering.py:Linger": ("_sock unique_name", "_ended _is_over"),
+    "io/stream.py:Pipe": (
+        "_queue _reading",
+        "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
+    ),
+    "sandbox/connection.py:Link": (
+        LINK,
+        "_bus_sock _client _closed _goes_on _meter _new_judge _server _works",
+    ),
+    "sandbox/meter.py:Meter": ("", "_asked _asks _budget answered ask_from counted"),
+    "sandbox/budgets.py:MessageBudget": ("_filled caused left", ""),
+    "sandbox/budgets.py:Complaints": ("_second suppressed suppressed_ever used", ""),
+    "sandbox/denial_reports.py:Reports": ("left unreported", ""),
+    "sandbox/sandbox.py:Sandbox": (SANDBOX, "_is_preparing _judges bytes_held is_over lost"),
+    "server.py:Gate": (
+        "_asked _control _kept _own _reader _sandboxes _supervisor",
+        "_folder _is_working _manager _meetings _most_unread _tagging _upstreams",
+    ),
+}
+
+
+def fields_of(name: str) -> set[str]:
+    """Return what the methods of a class assign to `self`."""
+    module, _, wanted = name.partition(":")
+    tree = ast.parse((GATE / module).read_text())
+    (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == wanted]
+    return {
+        node.attr
+        for node in ast.walk(found)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_each_field_is_handed_over_or_made_again(name: str) -> None:
+    handed, made = (set(names.split()) for names in FIELDS[name])
+    assert not handed & made
+    given = set(GIVEN.split())
+    assert fields_of(name) - given == (handed | made) - given

@@ -1,0 +1,120 @@
+"""Writes the table and the picture of docs/lifetime.md from broker.supervisor.sandboxes.lifecycle: `python -m tests.helpers.lifetime_picture`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+from xml.sax.saxutils import escape
+
+from broker.supervisor.sandboxes.lifecycle import TABLE, Effect, Event, Phase, Row
+
+DOCS: Final = Path(__file__).resolve().parents[2] / "docs"
+PAGE: Final = DOCS / "lifetime.md"
+PICTURE: Final = DOCS / "lifetime-states.svg"
+BEGIN: Final = "<!-- made by python -m tests.helpers.lifetime_picture -->\n"
+END: Final = "<!-- end of what is made -->\n"
+
+WIDTH, HEIGHT = 1180, 470
+BOX_WIDTH, BOX_HEIGHT = 116, 36
+LINE: Final = 14  # px, of text
+# The middle of each box, and the corners of each arrow but for its ends; where its text begins.
+BOXES: Final = {
+    Phase.STARTING: (80, 150),
+    Phase.RUNNING: (420, 150),
+    Phase.ENDED: (80, 330),
+    Phase.CLOSING: (420, 330),
+    Phase.STOPPING: (790, 240),
+    Phase.GONE: (1090, 240),
+}
+_HEAD: Final = (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    ' font-family="sans-serif" font-size="12">\n'
+    '<defs><marker id="a" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8"'
+    ' orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>'
+)
+Point = tuple[int, int]
+ARROWS: Final[dict[tuple[Phase, Phase], tuple[Sequence[Point], Point]]] = {
+    (Phase.STARTING, Phase.RUNNING): (((138, 150), (362, 150)), (150, 142)),
+    (Phase.STARTING, Phase.ENDED): (((80, 168), (80, 312)), (90, 200)),
+    (Phase.STARTING, Phase.GONE): (((80, 132), (80, 30), (1120, 30), (1120, 222)), (90, 22)),
+    (Phase.ENDED, Phase.GONE): (((80, 348), (80, 440), (1120, 440), (1120, 258)), (90, 416)),
+    (Phase.RUNNING, Phase.CLOSING): (((420, 168), (420, 312)), (252, 284)),
+    (Phase.RUNNING, Phase.GONE): (((420, 132), (420, 60), (1070, 60), (1070, 222)), (860, 78)),
+    (Phase.RUNNING, Phase.STOPPING): (((478, 150), (740, 150), (740, 222)), (490, 166)),
+    (Phase.CLOSING, Phase.STOPPING): (((478, 330), (740, 330), (740, 258)), (490, 268)),
+    (Phase.CLOSING, Phase.GONE): (((420, 348), (420, 400), (1070, 400), (1070, 258)), (860, 338)),
+    (Phase.STOPPING, Phase.GONE): (((848, 240), (1032, 240)), (852, 178)),
+}
+
+
+def make_table() -> str:
+    """Return the table in Markdown: a line an event, a column a phase."""
+    phases = [phase for phase in Phase if phase is not Phase.GONE]
+    lines = [("event", *(phase.name for phase in phases)), ("---",) * (len(phases) + 1)]
+    lines += [
+        (event.value, *(_cell(TABLE.get((phase, event)), phase) for phase in phases))
+        for event in Event
+    ]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    legend = "; ".join(f"{_letter(effect)}: {effect.value}" for effect in Effect)
+    return f"{table}\n{legend}.\n"
+
+
+def make_svg() -> str:
+    """Return the picture."""
+    parts = [_HEAD, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+    for (before, after), (points, label) in ARROWS.items():
+        path = " ".join(f"{x},{y}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="black" marker-end="url(#a)"/>')
+        parts += _text(label, _events(before, after))
+    for phase, (x, y) in BOXES.items():
+        left, top = x - BOX_WIDTH // 2, y - BOX_HEIGHT // 2
+        parts.append(
+            f'<rect x="{left}" y="{top}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8"'
+            ' fill="#eef" stroke="black"/>'
+        )
+        parts.append(
+            f'<text x="{x}" y="{y + 5}" text-anchor="middle" font-weight="bold">{phase.name}</text>'
+        )
+    return "\n".join((*parts, "</svg>")) + "\n"
+
+
+def make_page(page: str) -> str:
+    """Return the page with the table of today."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{make_table()}{END}{after}"
+
+
+def _cell(row: Row | None, phase: Phase) -> str:
+    if row is None:
+        return ""
+    to = "" if row.to is phase else f"{row.to.name} "
+    reason = f"`{row.reason}` " if row.reason else ""
+    return f"{to}{reason}{''.join(_letter(effect) for effect in row.effects)}".strip()
+
+
+def _letter(effect: Effect) -> str:
+    return effect.name[0]
+
+
+def _events(before: Phase, after: Phase) -> list[str]:
+    return [
+        event.value for (phase, event), row in TABLE.items() if phase is before and row.to is after
+    ]
+
+
+def _text(at: Point, lines: Sequence[str]) -> list[str]:
+    x, y = at
+    return [
+        f'<text x="{x}" y="{y + LINE * number}">{escape(line)}</text>'
+        for number, line in enumerate(lines)
+    ]
+
+
+def main() -> None:
+    PICTURE.write_text(make_svg(), encoding="utf-8")
+    PAGE.write_text(make_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
