@@ -18,25 +18,25 @@ from typing import Final
 import trio
 
 from broker.api import containers1, management, policy
-from broker.api.caller import Door
+from broker.api.caller import BusContext
 from broker.api.dispatch import Objects
 from broker.api.subscribers import Subscribers
-from broker.bus.connection import Bus, open_loop
+from broker.bus.connection import BusConnection, open_loop
 from broker.bus.message_bus import BusLostError
 from broker.bus.watch import NameWatch
 from broker.control_protocol.messages import Denied
 from broker.engines.containers1_engine import Containers1Engine
 from broker.engines.gate_engine import GateEngine
 from broker.posix.files import check_entries, open_file, open_folder, write_file
-from broker.supervisor.bus_connections import Line, StartError, serve_calls
+from broker.supervisor.bus_connections import ReconnectingBus, StartError, serve_calls
 from broker.supervisor.config import CONTAINERS, Config
 from broker.supervisor.sandboxes.registry import Record, shorten
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.storage.state_file import State
-from broker.supervisor.supervisor import Outside, Supervisor
+from broker.supervisor.storage.state_file import StateFile
+from broker.supervisor.supervisor import Environment, Supervisor
 from broker.supervisor.watches.process_connector import open_connector
 from broker.supervisor.watches.processes import Processes
-from broker.systemd.fd_store import keep, stay_alive
+from broker.systemd.fd_store import restore_and_store, stay_alive
 from broker.systemd.notify import Notifier, take_descriptors, take_notifier
 from broker.wire.errors import BrokerError, ConfigError
 
@@ -85,9 +85,9 @@ async def _serve(config: Config) -> None:
         stack.enter_context(_locked_folder(config))
         state = stack.enter_context(open_state(folder / "state.db"))
         gone_after = config.bus_gone_seconds or math.inf
-        lines = {spec.name: Line(spec, NAME, gone_after) for spec in config.buses}
+        lines = {spec.name: ReconnectingBus(spec, NAME, gone_after) for spec in config.buses}
         async with open_loop(), trio.open_nursery() as nursery:
-            told = _Told()
+            told = _SignalListener()
             nursery.start_soon(told.listen, signals, nursery.cancel_scope)
             buses = {name: await nursery.start(line.keep_open) for name, line in lines.items()}
             parts = _make_parts(config, state, lines, buses)
@@ -96,7 +96,7 @@ async def _serve(config: Config) -> None:
             nursery.cancel_scope.cancel()
 
 
-class _Told:
+class _SignalListener:
     """What signals told us."""
 
     def __init__(self) -> None:
@@ -121,9 +121,9 @@ class _Told:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class _Components:
     config: Config
-    lines: Mapping[str, Line]
+    lines: Mapping[str, ReconnectingBus]
     watches: dict[str, NameWatch]  # of the present connections
     subscribers: Subscribers
     engine: GateEngine  # or one that is more
@@ -135,14 +135,14 @@ class _Parts:
         """Have the gate answer something."""
         await self.engine.who(self.config.buses[0].name, NOBODY)
 
-    async def bus_back(self, name: str, bus: Bus) -> None:
+    async def bus_back(self, name: str, bus: BusConnection) -> None:
         """Have the service on a new connection."""
         self.subscribers.lose_bus(name)
         self.watch(name, bus)
         self.supervisor.bus_back(name, self.lines[name].id)
         await self.watches[name].check()
 
-    def watch(self, name: str, bus: Bus) -> None:
+    def watch(self, name: str, bus: BusConnection) -> None:
         """Watch the names on a connection."""
         watch = self.watches[name] = NameWatch(bus)
         watch.on_gone = partial(self.name_gone, name)
@@ -161,8 +161,11 @@ class _Parts:
 
 
 def _make_parts(
-    config: Config, state: State, lines: Mapping[str, Line], buses: Mapping[str, Bus]
-) -> _Parts:
+    config: Config,
+    state: StateFile,
+    lines: Mapping[str, ReconnectingBus],
+    buses: Mapping[str, BusConnection],
+) -> _Components:
     folder = config.runtime_dir
     # One may have been lost and found while the next was opened.
     buses = {name: lines[name].bus or bus for name, bus in buses.items()}
@@ -170,8 +173,8 @@ def _make_parts(
     engine = _make_engine(config)
     subscribers = Subscribers(time.monotonic)
     notifier = take_notifier()
-    keep(notifier, engine.held, take_descriptors())
-    outside = Outside(
+    restore_and_store(notifier, engine.held, take_descriptors())
+    outside = Environment(
         engine=engine,
         state=state,
         announcer=_Announcer(lines, subscribers),
@@ -180,7 +183,9 @@ def _make_parts(
         processes=Processes(open_connector),
     )
     supervisor = Supervisor(outside, config.limits)
-    parts = _Parts(config, lines, watches, subscribers, engine, supervisor, trio.Event(), notifier)
+    parts = _Components(
+        config, lines, watches, subscribers, engine, supervisor, trio.Event(), notifier
+    )
     for name, line in lines.items():
         watches[name].on_gone = partial(parts.name_gone, name)
         _attach(watches[name], buses[name])
@@ -190,14 +195,14 @@ def _make_parts(
     return parts
 
 
-def _attach(watch: NameWatch, bus: Bus) -> None:
+def _attach(watch: NameWatch, bus: BusConnection) -> None:
     """Connect a watch with its bus: signals one way, callers that leave the other."""
     bus.on_signal = watch.take
     watch.on_caller_gone = bus.calls.gone
     bus.calls.watch(watch)
 
 
-async def _run(parts: _Parts, told: _Told) -> None:
+async def _run(parts: _Components, told: _SignalListener) -> None:
     closing = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(parts.engine.keep_connected, parts.supervisor)
@@ -227,7 +232,7 @@ async def _run(parts: _Parts, told: _Told) -> None:
         raise BusLostError(f"no bus is left: gone for {parts.config.bus_gone_seconds} s")
 
 
-async def _wait_end(parts: _Parts, told: _Told) -> None:
+async def _wait_end(parts: _Components, told: _SignalListener) -> None:
     async with trio.open_nursery() as nursery:
 
         async def wait_gone() -> None:
@@ -244,7 +249,7 @@ async def _wait_end(parts: _Parts, told: _Told) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _reload(parts: _Parts) -> None:
+async def _reload(parts: _Components) -> None:
     """Have the gate replaced: that is all that a reload does."""
     parts.notifier.reloading()
     try:
@@ -265,9 +270,9 @@ def _make_engine(config: Config) -> GateEngine:
     return Containers1Engine(control=control, buses=config.buses, is_required=is_required)
 
 
-def _make_objects(parts: _Parts, name: str, bus: Bus) -> Objects:
+def _make_objects(parts: _Components, name: str, bus: BusConnection) -> Objects:
     watch = parts.watches[name]
-    door = Door(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.lines))
+    door = BusContext(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.lines))
     return Objects(
         {
             containers1.PATH: [containers1.Containers1(door, watch).interface()],
@@ -284,7 +289,7 @@ def _make_objects(parts: _Parts, name: str, bus: Bus) -> Objects:
 class _Announcer:
     """Sends the signals."""
 
-    def __init__(self, lines: Mapping[str, Line], subscribers: Subscribers) -> None:
+    def __init__(self, lines: Mapping[str, ReconnectingBus], subscribers: Subscribers) -> None:
         self._lines: Final = lines
         self._subscribers: Final = subscribers
 

@@ -13,7 +13,7 @@ import trio.lowlevel
 from msgspec.structs import replace
 
 from broker import daemon as service_module
-from broker.bus.connection import Bus, Signal, Target, open_bus
+from broker.bus.connection import BusConnection, Destination, Signal, open_bus
 from broker.bus.message_bus import BusLostError
 from broker.bus.values import Variant
 from broker.control_protocol.messages import BusSpec
@@ -21,16 +21,16 @@ from broker.daemon import NAME, serve
 from broker.engines import gate_engine as gate_module
 from broker.engines.gate_process import GateError
 from broker.supervisor.bus_connections import StartError
-from broker.supervisor.config import Config, Limits
+from broker.supervisor.config import Config, ConfiguredLimits
 from broker.wire.errors import CallRefusedError, ConfigError
 from tests.engines.test_control_connection import start_all
 from tests.helpers import fake_gate
 from tests.helpers.fake_bus import FakeBus, open_fake_bus
 
-CONTAINERS = Target(
+CONTAINERS = Destination(
     destination=NAME, path="/org/freedesktop/DBus", interface="org.freedesktop.DBus.Containers1"
 )
-MANAGER = Target(destination=NAME, path="/org/buswarden/Broker1", interface=NAME)
+MANAGER = Destination(destination=NAME, path="/org/buswarden/Broker1", interface=NAME)
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +45,13 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make_config(folder: Path, *addresses: str, scope: Any = "user") -> Config:
     names = ("session", "system")
     buses = [BusSpec(name=name, address=one) for name, one in zip(names, addresses, strict=False)]
-    return Config(scope=scope, buses=tuple(buses), runtime_dir=folder / "run", limits=Limits())
+    return Config(
+        scope=scope, buses=tuple(buses), runtime_dir=folder / "run", limits=ConfiguredLimits()
+    )
 
 
 @asynccontextmanager
-async def served(folder: Path, **options: Any) -> AsyncIterator[tuple[FakeBus, Bus]]:
+async def served(folder: Path, **options: Any) -> AsyncIterator[tuple[FakeBus, BusConnection]]:
     """A service that runs, and a client; at the end it is told to end, and does."""
     async with open_fake_bus(folder) as fake:
         async with trio.open_nursery() as nursery:
@@ -62,7 +64,7 @@ async def served(folder: Path, **options: Any) -> AsyncIterator[tuple[FakeBus, B
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def add(client: Bus, **named: Variant) -> str:
+async def add(client: BusConnection, **named: Variant) -> str:
     (path, _, _) = await client.call(
         CONTAINERS, "AddServer", "ssa{sv}a{sv}", ["org.example.Type", "app", {}, named]
     )
@@ -208,7 +210,7 @@ async def test_creators_are_gone_with_their_bus(tmp_path: Path) -> None:
         assert not await is_ended(client, kept)
 
 
-async def is_ended(client: Bus, path: str) -> bool:
+async def is_ended(client: BusConnection, path: str) -> bool:
     """Say whether the fake gate was told to take no more connections."""
     try:
         with trio.fail_after(0.2):
@@ -231,7 +233,7 @@ async def test_without_any_bus_it_ends_and_its_gate_with_it(tmp_path: Path) -> N
     assert not list((tmp_path / "run").glob("gate*"))
 
 
-async def ask_until_answered(client: Bus) -> None:
+async def ask_until_answered(client: BusConnection) -> None:
     with trio.fail_after(10):
         while True:
             await trio.lowlevel.checkpoint()

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from broker.bus.connection import DRIVER, Call, Target
+from broker.bus.connection import DRIVER, Call, Destination
 from broker.bus.values import Variant, holds_descriptor, pack
 from broker.supervisor.sandboxes.specs import Caller
 from broker.supervisor.supervisor import Supervisor
@@ -15,7 +15,7 @@ class Connection(Protocol):
     """What the interfaces need of a bus."""
 
     async def call(
-        self, target: Target, member: str, signature: str = "", values: Any = ()
+        self, target: Destination, member: str, signature: str = "", values: Any = ()
     ) -> list[Any]:
         """Return the values of the reply."""
 
@@ -24,7 +24,7 @@ class Connection(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Door:
+class BusContext:
     """One bus that the service is on."""
 
     name: str

@@ -3,8 +3,8 @@
 from typing import Final
 
 from broker.api.arguments import NAMED, Context, reading_allow, reading_request
-from broker.api.caller import Door
-from broker.api.dispatch import Interface, Method, Property, Reply, Signal, args
+from broker.api.caller import BusContext
+from broker.api.dispatch import Interface, Method, Property, ReturnValues, SignalSpec, args
 from broker.bus.codec import MAX_BODY
 from broker.bus.connection import DRIVER, Call
 from broker.bus.values import Variant, unpack
@@ -35,7 +35,7 @@ _ABOUT: Final = args("creator:a{sv}", "container_type:s", "container_name:s", "m
 class Containers1:
     """The interface on one bus."""
 
-    def __init__(self, door: Door, watch: Watch) -> None:
+    def __init__(self, door: BusContext, watch: Watch) -> None:
         self._door: Final = door
         self._supervisor: Final = door.supervisor
         self._watch: Final = watch
@@ -79,11 +79,11 @@ class Containers1:
                 ),
                 Method(name="RequestHeader", run=self._request_header),
             ),
-            signals=(Signal(name="InstanceRemoved", args=_INSTANCE),),
+            signals=(SignalSpec(name="InstanceRemoved", args=_INSTANCE),),
             properties=(Property(name="SupportedArguments", type="as", value=sorted(NAMED)),),
         )
 
-    async def _add(self, call: Call) -> Reply:
+    async def _add(self, call: Call) -> ReturnValues:
         # Watched before anything is asked about it: either it is there when we ask, or we are told.
         self._watch.add(call.sender)
         try:
@@ -108,27 +108,27 @@ class Containers1:
 
         bus = next(iter(record.sockets))
         path = record.sockets[bus].encode() + b"\0"
-        return Reply((record.path, path, record.addresses[bus]), then)
+        return ReturnValues((record.path, path, record.addresses[bus]), then)
 
-    async def _stop(self, call: Call) -> Reply:
+    async def _stop(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         await self._supervisor.stop(caller, instance(call.values[0]))
-        return Reply()
+        return ReturnValues()
 
-    async def _stop_listening(self, call: Call) -> Reply:
+    async def _stop_listening(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         await self._supervisor.stop_listening(caller, instance(call.values[0]))
-        return Reply()
+        return ReturnValues()
 
-    async def _set_access(self, call: Call) -> Reply:
+    async def _set_access(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         target, entries = call.values
         origin = f"SetContainerAccess by {call.sender}"
         rules = await in_slices(reading_allow(entries, origin), call.turn)
         await self._supervisor.set_access(caller, target, rules)
-        return Reply()
+        return ReturnValues()
 
-    async def _get_connection_instance(self, call: Call) -> Reply:
+    async def _get_connection_instance(self, call: Call) -> ReturnValues:
         unique_name = await self._find_owner(call.values[0])
         behind = await self._supervisor.who(self._door.name, unique_name)
         if not behind.is_there and not await self._is_there(unique_name):
@@ -139,17 +139,17 @@ class Containers1:
             text = f"{unique_name} is in a container that is not known any more"
             raise CallRefusedError(FAILED, text)
         record = behind.sandbox.record
-        return Reply((record.path, *describe(record)))
+        return ReturnValues((record.path, *describe(record)))
 
-    async def _get_instance_info(self, call: Call) -> Reply:
+    async def _get_instance_info(self, call: Call) -> ReturnValues:
         # Asked first, also if there is no such instance: the time of the answer must not tell whether there is.
         seen_by = NOBODY
         if not await self._supervisor.is_inside(self._door.name, call.sender):
             seen_by = (await self._door.host_caller(call)).uid
         record = self._supervisor.registry.find(instance(call.values[0]), seen_by=seen_by).record
-        return Reply(describe(record))
+        return ReturnValues(describe(record))
 
-    async def _request_header(self, call: Call) -> Reply:
+    async def _request_header(self, call: Call) -> ReturnValues:
         self._watch.add(call.sender)  # as in `_add`
         try:
             caller = await self._door.host_caller(call)
@@ -160,7 +160,7 @@ class Containers1:
             await self._supervisor.tag_headers(caller)
         finally:
             self._watch.discard(call.sender)
-        return Reply()
+        return ReturnValues()
 
     async def _find_owner(self, name: str) -> str:
         if not is_bus_name(name):

@@ -48,7 +48,7 @@ def do_nothing() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ReturnValues:
     """A method's return values; `then` is called once they are on their way.
 
     An array among the values may be an iterator, which is then asked for its elements in slices.
@@ -81,11 +81,11 @@ class Method:
     takes: tuple[Arg, ...] = ()
     gives: tuple[Arg, ...] = ()
     longest: int = MAX_ARGUMENTS  # bytes of arguments
-    run: Callable[[Call], Reply | Awaitable[Reply]]
+    run: Callable[[Call], ReturnValues | Awaitable[ReturnValues]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signal:
+class SignalSpec:
     """A signal."""
 
     name: str
@@ -107,7 +107,7 @@ class Interface:
 
     name: str
     methods: tuple[Method, ...]
-    signals: tuple[Signal, ...] = ()
+    signals: tuple[SignalSpec, ...] = ()
     properties: tuple[Property, ...] = ()
 
 
@@ -135,7 +135,7 @@ class Objects:
             method = self._find(call)
             await call.unpack()
             given = method.run(call)
-            reply = given if isinstance(given, Reply) else await given
+            reply = given if isinstance(given, ReturnValues) else await given
             gives = _signature(method.gives)
             bus.answer_body(call, gives, await _pack(gives, reply, call))
         except CallerGoneError as exc:
@@ -194,14 +194,14 @@ class Objects:
         introspect = Method(name="Introspect", gives=args("xml_data:s"), run=self._introspect)
         name, prop = args("interface_name:s", "property_name:s")
 
-        def get(call: Call) -> Reply:
-            return Reply((_get(by_name, call.values[0], call.values[1]),))
+        def get(call: Call) -> ReturnValues:
+            return ReturnValues((_get(by_name, call.values[0], call.values[1]),))
 
-        def get_all(call: Call) -> Reply:
+        def get_all(call: Call) -> ReturnValues:
             interface = _interface(by_name, call.values[0])
-            return Reply(({p.name: Variant(p.type, p.value) for p in interface.properties},))
+            return ReturnValues(({p.name: Variant(p.type, p.value) for p in interface.properties},))
 
-        def put(call: Call) -> Reply:
+        def put(call: Call) -> ReturnValues:
             _get(by_name, call.values[0], call.values[1])
             raise CallRefusedError(PROPERTY_READ_ONLY, f"{call.values[1][:100]!r} is read-only")
 
@@ -216,7 +216,7 @@ class Objects:
             *([Interface(name=PROPERTIES, methods=properties)] if interfaces else []),
         )
 
-    def _introspect(self, call: Call) -> Reply:
+    def _introspect(self, call: Call) -> ReturnValues:
         above = call.path.rstrip("/") + "/"
         children = {
             path.removeprefix(above).partition("/")[0]
@@ -228,23 +228,23 @@ class Objects:
             raise CallRefusedError(UNKNOWN_OBJECT, f"no object at {call.path[:100]!r}")
         lines = [line for interface in interfaces for line in describe_interface(interface)]
         lines += [f'  <node name="{child}"/>' for child in sorted(children)]
-        return Reply((DOCTYPE + "\n".join(["<node>", *lines, "</node>", ""]),))
+        return ReturnValues((DOCTYPE + "\n".join(["<node>", *lines, "</node>", ""]),))
 
 
-async def _pack(gives: str, reply: Reply, call: Call) -> bytes:
+async def _pack(gives: str, reply: ReturnValues, call: Call) -> bytes:
     try:
         return await pack_in_turns(gives, reply.values, call.turn)
     except TooLongError as exc:
         raise CallRefusedError(LIMITS_EXCEEDED, f"the answer would have {exc}") from exc
 
 
-def _ping(_call: Call) -> Reply:
-    return Reply()
+def _ping(_call: Call) -> ReturnValues:
+    return ReturnValues()
 
 
-def _machine_id(_call: Call) -> Reply:
+def _machine_id(_call: Call) -> ReturnValues:
     try:
-        return Reply((_MACHINE_ID.read_text(encoding="ascii").strip(),))
+        return ReturnValues((_MACHINE_ID.read_text(encoding="ascii").strip(),))
     except (OSError, UnicodeDecodeError) as exc:
         raise CallRefusedError(FAILED, "this machine has no id") from exc
 

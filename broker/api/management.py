@@ -7,8 +7,8 @@ from typing import Any, Final
 import msgspec
 
 from broker.api.arguments import reading_rules
-from broker.api.caller import Door
-from broker.api.dispatch import Interface, Method, Reply, Signal, args
+from broker.api.caller import BusContext
+from broker.api.dispatch import Interface, Method, ReturnValues, SignalSpec, args
 from broker.api.subscribers import Subscribers
 from broker.bus.codec import MAX_BODY
 from broker.bus.connection import Call
@@ -17,7 +17,7 @@ from broker.control_protocol.messages import Denied
 from broker.engines.base import Engine, EngineLostError
 from broker.supervisor.config import Config
 from broker.supervisor.sandboxes.lifecycle import Phase
-from broker.supervisor.sandboxes.registry import Sandbox
+from broker.supervisor.sandboxes.registry import SandboxEntry
 from broker.supervisor.sandboxes.rule_limits import in_slices
 from broker.supervisor.watches.watches import Watch
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
@@ -26,8 +26,8 @@ from policy.text import format_rule
 
 PATH: Final = "/org/buswarden/Broker1"
 NAME: Final = "org.buswarden.Broker1"
-ENDED: Final = Signal(name="SandboxEnded", args=args("sandbox:o", "reason:s"))
-DENIED: Final = Signal(name="Denied", args=args("sandbox:o", "what:a{sv}"))
+ENDED: Final = SignalSpec(name="SandboxEnded", args=args("sandbox:o", "reason:s"))
+DENIED: Final = SignalSpec(name="Denied", args=args("sandbox:o", "what:a{sv}"))
 Dict = dict[str, Variant]
 
 
@@ -35,7 +35,12 @@ class Management:
     """The interface on one bus."""
 
     def __init__(
-        self, door: Door, engine: Engine, config: Config, subscribers: Subscribers, watch: Watch
+        self,
+        door: BusContext,
+        engine: Engine,
+        config: Config,
+        subscribers: Subscribers,
+        watch: Watch,
     ) -> None:
         self._door: Final = door
         self._subscribers: Final = subscribers
@@ -69,7 +74,7 @@ class Management:
             signals=(DENIED, ENDED),
         )
 
-    async def _list(self, call: Call) -> Reply:
+    async def _list(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         # Described one by one while the answer is written, which others have turns in.
         shown = (
@@ -77,9 +82,9 @@ class Management:
             for sandbox in self._registry
             if sandbox.may_be_seen_by(caller.uid) and sandbox.phase is not Phase.ENDED
         )
-        return Reply((shown,))
+        return ReturnValues((shown,))
 
-    async def _show(self, call: Call) -> Reply:
+    async def _show(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         used = await self._used(self._registry.find(call.values[0]).record.id)
         sandbox = self._registry.find(call.values[0])
@@ -91,16 +96,16 @@ class Management:
             "built_in": Variant("a(bs)", format_rules(sandbox.record.built_in)),
             "use": Variant("a{st}", used),
         }
-        return Reply((self._describe(sandbox) | more,))
+        return ReturnValues((self._describe(sandbox) | more,))
 
-    async def _change_access(self, call: Call) -> Reply:
+    async def _change_access(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         target, entries, replace = call.values
         rules = await in_slices(reading_rules(entries, f"ChangeAccess by {call.sender}"), call.turn)
         access = await self._door.supervisor.set_access(caller, target, rules, replace=replace)
-        return Reply((format_rules(access.rules),))
+        return ReturnValues((format_rules(access.rules),))
 
-    async def _status(self, call: Call) -> Reply:
+    async def _status(self, call: Call) -> ReturnValues:
         await self._door.host_caller(call)
         used = await self._used(None)
         config = self._config
@@ -124,9 +129,9 @@ class Management:
             "runtime_dir": Variant("s", str(config.runtime_dir)),
             "last_crash": Variant("s", self._engine.last_crash),
         }
-        return Reply((status,))
+        return ReturnValues((status,))
 
-    async def _subscribe(self, call: Call) -> Reply:
+    async def _subscribe(self, call: Call) -> ReturnValues:
         # The connection is watched before the bus is asked about it, because the subscription ends with it.
         self._watch.add(call.sender)
         try:
@@ -140,19 +145,19 @@ class Management:
             self._watch.discard(call.sender)
         elif call.sender not in self._watch:  # it left meanwhile, and that is not told again
             self._subscribers.discard(caller.bus, caller.unique_name)
-        return Reply()
+        return ReturnValues()
 
-    async def _unsubscribe(self, call: Call) -> Reply:
+    async def _unsubscribe(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         if self._subscribers.discard(caller.bus, caller.unique_name):
             self._watch.discard(call.sender)
-        return Reply()
+        return ReturnValues()
 
-    async def _upgrade(self, call: Call) -> Reply:
+    async def _upgrade(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         if caller.uid not in (0, os.geteuid()):
             raise CallRefusedError(ACCESS_DENIED, "Upgrade is for root and the broker's own user")
-        return Reply(await self._engine.upgrade())
+        return ReturnValues(await self._engine.upgrade())
 
     async def _used(self, sandbox: str | None) -> dict[str, int]:
         """Return what is taken of the limits, by their names; nothing if the gate cannot tell now."""
@@ -162,7 +167,7 @@ class Management:
             return {}
         return {"max_connections_per_container": used.pop("connections"), **used}
 
-    def _describe(self, sandbox: Sandbox) -> Dict:
+    def _describe(self, sandbox: SandboxEntry) -> Dict:
         record = sandbox.record
         rules = format_rules(record.access.rules)
         sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}

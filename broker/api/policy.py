@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
-from broker.api.caller import Door
-from broker.api.dispatch import Interface, Method, Reply, args
+from broker.api.caller import BusContext
+from broker.api.dispatch import Interface, Method, ReturnValues, args
 from broker.bus.codec import MAX_BODY
 from broker.bus.connection import Call
 from broker.bus.values import Variant
@@ -41,7 +41,7 @@ MESSAGE_KEYS: Final[Mapping[str, Callable[[str], bool]]] = {
 class PolicyInterface:
     """The interface on one bus."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: BusContext) -> None:
         self._door: Final = door
         self._snaps: Final = door.supervisor.snaps
         self._policy: Final = door.supervisor.policy
@@ -68,47 +68,47 @@ class PolicyInterface:
             ),
         )
 
-    async def _load(self, call: Call) -> Reply:
+    async def _load(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         await self._policy.load(caller.uid, call.values[0])
-        return Reply()
+        return ReturnValues()
 
-    async def _list_snaps(self, call: Call) -> Reply:
+    async def _list_snaps(self, call: Call) -> ReturnValues:
         await self._door.host_caller(call)
-        return Reply((_json(world_of(self._snaps.ready())),))
+        return ReturnValues((_json(world_of(self._snaps.ready())),))
 
-    async def _connect(self, call: Call) -> Reply:
+    async def _connect(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         plug, slot = call.values
         changes = await self._policy.connect(caller.uid, plug, slot)
-        return Reply(([describe_change(change) for change in changes],))
+        return ReturnValues(([describe_change(change) for change in changes],))
 
-    async def _disconnect(self, call: Call) -> Reply:
+    async def _disconnect(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         plug, slot = call.values
         changes = await self._policy.disconnect(caller.uid, plug, slot)
-        return Reply(([describe_change(change) for change in changes],))
+        return ReturnValues(([describe_change(change) for change in changes],))
 
-    async def _connections(self, call: Call) -> Reply:
+    async def _connections(self, call: Call) -> ReturnValues:
         await self._door.host_caller(call)
         compiler = self._snaps.ready()
         rows = []
         for one in compiler.connections:
             interface = compiler.snaps[one.plug_snap].plugs[one.plug].interface
             rows.append((f"{one.plug_snap}:{one.plug}", f"{one.slot_snap}:{one.slot}", interface))
-        return Reply((rows,))
+        return ReturnValues((rows,))
 
-    async def _explain(self, call: Call) -> Reply:
+    async def _explain(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
         what, message = call.values
         question = parse_question(message)
-        return Reply((describe(await self._policy.explain(caller.uid, what, question)),))
+        return ReturnValues((describe(await self._policy.explain(caller.uid, what, question)),))
 
-    async def _interface(self, call: Call) -> Reply:
+    async def _interface(self, call: Call) -> ReturnValues:
         await self._door.host_caller(call)
         known = self._snaps.interface(call.values[0])
         facts = {"name": known.name, "file": known.file, **msgspec.to_builtins(known.interface)}
-        return Reply((_json(facts),))
+        return ReturnValues((_json(facts),))
 
 
 def parse_question(message: Mapping[str, Variant]) -> Question:

@@ -1,9 +1,9 @@
 """A connection to a bus, for trio code.
 
-`open_bus` gives a Bus for as long as its block lasts. Calls to us come in by `Bus.next_call`, in turns of those who
+`open_bus` gives a Bus for as long as its block lasts. Calls to us come in by `BusConnection.next_call`, in turns of those who
 call (callers.py), each with its descriptors, which whoever takes it must close (`with call:`), and with a
 body that is not read before `Call.unpack`. What a bus answers with an error
-comes out of `Bus.call` as CallRefusedError; a bus that went away as BusLostError, from everything.
+comes out of `BusConnection.call` as CallRefusedError; a bus that went away as BusLostError, from everything.
 """
 
 import os
@@ -19,7 +19,7 @@ import trio_asyncio
 
 from broker.bus.callers import Callers
 from broker.bus.codec import MAX_BODY, TooLongError
-from broker.bus.message_bus import BusLostError, Link, Reply, make_message
+from broker.bus.message_bus import BusLostError, PatchedMessageBus, Reply, make_message
 from broker.bus.values import Turn, pack, unpack, unpack_in_turns
 from broker.posix.reserve import is_reserved
 from broker.wire.address import UnixAddress, parse_address
@@ -47,7 +47,7 @@ _PROBE: Final = ("/org/buswarden/Probe", "org.buswarden.Probe", "Probe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Destination:
     """The destination of a call."""
 
     destination: str
@@ -55,7 +55,7 @@ class Target:
     interface: str
 
 
-DRIVER: Final = Target(
+DRIVER: Final = Destination(
     destination="org.freedesktop.DBus",
     path="/org/freedesktop/DBus",
     interface="org.freedesktop.DBus",
@@ -120,7 +120,7 @@ class Call:
         return self.values
 
 
-class Bus:
+class BusConnection:
     """An open connection. Made by `open_bus`."""
 
     def __init__(self, address: str) -> None:
@@ -133,7 +133,7 @@ class Bus:
         # Raises CallRefusedError for a call that need not even be stored, by its header.
         self.look_at_call: Callable[[Header], None] = _look_at_nothing
         self.calls: Final = Callers(self._ask_user)
-        self._link: Link | None = None
+        self._link: PatchedMessageBus | None = None
         self._probed: trio.Event | None = None
         self._probe_had_field = False
 
@@ -144,7 +144,7 @@ class Bus:
 
     async def call(
         self,
-        target: Target,
+        target: Destination,
         member: str,
         signature: str = "",
         values: Sequence[object] = (),
@@ -176,7 +176,7 @@ class Bus:
         return _read_reply(reply, error)
 
     def send(
-        self, target: Target, member: str, signature: str = "", values: Sequence[object] = ()
+        self, target: Destination, member: str, signature: str = "", values: Sequence[object] = ()
     ) -> None:
         """Call without wanting a reply."""
         link = self._open_link()
@@ -280,7 +280,7 @@ class Bus:
             await self._probed.wait()
         return self._probe_had_field
 
-    def _open_link(self) -> Link:
+    def _open_link(self) -> PatchedMessageBus:
         if self._link is None or self.lost.is_set():
             raise BusLostError(f"no connection to the bus at {self.address}")
         return self._link
@@ -394,9 +394,9 @@ class Bus:
             )
         )
 
-    async def _hello(self, sock: socket.socket) -> Link:
+    async def _hello(self, sock: socket.socket) -> PatchedMessageBus:
         # Before anything that may fail: the link closes the socket from here on.
-        link = Link(sock, self)
+        link = PatchedMessageBus(sock, self)
         self._link = link
         link.on_lost = self._lost
         await trio_asyncio.aio_as_trio(link.connect)()
@@ -417,11 +417,11 @@ class Bus:
 
 
 @asynccontextmanager
-async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIterator[Bus]:
+async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIterator[BusConnection]:
     """Connect, say Hello, and close at the end. Raises ConfigError if the bus is not there."""
     async with open_loop():
         sock = await _connect(address, runtime_dir)
-        bus = Bus(address)
+        bus = BusConnection(address)
         try:
             with trio.fail_after(CONNECT_TIMEOUT):
                 await bus._hello(sock)  # noqa: SLF001
@@ -493,7 +493,7 @@ async def _shake_hands(sock: socket.socket, address: UnixAddress) -> None:
 
 def _make_call(  # noqa: PLR0913 - each one is a field of the message
     serial: int,
-    target: Target,
+    target: Destination,
     member: str,
     body: bytes,
     signature: str,

@@ -25,7 +25,7 @@ from dbus_next.aio.message_bus import MessageBus
 from dbus_next.message_bus import BaseMessageBus
 
 from broker.bus.codec import MAX_BODY
-from broker.bus.message_intake import Arrived, Dropped, Intake, Oversize
+from broker.bus.message_intake import ArrivedMessage, Dropped, MessageIntake, Oversize
 from broker.bus.values import unpack
 from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
@@ -75,7 +75,7 @@ class _Expected:
     take: Callable[[Reply | None, Exception | None], None]
 
 
-class Link(MessageBus):
+class PatchedMessageBus(MessageBus):
     """A dbus-next connection whose messages are read and written here."""
 
     def __init__(self, sock: socket.socket, taker: Taker) -> None:
@@ -84,7 +84,7 @@ class Link(MessageBus):
         super().__init__(bus_address="unix:path=/", negotiate_unix_fd=True)
         self._out: Final = _Writer(self)
         self._writer: Any = self._out
-        self._intake: Final = Intake(self._look)
+        self._intake: Final = MessageIntake(self._look)
         self._expected: Final[dict[int, _Expected]] = {}
         self.on_lost: Callable[[], None] = lambda: None
         self.sent = trio.Event()  # nothing waits to be sent any more
@@ -191,9 +191,9 @@ class Link(MessageBus):
             return False
         return True
 
-    def _take(self, item: Arrived | Oversize | Dropped) -> None:
+    def _take(self, item: ArrivedMessage | Oversize | Dropped) -> None:
         match item:
-            case Arrived(header, body, fds, cut):
+            case ArrivedMessage(header, body, fds, cut):
                 self._take_message(header, body, fds, cut=cut)
             case Oversize():
                 if item.type == MessageType.METHOD_CALL:

@@ -31,7 +31,7 @@ _UINT32: Final = {ord("l"): struct.Struct("<I"), ord("B"): struct.Struct(">I")}
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class ArrivedMessage:
     """A message that is wanted, whole. Its descriptors are the taker's; `cut`: they are not all there."""
 
     header: Header
@@ -57,11 +57,11 @@ class Dropped:
     fds: list[int]
 
 
-Item = Arrived | Oversize | Dropped
+Item = ArrivedMessage | Oversize | Dropped
 
 
 @dataclass(slots=True)
-class _Batch:
+class _DescriptorBatch:
     """Descriptors that came with a read, which ended at this place of the stream."""
 
     end: int
@@ -70,7 +70,7 @@ class _Batch:
 
 
 @dataclass(slots=True)
-class _Skim:
+class _OversizeHeader:
     """A header that is gone through field by field."""
 
     start: int  # of the message, in the stream
@@ -85,7 +85,7 @@ class _Skim:
 
 
 @dataclass(slots=True)
-class Intake:
+class MessageIntake:
     """The stream of a bus. `look` is called with each header, but oversize ones, in order."""
 
     look: Callable[[Header], bool]
@@ -93,11 +93,11 @@ class Intake:
     _buffer: bytearray = field(default_factory=bytearray)
     _at: int = 0  # where in the stream the buffer begins
     _skip: int = 0  # bytes that are still to be dropped
-    _skim: _Skim | None = None
+    _skim: _OversizeHeader | None = None
     _wanted: Header | None = None  # of the message whose body is not complete yet
     _size: int = 0  # of that message
     _parsed: dict[bytes, Header] = field(default_factory=dict)
-    _batches: deque[_Batch] = field(default_factory=deque)
+    _batches: deque[_DescriptorBatch] = field(default_factory=deque)
 
     @property
     def held(self) -> int:
@@ -113,7 +113,7 @@ class Intake:
         """Take what was read, and give what came of it. Raises PeerProtocolError: no bus says that."""
         if fds or cut:
             end = self._at + len(self._buffer) + len(data)
-            self._batches.append(_Batch(end, list(fds), cut))
+            self._batches.append(_DescriptorBatch(end, list(fds), cut))
         self._buffer += self._drop(data)
         while True:
             if self._skim is not None:
@@ -152,7 +152,7 @@ class Intake:
             start = self._at
             fields_end = start + FIXED_SIZE + fields
             end = start + head + body
-            self._skim = _Skim(start, order, type_, flags, serial, fields_end, end)
+            self._skim = _OversizeHeader(start, order, type_, flags, serial, fields_end, end)
             self._pass(FIXED_SIZE)
             return True
         if len(buffer) < head:
@@ -182,12 +182,12 @@ class Intake:
         self._parsed[key] = header
         return header
 
-    def _take(self, header: Header) -> Arrived:
+    def _take(self, header: Header) -> ArrivedMessage:
         fds, cut = self._take_fds(header.unix_fds)
         body = bytes(self._buffer[header.size : self._size])
         self._wanted = None
         self._pass(self._size)
-        return Arrived(header, body, fds, cut)
+        return ArrivedMessage(header, body, fds, cut)
 
     def _take_fds(self, count: int) -> tuple[list[int], bool]:
         """Return the descriptors of the message that begins here, and whether some are missing."""
@@ -243,7 +243,7 @@ class Intake:
             self._pass(size)
         return False
 
-    def _field(self, skim: _Skim, padding: int) -> int | None:
+    def _field(self, skim: _OversizeHeader, padding: int) -> int | None:
         """Return how long the field that begins here is; 0: unknown, None: more of it is needed."""
         buffer, value = self._buffer, padding + 4
         if len(buffer) < value + 4:

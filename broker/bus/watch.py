@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from broker.bus.connection import DRIVER, Signal, Target
+from broker.bus.connection import DRIVER, Destination, Signal
 from broker.bus.message_bus import BusLostError
 
 
@@ -15,12 +15,12 @@ class Caller(Protocol):
     """The part of a bus that a watch needs."""
 
     def send(
-        self, target: Target, member: str, signature: str = "", values: Sequence[object] = ()
+        self, target: Destination, member: str, signature: str = "", values: Sequence[object] = ()
     ) -> None:
         """Call without wanting a reply."""
 
     async def call(
-        self, target: Target, member: str, signature: str = "", values: Sequence[object] = ()
+        self, target: Destination, member: str, signature: str = "", values: Sequence[object] = ()
     ) -> list[Any]:
         """Return the values of the reply."""
 

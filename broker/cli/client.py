@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 import trio
 
-from broker.bus.connection import Target, open_bus
+from broker.bus.connection import Destination, open_bus
 from broker.bus.values import Variant, plain
 from broker.cli.options import Settings
 from broker.posix.files import read_small
@@ -21,13 +21,13 @@ from broker.wire.address import parse_address
 from broker.wire.errors import SERVICE_UNKNOWN, BrokerError, CallRefusedError, ConfigError
 
 NAME: Final = "org.buswarden.Broker1"
-MANAGER: Final = Target(
+MANAGER: Final = Destination(
     destination=NAME, path="/org/buswarden/Broker1", interface="org.buswarden.Broker1"
 )
-POLICY: Final = Target(
+POLICY: Final = Destination(
     destination=NAME, path="/org/buswarden/Broker1", interface="org.buswarden.Broker1.Policy"
 )
-CONTAINERS: Final = Target(
+CONTAINERS: Final = Destination(
     destination=NAME, path="/org/freedesktop/DBus", interface="org.freedesktop.DBus.Containers1"
 )
 INSTANCE_PREFIX: Final = "/org/freedesktop/DBus/Containers1/"
@@ -51,7 +51,7 @@ class Bus(Protocol):
 
     async def call(
         self,
-        target: Target,
+        target: Destination,
         member: str,
         signature: str = "",
         values: Sequence[object] = (),
@@ -108,7 +108,7 @@ class Instance:
         return self.path.removeprefix(INSTANCE_PREFIX)
 
 
-class Client:
+class ServiceClient:
     """The broker, as it answers on one bus. Every method raises CallRefusedError, BusLostError."""
 
     def __init__(self, bus: Bus) -> None:
@@ -181,7 +181,7 @@ class Client:
             raise ConfigError(f"the broker has no bus {bus[:80]!r}, only {known}")
         # Unique names mean something on their own bus only, so that is where it is asked.
         async with connect_bus(buses[bus]) as other:
-            return await Client(other).who_here(name)
+            return await ServiceClient(other).who_here(name)
 
     async def who_here(self, name: str) -> Instance:
         answer = await self._call(CONTAINERS, "GetConnectionInstance", "s", [name])
@@ -224,7 +224,7 @@ class Client:
 
     async def _call(
         self,
-        target: Target,
+        target: Destination,
         member: str,
         signature: str = "",
         values: Sequence[object] = (),
@@ -241,7 +241,7 @@ class Client:
         return [plain(value) for value in reply]
 
 
-def ask(settings: Settings, question: Callable[[Client], Awaitable[T]]) -> T:
+def ask(settings: Settings, question: Callable[[ServiceClient], Awaitable[T]]) -> T:
     """Connect, ask, disconnect. Raises CallRefusedError, NoBrokerError, ConfigError, BusLostError."""
     address = find_address(settings.address, os.environ)
     # Checked apart from the connecting, so that what is wrongly written and what is not there differ.
@@ -254,14 +254,14 @@ def connect_bus(address: str) -> AbstractAsyncContextManager[Bus]:
     return open_bus(address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
 
 
-async def _ask(address: str, question: Callable[[Client], Awaitable[T]]) -> T:
+async def _ask(address: str, question: Callable[[ServiceClient], Awaitable[T]]) -> T:
     error: BrokerError
     with trio.move_on_after(TIMEOUT):
         try:
             async with connect_bus(address) as bus:
                 # The error is taken out of the block by hand, as the connection's nursery would wrap it.
                 try:
-                    return await question(Client(bus))
+                    return await question(ServiceClient(bus))
                 except BrokerError as exc:
                     error = exc
         except ConfigError as exc:

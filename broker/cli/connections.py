@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 import msgspec
 
-from broker.cli.client import Client, ask
+from broker.cli.client import ServiceClient, ask
 from broker.cli.options import JSON, Settings
 from broker.cli.output import print_json, print_line, print_table
 from broker.wire.errors import ConfigError
@@ -23,7 +23,7 @@ MAX_FILE: Final = 32 * 1024 * 1024  # bytes
 @click.pass_obj
 def connect_command(settings: Settings, *, plug: str, slot: str) -> None:
     """Connect a plug to a slot, and print whose rules that changed. They are in force when this returns."""
-    for line in ask(settings, partial(Client.connect, plug=plug, slot=slot)):
+    for line in ask(settings, partial(ServiceClient.connect, plug=plug, slot=slot)):
         print_line(line)
 
 
@@ -33,7 +33,7 @@ def connect_command(settings: Settings, *, plug: str, slot: str) -> None:
 @click.pass_obj
 def disconnect_command(settings: Settings, *, plug: str, slot: str) -> None:
     """Undo a connection, and print whose rules that changed. They are out of force when this returns."""
-    for line in ask(settings, partial(Client.disconnect, plug=plug, slot=slot)):
+    for line in ask(settings, partial(ServiceClient.disconnect, plug=plug, slot=slot)):
         print_line(line)
 
 
@@ -42,7 +42,7 @@ def disconnect_command(settings: Settings, *, plug: str, slot: str) -> None:
 @click.pass_obj
 def connections_command(settings: Settings, *, as_json: bool) -> None:
     """List the connections."""
-    rows = ask(settings, Client.connections)
+    rows = ask(settings, ServiceClient.connections)
     if as_json:
         keys = ("plug", "slot", "interface")
         print_json([dict(zip(keys, row, strict=True)) for row in rows])
@@ -57,7 +57,7 @@ def snaps_command(ctx: click.Context, *, as_json: bool) -> None:
     """List the snaps, or `load` others from a file."""
     if ctx.invoked_subcommand is not None:
         return
-    world = ask(ctx.obj, Client.snaps)
+    world = ask(ctx.obj, ServiceClient.snaps)
     if as_json:
         print_json(world)
         return
@@ -83,7 +83,7 @@ def snaps_command(ctx: click.Context, *, as_json: bool) -> None:
 def load_command(settings: Settings, *, file: Path) -> None:
     """Have the snaps of FILE (TOML or JSON) and no others. Connections that still make sense are kept."""
     text = msgspec.json.encode(read_data(file)).decode()
-    ask(settings, partial(Client.load_snaps, snaps=text))
+    ask(settings, partial(ServiceClient.load_snaps, snaps=text))
 
 
 def read_data(file: Path) -> Any:

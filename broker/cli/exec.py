@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from broker.cli.client import Client, NewSandbox, ask
+from broker.cli.client import NewSandbox, ServiceClient, ask
 from broker.cli.options import (
     ALLOW,
     DENY,
@@ -161,7 +161,7 @@ def _run(settings: Settings, new: NewSandbox, wish: Wish) -> int:
         return _run_in(made, wish)
 
 
-async def _make(client: Client, *, new: NewSandbox, close_notify: int) -> Made:
+async def _make(client: ServiceClient, *, new: NewSandbox, close_notify: int) -> Made:
     status = await client.status()
     known = list(status["buses"])
     check_rule_buses(new.rules, new.buses or known[:1])

@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from broker.cli.client import Client, ask
+from broker.cli.client import ServiceClient, ask
 from broker.cli.options import JSON, Settings
 from broker.cli.output import print_json, print_line
 
@@ -59,7 +59,7 @@ def explain_command(  # noqa: PLR0913 - one parameter an option
         "peer": peer,
     }
     said = {key: text for key, text in message.items() if text != NOTHING}
-    why = ask(settings, partial(Client.explain, what=what, message=said))
+    why = ask(settings, partial(ServiceClient.explain, what=what, message=said))
     if as_json:
         print_json(why)
         return

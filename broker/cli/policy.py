@@ -21,7 +21,7 @@ from broker.cli.policy_text import (
     rule_lines,
     usos_facts,
 )
-from broker.supervisor.config import Limits
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.snaps.catalogue import Snaps, load_own_library
 from broker.wire.errors import CallRefusedError, ConfigError
 from policy.importers.apparmor import import_apparmor
@@ -55,7 +55,7 @@ def policy_command() -> None:
     "--rule-steps",
     metavar="N",
     type=click.IntRange(min=1),
-    default=Limits().rule_steps,
+    default=ConfiguredLimits().rule_steps,
     show_default=True,
     help="What a list may cost: the limit of that name.",
 )

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from broker.cli.client import Added, Client, NewSandbox, ask, instance_path
+from broker.cli.client import Added, NewSandbox, ServiceClient, ask, instance_path
 from broker.cli.options import (
     ALLOW,
     DENY,
@@ -103,7 +103,7 @@ def add_command(  # noqa: PLR0913 - one parameter an option
             print_line(f"{added.id} {added.sockets[bus]} {bus}")
 
 
-async def _add(client: Client, *, new: NewSandbox, name_bus: bool) -> Added:
+async def _add(client: ServiceClient, *, new: NewSandbox, name_bus: bool) -> Added:
     """Add it; without `name_bus` the only socket may lack the name of its bus."""
     buses = new.buses
     if not buses and (name_bus or any(parse_rule(text, deny=deny).bus for deny, text in new.rules)):
@@ -118,7 +118,7 @@ async def _add(client: Client, *, new: NewSandbox, name_bus: bool) -> Added:
 @click.pass_obj
 def list_command(settings: Settings, *, as_json: bool) -> None:
     """List the sandboxes."""
-    sandboxes = ask(settings, Client.list_sandboxes)
+    sandboxes = ask(settings, ServiceClient.list_sandboxes)
     if as_json:
         print_json(sandboxes)
         return
@@ -144,7 +144,7 @@ def list_command(settings: Settings, *, as_json: bool) -> None:
 @click.pass_obj
 def show_command(settings: Settings, *, sandbox: str, as_json: bool) -> None:
     """Show one sandbox, its rules, and what it was refused lately."""
-    facts = ask(settings, partial(Client.show, sandbox=sandbox))
+    facts = ask(settings, partial(ServiceClient.show, sandbox=sandbox))
     if as_json:
         print_json(facts)
         return
@@ -183,7 +183,7 @@ def access_command(
         change = partial(_change_access, sandbox=sandbox, rules=rules, replace=replace)
         access = ask(settings, change)
     else:
-        access = ask(settings, partial(Client.show, sandbox=sandbox))["access"]
+        access = ask(settings, partial(ServiceClient.show, sandbox=sandbox))["access"]
     if as_json:
         print_json([{"deny": bool(denied), "rule": text} for denied, text in access])
         return
@@ -192,7 +192,7 @@ def access_command(
 
 
 async def _change_access(
-    client: Client, *, sandbox: str, rules: Sequence[tuple[bool, str]], replace: bool
+    client: ServiceClient, *, sandbox: str, rules: Sequence[tuple[bool, str]], replace: bool
 ) -> list[tuple[bool, str]]:
     if any(parse_rule(text, deny=deny).bus for deny, text in rules):
         check_rule_buses(rules, (await client.show(sandbox))["sockets"])
@@ -208,7 +208,7 @@ async def _change_access(
 def stop_command(settings: Settings, *, sandbox: str, keep_connections: bool) -> None:
     """End a sandbox: its socket and its connections. ID is an id, or the instance's object path."""
     path = instance_path(sandbox)
-    ask(settings, partial(Client.stop, path=path, keep_connections=keep_connections))
+    ask(settings, partial(ServiceClient.stop, path=path, keep_connections=keep_connections))
 
 
 @click.command("who")
@@ -218,7 +218,7 @@ def stop_command(settings: Settings, *, sandbox: str, keep_connections: bool) ->
 @click.pass_obj
 def who_command(settings: Settings, *, name: str, bus: str | None, as_json: bool) -> None:
     """Say which sandbox is behind a connection, as a portal would ask."""
-    instance = ask(settings, partial(Client.who, name=name, bus=bus))
+    instance = ask(settings, partial(ServiceClient.who, name=name, bus=bus))
     facts = {
         "id": instance.id,
         "path": instance.path,

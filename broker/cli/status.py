@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import click
 
-from broker.cli.client import Client, ask
+from broker.cli.client import ServiceClient, ask
 from broker.cli.options import JSON, Settings
 from broker.cli.output import print_json, print_pairs, print_table
 
@@ -14,7 +14,7 @@ from broker.cli.output import print_json, print_pairs, print_table
 @click.pass_obj
 def status_command(settings: Settings, *, as_json: bool) -> None:
     """Show how the broker is: its processes, its buses, how much it has of what it may have."""
-    status = ask(settings, Client.status)
+    status = ask(settings, ServiceClient.status)
     if as_json:
         print_json(status)
         return

@@ -2,7 +2,7 @@
 
 import click
 
-from broker.cli.client import Client, ask
+from broker.cli.client import ServiceClient, ask
 from broker.cli.options import Settings
 from broker.cli.output import print_line
 
@@ -14,5 +14,5 @@ def upgrade_command(settings: Settings) -> None:
 
     No connection is closed and no message lost. If the new one does not work the old one goes on.
     """
-    old, new = ask(settings, Client.upgrade)
+    old, new = ask(settings, ServiceClient.upgrade)
     print_line(f"the gate is process {new} now, instead of {old}")

@@ -26,7 +26,7 @@ from policy.rules import AccessList, Identity
 CONTAINERS1: Final = "org.freedesktop.DBus.Containers1"
 
 
-class Upstream(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ContainerServer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A bus's own server for one sandbox: the sandbox's connections to the bus are made there."""
 
     instance: str = ""  # its path on the bus; empty: it is lost, and connections wait for another
@@ -60,7 +60,7 @@ class Called(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     little: bool
 
 
-class SetUpstream(msgspec.Struct, frozen=True, tag=True):
+class SetContainerServer(msgspec.Struct, frozen=True, tag=True):
     """Make a sandbox's connections to a bus there from now on; nil: at the bus itself. Answered by Done.
 
     The server before is ended, if it is there still.
@@ -68,10 +68,10 @@ class SetUpstream(msgspec.Struct, frozen=True, tag=True):
 
     sandbox: str
     bus: str
-    upstream: Upstream | None
+    upstream: ContainerServer | None
 
 
-class UpstreamLost(msgspec.Struct, frozen=True, tag=True):
+class ContainerServerLost(msgspec.Struct, frozen=True, tag=True):
     """The bus, or the gate's own connection to it, is gone, and the sandbox's server with it."""
 
     sandbox: str
@@ -140,7 +140,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     record: bytes = b""  # the supervisor's own, given back in a snapshot
     metadata: bytes = b""  # a marshalled a{sv}, for buses that have Containers1
     # By bus: where its connections are made, if not at the bus itself.
-    upstreams: dict[str, Upstream] = {}
+    upstreams: dict[str, ContainerServer] = {}
 
 
 class SetBuses(msgspec.Struct, frozen=True, tag=True):
@@ -182,7 +182,7 @@ class WhoIs(msgspec.Struct, frozen=True, tag=True):
     unique_name: str
 
 
-class TagHeaders(msgspec.Struct, frozen=True, tag=True):
+class RequestInstanceField(msgspec.Struct, frozen=True, tag=True):
     """Put header field 10, the sender's instance path, into messages to this connection. Done."""
 
     bus: str
@@ -196,7 +196,7 @@ class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
     in_parts: bool = False  # no: one frame, which may be longer than is read
 
 
-class TakeUse(msgspec.Struct, frozen=True, tag=True):
+class TakeUsage(msgspec.Struct, frozen=True, tag=True):
     """Ask what a sandbox, or all of them together, take of their limits. Answered by Use."""
 
     sandbox: str | None = None
@@ -243,15 +243,15 @@ Request = (
     | StopListening
     | StopSandbox
     | WhoIs
-    | TagHeaders
+    | RequestInstanceField
     | TakeSnapshot
-    | TakeUse
+    | TakeUsage
     | TakeListeners
     | Confirm
     | StartNext
     | HandOver
     | CallBus
-    | SetUpstream
+    | SetContainerServer
     | Shutdown
 )
 
@@ -288,7 +288,7 @@ class SandboxOf(msgspec.Struct, frozen=True, tag=True):
     sandbox: str | None
 
 
-class Use(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+class Usage(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
     """What is taken now of each of SandboxLimits; those of single connections are added up."""
 
     connections: int = 0
@@ -309,11 +309,11 @@ class Use(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=Tru
     caused: int = 0  # messages charged so far for what it made the bus deliver, to any sandbox
     lingering: int = 0  # connections, counted above, whose app has closed and the bus has not
 
-    def __add__(self, other: "Use") -> "Use":
+    def __add__(self, other: "Usage") -> "Usage":
         """Return both together."""
         mine, theirs = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
         names = self.__struct_fields__
-        return Use(**{name: a + b for name, a, b in zip(names, mine, theirs, strict=True)})
+        return Usage(**{name: a + b for name, a, b in zip(names, mine, theirs, strict=True)})
 
 
 class SandboxState(msgspec.Struct, frozen=True, kw_only=True):
@@ -324,7 +324,7 @@ class SandboxState(msgspec.Struct, frozen=True, kw_only=True):
     connections: tuple[tuple[str, str], ...]  # (bus, unique name) of those that said Hello
     opening: int  # connections that did not say Hello yet
     denied: int  # messages refused so far
-    use: Use = Use()
+    use: Usage = Usage()
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -385,8 +385,8 @@ class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     more: int = 0  # how many refusals of this sandbox went unreported since the one before
 
 
-Answer = Done | Refused | Started | HandedOver | SandboxOf | Snapshot | Use | Listeners | Called
-Event = Connected | Gone | Ended | Denied | UpstreamLost
+Answer = Done | Refused | Started | HandedOver | SandboxOf | Snapshot | Usage | Listeners | Called
+Event = Connected | Gone | Ended | Denied | ContainerServerLost
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

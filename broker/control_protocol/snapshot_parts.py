@@ -8,11 +8,13 @@ import msgspec
 from broker.control_protocol.messages import SandboxState, Snapshot
 
 # Bytes of a part, unless one sandbox alone has more: even then it is far below what a frame may carry.
-PART: Final = 8 * 1024 * 1024
+MAX_PART_BYTES: Final = 8 * 1024 * 1024
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
-def cut(head: Snapshot, states: Iterable[SandboxState], most: float) -> Iterator[Snapshot]:
+def split_snapshot(
+    head: Snapshot, states: Iterable[SandboxState], most: float
+) -> Iterator[Snapshot]:
     """Return `head` with these sandboxes, in as many parts as it takes: all but the last say that there are more."""
     part: list[SandboxState] = []
     size = 0

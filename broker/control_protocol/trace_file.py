@@ -41,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class RecordedHeader:
     """What is written down of a message that is about to be judged."""
 
     number: int

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from broker.control_protocol.messages import Event, SandboxSpec, Snapshot, Use
-from broker.engines.held_sockets import Held
+from broker.control_protocol.messages import Event, SandboxSpec, Snapshot, Usage
+from broker.engines.held_sockets import HeldSockets
 from broker.wire.errors import NOT_CONTAINER, BrokerError, CallRefusedError
 from policy.rules import AccessList
 
@@ -15,7 +15,7 @@ class EngineLostError(BrokerError):
 
 
 @contextlib.contextmanager
-def gone_is_fine() -> Iterator[None]:
+def ignore_ended_sandbox() -> Iterator[None]:
     """Have something ended that may have ended by itself meanwhile, or with its gate."""
     try:
         yield
@@ -65,7 +65,7 @@ class Engine(Protocol):
         """What was known of that bus holds no more: it started anew."""
 
     @property
-    def held(self) -> Held:
+    def held(self) -> HeldSockets:
         """What it listens on, a second time: closed by the engine."""
 
     @property
@@ -87,7 +87,7 @@ class Engine(Protocol):
     async def who(self, bus: str, unique_name: str) -> str | None:
         """Return which sandbox is behind a connection to that bus, "" if that is not known; None for a host."""
 
-    async def use(self, sandbox: str | None = None) -> Use:
+    async def use(self, sandbox: str | None = None) -> Usage:
         """Return what a sandbox, or all of them together, take of their limits."""
 
     async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:

@@ -15,7 +15,13 @@ import msgspec
 import trio
 
 from broker.bus.values import pack
-from broker.control_protocol.messages import CONTAINERS1, CallBus, Called, SandboxSpec, Upstream
+from broker.control_protocol.messages import (
+    CONTAINERS1,
+    CallBus,
+    Called,
+    ContainerServer,
+    SandboxSpec,
+)
 from broker.engines.base import EngineLostError
 from broker.engines.containers1_dialect import (
     ACCESS_TAKES,
@@ -82,7 +88,7 @@ class _Known:
         self.why, self.pause = None, FIRST_PAUSE
 
 
-class Labels:
+class Containers1Client:
     """All buses, asked by way of `call`, which raises CallRefusedError and EngineLostError."""
 
     def __init__(self, call: Callable[[CallBus], Awaitable[Called]]) -> None:
@@ -149,7 +155,7 @@ class Labels:
         )
         return msgspec.structs.replace(dialect, arguments=frozenset(read_arguments(called)))
 
-    async def make(self, spec: SandboxSpec, bus: str) -> Upstream | None:
+    async def make(self, spec: SandboxSpec, bus: str) -> ContainerServer | None:
         """Have the bus make a server; None: it has none to give. Raises CallRefusedError."""
         dialect = await self.dialect(bus, spec.uid)
         if dialect is None:
@@ -190,7 +196,7 @@ class Labels:
             raise
         return dialect.upstream(instance, address)
 
-    async def unmake(self, uid: int, bus: str, upstream: Upstream) -> bool:
+    async def unmake(self, uid: int, bus: str, upstream: ContainerServer) -> bool:
         """End what was made and is not used; say whether that bus is gone. If we cannot, the gate does."""
         request = CallBus(
             bus=bus,

@@ -11,7 +11,7 @@ from xml.parsers import expat
 import msgspec
 
 from broker.bus.values import Variant, pack, unpack
-from broker.control_protocol.messages import CONTAINERS1, Called, SandboxSpec, Upstream
+from broker.control_protocol.messages import CONTAINERS1, Called, ContainerServer, SandboxSpec
 from broker.wire.errors import FAILED, CallRefusedError
 from policy.usos.convert import make_superset
 
@@ -43,9 +43,9 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it is to have rules: what could not be changed later would come to be less than ours allow."""
         return "Allow" in self.arguments and bool(self.set_access)
 
-    def upstream(self, instance: str, address: str) -> Upstream:
+    def upstream(self, instance: str, address: str) -> ContainerServer:
         """Return what the gate is to know of an instance."""
-        return Upstream(
+        return ContainerServer(
             instance=instance,
             address=address,
             stop=self.stop,
@@ -152,7 +152,7 @@ def read_arguments(called: Called) -> Sequence[str]:
     return names
 
 
-def describe(upstreams: Mapping[str, Upstream]) -> dict[str, str]:
+def describe(upstreams: Mapping[str, ContainerServer]) -> dict[str, str]:
     """Return the bus's instance paths, by bus."""
     return {bus: one.instance for bus, one in upstreams.items() if one.instance}
 

@@ -25,14 +25,14 @@ from broker.control_protocol.messages import (
     BusSpec,
     CallBus,
     Called,
+    ContainerServer,
+    ContainerServerLost,
     SandboxSpec,
-    SetUpstream,
+    SetContainerServer,
     Snapshot,
-    Upstream,
-    UpstreamLost,
 )
 from broker.engines.base import EngineLostError, Listener
-from broker.engines.containers1_client import UNDO_TIMEOUT, Labels
+from broker.engines.containers1_client import UNDO_TIMEOUT, Containers1Client
 from broker.engines.containers1_dialect import describe
 from broker.engines.gate_engine import SHUTDOWN_TIMEOUT, GateEngine
 from broker.engines.gate_process import GateError
@@ -63,7 +63,7 @@ class Containers1Engine(GateEngine):
         super().__init__(control=control, buses=buses, command=command)
         self._is_required: Final = is_required
         self._has_sandboxes = False
-        self._labels: Final = Labels(self._call)
+        self._labels: Final = Containers1Client(self._call)
         self._looked: Final = trio.Event()  # at the buses
 
     @property
@@ -99,7 +99,7 @@ class Containers1Engine(GateEngine):
             nursery.cancel_scope.cancel()
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
-        upstreams: dict[str, Upstream] = {}
+        upstreams: dict[str, ContainerServer] = {}
         try:
             for listener in spec.listeners:
                 upstream = await self._make_or_do_without(spec, listener.bus)
@@ -155,7 +155,7 @@ class Containers1Engine(GateEngine):
 
     # -- its servers ---------------------------------------------------------------------------------------
 
-    async def _make_or_do_without(self, spec: SandboxSpec, bus: str) -> Upstream | None:
+    async def _make_or_do_without(self, spec: SandboxSpec, bus: str) -> ContainerServer | None:
         """Have the bus make a server. Raises CallRefusedError, unless the gate alone will do."""
         try:
             upstream = await self._labels.make(spec, bus)
@@ -185,7 +185,7 @@ class Containers1Engine(GateEngine):
             for bus in sorted(buses):
                 LOGGER.warning("%s: it is older, and not labelled on bus %s", state.spec.id, bus)
 
-    def lose(self, event: UpstreamLost) -> None:
+    def lose(self, event: ContainerServerLost) -> None:
         if (spec := self._upkeep.get(event.sandbox)) is not None:
             self._labels.forget(event.bus, spec.uid)
         super().lose(event)
@@ -215,10 +215,10 @@ class Containers1Engine(GateEngine):
                 raise
             await self._do_without(spec, bus, exc)
 
-    async def _use(self, spec: SandboxSpec, bus: str, upstream: Upstream) -> None:
+    async def _use(self, spec: SandboxSpec, bus: str, upstream: ContainerServer) -> None:
         """Have the gate use a server that was made. Raises CallRefusedError and EngineLostError."""
         try:
-            await self._upkeep.set_upstream(SetUpstream(spec.id, bus, upstream), self._ask)
+            await self._upkeep.set_upstream(SetContainerServer(spec.id, bus, upstream), self._ask)
         except CallRefusedError:
             # A snapshot that came meanwhile may have it: then it is in use.
             if not self._has(spec.id, bus, upstream):
@@ -232,7 +232,7 @@ class Containers1Engine(GateEngine):
             await self._labels.tell_access(now, bus, upstream.instance)
             told = now.access
 
-    def _has(self, sandbox: str, bus: str, upstream: Upstream) -> bool:
+    def _has(self, sandbox: str, bus: str, upstream: ContainerServer) -> bool:
         known = self._upkeep.upstreams(sandbox).get(bus)
         return known is not None and known.instance == upstream.instance
 
@@ -244,7 +244,7 @@ class Containers1Engine(GateEngine):
             self.forget(spec.id)
         else:
             LOGGER.warning("%s: the gate alone serves it on bus %s: %s", spec.id, bus, exc)
-            await self._upkeep.set_upstream(SetUpstream(spec.id, bus, None), self._ask)
+            await self._upkeep.set_upstream(SetContainerServer(spec.id, bus, None), self._ask)
 
     @property
     def _bus_names(self) -> Iterable[str]:

@@ -18,6 +18,7 @@ from broker.control_protocol.messages import (
     Answer,
     Confirm,
     Connected,
+    ContainerServerLost,
     Denied,
     Ended,
     Envelope,
@@ -28,7 +29,6 @@ from broker.control_protocol.messages import (
     Request,
     SandboxState,
     Snapshot,
-    UpstreamLost,
     make_frame,
 )
 from broker.engines.base import EngineLostError
@@ -44,7 +44,7 @@ CONFIRM_PAUSE: Final = 0.1
 _ANCILLARY: Final = socket.CMSG_SPACE(MAX_FRAME_FDS * array.array("i").itemsize)
 
 
-class Hearer(Protocol):
+class EventSink(Protocol):
     """Who is told what comes in, in step with the answers."""
 
     def take_event(self, event: Event) -> None:
@@ -54,13 +54,13 @@ class Hearer(Protocol):
         """That is what there is."""
 
 
-class Link:
+class ControlConnection:
     """A connection that is open. Use it in a `with`; it is dead after `run` has returned."""
 
-    def __init__(self, sock: trio.socket.SocketType, listener: Hearer) -> None:
+    def __init__(self, sock: trio.socket.SocketType, listener: EventSink) -> None:
         self._sock: Final = sock
         self._listener: Final = listener
-        self._waiting: Final[dict[int, _Waiter]] = {}
+        self._waiting: Final[dict[int, _PendingRequest]] = {}
         self._serial = 0
         self._sending: Final = trio.Lock()
         self._dead = False
@@ -94,7 +94,7 @@ class Link:
 
     async def request_fds(self, body: Request, fds: Sequence[int] = ()) -> tuple[Answer, list[int]]:
         """Return the answer with its descriptors, which are the caller's. Raises as `request`."""
-        waiter = _Waiter()
+        waiter = _PendingRequest()
         self._serial += 1
         serial = self._serial
         self._waiting[serial] = waiter
@@ -149,7 +149,7 @@ class Link:
 
     def _take(self, envelope: Envelope, fds: list[int]) -> None:
         body = envelope.body
-        if isinstance(body, Connected | Gone | Ended | Denied | UpstreamLost):
+        if isinstance(body, Connected | Gone | Ended | Denied | ContainerServerLost):
             self._listener.take_event(body)
             if envelope.number:
                 self._heard = envelope.number
@@ -202,7 +202,7 @@ class Link:
             rest = rest[sent:]
 
 
-class _Waiter:
+class _PendingRequest:
     """Who waits for an answer."""
 
     __slots__ = ("answer", "done", "fds")

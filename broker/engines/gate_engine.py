@@ -23,36 +23,36 @@ from broker.control_protocol.messages import (
     AddSandbox,
     Answer,
     BusSpec,
+    ContainerServerLost,
     Done,
     Ended,
     Event,
     Listeners,
     Request,
+    RequestInstanceField,
     SandboxOf,
     SandboxSpec,
     SandboxState,
     SetAccess,
     SetBuses,
-    SetUpstream,
+    SetContainerServer,
     Shutdown,
     Snapshot,
     StopListening,
     StopSandbox,
-    TagHeaders,
     TakeListeners,
     TakeSnapshot,
-    TakeUse,
-    UpstreamLost,
-    Use,
+    TakeUsage,
+    Usage,
     WhoIs,
 )
 from broker.engines.base import EngineLostError, Listener
-from broker.engines.control_connection import Link, close_all, connect
+from broker.engines.control_connection import ControlConnection, close_all, connect
 from broker.engines.crash_reports import last_crash
 from broker.engines.gate_process import GateError, GateProcess
 from broker.engines.gate_upgrade import upgrade
-from broker.engines.held_sockets import PIPE, Held
-from broker.engines.lost_servers import LOST, Upkeep
+from broker.engines.held_sockets import PIPE, HeldSockets
+from broker.engines.lost_servers import LOST, ContainerServerTable
 from broker.wire.errors import BrokerError, CallRefusedError
 from policy.rules import AccessList
 
@@ -63,7 +63,7 @@ class Engine(Protocol):
     def learn(self, snapshot: Snapshot) -> None:
         """This is what the gate has."""
 
-    def lose(self, event: UpstreamLost) -> None:
+    def lose(self, event: ContainerServerLost) -> None:
         """A bus has forgotten a sandbox."""
 
     def restored(self, spec: SandboxSpec) -> SandboxSpec:
@@ -73,7 +73,7 @@ class Engine(Protocol):
         """It is no more."""
 
 
-class Ears:
+class _ListenerTee:
     """Tells both, in step."""
 
     def __init__(self, engine: Engine, listener: Listener) -> None:
@@ -82,7 +82,7 @@ class Ears:
 
     def take_event(self, event: Event) -> None:
         """Something happened."""
-        if isinstance(event, UpstreamLost):
+        if isinstance(event, ContainerServerLost):
             self._engine.lose(event)
             return
         self._listener.take_event(event)
@@ -112,7 +112,9 @@ class Ears:
 _FDS_A_REQUEST: Final = 200
 
 
-async def borrow(link: Link, held: Held, sandboxes: Iterable[SandboxState]) -> None:
+async def fetch_listening_sockets(
+    link: ControlConnection, held: HeldSockets, sandboxes: Iterable[SandboxState]
+) -> None:
     """Have held what of these sandboxes is not yet."""
     for names in batches(state for state in sandboxes if state.spec.id not in held):
         with held.asking(names) as living:
@@ -175,9 +177,9 @@ class GateEngine:
         self._control: Final = control
         self._buses: Final = tuple(buses)
         self._process: Final = GateProcess(control, command or COMMAND)
-        self.held: Final = Held()
-        self._upkeep: Final = Upkeep()
-        self._link: Link | None = None
+        self.held: Final = HeldSockets()
+        self._upkeep: Final = ContainerServerTable()
+        self._link: ControlConnection | None = None
         self._link_changed = trio.Event()
         self._closing = False
         self._is_over = False
@@ -218,7 +220,7 @@ class GateEngine:
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Have a gate, until `shutdown` or cancelled. Raises GateError if there cannot be one."""
-        listener = Ears(self, listener)
+        listener = _ListenerTee(self, listener)
         is_ready = False
 
         def ready() -> None:
@@ -284,14 +286,14 @@ class GateEngine:
             raise EngineLostError(f"the gate answered WhoIs with {type(answer).__name__}")
         return answer.sandbox
 
-    async def use(self, sandbox: str | None = None) -> Use:
-        answer = await self._request(TakeUse(sandbox))
-        if not isinstance(answer, Use):
+    async def use(self, sandbox: str | None = None) -> Usage:
+        answer = await self._request(TakeUsage(sandbox))
+        if not isinstance(answer, Usage):
             raise EngineLostError(f"the gate answered TakeUse with {type(answer).__name__}")
         return answer
 
     async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
-        await self._ask(TagHeaders(bus, unique_name, wanted))
+        await self._ask(RequestInstanceField(bus, unique_name, wanted))
 
     async def upgrade(self) -> tuple[int, int]:
         async with self._upgrading:
@@ -326,7 +328,7 @@ class GateEngine:
         """Take from the gate which sandboxes have servers."""
         self._upkeep.learn(snapshot)
 
-    def lose(self, event: UpstreamLost) -> None:
+    def lose(self, event: ContainerServerLost) -> None:
         """Have a server that is lost seen to."""
         self._upkeep.change(event.sandbox, event.bus, LOST)
 
@@ -339,7 +341,7 @@ class GateEngine:
         self.held.end(sandbox)
         self._upkeep.forget(sandbox)
 
-    async def _see_to_lost(self, link: Link) -> None:
+    async def _see_to_lost(self, link: ControlConnection) -> None:
         """See to them until the gate is lost: the next snapshot says what is lost then."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._upkeep.see_to_lost, self._mend)
@@ -349,11 +351,11 @@ class GateEngine:
     async def _mend(self, spec: SandboxSpec, bus: str) -> None:
         """Serve it by the gate alone from now on: nobody will have the bus make another server."""
         LOGGER.warning("%s: bus %s lost what labelled it: the gate alone serves it", spec.id, bus)
-        await self._upkeep.set_upstream(SetUpstream(spec.id, bus, None), self._ask)
+        await self._upkeep.set_upstream(SetContainerServer(spec.id, bus, None), self._ask)
 
     # -- having a gate ------------------------------------------------------------------------------
 
-    async def _get_link(self) -> Link:
+    async def _get_link(self) -> ControlConnection:
         link = None
         with trio.move_on_after(GAP_TIMEOUT):
             link = await self._wait_link()
@@ -361,7 +363,7 @@ class GateEngine:
             raise EngineLostError("there is no gate at the moment: try again later")
         return link
 
-    async def _wait_link(self) -> Link | None:
+    async def _wait_link(self) -> ControlConnection | None:
         """Return the connection, once there is one; None: there will be none any more."""
         while not self._is_over:
             if self._link is not None and not self._link.ended.is_set():
@@ -369,7 +371,7 @@ class GateEngine:
             await self._link_changed.wait()
         return None
 
-    def _set_link(self, link: Link | None) -> None:
+    def _set_link(self, link: ControlConnection | None) -> None:
         self._link = link
         changed, self._link_changed = self._link_changed, trio.Event()
         changed.set()
@@ -378,7 +380,7 @@ class GateEngine:
         sock = await self._connect_or_start()
         failure: BrokerError | None = None
         begun = trio.current_time()
-        with Link(sock, listener) as link:
+        with ControlConnection(sock, listener) as link:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.run)
                 try:
@@ -416,7 +418,7 @@ class GateEngine:
         else:
             LOGGER.error("the connection to the gate was lost")
 
-    async def _greet(self, link: Link, listener: Listener) -> None:
+    async def _greet(self, link: ControlConnection, listener: Listener) -> None:
         snapshot = await self._hear_first(link)
         self._process.keep_moved()
         if isinstance(snapshot, Snapshot) and HANDS_OVER_SINCE <= snapshot.protocol < PROTOCOL:
@@ -434,27 +436,27 @@ class GateEngine:
             await link.request(SetBuses(self._buses))
         except CallRefusedError as exc:
             raise GateError(f"the gate does not take our buses: {exc}") from exc
-        await borrow(link, self.held, snapshot.sandboxes)
+        await fetch_listening_sockets(link, self.held, snapshot.sandboxes)
         self._served = {state.spec.id for state in snapshot.sandboxes}
         await self._restore(link, listener)
 
-    async def _hear_first(self, link: Link) -> Answer:
+    async def _hear_first(self, link: ControlConnection) -> Answer:
         with trio.move_on_after(GREETING_TIMEOUT):
             return await link.request(TakeSnapshot(in_parts=True))
         text = f"the gate that runs says nothing for {GREETING_TIMEOUT:.0f} s: end it"
         raise EngineLostError(text) if self._has_served else GateError(text)
 
-    async def _replace(self, link: Link) -> None:
+    async def _replace(self, link: ControlConnection) -> None:
         try:
             await upgrade(link, self._process)
         except CallRefusedError as exc:
             raise GateError(f"the gate that runs is older than we are: {exc}") from exc
 
-    async def _restore(self, link: Link, listener: Listener) -> None:
+    async def _restore(self, link: ControlConnection, listener: Listener) -> None:
         """Have the gate serve what another one served before."""
         for bus, unique_name in listener.tagged():
             with contextlib.suppress(CallRefusedError):  # the jobs after a snapshot say why
-                await link.request(TagHeaders(bus, unique_name))
+                await link.request(RequestInstanceField(bus, unique_name))
         for spec, fds in listener.missing():
             try:
                 await link.request(AddSandbox(spec), fds)

@@ -19,7 +19,7 @@ from broker.control_protocol.messages import (
     StartNext,
 )
 from broker.engines.base import EngineLostError
-from broker.engines.control_connection import Link
+from broker.engines.control_connection import ControlConnection
 from broker.engines.gate_process import GateError, GateProcess
 from broker.wire.errors import FAILED, NOT_SUPPORTED, CallRefusedError
 
@@ -29,7 +29,7 @@ HAND_OVER_TIMEOUT: Final = 5.0
 ANSWER_TIMEOUT: Final = 60.0
 
 
-async def upgrade(link: Link, process: GateProcess) -> None:
+async def upgrade(link: ControlConnection, process: GateProcess) -> None:
     """Replace the gate. Raises CallRefusedError if the old one serves on, and EngineLostError."""
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -49,7 +49,7 @@ async def upgrade(link: Link, process: GateProcess) -> None:
     process.replaced(answer.pid)
 
 
-async def _start(link: Link, process: GateProcess, fd: int) -> int:
+async def _start(link: ControlConnection, process: GateProcess, fd: int) -> int:
     async def ask(argv: tuple[str, ...], environment: dict[str, str], fds: Sequence[int]) -> int:
         try:
             answer = await link.request(StartNext(argv, environment), fds)
@@ -65,7 +65,7 @@ async def _start(link: Link, process: GateProcess, fd: int) -> int:
         raise CallRefusedError(FAILED, f"the new gate does not take over: {exc}") from exc
 
 
-async def _ask(link: Link, fd: int) -> Answer:
+async def _ask(link: ControlConnection, fd: int) -> Answer:
     with trio.move_on_after(ANSWER_TIMEOUT):
         return await link.request(HandOver(HAND_OVER_TIMEOUT, PROTOCOL), [fd])
     raise EngineLostError(f"the gate did not answer HandOver in {ANSWER_TIMEOUT:.0f} s")

@@ -16,7 +16,7 @@ LOGGER: Final = logging.getLogger(__name__)
 PIPE: Final = ""  # in place of a bus
 
 
-class Held:
+class HeldSockets:
     """Descriptors of ours, by sandbox and bus."""
 
     def __init__(self) -> None:

@@ -12,7 +12,12 @@ from typing import Final
 import msgspec
 import trio
 
-from broker.control_protocol.messages import SandboxSpec, SetUpstream, Snapshot, Upstream
+from broker.control_protocol.messages import (
+    ContainerServer,
+    SandboxSpec,
+    SetContainerServer,
+    Snapshot,
+)
 from broker.engines.base import EngineLostError
 from broker.wire.errors import CallRefusedError
 from policy.rules import AccessList
@@ -20,14 +25,14 @@ from policy.rules import AccessList
 LOGGER: Final = logging.getLogger(__name__)
 # Servers that one bus is asked for at the same time, when it has started anew.
 MAX_MENDING: Final = 16
-LOST: Final = Upstream()
+LOST: Final = ContainerServer()
 FIRST_PAUSE: Final = 0.1  # seconds, before a bus that is not there is asked again; it doubles
 LONGEST_PAUSE: Final = 5.0
 # Raises CallRefusedError or EngineLostError if the bus or the gate is not there yet.
 Mend = Callable[[SandboxSpec, str], Awaitable[None]]
 
 
-class Upkeep:
+class ContainerServerTable:
     """Sandboxes of which a bus has a server, or had one that is lost."""
 
     def __init__(self) -> None:
@@ -43,7 +48,7 @@ class Upkeep:
         """Return one, without what it listens on; None if no bus has a server for it."""
         return self._specs.get(sandbox)
 
-    def upstreams(self, sandbox: str) -> Mapping[str, Upstream]:
+    def upstreams(self, sandbox: str) -> Mapping[str, ContainerServer]:
         """Return its servers, by bus."""
         spec = self._specs.get(sandbox)
         return spec.upstreams if spec is not None else {}
@@ -66,7 +71,7 @@ class Upkeep:
             for bus in spec.upstreams:
                 self._see_to(spec.id, bus)
 
-    def change(self, sandbox: str, bus: str, upstream: Upstream | None) -> None:
+    def change(self, sandbox: str, bus: str, upstream: ContainerServer | None) -> None:
         """Know which server it has there; None: the gate alone serves it."""
         if (spec := self._specs.get(sandbox)) is None:
             return
@@ -86,7 +91,7 @@ class Upkeep:
         self._specs.pop(sandbox, None)
 
     async def set_upstream(
-        self, request: SetUpstream, ask: Callable[[SetUpstream], Awaitable[None]]
+        self, request: SetContainerServer, ask: Callable[[SetContainerServer], Awaitable[None]]
     ) -> None:
         """Have the gate use a server, or none. Raises CallRefusedError and EngineLostError: it is lost as before."""
         sandbox, bus, upstream = request.sandbox, request.bus, request.upstream

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from broker.gate.dumps import Failed, HandoverError, Opening
+from broker.gate.dumps import Failed, HandoverError, HandoverHeader
 from broker.gate.handover.channel import Channel
 from broker.gate.handover.take_over import LONGEST_WAIT, offer, take_over
 from broker.gate.io.loop import READABLE, Loop
 from broker.gate.recorder import trace_into
 from broker.gate.server import Gate
-from broker.gate.systemd_service import Manager
+from broker.gate.systemd_service import SystemdService
 from broker.posix.files import UnsafeFileError, open_folder
 
 EXIT_OK: Final = 0
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_freed_memory()
     faulthandler.enable()  # where we are, if we die of a defect below Python
     loop = Loop()
-    manager = Manager()
+    manager = SystemdService()
     gate = Gate(loop, manager, Path(args.control).parent)
     if args.take_over is not None:
         opening = _take_over(gate, args.take_over, args.ready_fd)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _take_over(gate: Gate, fd: int, ready_fd: int | None) -> Opening:
+def _take_over(gate: Gate, fd: int, ready_fd: int | None) -> HandoverHeader:
     """Be the next one of a gate that serves. If it does not work out this process ends, and touches nothing."""
     channel = Channel(fd, LONGEST_WAIT)
     try:

@@ -9,31 +9,33 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from broker.gate.filter.bus_state import Bus
-from broker.gate.io.connect import connect
+from broker.gate.filter.bus_state import BusState
+from broker.gate.io.connect import connect_unix
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import Closed, Pipe, close_fds
+from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds
 from broker.wire.errors import PeerProtocolError
 from broker.wire.sasl import SaslClient
 
 # Seconds; less than callers on a bus wait for an answer.
-MEETING_SECONDS: Final = 5.0
+QUERY_SECONDS: Final = 5.0
 
 
-class Meeting:
+class BusIdQuery:
     """A connection that ends with the handshake; `done` is called once, also after a failure."""
 
-    def __init__(self, loop: Loop, bus: Bus, uid: int, done: Callable[["Meeting"], None]) -> None:
+    def __init__(
+        self, loop: Loop, bus: BusState, uid: int, done: Callable[["BusIdQuery"], None]
+    ) -> None:
         self.bus: Final = bus
         # The supervisor's requests that wait for it, with the names that they are about.
         self.asked: list[tuple[int, str]] = []
         self._loop: Final = loop
         self._done: Final = done
         self._client: Final = SaslClient(uid)
-        self._pipe: Pipe | None = None
+        self._pipe: SocketStream | None = None
         self._is_over = False
-        self._deadline: Final = loop.call_later(MEETING_SECONDS, self.end)
-        connect(loop, bus.address, uid, self._connected)
+        self._deadline: Final = loop.call_later(QUERY_SECONDS, self.end)
+        connect_unix(loop, bus.address, uid, self._connected)
 
     def end(self) -> None:
         """Close the connection and call `done`. Does nothing the second time."""
@@ -54,10 +56,10 @@ class Meeting:
         if sock is None:
             self.end()
             return
-        self._pipe = Pipe(self._loop, sock, self._readable, _nothing)
+        self._pipe = SocketStream(self._loop, sock, self._readable, _nothing)
         try:
             self._pipe.write([self._client.start()])
-        except Closed:
+        except StreamClosedError:
             self.end()
 
     def _readable(self) -> None:
@@ -68,7 +70,7 @@ class Meeting:
             self._client.feed(data)
         except BlockingIOError:
             return
-        except (Closed, PeerProtocolError, OSError):
+        except (StreamClosedError, PeerProtocolError, OSError):
             self.end()
             return
         if self._client.guid:

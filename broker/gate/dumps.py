@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from broker.control_protocol.messages import SandboxSpec
-from broker.gate.event_journal import Kept
+from broker.gate.event_journal import EventJournal
 from policy.rules import AccessList, Identity
 
 VERSION: Final = 2
@@ -23,15 +23,15 @@ VERSION: Final = 2
 READS: Final = (1, 2)
 
 
-class Then(msgspec.Struct, frozen=True, omit_defaults=True):
+class ReplyAction(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is to be done with a reply: `kind` names who does it, `values` are what that one has to know."""
 
     kind: str
     values: tuple[str | int, ...] = ()
-    after: "Then | None" = None
+    after: "ReplyAction | None" = None
 
 
-class TargetDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The connections that may answer a call.
 
     They are `owner` and the later owners of `name`: those in its history from the change `since` on.
@@ -47,8 +47,8 @@ class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A call that waits for its reply, of which more is to be known than who may give it."""
 
     serial: int
-    target: TargetDump
-    then: Then | None = None
+    target: ReplierDump
+    then: ReplyAction | None = None
     is_own: bool = False
 
 
@@ -77,11 +77,11 @@ class WaitingDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     owner: str
     name: str = ""
     former: tuple[str, ...] = ()
-    then: Then | None = None
+    then: ReplyAction | None = None
     is_own: bool = False
 
 
-class CoreDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ConnectionStateDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What both directions of a connection know."""
 
     unique_name: str = ""
@@ -126,7 +126,7 @@ class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
     fds: tuple[int, ...] = ()
 
 
-class IntakeDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ReceiveBufferDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The unfinished end of a stream."""
 
     held: bytes = b""
@@ -145,16 +145,16 @@ class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     held: bool = False
     yielded: bool = False
     wake: bool = False
-    core: CoreDump
+    core: ConnectionStateDump
     owners: OwnersDump
     lately_seen: tuple[str, ...] = ()
     told: tuple[str, ...] | None = None
-    from_app: IntakeDump
-    from_bus: IntakeDump
+    from_app: ReceiveBufferDump
+    from_bus: ReceiveBufferDump
     stash: tuple[ChunkDump, ...] = ()
 
 
-class PipeDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StreamDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A socket, and what its other end has not taken."""
 
     fd: int
@@ -162,14 +162,14 @@ class PipeDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reading: bool = True
 
 
-class LinkDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An app's connection. Until there is a filter, what was said in the handshakes is said again."""
 
     bus: str
     guid: str
-    app: PipeDump
+    app: StreamDump
     said: bytes = b""
-    upstream: PipeDump | None = None
+    upstream: StreamDump | None = None
     bus_said: bytes = b""
     filter: FilterDump | None = None
     deadline: float | None = None
@@ -178,7 +178,7 @@ class LinkDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_throttled: bool = False
 
 
-class LingerDump(msgspec.Struct, frozen=True, kw_only=True):
+class LingeringDump(msgspec.Struct, frozen=True, kw_only=True):
     """A connection whose app has gone, and that the bus has not let go of."""
 
     bus: str
@@ -194,7 +194,7 @@ class BudgetDump(msgspec.Struct, frozen=True, kw_only=True):
     caused: int = 0
 
 
-class ComplaintsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RateLimitedLogDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a sandbox has caused in the log."""
 
     second: float
@@ -210,12 +210,12 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     guid: str
     listening: tuple[tuple[int, int], ...] = ()  # (index in the spec's listeners, descriptor)
     close_pipe: int = -1
-    links: tuple[LinkDump, ...] = ()
-    lingering: tuple[LingerDump, ...] = ()
+    links: tuple[AppConnectionDump, ...] = ()
+    lingering: tuple[LingeringDump, ...] = ()
     reason: str = ""  # why it ends, if it waits for these
     asked: tuple[int, ...] = ()  # the supervisor's requests that wait for its end
     messages: BudgetDump
-    complaints: ComplaintsDump
+    complaints: RateLimitedLogDump
     is_throttled: bool = False
     throttled_count: int = 0
     waiting: tuple[int, ...] = ()  # who goes on next: index of a link, -1 for the listeners
@@ -250,7 +250,7 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     payers: PayersDump = PayersDump()
 
 
-class OwnCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class BusClientCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A call on a connection of the gate's own that waits for its reply."""
 
     serial: int
@@ -261,39 +261,39 @@ class OwnCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     leave: bool = False
     removed: str = ""  # the sandbox whose end depends on there being an answer
 
-    def unasked(self) -> "OwnCallDump":
+    def unasked(self) -> "BusClientCallDump":
         """Return it as one for whose answer nobody waits."""
         return msgspec.structs.replace(self, asked=0)
 
 
-class OwnDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A connection of the gate's own to a bus, and what the bus made on it."""
 
     bus: str
     uid: int
-    pipe: PipeDump
+    pipe: StreamDump
     buffer: bytes = b""
     skip: int = 0  # bytes still to come that are skipped
     next_serial: int
-    waiting: tuple[OwnCallDump, ...] = ()
+    waiting: tuple[BusClientCallDump, ...] = ()
     claimed: tuple[tuple[str, str], ...] = ()  # (instance, sandbox)
     unclaimed: tuple[tuple[str, str, str], ...] = ()  # (instance, interface, how to undo it)
 
 
-class Opening(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+class HandoverHeader(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
     """The first frame: what is there once, and how many sandboxes follow."""
 
     version: int
     pid: int
     control: int
-    supervisor: PipeDump | None = None
+    supervisor: StreamDump | None = None
     serial: int  # of the request that this is the answer to
     protocol: int  # of whoever made it
     unanswered: bytes = b""  # what the supervisor sent behind it
     unanswered_fds: tuple[int, ...] = ()
     buses: tuple[BusDump, ...] = ()
-    own: tuple[OwnDump, ...] = ()
-    kept: Kept
+    own: tuple[BusClientDump, ...] = ()
+    kept: EventJournal
     sandboxes: int = 0
 
 
@@ -342,10 +342,10 @@ def decode_word(data: bytes) -> Word:
     return word
 
 
-def decode_opening(data: bytes) -> Opening:
+def decode_opening(data: bytes) -> HandoverHeader:
     """Read a first frame. Raises HandoverError."""
     try:
-        return msgspec.msgpack.decode(data, type=Opening)
+        return msgspec.msgpack.decode(data, type=HandoverHeader)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise HandoverError(f"the old gate's state: {exc}") from exc
 
@@ -365,7 +365,7 @@ def modern(dump: SandboxDump) -> SandboxDump:
     return msgspec.structs.replace(dump, links=tuple(_modern_link(link) for link in dump.links))
 
 
-def _modern_link(link: LinkDump) -> LinkDump:
+def _modern_link(link: AppConnectionDump) -> AppConnectionDump:
     replace = msgspec.structs.replace
     if link.filter is None:
         return link
@@ -373,7 +373,7 @@ def _modern_link(link: LinkDump) -> LinkDump:
     calls = tuple(
         CallDump(
             serial=one.serial,
-            target=TargetDump(owner=one.owner, name=one.name, before=one.former),
+            target=ReplierDump(owner=one.owner, name=one.name, before=one.former),
             then=one.then,
             is_own=one.is_own,
         )

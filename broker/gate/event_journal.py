@@ -18,7 +18,7 @@ MAX_ENDS: Final = 10_000
 MAX_DENIALS: Final = 1000
 
 
-class Kept(msgspec.Struct):
+class EventJournal(msgspec.Struct):
     """The events by their numbers, oldest first."""
 
     ends: dict[int, Ended] = {}

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Final
 
 from broker.control_protocol.messages import Answer, Done, Refused
-from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.bus_state import BusState
 from broker.gate.io.loop import Loop
 from broker.wire import errors
 
@@ -28,18 +28,18 @@ PAUSE: Final = 0.1
 Wishes = dict[str, list[int]]
 
 
-class Tagging:
+class InstanceFieldRounds:
     """The wishes that are not answered yet, of all buses."""
 
     def __init__(self, loop: Loop, answer: Callable[[int, Answer], None]) -> None:
         self._loop: Final = loop
         self._answer: Final = answer
-        self._rounds: Final[dict[Bus, Wishes]] = {}
-        self._next: Final[dict[Bus, Wishes]] = {}
-        self._resting: Final[set[Bus]] = set()
+        self._rounds: Final[dict[BusState, Wishes]] = {}
+        self._next: Final[dict[BusState, Wishes]] = {}
+        self._resting: Final[set[BusState]] = set()
         self._number = 0  # of the last round
 
-    def wish(self, bus: Bus, unique_name: str, serial: int) -> None:
+    def wish(self, bus: BusState, unique_name: str, serial: int) -> None:
         """Answer the request when that connection gets no message without the field any more."""
         current = self._rounds.get(bus, {})
         if unique_name in current:
@@ -50,7 +50,7 @@ class Tagging:
             self._next.setdefault(bus, {}).setdefault(unique_name, []).append(serial)
             self._begin(bus)
 
-    def take_back(self, bus: Bus, unique_name: str) -> None:
+    def take_back(self, bus: BusState, unique_name: str) -> None:
         """Stop tagging for a connection. Remembered verdicts stay valid."""
         bus.tagged.discard(unique_name)
         for serial in self._next.get(bus, {}).pop(unique_name, []):
@@ -63,7 +63,7 @@ class Tagging:
             self._refuse(bus, self._rounds.pop(bus, {}), text)
             self._refuse(bus, self._next.pop(bus, {}), text)
 
-    def _begin(self, bus: Bus) -> None:
+    def _begin(self, bus: BusState) -> None:
         if bus in self._rounds or bus in self._resting or not self._next.get(bus):
             return
         wishes = self._rounds[bus] = self._next.pop(bus)
@@ -78,11 +78,11 @@ class Tagging:
             self._loop.call_later(PAUSE, partial(self._rested, bus))
         bus.wait_read(number, partial(self._passed, bus, number))
 
-    def _rested(self, bus: Bus) -> None:
+    def _rested(self, bus: BusState) -> None:
         self._resting.discard(bus)
         self._begin(bus)
 
-    def _passed(self, bus: Bus, number: int) -> None:
+    def _passed(self, bus: BusState, number: int) -> None:
         if bus.barriers.pop(number, None) is None:
             return
         for serials in self._rounds.pop(bus).values():
@@ -90,7 +90,7 @@ class Tagging:
                 self._answer(serial, Done())
         self._begin(bus)
 
-    def _too_long(self, bus: Bus, number: int) -> None:
+    def _too_long(self, bus: BusState, number: int) -> None:
         if (barrier := bus.barriers.pop(number, None)) is None:
             return
         names = ", ".join(sorted(barrier.names)[:3])
@@ -98,7 +98,7 @@ class Tagging:
         self._refuse(bus, self._rounds.pop(bus), text)
         self._begin(bus)
 
-    def _refuse(self, bus: Bus, wishes: Wishes, text: str) -> None:
+    def _refuse(self, bus: BusState, wishes: Wishes, text: str) -> None:
         """Refuse tags to those who would get messages that were sent without."""
         bus.tagged.difference_update(wishes)
         for serials in wishes.values():

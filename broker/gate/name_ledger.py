@@ -106,7 +106,7 @@ class Spans:
         ends[:older] = merged
 
 
-class Ledger:
+class NameLedger:
     """The sandboxed names of one bus; without a folder, in memory alone."""
 
     def __init__(self, folder: Path | None = None) -> None:

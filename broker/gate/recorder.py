@@ -17,7 +17,7 @@ from broker.control_protocol.trace_file import (
     RING,
     SIZE,
     SLOT,
-    Note,
+    RecordedHeader,
     known_slot,
     make_name,
 )
@@ -50,7 +50,7 @@ def parse_from_bus(sandbox: str, data: bytes, pos: int) -> Header:
 
 def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
     if _rings is not None:
-        note = Note(next(_numbers), time.time(), direction, sandbox)
+        note = RecordedHeader(next(_numbers), time.time(), direction, sandbox)
         note.write(_rings, next(_judged), data, pos)
 
 

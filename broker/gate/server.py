@@ -30,39 +30,39 @@ from broker.control_protocol.messages import (
     Listeners,
     Refused,
     Request,
+    RequestInstanceField,
     SandboxOf,
     SandboxSpec,
     SetAccess,
     SetBuses,
-    SetUpstream,
+    SetContainerServer,
     Shutdown,
     Snapshot,
     StartNext,
     StopListening,
     StopSandbox,
-    TagHeaders,
     TakeListeners,
     TakeSnapshot,
-    TakeUse,
-    Use,
+    TakeUsage,
+    Usage,
     WhoIs,
     make_frame,
 )
-from broker.control_protocol.snapshot_parts import PART, cut
-from broker.gate.bus_id_query import Meeting
-from broker.gate.containers1.servers import Upstreams
-from broker.gate.dumps import VERSION, Fds, HandoverError, Opening, SandboxDump, pick
-from broker.gate.event_journal import Kept
-from broker.gate.filter.bus_state import Bus
+from broker.control_protocol.snapshot_parts import MAX_PART_BYTES, split_snapshot
+from broker.gate.bus_id_query import BusIdQuery
+from broker.gate.containers1.servers import ContainerServers
+from broker.gate.dumps import VERSION, Fds, HandoverError, HandoverHeader, SandboxDump, pick
+from broker.gate.event_journal import EventJournal
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import Chunk
-from broker.gate.handover.channel import Channel, hand_over, leave
-from broker.gate.instance_field import Tagging
+from broker.gate.handover.channel import Channel, exit_now, hand_over
+from broker.gate.instance_field import InstanceFieldRounds
 from broker.gate.io.listener import peer_uid
 from broker.gate.io.loop import READABLE, Loop
 from broker.gate.io.slices import Sliced, Work
-from broker.gate.io.stream import Closed, Pipe, adopt, close_fds
+from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds, stream_socket_from_fd
 from broker.gate.sandbox.sandbox import Sandbox
-from broker.gate.systemd_service import Manager
+from broker.gate.systemd_service import SystemdService
 from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
 from broker.posix.reserve import is_reserved
 from broker.wire import errors
@@ -79,19 +79,21 @@ class Gate:
     """All of it."""
 
     def __init__(
-        self, loop: Loop, manager: Manager | None = None, folder: Path | None = None
+        self, loop: Loop, manager: SystemdService | None = None, folder: Path | None = None
     ) -> None:
         self._loop: Final = loop
         self._folder: Final = folder  # for what the next gate has to know if this one dies
-        self._manager: Final = manager or Manager({})
-        self._buses: Final[dict[str, Bus]] = {}
-        self._meetings: Final[dict[Bus, Meeting]] = {}
+        self._manager: Final = manager or SystemdService({})
+        self._buses: Final[dict[str, BusState]] = {}
+        self._meetings: Final[dict[BusState, BusIdQuery]] = {}
         self._sandboxes: Final[dict[str, Sandbox]] = {}
-        self._upstreams: Final = Upstreams(loop, self._sandboxes, self._emit, self._answer_late)
+        self._upstreams: Final = ContainerServers(
+            loop, self._sandboxes, self._emit, self._answer_late
+        )
         self._own: Final = self._upstreams.own
-        self._tagging: Final = Tagging(loop, self._answer_late)
-        self._kept = Kept()
-        self._supervisor: Pipe | None = None
+        self._tagging: Final = InstanceFieldRounds(loop, self._answer_late)
+        self._kept = EventJournal()
+        self._supervisor: SocketStream | None = None
         self._reader = FrameReader()
         self._asked: Final[deque[tuple[Envelope, list[int]]]] = deque()  # and not looked at
         self._is_working = False  # on a request that takes more than a turn: the others wait
@@ -129,7 +131,7 @@ class Gate:
             return
         sock.setblocking(False)
         self._reader = FrameReader()
-        self._supervisor = Pipe(self._loop, sock, self._readable, self._bound_unread)
+        self._supervisor = SocketStream(self._loop, sock, self._readable, self._bound_unread)
         self._bound_unread()
         for number, event in self._kept.tell_all():
             self._write(Envelope(serial=0, body=event, number=number))
@@ -143,7 +145,7 @@ class Gate:
             self._answer_all()
         except BlockingIOError:
             return
-        except Closed:
+        except StreamClosedError:
             self._lose_supervisor("closed")
         except PeerProtocolError as exc:
             self._lose_supervisor(str(exc))
@@ -172,7 +174,7 @@ class Gate:
         frame = make_frame(envelope)
         try:
             supervisor.write([Chunk(frame, tuple(fds)) if fds else frame])
-        except Closed:
+        except StreamClosedError:
             self._lose_supervisor("closed")
             return
         if supervisor.queued > self._most_unread:
@@ -226,7 +228,7 @@ class Gate:
                 self._own.call(self._bus(body.bus), body, serial)
             case WhoIs():
                 self._say_who(serial, body)
-            case TagHeaders():
+            case RequestInstanceField():
                 self._tag(serial, body)
             case StopSandbox():
                 self._stop(serial, body)
@@ -257,11 +259,11 @@ class Gate:
             return
         meeting = self._meetings.get(bus)
         if meeting is None:
-            meeting = Meeting(self._loop, bus, os.geteuid(), self._has_met)
+            meeting = BusIdQuery(self._loop, bus, os.geteuid(), self._has_met)
             self._meetings[bus] = meeting
         meeting.asked.append((serial, request.unique_name))
 
-    def _has_met(self, meeting: Meeting) -> None:
+    def _has_met(self, meeting: BusIdQuery) -> None:
         bus = meeting.bus
         if self._meetings.get(bus) is meeting:
             del self._meetings[bus]
@@ -301,13 +303,13 @@ class Gate:
             case SetBuses():
                 for spec in request.buses:
                     if spec.name not in self._buses:
-                        self._buses[spec.name] = Bus(spec.name, spec.address, self._folder)
+                        self._buses[spec.name] = BusState(spec.name, spec.address, self._folder)
                     self._buses[spec.name].address = spec.address
-            case TakeUse():
+            case TakeUsage():
                 return self._use(request.sandbox)
             case Shutdown():
                 self._shut_down()
-            case SetUpstream():
+            case SetContainerServer():
                 self._bus(request.bus)
                 self._upstreams.set(self._find(request.sandbox), request.bus, request.upstream)
             case (
@@ -320,7 +322,7 @@ class Gate:
                 | HandOver()
                 | CallBus()
                 | WhoIs()
-                | TagHeaders()
+                | RequestInstanceField()
                 | StopSandbox()
             ):
                 pass  # done by now, or later
@@ -355,7 +357,7 @@ class Gate:
     def _set_access(self, request: SetAccess) -> Work:
         yield from self._find(request.sandbox).set_access(request.access)
 
-    def _tag(self, serial: int, request: TagHeaders) -> None:
+    def _tag(self, serial: int, request: RequestInstanceField) -> None:
         bus = self._bus(request.bus)
         if request.wanted:
             self._tagging.wish(bus, request.unique_name, serial)
@@ -369,7 +371,7 @@ class Gate:
             raise CallRefusedError(errors.NOT_CONTAINER, f"no sandbox {sandbox[:40]!r}")
         return found
 
-    def _bus(self, name: str) -> Bus:
+    def _bus(self, name: str) -> BusState:
         bus = self._buses.get(name)
         if bus is None:
             raise CallRefusedError(errors.INVALID_ARGS, f"no bus {name[:40]!r}")
@@ -390,7 +392,7 @@ class Gate:
         states = [sandbox.state() for sandbox in self._sandboxes.values()]
         # It is as long as it is, and was asked for.
         self._most_unread = math.inf
-        for part in cut(head, states, PART if request.in_parts else math.inf):
+        for part in split_snapshot(head, states, MAX_PART_BYTES if request.in_parts else math.inf):
             self._write(Envelope(serial=serial, body=part))
         self._bound_unread()
 
@@ -399,10 +401,10 @@ class Gate:
         queued = self._supervisor.queued if self._supervisor is not None else 0
         self._most_unread = queued + MAX_UNREAD
 
-    def _use(self, sandbox: str | None) -> Use:
+    def _use(self, sandbox: str | None) -> Usage:
         if sandbox is not None:
             return self._find(sandbox).taken()
-        return sum((one.taken() for one in self._sandboxes.values()), Use())
+        return sum((one.taken() for one in self._sandboxes.values()), Usage())
 
     # -- handing over ---------------------------------------------------------------------------------
 
@@ -422,7 +424,7 @@ class Gate:
             raise CallRefusedError(errors.FAILED, text) from exc
         finally:
             channel.close()
-        leave(self._manager.replaced)
+        exit_now(self._manager.replaced)
 
     def _settle(self) -> None:
         """Settle what is not handed over: chores of connections, meetings, barriers."""
@@ -437,14 +439,14 @@ class Gate:
             for rest in [one for one in bus.lingering.values() if one not in known]:
                 rest.close()  # its sandbox's end has been told
 
-    def dumper(self, serial: int, protocol: int, pid: int) -> Callable[[Fds], Opening]:
+    def dumper(self, serial: int, protocol: int, pid: int) -> Callable[[Fds], HandoverHeader]:
         """Return what makes the first frame of a hand-over that is asked for by that request."""
 
-        def dump(fds: Fds) -> Opening:
+        def dump(fds: Fds) -> HandoverHeader:
             rest, rest_fds = self._reader.rest()
             asked = [make_frame(envelope) for envelope, _ in self._asked]
             asked_fds = [fd for _, own in self._asked for fd in own]
-            return Opening(
+            return HandoverHeader(
                 version=VERSION,
                 pid=pid,
                 control=fds.put(self._control),
@@ -461,18 +463,18 @@ class Gate:
 
         return dump
 
-    def load(self, opening: Opening, fds: Sequence[int]) -> None:
+    def load(self, opening: HandoverHeader, fds: Sequence[int]) -> None:
         """Be as the gate was that made the dump, but for its sandboxes, and for going on: `resume` does that."""
-        self.serve(adopt(fds[opening.control]))
+        self.serve(stream_socket_from_fd(fds[opening.control]))
         if opening.supervisor is not None:
-            sock = adopt(fds[opening.supervisor.fd])
-            self._supervisor = Pipe(self._loop, sock, self._readable, self._bound_unread)
+            sock = stream_socket_from_fd(fds[opening.supervisor.fd])
+            self._supervisor = SocketStream(self._loop, sock, self._readable, self._bound_unread)
             self._supervisor.load(opening.supervisor, fds)
             self._bound_unread()
         self._asked.extend(self._reader.feed(opening.unanswered, pick(fds, opening.unanswered_fds)))
         self._kept = opening.kept
         for one in opening.buses:
-            bus = self._buses[one.name] = Bus(one.name, one.address, self._folder)
+            bus = self._buses[one.name] = BusState(one.name, one.address, self._folder)
             bus.load(one)
         self._own.load(opening.own, self._buses, fds)
 

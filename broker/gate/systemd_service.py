@@ -23,7 +23,7 @@ _READY_FD: Final = 3  # in the successor
 _TAKE_OVER_FD: Final = 4
 
 
-class Manager:
+class SystemdService:
     """Who started us, if it was systemd; else nobody, who gives nothing and is told nothing."""
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:

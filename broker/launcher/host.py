@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from broker.launcher.mounts import parse_mountinfo
-from broker.launcher.plan import SYSTEM, Display, Host, find_buses
+from broker.launcher.plan import SYSTEM, Display, HostFacts, find_buses
 from broker.launcher.stage import can_scope_abstract_sockets
 from broker.wire.errors import ConfigError
 
@@ -31,13 +31,13 @@ def find_bubblewrap() -> str:
 
 def find_host(
     *, bus_addresses: Iterable[str], runtime_dirs: Iterable[str], cgroup: str = ""
-) -> Host:
+) -> HostFacts:
     """Collect the facts of the host that a plan needs. Raises ConfigError."""
     buses = find_buses(bus_addresses, os.environ).paths
     protected = {_resolved(path) for path in (*buses, *runtime_dirs, *_BUS_FOLDERS)}
     system = [Path(path) for path in SYSTEM]
     mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    return Host(
+    return HostFacts(
         uid=os.getuid(),
         cwd=_cwd(),
         environ=dict(os.environ),

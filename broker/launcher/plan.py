@@ -56,7 +56,7 @@ _SHELL: Final = f'exec "$@" 2>&{STDERR} {STDERR}>&- {STATUS}>&-'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class HostFacts:
     """The facts of the host that the plan depends on. All paths are resolved."""
 
     uid: int
@@ -146,7 +146,7 @@ class _Inside:
         return any(part.kind in kinds and is_below(path, part.at) for part in self.parts)
 
 
-def make_plan(wish: Wish, host: Host) -> Plan:
+def make_plan(wish: Wish, host: HostFacts) -> Plan:
     """Return how to run the command with the sandbox's buses and no other. Raises ConfigError."""
     inside = _Inside(runtime_dir=f"/run/user/{host.uid}")
     _add_folders(inside, wish, host)
@@ -177,7 +177,7 @@ def _namespaces(*, network: bool) -> tuple[str, ...]:
     )
 
 
-def _own_folders(inside: _Inside, host: Host) -> Iterator[str]:
+def _own_folders(inside: _Inside, host: HostFacts) -> Iterator[str]:
     for folder in ("/tmp", "/var/tmp"):  # noqa: S108
         yield from ("--perms", "1777", "--tmpfs", folder)
     yield from ("--perms", "0755", "--tmpfs", "/run", "--symlink", "../run", "/var/run")
@@ -203,7 +203,7 @@ def _last_words(cwd: str) -> tuple[str, ...]:
 # -- folders -----------------------------------------------------------------------------------------------
 
 
-def _add_folders(inside: _Inside, wish: Wish, host: Host) -> None:
+def _add_folders(inside: _Inside, wish: Wish, host: HostFacts) -> None:
     inside.home = host.home if _can_be_private(host.home) else ""
     if wish.home and not inside.home:
         raise ConfigError(f"no private home can stand at {host.home or 'no place at all'}")
@@ -228,7 +228,7 @@ def _add_folders(inside: _Inside, wish: Wish, host: Host) -> None:
     inside.parts += [found[path] for path in sorted(found, key=path_order)]
 
 
-def _own_program(wish: Wish, host: Host, found: Mapping[str, Part]) -> Iterator[str]:
+def _own_program(wish: Wish, host: HostFacts, found: Mapping[str, Part]) -> Iterator[str]:
     """Yield the folder of the command's file, or the file where the folder is not for sharing."""
     for path in wish.program or ():
         if any(is_below(path, folder) for folder in found):
@@ -241,7 +241,7 @@ def _own_program(wish: Wish, host: Host, found: Mapping[str, Part]) -> Iterator[
             yield path
 
 
-def _command_inside(inside: _Inside, wish: Wish, host: Host) -> tuple[str, ...]:
+def _command_inside(inside: _Inside, wish: Wish, host: HostFacts) -> tuple[str, ...]:
     """Return the command by a name that means the same file inside."""
     if wish.program is None:
         return wish.command
@@ -268,7 +268,7 @@ def _check_place(path: str, runtime_dir: str) -> None:
         raise ConfigError(f"cannot share {path}: the sandbox has its own")
 
 
-def _check_live(path: str, host: Host) -> None:
+def _check_live(path: str, host: HostFacts) -> None:
     """Refuse a folder by which a bus or the broker could be reached. Raises ConfigError."""
     for other in host.protected:
         if same_files(path, other, host.mounts):
@@ -282,7 +282,7 @@ def _check_live(path: str, host: Host) -> None:
         raise ConfigError(f"cannot give {path} as it is: {point} is mounted inside it")
 
 
-def _start_in(inside: _Inside, wish: Wish, host: Host) -> str:
+def _start_in(inside: _Inside, wish: Wish, host: HostFacts) -> str:
     if inside.shows(host.cwd):
         return host.cwd
     start = inside.home or "/"
@@ -336,7 +336,7 @@ def _add_displays(inside: _Inside, wish: Wish) -> None:
         inside.variables["WAYLAND_DISPLAY"] = "wayland-0"
 
 
-def _check_network(inside: _Inside, wish: Wish, host: Host) -> None:
+def _check_network(inside: _Inside, wish: Wish, host: HostFacts) -> None:
     if not wish.network:
         return
     places = find_buses(wish.bus_addresses, host.environ)
@@ -387,7 +387,7 @@ def _names_a_bus(name: str) -> bool:
     return name.endswith("_BUS_ADDRESS") or name in {"DBUS_STARTER_ADDRESS", "IBUS_ADDRESS"}
 
 
-def _make_environ(inside: _Inside, host: Host) -> dict[str, str]:
+def _make_environ(inside: _Inside, host: HostFacts) -> dict[str, str]:
     kept = {
         name: value
         for name, value in host.environ.items()

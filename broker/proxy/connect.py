@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from broker.gate.io.connect import Done, connect
+from broker.gate.io.connect import OnConnected, connect_unix
 from broker.gate.io.loop import WRITABLE, Loop, Timer
 from broker.posix.files import read_small
 from broker.wire.address import UnixAddress, make_unix_address
@@ -31,21 +31,21 @@ class TcpPlace:
 Place = UnixAddress | TcpPlace
 
 
-def dial(loop: Loop, places: Iterable[Place], uid: int, seconds: float, done: Done) -> None:
+def dial(loop: Loop, places: Iterable[Place], uid: int, seconds: float, done: OnConnected) -> None:
     """Connect to the first place that answers; `done` gets the socket, or None.
 
     `seconds` are for all together: each has the same share, so that one that does not answer leaves the
     others theirs.
     """
     left = deque(places)
-    _Attempt(loop, left, uid, seconds / max(1, len(left)), done).go()
+    _ProxyAttempt(loop, left, uid, seconds / max(1, len(left)), done).go()
 
 
-class _Attempt:
+class _ProxyAttempt:
     """One socket at a time."""
 
     def __init__(
-        self, loop: Loop, places: deque[Place], uid: int, seconds: float, done: Done
+        self, loop: Loop, places: deque[Place], uid: int, seconds: float, done: OnConnected
     ) -> None:
         self._loop: Final = loop
         self._left: Final = places
@@ -63,7 +63,7 @@ class _Attempt:
             return
         place = self._left.popleft()
         if isinstance(place, UnixAddress):
-            connect(self._loop, make_unix_address(place.path), self._uid, self._tried_unix)
+            connect_unix(self._loop, make_unix_address(place.path), self._uid, self._tried_unix)
             return
         try:
             self._start(place)

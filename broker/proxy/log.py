@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Final
 
 from broker.gate.filter.connection_state import (
-    OWN_SERIALS,
+    FIRST_GATE_SERIAL,
     REPLY_SERIAL,
-    Core,
+    ConnectionState,
     Denial,
+    InterceptedCall,
     Output,
-    Special,
 )
 from broker.wire.header import BUS_LIMITS, Header, MessageType, measure
 from broker.wire.skim import parse_or_skim
@@ -71,7 +71,7 @@ class Printer:
 class Tap:
     """Sees what one connection passes on, before it is sent."""
 
-    def __init__(self, core: Core, label: str, printer: Printer) -> None:
+    def __init__(self, core: ConnectionState, label: str, printer: Printer) -> None:
         self._core: Final = core
         self._label: Final = label
         self._printer: Final = printer
@@ -97,12 +97,12 @@ class Tap:
 
     def _passed(self, data: bytes, arrow: str) -> None:
         header = parse_or_skim(data)
-        own = OWN_SERIALS <= header.serial < REPLY_SERIAL
+        own = FIRST_GATE_SERIAL <= header.serial < REPLY_SERIAL
         if arrow == "->" and own and header.serial in self._core.pending:
             entry = self._core.pending[header.serial]
-            if isinstance(entry, Special) and entry.is_own:
+            if isinstance(entry, InterceptedCall) and entry.is_own:
                 return
-            if isinstance(entry, Special) and entry.then.kind == "translate":
+            if isinstance(entry, InterceptedCall) and entry.then.kind == "translate":
                 header = replace(header, serial=int(entry.then.values[0]))
         peer = (header.destination if arrow == "->" else header.sender) or "*"
         self._print("allowed", arrow, f"{peer} {describe(header)}")

@@ -8,8 +8,8 @@ messages only so that descriptors stay with theirs.
 from collections.abc import Sequence
 from typing import Final
 
-from broker.gate.filter.bus_state import Bus
-from broker.gate.filter.connection_state import Chunk, Host
+from broker.gate.filter.bus_state import BusState
+from broker.gate.filter.connection_state import Chunk, SandboxView
 from broker.gate.filter.driver_calls import results
 from broker.gate.filter.filter import Filter
 from broker.gate.filter.from_app import KNOWN_FLAGS
@@ -40,10 +40,12 @@ _REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)
 _Key = tuple[bytes, bool]
 
 
-class Passage(Filter):
+class PassthroughFilter(Filter):
     """In place of a Filter, where there is nothing to judge."""
 
-    def __init__(self, bus: Bus, sandbox: Host, judge: Judge, *, app_takes_fds: bool) -> None:
+    def __init__(
+        self, bus: BusState, sandbox: SandboxView, judge: Judge, *, app_takes_fds: bool
+    ) -> None:
         super().__init__(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.core.finishers.clear()  # the app would get the answers
         self._clean: Final[set[_Key]] = set()

@@ -11,10 +11,10 @@ from pathlib import PurePath
 from typing import Final
 
 from broker.control_protocol.messages import Event, Listener, SandboxLimits, SandboxSpec
-from broker.gate.filter.bus_state import Bus
-from broker.gate.filter.connection_state import Core, Denial
+from broker.gate.filter.bus_state import BusState
+from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.gate.filter.filter import Filter
-from broker.gate.io.connect import Done
+from broker.gate.io.connect import OnConnected
 from broker.gate.io.loop import Loop
 from broker.gate.sandbox.budgets import JUDGED_A_TURN
 from broker.gate.sandbox.sandbox import Sandbox
@@ -23,11 +23,11 @@ from broker.proxy.connect import Place, dial
 from broker.proxy.judge import ProxyJudge, copy_judge
 from broker.proxy.keyring import fetch_cookie
 from broker.proxy.log import Printer, Tap
-from broker.proxy.passthrough import Passage
+from broker.proxy.passthrough import PassthroughFilter
 from broker.wire.address import UnixAddress, make_unix_address
 from broker.wire.header import MAX_MESSAGE
-from broker.wire.sasl import Client
-from broker.wire.sasl_steps import SteppingSaslClient
+from broker.wire.sasl import AuthClient
+from broker.wire.sasl_steps import MultiMechanismSaslClient
 from policy.rules import Identity
 
 # There is one sandbox a process, so that nobody else's share is at stake but the bus's. The reference
@@ -46,7 +46,7 @@ LIMITS: Final = SandboxLimits(
 CHALLENGE_SIZE: Final = 24
 
 
-class ProxyBus(Bus):
+class ProxyBus(BusState):
     """The bus of one group, whose peers are nobody in particular.
 
     It may be behind TCP, as it may for xdg-dbus-proxy. A gate's own buses may not.
@@ -62,18 +62,18 @@ class ProxyBus(Bus):
         self.judges_names_alone = True
         self.tags_headers = False
 
-    def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
+    def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
         """Connect to the first place that answers."""
         if self._is_unix:
             super().connect(loop, address, uid, done)
         else:
             dial(loop, self._places, uid, LIMITS.handshake_seconds, done)
 
-    def make_client(self, sock: socket.socket, uid: int) -> Client:
+    def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
         """Return who does the handshake: on TCP the socket does not say who we are."""
         if sock.family == socket.AF_UNIX:
             return super().make_client(sock, uid)
-        return SteppingSaslClient(uid, os.urandom(CHALLENGE_SIZE), fetch_cookie)
+        return MultiMechanismSaslClient(uid, os.urandom(CHALLENGE_SIZE), fetch_cookie)
 
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
         """Do not remember who is behind a unique name."""
@@ -89,7 +89,7 @@ class ProxySandbox(Sandbox):
         listener: Listener,
         uid: int,
         *,
-        bus: Bus,
+        bus: BusState,
         printer: Printer,
     ) -> None:
         spec = SandboxSpec(
@@ -105,7 +105,7 @@ class ProxySandbox(Sandbox):
         self._printer: Final = printer
         self._judge: Final = ProxyJudge(spec.access, bus=listener.bus, me=spec.identity)
 
-    def make_filter(self, bus: Bus, *, app_takes_fds: bool) -> Filter:
+    def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Filter:
         """Return what judges a new connection."""
         judge = copy_judge(self._judge)
         group = self._group
@@ -116,19 +116,19 @@ class ProxySandbox(Sandbox):
                 bus, self, judge, app_takes_fds=app_takes_fds, judged_a_turn=JUDGED_A_TURN
             )
         else:
-            passing = LoggedPassage if group.log else Passage
+            passing = LoggedPassage if group.log else PassthroughFilter
             judging = passing(bus, self, judge, app_takes_fds=app_takes_fds)
         if isinstance(judging, LoggedFilter):
             judging.tap = Tap(judging.core, PurePath(group.path).name, self._printer)
         return judging
 
-    def said_hello(self, core: Core) -> None:
+    def said_hello(self, core: ConnectionState) -> None:
         """Register a connection, before its app can use it."""
         assert isinstance(core.judge, ProxyJudge)
         core.judge.unique_name = core.unique_name
         super().said_hello(core)
 
-    def denied(self, core: Core, denial: Denial) -> None:
+    def denied(self, core: ConnectionState, denial: Denial) -> None:
         """Print a refusal, if that is wanted."""
         self.denied_count += 1
         for link in self.links:
@@ -159,7 +159,7 @@ class LoggedFilter(Filter):
         self.core.bus_reply_at.clear()
 
 
-class LoggedPassage(LoggedFilter, Passage):
+class LoggedPassage(LoggedFilter, PassthroughFilter):
     """A Passage of which every message is printed."""
 
 

@@ -16,7 +16,7 @@ BACKLOG: Final = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bound:
+class ProxySocket:
     """A listening socket, and how to know its file again."""
 
     sock: socket.socket
@@ -25,7 +25,7 @@ class Bound:
     inode: int
 
 
-def bind_socket(path: str) -> Bound:
+def bind_socket(path: str) -> ProxySocket:
     """Listen at a path, only for our own uid. Raises ConfigError.
 
     What a proxy before us left there is replaced: a socket, or the empty file by which a launcher reserves a
@@ -52,7 +52,7 @@ def bind_socket(path: str) -> Bound:
         raise
     finally:
         os.umask(before)
-    return Bound(sock=sock, path=absolute, device=found.st_dev, inode=found.st_ino)
+    return ProxySocket(sock=sock, path=absolute, device=found.st_dev, inode=found.st_ino)
 
 
 def _make_room(path: Path) -> None:

@@ -15,9 +15,9 @@ from typing import Final, Protocol
 
 import trio
 
-from broker.bus.connection import DRIVER, Bus, Call, open_bus
+from broker.bus.connection import DRIVER, BusConnection, Call, open_bus
 from broker.control_protocol.messages import BusSpec
-from broker.supervisor.storage.state_file import State
+from broker.supervisor.storage.state_file import StateFile
 from broker.wire.errors import BrokerError, CallRefusedError
 from broker.wire.header import Header
 
@@ -25,7 +25,7 @@ from broker.wire.header import Header
 class BusIds:
     """The ids by the buses' names, as they were in the state file and as they are now."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: StateFile) -> None:
         self._state: Final = state
         self._ids: Final = state.load_bus_ids()
 
@@ -55,14 +55,14 @@ class StartError(BrokerError):
 class Answerer(Protocol):
     """What answers calls."""
 
-    async def serve(self, bus: Bus, call: Call) -> None:
+    async def serve(self, bus: BusConnection, call: Call) -> None:
         """Carry out a call and answer it."""
 
     def look(self, header: Header) -> None:
         """Refuse a call of which the header says enough. Raises CallRefusedError."""
 
 
-class Backoff:
+class ExponentialBackoff:
     """How long to wait before the next try: longer each time, and never as long as everybody else."""
 
     def __init__(self, chance: Callable[[], float] = random.random) -> None:
@@ -80,34 +80,34 @@ class Backoff:
         self._count = 0
 
 
-class Line:
+class ReconnectingBus:
     """One bus. `on_back` and `on_gone` are to be set before it may be lost."""
 
     def __init__(self, spec: BusSpec, name: str, gone_after: float) -> None:
         self.name: Final = spec.name
-        self.on_back: Callable[[Bus], Awaitable[None]] = _ignore_back
+        self.on_back: Callable[[BusConnection], Awaitable[None]] = _ignore_back
         self.on_gone: Callable[[], None] = _ignore_gone
         self._address: Final = spec.address
         self._wanted: Final = name  # of ours, on the bus
         self._gone_after: Final = gone_after
-        self._backoff: Final = Backoff()
+        self._backoff: Final = ExponentialBackoff()
         self.id = ""  # of the bus that was met last
-        self._bus: Bus | None = None
+        self._bus: BusConnection | None = None
         self._changed = trio.Event()
         self._gone_at = 0.0
         self.is_gone = False  # for good
 
     @property
-    def bus(self) -> Bus | None:
+    def bus(self) -> BusConnection | None:
         """The connection, while there is one."""
         return self._bus
 
     async def keep_open(
-        self, *, task_status: trio.TaskStatus[Bus] = trio.TASK_STATUS_IGNORED
+        self, *, task_status: trio.TaskStatus[BusConnection] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Be connected until cancelled. Raises StartError if the bus is not there at first."""
 
-        def ready(bus: Bus) -> None:
+        def ready(bus: BusConnection) -> None:
             task_status.started(bus)
 
         try:
@@ -117,13 +117,13 @@ class Line:
         while True:
             await self._reconnect()
 
-    async def wait_open(self) -> Bus:
+    async def wait_open(self) -> BusConnection:
         """Return the connection once there is one."""
         while self._bus is None:
             await self._changed.wait()
         return self._bus
 
-    async def _stay(self, ready: Callable[[Bus], None] | None = None) -> None:
+    async def _stay(self, ready: Callable[[BusConnection], None] | None = None) -> None:
         """Connect and stay until the bus is lost. Raises BrokerError if it does not come so far."""
         opening = open_bus(self._address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
         async with opening as bus:
@@ -171,14 +171,14 @@ class Line:
         self.on_gone()
         await trio.sleep(max(0.0, seconds - left))
 
-    def _set(self, bus: Bus | None) -> None:
+    def _set(self, bus: BusConnection | None) -> None:
         self._bus = bus
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
 
 async def serve_calls(
-    line: Line, make_objects: Callable[[Bus], Answerer], closing: trio.Event
+    line: ReconnectingBus, make_objects: Callable[[BusConnection], Answerer], closing: trio.Event
 ) -> None:
     """Answer what is asked on a bus, whichever connection to it there is; once closing, only what was asked before."""
     while not closing.is_set():
@@ -188,7 +188,7 @@ async def serve_calls(
             await bus.lost.wait()  # so it is, or its calls would not have ended
 
 
-async def _serve_connection(bus: Bus, objects: Answerer, closing: trio.Event) -> None:
+async def _serve_connection(bus: BusConnection, objects: Answerer, closing: trio.Event) -> None:
     bus.look_at_call = objects.look
 
     async def answer(call: Call) -> None:
@@ -212,7 +212,7 @@ async def _cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-async def _ignore_back(_bus: Bus) -> None:
+async def _ignore_back(_bus: BusConnection) -> None:
     await trio.lowlevel.checkpoint()
 
 

@@ -37,7 +37,7 @@ _ROOM_FOR_NAMES: Final = len(f"/{CONTAINERS}/dbus-") + 12
 _BUS_NAME: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ConfiguredLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that callers and sandboxes may grow. The first four have dbus-daemon's names."""
 
     max_containers: int = 10_000
@@ -64,7 +64,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return SandboxLimits(connections=self.max_connections_per_container, **mine)
 
 
-SYSTEM_LIMITS: Final = Limits(
+SYSTEM_LIMITS: Final = ConfiguredLimits(
     max_containers=512, max_containers_per_user=16, max_container_metadata_bytes=4096
 )
 
@@ -78,7 +78,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     scope: Scope
     buses: tuple[BusSpec, ...]
     runtime_dir: Path
-    limits: Limits
+    limits: ConfiguredLimits
     bus_gone_seconds: int = BUS_GONE_SECONDS
     engine: EngineName | None = None  # None: what each bus can
 
@@ -175,10 +175,10 @@ def _find_runtime_dir(scope: Scope, file: _File, environ: Mapping[str, str]) -> 
     return path
 
 
-def _make_limits(scope: Scope, given: Mapping[str, int], path: Path | None) -> Limits:
-    defaults = SYSTEM_LIMITS if scope == "system" else Limits()
+def _make_limits(scope: Scope, given: Mapping[str, int], path: Path | None) -> ConfiguredLimits:
+    defaults = SYSTEM_LIMITS if scope == "system" else ConfiguredLimits()
     for name, value in given.items():
-        if name not in Limits.__struct_fields__:
+        if name not in ConfiguredLimits.__struct_fields__:
             raise ConfigError(f"{path}: there is no limit named {name[:40]!r}")
         least, most = _RANGES.get(name.rpartition("_")[2], (0, 2**63 - 1))
         if not least <= value <= most:

@@ -15,7 +15,7 @@ RETRY_PAUSE: Final = 0.1  # seconds, should there be no engine and none to come
 Job = Callable[[], Awaitable[None]]
 
 
-class Jobs:
+class EngineJobQueue:
     """All that is still to be done."""
 
     def __init__(self) -> None:

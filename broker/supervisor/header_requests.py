@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final
 
 from broker.engines.base import Engine
-from broker.supervisor.storage.state_file import State
+from broker.supervisor.storage.state_file import StateFile
 from broker.supervisor.watches.watches import Watch
 from broker.wire.errors import CallRefusedError
 
@@ -18,11 +18,11 @@ LOGGER: Final = logging.getLogger(__name__)
 Later = Callable[..., None]
 
 
-class Tags:
+class InstanceFieldRequests:
     """All wishes: (bus, unique name)."""
 
     def __init__(
-        self, state: State, engine: Engine, watches: Mapping[str, Watch], later: Later
+        self, state: StateFile, engine: Engine, watches: Mapping[str, Watch], later: Later
     ) -> None:
         self._state: Final = state
         self._engine: Final = engine

@@ -21,20 +21,20 @@ import trio
 
 from broker.control_protocol.messages import (
     Connected,
+    ContainerServerLost,
     Denied,
     Ended,
     Event,
     Gone,
     SandboxSpec,
     Snapshot,
-    UpstreamLost,
 )
-from broker.engines.base import Engine, gone_is_fine
+from broker.engines.base import Engine, ignore_ended_sandbox
 from broker.posix.reserve import is_reserved
 from broker.supervisor.bus_connections import BusIds
-from broker.supervisor.config import Limits
-from broker.supervisor.engine_jobs import Jobs
-from broker.supervisor.header_requests import Tags
+from broker.supervisor.config import ConfiguredLimits
+from broker.supervisor.engine_jobs import EngineJobQueue
+from broker.supervisor.header_requests import InstanceFieldRequests
 from broker.supervisor.sandboxes.lifecycle import STOPPED, Effect, Event as LifeEvent, Phase
 from broker.supervisor.sandboxes.registry import Record, Registry, Removed, SandboxId, Step
 from broker.supervisor.sandboxes.rule_limits import WHAT_TO_DO, check_list, check_rules, over_limit
@@ -51,11 +51,11 @@ from broker.supervisor.sandboxes.specs import (
 )
 from broker.supervisor.snaps.catalogue import Snaps, is_snap, load_own_library
 from broker.supervisor.snaps.connections import Policy
-from broker.supervisor.storage.recovery import settle
-from broker.supervisor.storage.state_file import State
+from broker.supervisor.storage.recovery import recover_from_gate
+from broker.supervisor.storage.state_file import StateFile
 from broker.supervisor.watches.cgroups import Cgroups
 from broker.supervisor.watches.processes import Processes
-from broker.supervisor.watches.watches import Vigil, Watch, boot_time
+from broker.supervisor.watches.watches import SandboxWatches, Watch, boot_time
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import AccessList, Rule
 from policy.snaps.library import Library
@@ -74,11 +74,11 @@ class Announcer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
+class Environment:
     """What surrounds a supervisor."""
 
     engine: Engine
-    state: State
+    state: StateFile
     announcer: Announcer
     watches: Mapping[str, Watch]  # by bus
     folder: Path  # of the sandboxes' sockets
@@ -92,12 +92,12 @@ class Outside:
 class Supervisor:
     """All sandboxes and their lives."""
 
-    def __init__(self, outside: Outside, limits: Limits) -> None:
+    def __init__(self, outside: Environment, limits: ConfiguredLimits) -> None:
         records, next_number = outside.state.load()
         self.registry: Final = Registry(limits, records, next_number)
         self._outside: Final = outside
         self.limits: Final = limits
-        self.vigil: Final = Vigil(
+        self.vigil: Final = SandboxWatches(
             outside.watches,
             self.happen,
             processes=outside.processes,
@@ -116,9 +116,11 @@ class Supervisor:
             self._changing,
             limits.rule_steps,
         )
-        self._jobs: Final = Jobs()
+        self._jobs: Final = EngineJobQueue()
         self._later: Final = self._jobs.add
-        self.tags: Final = Tags(outside.state, outside.engine, outside.watches, self._later)
+        self.tags: Final = InstanceFieldRequests(
+            outside.state, outside.engine, outside.watches, self._later
+        )
         self._bus_ids: Final = BusIds(outside.state)
         self._gone_buses: Final[set[str]] = set()
         self._missing: Sequence[SandboxId] = ()
@@ -179,7 +181,7 @@ class Supervisor:
         """End a sandbox, its connections included."""
         record = self._changeable(caller, id_or_path)
         step = self.registry.happen(record.id, LifeEvent.STOP_ASKED)
-        with gone_is_fine():
+        with ignore_ended_sandbox():
             await self._outside.engine.stop(record.id, step.reason or STOPPED)
 
     async def stop_listening(self, caller: Caller, id_or_path: str) -> None:
@@ -247,13 +249,13 @@ class Supervisor:
                 removed = self.registry.end(event.sandbox, event.reason)
                 if removed is not None:
                     self._remove(removed)
-            case UpstreamLost():  # the engine's to deal with
+            case ContainerServerLost():  # the engine's to deal with
                 pass
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
         """Take the engine's word for what there is; set right what should be otherwise."""
         self._jobs.begin_anew()
-        for record in settle(self.registry, self._outside.state, snapshot):
+        for record in recover_from_gate(self.registry, self._outside.state, snapshot):
             self.vigil.begin(record, again=True)
         held = self._outside.engine.held
         result = self.registry.reconcile(
@@ -415,7 +417,7 @@ class Supervisor:
             LOGGER.info("%s: left behind by an earlier gate: unlinked", path)
 
     async def _end_listening(self, id_: SandboxId) -> None:
-        with gone_is_fine():
+        with ignore_ended_sandbox():
             await self._outside.engine.stop_listening(id_)
         sandbox = self.registry.get(id_)
         if sandbox is not None:  # else that was its end

@@ -21,7 +21,7 @@ class Held(Protocol):
         """Hold this one."""
 
 
-def keep(notifier: Notifier, held: Held, given: Sequence[tuple[str, int]]) -> None:
+def restore_and_store(notifier: Notifier, held: Held, given: Sequence[tuple[str, int]]) -> None:
     """Give back what was kept for us; from now on, have kept what is held. Call it before there is a gate."""
     for name, fd in given:
         sandbox, dot, bus = name.partition(".")

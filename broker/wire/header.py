@@ -37,18 +37,18 @@ MAX_FIELDS: Final = 2**20
 BUS_ADDS: Final = 4096
 
 
-class Limits(NamedTuple):
+class HeaderLimits(NamedTuple):
     """The largest sizes of a header's fields and of a whole message, in bytes."""
 
     fields: int
     message: int
 
 
-APP_LIMITS: Final = Limits(MAX_FIELDS, MAX_MESSAGE)
+APP_LIMITS: Final = HeaderLimits(MAX_FIELDS, MAX_MESSAGE)
 # The specification's limit on an array is that of the header fields. A bus counts before it adds.
-BUS_LIMITS: Final = Limits(2**26 + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
+BUS_LIMITS: Final = HeaderLimits(2**26 + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
 # More than APP_LIMITS, so that no app can make a message that the bus makes too large for its receiver.
-READ_LIMITS: Final = Limits(MAX_FIELDS + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
+READ_LIMITS: Final = HeaderLimits(MAX_FIELDS + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
 
 _FIXED_LITTLE: Final = struct.Struct("<BBBBIII")
 _FIXED_BIG: Final = struct.Struct(">BBBBIII")
@@ -157,7 +157,7 @@ class Header:
     size: int = 0  # of the header with its padding: where the body begins
 
 
-def measure(data: Data, offset: int = 0, limits: Limits = APP_LIMITS) -> int:
+def measure(data: Data, offset: int = 0, limits: HeaderLimits = APP_LIMITS) -> int:
     """Return the length of the message whose first 16 bytes (there must be 16) are at `offset`.
 
     Raises PeerProtocolError for what can be no message, or is above the limits.
@@ -166,13 +166,13 @@ def measure(data: Data, offset: int = 0, limits: Limits = APP_LIMITS) -> int:
     return FIXED_SIZE + (fields_length + 7 & ~7) + body_length
 
 
-def measure_header(data: Data, offset: int = 0, limits: Limits = APP_LIMITS) -> int:
+def measure_header(data: Data, offset: int = 0, limits: HeaderLimits = APP_LIMITS) -> int:
     """Return the length of its header alone, padding included. Raises as `measure`."""
     _, _, _, _, _, fields_length = unpack_fixed(data, offset, limits)
     return FIXED_SIZE + (fields_length + 7 & ~7)
 
 
-def parse_header(data: Data, offset: int = 0, limits: Limits = APP_LIMITS) -> Header:
+def parse_header(data: Data, offset: int = 0, limits: HeaderLimits = APP_LIMITS) -> Header:
     """Return what the header at `offset` says. Raises PeerProtocolError if anything is wrong with it.
 
     The header must be there whole; the body need not be.
@@ -262,7 +262,9 @@ def serialise_header(
     return bytes(out)
 
 
-def unpack_fixed(data: Data, offset: int, limits: Limits) -> tuple[bool, int, int, int, int, int]:
+def unpack_fixed(
+    data: Data, offset: int, limits: HeaderLimits
+) -> tuple[bool, int, int, int, int, int]:
     """Return whether it is little-endian, type, flags, body length, serial, length of the fields."""
     fixed = _FIXED.get(data[offset])
     if fixed is None:

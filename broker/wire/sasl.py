@@ -48,7 +48,7 @@ class Verb(enum.Enum):
     UNKNOWN = enum.auto()
 
 
-class State(enum.Enum):
+class ServerState(enum.Enum):
     """Where the server is."""
 
     AUTH = enum.auto()  # waits for AUTH
@@ -61,24 +61,24 @@ class State(enum.Enum):
 _REJECTED: Final = b"REJECTED EXTERNAL"
 _ERROR: Final = b"ERROR"
 _OK: Final = b"OK"  # the guid follows
-_TRANSITIONS: Final[Mapping[tuple[State, Verb], tuple[State, bytes]]] = {
-    (State.AUTH, Verb.AUTH_UID): (State.READY, _OK),
-    (State.AUTH, Verb.AUTH_EMPTY): (State.DATA, b"DATA"),
-    (State.AUTH, Verb.AUTH_OTHER): (State.AUTH, _REJECTED),
-    (State.AUTH, Verb.ERROR): (State.AUTH, _REJECTED),
-    (State.AUTH, Verb.BEGIN): (State.FAILED, b""),
-    (State.AUTH, Verb.NO_BEGIN): (State.FAILED, b""),
-    (State.DATA, Verb.DATA_UID): (State.READY, _OK),
-    (State.DATA, Verb.DATA_OTHER): (State.AUTH, _REJECTED),
-    (State.DATA, Verb.CANCEL): (State.AUTH, _REJECTED),
-    (State.DATA, Verb.ERROR): (State.AUTH, _REJECTED),
-    (State.DATA, Verb.BEGIN): (State.FAILED, b""),
-    (State.DATA, Verb.NO_BEGIN): (State.FAILED, b""),
-    (State.READY, Verb.NEGOTIATE_UNIX_FD): (State.READY, b"AGREE_UNIX_FD"),
-    (State.READY, Verb.CANCEL): (State.AUTH, _REJECTED),
-    (State.READY, Verb.ERROR): (State.AUTH, _REJECTED),
-    (State.READY, Verb.BEGIN): (State.DONE, b""),
-    (State.READY, Verb.NO_BEGIN): (State.FAILED, b""),
+_TRANSITIONS: Final[Mapping[tuple[ServerState, Verb], tuple[ServerState, bytes]]] = {
+    (ServerState.AUTH, Verb.AUTH_UID): (ServerState.READY, _OK),
+    (ServerState.AUTH, Verb.AUTH_EMPTY): (ServerState.DATA, b"DATA"),
+    (ServerState.AUTH, Verb.AUTH_OTHER): (ServerState.AUTH, _REJECTED),
+    (ServerState.AUTH, Verb.ERROR): (ServerState.AUTH, _REJECTED),
+    (ServerState.AUTH, Verb.BEGIN): (ServerState.FAILED, b""),
+    (ServerState.AUTH, Verb.NO_BEGIN): (ServerState.FAILED, b""),
+    (ServerState.DATA, Verb.DATA_UID): (ServerState.READY, _OK),
+    (ServerState.DATA, Verb.DATA_OTHER): (ServerState.AUTH, _REJECTED),
+    (ServerState.DATA, Verb.CANCEL): (ServerState.AUTH, _REJECTED),
+    (ServerState.DATA, Verb.ERROR): (ServerState.AUTH, _REJECTED),
+    (ServerState.DATA, Verb.BEGIN): (ServerState.FAILED, b""),
+    (ServerState.DATA, Verb.NO_BEGIN): (ServerState.FAILED, b""),
+    (ServerState.READY, Verb.NEGOTIATE_UNIX_FD): (ServerState.READY, b"AGREE_UNIX_FD"),
+    (ServerState.READY, Verb.CANCEL): (ServerState.AUTH, _REJECTED),
+    (ServerState.READY, Verb.ERROR): (ServerState.AUTH, _REJECTED),
+    (ServerState.READY, Verb.BEGIN): (ServerState.DONE, b""),
+    (ServerState.READY, Verb.NO_BEGIN): (ServerState.FAILED, b""),
 }
 _PLAIN_VERBS: Final = {
     b"CANCEL": Verb.CANCEL,
@@ -131,24 +131,24 @@ class SaslServer:
         self._guid: Final = guid.encode()
         self._takes_fds: Final = takes_fds
         self._lines: Final = Lines()
-        self._state = State.AUTH
+        self._state = ServerState.AUTH
         self._rejected = 0
         self._saw_nul = False
 
     @property
     def done(self) -> bool:
         """Whether the client said BEGIN in its place."""
-        return self._state is State.DONE
+        return self._state is ServerState.DONE
 
     def feed(self, data: bytes) -> bytes:
         """Return what is to be sent to the client. Raises PeerProtocolError."""
-        if self._state is State.FAILED:
+        if self._state is ServerState.FAILED:
             raise PeerProtocolError("authentication failed before")
         assert not self.done
         try:
             return self._feed(data)
         except PeerProtocolError:
-            self._state = State.FAILED
+            self._state = ServerState.FAILED
             raise
 
     def _feed(self, data: bytes) -> bytes:
@@ -173,7 +173,7 @@ class SaslServer:
         if verb is Verb.NEGOTIATE_UNIX_FD and not self._takes_fds:
             verb = Verb.UNKNOWN  # as for who has never heard of it
         self._state, answer = _TRANSITIONS.get((self._state, verb), (self._state, _ERROR))
-        if self._state is State.FAILED:
+        if self._state is ServerState.FAILED:
             raise PeerProtocolError(f"no BEGIN in its place: {line[:40]!r}")
         if answer == _REJECTED:
             # Whoever starts anew negotiates anew.
@@ -183,7 +183,7 @@ class SaslServer:
                 raise PeerProtocolError(f"rejected {MAX_REJECTED} times")
         elif answer == _OK:
             answer += b" " + self._guid
-        elif verb is Verb.NEGOTIATE_UNIX_FD and self._state is State.READY:
+        elif verb is Verb.NEGOTIATE_UNIX_FD and self._state is ServerState.READY:
             self.unix_fds = True
         return answer
 
@@ -218,7 +218,7 @@ class SaslServer:
             return False
 
 
-class Client(abc.ABC):
+class AuthClient(abc.ABC):
     """The side of a client: lines in, what it says to them out. An error is final."""
 
     def __init__(self, uid: int) -> None:
@@ -262,7 +262,7 @@ class Client(abc.ABC):
         """Return what is said to a line, b"" for nothing. Raises PeerProtocolError."""
 
 
-class SaslClient(Client):
+class SaslClient(AuthClient):
     """The side of a client that says everything at once and then only reads.
 
     What follows BEGIN may be sent with it, but for descriptors: dbus-daemon loses those that arrive while

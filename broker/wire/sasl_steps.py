@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.wire.errors import BrokerError, PeerProtocolError
-from broker.wire.sasl import GUID, Client
+from broker.wire.sasl import GUID, AuthClient
 
 _MECHANISMS: Final = (b"EXTERNAL", b"DBUS_COOKIE_SHA1", b"ANONYMOUS")
 # What ANONYMOUS may say about who it is, for the log of the bus.
@@ -32,7 +32,7 @@ class CookieError(BrokerError):
     """A cookie that we do not have: the bus is told by other means who we are, or not at all."""
 
 
-class State(enum.Enum):
+class ClientState(enum.Enum):
     """What the client waits for."""
 
     OK = enum.auto()
@@ -40,7 +40,7 @@ class State(enum.Enum):
     REJECTED = enum.auto()  # said CANCEL
 
 
-class SteppingSaslClient(Client):
+class MultiMechanismSaslClient(AuthClient):
     """Tries one mechanism after the other.
 
     `challenge` is random, and new for each connection: a cookie is only ever hashed together with it.
@@ -50,7 +50,7 @@ class SteppingSaslClient(Client):
         super().__init__(uid)
         self._challenge: Final = challenge.hex().encode()
         self._fetch_cookie: Final = fetch_cookie
-        self._state = State.OK
+        self._state = ClientState.OK
         self._tried = 0  # of _MECHANISMS
         self._reasons: Final[list[str]] = []  # why not, a mechanism each
 
@@ -61,16 +61,16 @@ class SteppingSaslClient(Client):
     def _answer(self, line: bytes) -> bytes:
         command, _, argument = line.partition(b" ")
         if command == b"REJECTED":
-            if self._state is not State.REJECTED:  # else the reason is known
+            if self._state is not ClientState.REJECTED:  # else the reason is known
                 self._reasons.append("rejected")
             return self._try_next(argument.split(b" "))
-        if self._state is State.REJECTED:
+        if self._state is ClientState.REJECTED:
             raise PeerProtocolError(f"the bus answers CANCEL with {line[:80]!r}")
         if command == b"OK" and GUID.fullmatch(argument):
             self.guid = argument.decode()
             self.done = True
             return b"BEGIN"
-        if command == b"DATA" and self._state is State.DATA:
+        if command == b"DATA" and self._state is ClientState.DATA:
             return self._answer_challenge(argument)
         if command in (b"DATA", b"ERROR"):
             return self._cancel(f"answered with {command.decode()}")
@@ -83,7 +83,7 @@ class SteppingSaslClient(Client):
             self._tried += 1
             if mechanism in offered:
                 cookie = mechanism == b"DBUS_COOKIE_SHA1"
-                self._state = State.DATA if cookie else State.OK
+                self._state = ClientState.DATA if cookie else ClientState.OK
                 who = _TRACE.hex().encode() if mechanism == b"ANONYMOUS" else self._uid
                 return b"AUTH " + mechanism + b" " + who
             self._reasons.append("not offered")
@@ -95,7 +95,7 @@ class SteppingSaslClient(Client):
 
     def _cancel(self, reason: str) -> bytes:
         self._reasons.append(reason)
-        self._state = State.REJECTED
+        self._state = ClientState.REJECTED
         return b"CANCEL"
 
     def _answer_challenge(self, argument: bytes) -> bytes:
@@ -110,7 +110,7 @@ class SteppingSaslClient(Client):
         said = b":".join([challenge, self._challenge, cookie.encode()])
         # SHA-1 is what the mechanism is made of; nothing else of ours uses it.
         digest = hashlib.sha1(said, usedforsecurity=False).hexdigest().encode()
-        self._state = State.OK
+        self._state = ClientState.OK
         return b"DATA " + (self._challenge + b" " + digest).hex().encode()
 
 

@@ -144,8 +144,8 @@ class Gate:
 
     def count_throttled(self) -> int:
         """Return how often the budget of messages made a sandbox wait."""
-        use = self.ask(control.TakeUse())
-        assert isinstance(use, control.Use)
+        use = self.ask(control.TakeUsage())
+        assert isinstance(use, control.Usage)
         return use.throttled
 
     def ask(self, request: control.Request, fds: Sequence[int] = ()) -> object:

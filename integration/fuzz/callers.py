@@ -15,18 +15,18 @@ from typing import Any, Final
 import trio
 
 from broker.api import containers1, management, policy
-from broker.api.caller import Door
+from broker.api.caller import BusContext
 from broker.api.dispatch import Objects
 from broker.api.subscribers import Subscribers
 from broker.bus.codec import MAX_STEPS, STEPS_A_SLICE, Unpacker
 from broker.bus.connection import Call
-from broker.bus.message_intake import Arrived, Intake
+from broker.bus.message_intake import ArrivedMessage, MessageIntake
 from broker.bus.values import Variant, pack
 from broker.control_protocol.messages import BusSpec
-from broker.supervisor.config import Config, Limits
+from broker.supervisor.config import Config, ConfiguredLimits
 from broker.supervisor.sandboxes.registry import SandboxId
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.supervisor import Outside, Supervisor
+from broker.supervisor.supervisor import Environment, Supervisor
 from broker.wire.errors import CallRefusedError
 from broker.wire.header import Header, MessageType, serialise_header
 from integration.fuzz.pieces import Choices, cut
@@ -76,14 +76,14 @@ def _world() -> _World:
     engine, bus = FakeEngine(), FakeBus(users={_CALLER: 0, _INSIDE: 0})
     watch = FakeWatch([_CALLER, _INSIDE])
     supervisor = Supervisor(
-        Outside(
+        Environment(
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),
             watches={"session": watch},
             folder=folder,
         ),
-        Limits(),
+        ConfiguredLimits(),
     )
     engine.listener = supervisor
     engine.connections["session", _INSIDE] = "c99"
@@ -91,9 +91,9 @@ def _world() -> _World:
         scope="user",
         buses=(BusSpec(name="session", address="unix:path=/bus"),),
         runtime_dir=folder,
-        limits=Limits(),
+        limits=ConfiguredLimits(),
     )
-    door = Door(name="session", bus=bus, supervisor=supervisor, buses=("session",))
+    door = BusContext(name="session", bus=bus, supervisor=supervisor, buses=("session",))
     subscribers = Subscribers(lambda: 0.0)
     made = {
         containers1.PATH: [containers1.Containers1(door, watch).interface()],
@@ -144,7 +144,7 @@ def check(data: bytes) -> None:
         trio.run(_serve, world, arrived)
 
 
-def _arrive(world: _World, pieces: list[bytes]) -> Arrived | None:
+def _arrive(world: _World, pieces: list[bytes]) -> ArrivedMessage | None:
     """Return the message if it is wanted; it is stored only then."""
     refused: list[str] = []
 
@@ -156,14 +156,14 @@ def _arrive(world: _World, pieces: list[bytes]) -> Arrived | None:
             return False
         return True
 
-    intake = Intake(look)
+    intake = MessageIntake(look)
     items = [item for piece in pieces for item in intake.feed(piece)]
     assert len(items) + len(refused) == 1
     assert intake.held == 0
-    return next((item for item in items if isinstance(item, Arrived)), None)
+    return next((item for item in items if isinstance(item, ArrivedMessage)), None)
 
 
-def _read(arrived: Arrived) -> None:
+def _read(arrived: ArrivedMessage) -> None:
     unpacker = Unpacker(arrived.header.signature, arrived.body)
     with contextlib.suppress(ValueError):
         while not unpacker.run():
@@ -173,7 +173,7 @@ def _read(arrived: Arrived) -> None:
     assert unpacker.longest_slice <= STEPS_A_SLICE + _UNCUT + len(arrived.body) // 2
 
 
-async def _serve(world: _World, arrived: Arrived) -> None:
+async def _serve(world: _World, arrived: ArrivedMessage) -> None:
     header, bus = arrived.header, world.bus
     bus.answers.clear()
     bus.errors.clear()

@@ -18,8 +18,8 @@ from broker.control_protocol.messages import (
     SandboxSpec,
     SetAccess,
     SetBuses,
-    TakeUse,
-    Use,
+    TakeUsage,
+    Usage,
     WhoIs,
     make_frame,
 )
@@ -77,10 +77,10 @@ def seeds() -> list[bytes]:
     bodies: tuple[Request | Answer | Event, ...] = (
         SetBuses((BusSpec(name="session", address="unix:path=/x"),)),
         SetAccess("c1", access),
-        TakeUse(),
+        TakeUsage(),
         WhoIs("session", ":1.7"),
         denied,
-        Use(connections=3),
+        Usage(connections=3),
     )
     stream = b"".join(make_frame(Envelope(serial=n, body=body)) for n, body in enumerate(bodies))
     added = make_frame(Envelope(serial=9, body=AddSandbox(spec), fds=2))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import BUS_ADDS, FIXED_SIZE, MAX_FIELDS, measure, parse_header
 from broker.wire.marshal import make_return
@@ -41,7 +41,7 @@ APP: Final[tuple[Callable[[int], bytes], ...]] = (
     lambda serial: call(serial, "net.c", path="/a/b"),
     lambda serial: call(serial, ":1.2", interface=None),
     lambda serial: call(serial, ":1.5", flags=NO_REPLY),
-    lambda serial: call(serial + OWN_SERIALS, "org.a"),
+    lambda serial: call(serial + FIRST_GATE_SERIAL, "org.a"),
     lambda serial: misplaced(make_return(serial, reply_serial=serial, destination=":1.2"), "/a"),
     lambda serial: big(call(serial, "org.ab", signature="s", values=("x",))),
     lambda serial: changed(call(serial, "org.a"), sender=":1.1", reply_serial=7, flags=255),
@@ -54,7 +54,7 @@ APP: Final[tuple[Callable[[int], bytes], ...]] = (
     lambda serial: driver_call(serial, "ListNames"),
     lambda serial: driver_call(serial, "RequestName", "su", NAMES[serial % len(NAMES)], serial),
     lambda serial: driver_call(serial, "ReleaseName", "s", NAMES[serial % len(NAMES)]),
-    lambda serial: driver_call(serial + OWN_SERIALS, "StartServiceByName", "su", "org.ab", 0),
+    lambda serial: driver_call(serial + FIRST_GATE_SERIAL, "StartServiceByName", "su", "org.ab", 0),
     lambda serial: driver_call(serial, "BecomeMonitor", "asu", (), 0),
     lambda serial: changed(call(serial, "org.a"), extra={10: ("o", "/a"), 99: ("s", str(serial))}),
     lambda serial: changed(answer_to(serial, ME), destination=PEERS[serial % len(PEERS)]),

@@ -7,7 +7,7 @@ the number of its descriptors.
 from dataclasses import dataclass
 from typing import Final
 
-from broker.gate.filter.receive_buffer import Intake
+from broker.gate.filter.receive_buffer import ReceiveBuffer
 from broker.wire.errors import PeerProtocolError
 from integration.fuzz.pieces import Choices
 
@@ -26,7 +26,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.account: Final = _Account()
-        self.intake: Final = Intake(self.account)
+        self.intake: Final = ReceiveBuffer(self.account)
         self.messages: Final[list[tuple[bytes, tuple[int, ...]]]] = []
 
     def read(self, data: bytes, fds: list[int]) -> None:

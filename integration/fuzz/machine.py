@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from msgspec.structs import replace
 
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire.errors import NAME_HAS_NO_OWNER
 from broker.wire.header import Flag, MessageType, parse_header
 from integration.fuzz.pieces import cut
@@ -107,7 +107,7 @@ class FilterMachine(RuleBasedStateMachine):
     def numbered(self, message: bytes) -> bytes:
         """Return the message with a serial of its own."""
         self.serial += 1
-        high = OWN_SERIALS if self.serial % 4 == 0 else 0
+        high = FIRST_GATE_SERIAL if self.serial % 4 == 0 else 0
         return changed(message, serial=high + self.serial)
 
     def check_sending(self, message: bytes, dress: object, sizes: list[int]) -> None:

@@ -7,8 +7,8 @@ import re
 from typing import Final, NamedTuple
 
 from broker.wire.errors import PeerProtocolError
-from broker.wire.sasl import MAX_DIALOGUE, Client, SaslClient, SaslServer
-from broker.wire.sasl_steps import CookieError, SteppingSaslClient
+from broker.wire.sasl import MAX_DIALOGUE, AuthClient, SaslClient, SaslServer
+from broker.wire.sasl_steps import CookieError, MultiMechanismSaslClient
 from integration.fuzz.pieces import Choices, cut
 
 _UID: Final = 1000
@@ -86,7 +86,7 @@ def run_client(parts: list[bytes]) -> Outcome:
 
 def run_steps(parts: list[bytes]) -> Outcome:
     """Let a client on TCP read these pieces."""
-    outcome = _run(SteppingSaslClient(_UID, b"random", _fetch_cookie), parts)
+    outcome = _run(MultiMechanismSaslClient(_UID, b"random", _fetch_cookie), parts)
     assert _SAID.fullmatch(outcome.said)
     assert outcome.said.endswith(b"BEGIN\r\n") == (outcome.state == "done")
     assert not outcome.unix_fds
@@ -99,7 +99,7 @@ def _fetch_cookie(context: str, cookie_id: str) -> str:
     return cookie_id * 2
 
 
-def _run(client: Client, parts: list[bytes]) -> Outcome:
+def _run(client: AuthClient, parts: list[bytes]) -> Outcome:
     said = client.start()
     for number, part in enumerate(parts):
         try:

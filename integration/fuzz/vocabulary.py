@@ -4,7 +4,7 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire.header import parse_header
 from integration.fuzz.world import NAMES, PEERS, STRANGER
 from policy.rules import Access, AccessList, Peer, Rule
@@ -40,7 +40,7 @@ LISTS: Final = st.builds(
     st.booleans(),
 )
 SERIALS: Final = st.one_of(
-    st.integers(1, 30), st.integers(31, 99), st.integers(OWN_SERIALS, OWN_SERIALS + 20)
+    st.integers(1, 30), st.integers(31, 99), st.integers(FIRST_GATE_SERIAL, FIRST_GATE_SERIAL + 20)
 )
 CALLS: Final = st.builds(
     call,

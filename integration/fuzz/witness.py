@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Final
 
-from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, DRIVER, Bus
-from broker.gate.filter.connection_state import OWN_SERIALS, REPLY_SERIAL
+from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, DRIVER, BusState
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, REPLY_SERIAL
 from broker.gate.filter.driver_calls import NEVER_INTERFACES, NEVER_MEMBERS
 from broker.gate.filter.from_app import CONTAINER_INSTANCE, INSTANCE_PATH
 from broker.wire.header import Field, Flag, Header, MessageType
@@ -53,7 +53,7 @@ class Waiting:
 class Witness:
     """What is really so, and the checks."""
 
-    def __init__(self, bus: Bus, owners: dict[str, str], me: str, judge: Judge) -> None:
+    def __init__(self, bus: BusState, owners: dict[str, str], me: str, judge: Judge) -> None:
         self.judge = judge
         self.me: Final = me
         # Who is or was in a sandbox, whatever the bus has let go of.
@@ -117,7 +117,7 @@ class Witness:
         header = message.header
         if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
             self.unanswered[header.serial] += 1
-            if header.serial >= OWN_SERIALS and header.destination not in (None, DRIVER):
+            if header.serial >= FIRST_GATE_SERIAL and header.destination not in (None, DRIVER):
                 self._high.append(message)
 
     def peer_says(self, header: Header) -> None:
@@ -143,7 +143,7 @@ class Witness:
         assert header.sender is None
         assert self._stamps_are_right(message)
         assert header.flags <= 7
-        if header.serial >= OWN_SERIALS:
+        if header.serial >= FIRST_GATE_SERIAL:
             assert header.serial > self._last_own, "a serial of the gate's that it did not give"
             self._last_own = header.serial
         assert (header.reply_serial is not None) == (header.type in REPLIES)
@@ -152,7 +152,7 @@ class Witness:
             key = (header.destination or "", header.reply_serial or 0)
             assert self.owed[key] > 0, "a reply that nobody waits for"
             self.owed[key] -= 1
-        elif header.destination in (ABSENT, ABSENT_UNIQUE) and header.serial >= OWN_SERIALS:
+        elif header.destination in (ABSENT, ABSENT_UNIQUE) and header.serial >= FIRST_GATE_SERIAL:
             assert header.member == "Ping"
         elif header.type == MessageType.METHOD_CALL and header.destination in (None, DRIVER):
             if not is_own:
@@ -183,7 +183,7 @@ class Witness:
         if header.type == MessageType.SIGNAL or header.flags & Flag.NO_REPLY_EXPECTED:
             return
         name = header.destination or ""
-        serial = header.serial if header.serial < OWN_SERIALS else self._own_of(message)
+        serial = header.serial if header.serial < FIRST_GATE_SERIAL else self._own_of(message)
         assert serial not in self.waiting, "two calls under one serial"
         assert all(header.serial != other.bus_serial for other in self.waiting.values())
         owner = name if name[:1] == ":" else self._owners.get(name, "")

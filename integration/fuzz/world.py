@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER, Bus
+from broker.gate.filter.bus_state import DRIVER, BusState
 from broker.gate.filter.chores import NAME_WORK
 from broker.gate.filter.connection_state import (
+    FIRST_GATE_SERIAL,
     MAX_CALLERS,
-    OWN_SERIALS,
     Chunk,
+    InterceptedCall,
     Output,
-    Special,
-    Target,
+    Replier,
 )
 from broker.gate.filter.filter import Filter
 from broker.gate.filter.verdict_cache import MAX_REMEMBERED
@@ -90,7 +90,7 @@ class World:
     """Everything around one connection."""
 
     def __init__(self, rules: AccessList, *, app_takes_fds: bool = True) -> None:
-        self.bus: Final = Bus("session", "unix:path=/none")
+        self.bus: Final = BusState("session", "unix:path=/none")
         self.bus.connected(BOXED, "c2", OTHER_APP)
         self.boxed: Final = MessageBudget(25_000)  # of the other sandbox
         self.bus.payers.joined(BOXED, self.boxed)
@@ -281,7 +281,7 @@ class World:
             self.got.append(message)
         for message in self._messages(core.to_bus):
             entry = core.pending.get(message.header.serial)
-            is_own = isinstance(entry, Special) and entry.is_own
+            is_own = isinstance(entry, InterceptedCall) and entry.is_own
             self._questions += is_own
             self.witness.to_bus(message, is_own=is_own)
             self.sent.append(message)
@@ -314,8 +314,10 @@ class World:
 
     def _check_tables(self) -> None:
         core = self.filter.core
-        own = sum(isinstance(entry, Special) and entry.is_own for entry in core.pending.values())
-        plain = [entry for entry in core.pending.values() if isinstance(entry, Target)]
+        own = sum(
+            isinstance(entry, InterceptedCall) and entry.is_own for entry in core.pending.values()
+        )
+        plain = [entry for entry in core.pending.values() if isinstance(entry, Replier)]
         lent = sum(not (entry.owner or entry.name) for entry in plain)
         assert len(core.pending) - own - lent <= LIMITS.pending_calls
         assert len(core.pending) == len(self.witness.waiting) or not self.is_settled
@@ -325,7 +327,7 @@ class World:
         assert len(core.requested_names) <= LIMITS.names
         assert self.filter.tracked_names <= LIMITS.tracked_names
         assert len(core.callers) <= MAX_CALLERS
-        assert all(serial >= OWN_SERIALS for serial in core.lent)
+        assert all(serial >= FIRST_GATE_SERIAL for serial in core.lent)
         assert all(len(table) <= MAX_REMEMBERED for table in (*core.tables, core.bus_replies))
         assert self.host.bytes_held == self.filter.from_app.held
         assert self.host.bytes_held <= LIMITS.bytes_held + FIXED_SIZE + 2 * 2**16

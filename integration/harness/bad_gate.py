@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Final
 
-from broker.control_protocol.messages import PROTOCOL, Use
+from broker.control_protocol.messages import PROTOCOL, Usage
 from broker.gate import __main__ as gate_main, server
 from broker.gate.dumps import READS, Failed, Offer
 from broker.gate.handover import take_over
@@ -64,10 +64,10 @@ def _go_on(how: str, channel: Channel) -> None:
     time.sleep(LONG)
 
 
-def _use(self: server.Gate, sandbox: str | None) -> Use:
+def _use(self: server.Gate, sandbox: str | None) -> Usage:
     if self._sandboxes:
         raise RuntimeError(f"a defect, asked for {sandbox}")
-    return Use()
+    return Usage()
 
 
 def _never_allows(_access: object, *, bus: str, me: Identity) -> Judge:

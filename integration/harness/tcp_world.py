@@ -14,7 +14,7 @@ from typing import Final
 from xml.sax.saxutils import escape
 
 from broker.proxy.keyring import read_cookie
-from broker.wire.sasl_steps import SteppingSaslClient
+from broker.wire.sasl_steps import MultiMechanismSaslClient
 from integration.harness.buses import DAEMON, Bus
 from integration.harness.processes import running
 from integration.harness.proxies import SECOND, PatientClient, World
@@ -74,7 +74,7 @@ class SteppingClient(PatientClient):
 
     def _authenticate(self, uid: int) -> None:
         keyrings = self.home / ".dbus-keyrings"
-        client = SteppingSaslClient(
+        client = MultiMechanismSaslClient(
             uid,
             os.urandom(16),
             lambda context, cookie_id: read_cookie(keyrings, uid, context, cookie_id),

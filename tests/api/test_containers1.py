@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from broker.api import containers1
-from broker.api.caller import Door
+from broker.api.caller import BusContext
 from broker.api.containers1 import Containers1
 from broker.api.dispatch import Objects
 from broker.bus.values import Variant
-from broker.supervisor.config import Limits
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.supervisor import Outside, Supervisor
+from broker.supervisor.supervisor import Environment, Supervisor
 from policy.rules import Access, Rule
 from tests.helpers.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch, make_call
 
@@ -23,13 +23,13 @@ USOS = (2, "org.example.X", "/", "")
 class World:
     """The interface on a bus with some users, and a supervisor behind it."""
 
-    def __init__(self, outside: Outside, engine: FakeEngine, watch: FakeWatch) -> None:
+    def __init__(self, outside: Environment, engine: FakeEngine, watch: FakeWatch) -> None:
         self.engine = engine
         self.watch = watch
-        self.supervisor = Supervisor(outside, Limits())
+        self.supervisor = Supervisor(outside, ConfiguredLimits())
         engine.listener = self.supervisor
         self.bus = FakeBus(users={":1.1": ME, ":1.2": ME + 1, ":1.7": ME})
-        door = Door(
+        door = BusContext(
             name="session",
             bus=self.bus,
             supervisor=self.supervisor,
@@ -60,7 +60,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     folder = tmp_path / "containers"
     folder.mkdir()
     with open_state(tmp_path / "state.db") as state:
-        outside = Outside(
+        outside = Environment(
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),

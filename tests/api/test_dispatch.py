@@ -4,7 +4,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import trio
 
-from broker.api.dispatch import Interface, Method, Objects, Property, Reply, Signal, args
+from broker.api.dispatch import Interface, Method, Objects, Property, ReturnValues, SignalSpec, args
 from broker.bus.connection import Call
 from broker.bus.values import Variant
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
@@ -18,25 +18,25 @@ PATH_OF_NOTHING = Path("/does/not/exist")
 ERROR = "org.freedesktop.DBus.Error."
 
 
-async def echo(call: Call) -> Reply:
+async def echo(call: Call) -> ReturnValues:
     await trio.lowlevel.checkpoint()
-    return Reply(call.values)
+    return ReturnValues(call.values)
 
 
-def refuse(_call: Call) -> Reply:
+def refuse(_call: Call) -> ReturnValues:
     raise CallRefusedError(ACCESS_DENIED, "not you")
 
 
-def lose(_call: Call) -> Reply:
+def lose(_call: Call) -> ReturnValues:
     raise lost()
 
 
-def fail(_call: Call) -> Reply:
+def fail(_call: Call) -> ReturnValues:
     raise ZeroDivisionError
 
 
-def lie(_call: Call) -> Reply:
-    return Reply((1,))
+def lie(_call: Call) -> ReturnValues:
+    return ReturnValues((1,))
 
 
 THING = Interface(
@@ -48,7 +48,7 @@ THING = Interface(
         Method(name="Fail", run=fail),
         Method(name="Lie", gives=args("out:s"), run=lie),
     ),
-    signals=(Signal(name="Happened", args=args("what:a{sv}")),),
+    signals=(SignalSpec(name="Happened", args=args("what:a{sv}")),),
     properties=(Property(name="Colours", type="as", value=["red"]),),
 )
 
@@ -101,7 +101,9 @@ async def test_a_defect_is_logged_and_not_told(caplog: pytest.LogCaptureFixture)
 async def test_what_comes_after_the_answer_comes_after_it() -> None:
     bus = FakeBus()
     seen: list[int] = []
-    method = Method(name="M", run=lambda _call: Reply((), lambda: seen.append(len(bus.answers))))
+    method = Method(
+        name="M", run=lambda _call: ReturnValues((), lambda: seen.append(len(bus.answers)))
+    )
     await Objects({PATH: [Interface(name=NAME, methods=(method,))]}).serve(bus, call("M"))
     assert seen == [1]
 

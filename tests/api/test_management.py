@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from broker.api import management
-from broker.api.caller import Door
+from broker.api.caller import BusContext
 from broker.api.dispatch import Objects
 from broker.api.management import Management, describe_denial
 from broker.api.subscribers import MAX_SUBSCRIBERS_OF_USER, Subscribers
 from broker.bus.values import Variant, pack, plain
 from broker.control_protocol.messages import BusSpec, Denied
-from broker.supervisor.config import Config, Limits
+from broker.supervisor.config import Config, ConfiguredLimits
 from broker.supervisor.sandboxes.lifecycle import Cgroup, Event, Process
 from broker.supervisor.sandboxes.registry import SandboxId
 from broker.supervisor.sandboxes.specs import AddRequest, Caller
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.supervisor import Outside, Supervisor
+from broker.supervisor.supervisor import Environment, Supervisor
 from policy.rules import AccessList
 from policy.text import format_rule, parse_rule
 from policy.wall import WALL
@@ -38,9 +38,9 @@ DENIED = Denied(
 
 
 class World:
-    def __init__(self, outside: Outside, engine: FakeEngine, folder: Path) -> None:
+    def __init__(self, outside: Environment, engine: FakeEngine, folder: Path) -> None:
         self.engine = engine
-        self.supervisor = Supervisor(outside, Limits())
+        self.supervisor = Supervisor(outside, ConfiguredLimits())
         engine.listener = self.supervisor
         me = CALLER.uid
         self.bus = FakeBus(users={":1.1": me, ":1.2": me + 1, ":1.7": me})
@@ -48,9 +48,11 @@ class World:
             scope="user",
             buses=(BusSpec(name="session", address="unix:path=/bus"),),
             runtime_dir=folder,
-            limits=Limits(),
+            limits=ConfiguredLimits(),
         )
-        door = Door(name="session", bus=self.bus, supervisor=self.supervisor, buses=("session",))
+        door = BusContext(
+            name="session", bus=self.bus, supervisor=self.supervisor, buses=("session",)
+        )
         self.watch = FakeWatch([":1.1", ":1.7"])
         self.subscribers = Subscribers(lambda: 0.0)
         management_ = Management(door, engine, config, self.subscribers, self.watch)
@@ -83,7 +85,7 @@ class World:
 def world(tmp_path: Path) -> Iterator[World]:
     engine = FakeEngine()
     with open_state(tmp_path / "state.db") as state:
-        outside = Outside(
+        outside = Environment(
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from broker.api import policy as policy_module
-from broker.api.caller import Door
+from broker.api.caller import BusContext
 from broker.api.dispatch import Objects
 from broker.api.policy import PolicyInterface, describe_change, parse_question
 from broker.bus.values import Variant, plain
@@ -47,7 +47,9 @@ class Service:
         me = os.geteuid()
         self.stage = stage
         self.bus = FakeBus(users={":1.1": me, ":1.2": me + 1, ":1.7": me})
-        door = Door(name="session", bus=self.bus, supervisor=stage.supervisor, buses=("session",))
+        door = BusContext(
+            name="session", bus=self.bus, supervisor=stage.supervisor, buses=("session",)
+        )
         self.objects = Objects({policy_module.PATH: [PolicyInterface(door).interface()]})
 
     async def ask(self, member: str, signature: str = "", *values: Any, **fields: Any) -> Any:

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from broker.bus import callers, connection, message_bus
-from broker.bus.connection import DRIVER, Bus, Signal, Target, open_bus
+from broker.bus.connection import DRIVER, BusConnection, Destination, Signal, open_bus
 from broker.bus.message_bus import BusLostError
 from broker.bus.values import Variant
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError, ConfigError
@@ -18,11 +18,11 @@ from broker.wire.header import Header, MessageType, serialise_header
 from tests.helpers.fake_bus import FakeBus, open_fake_bus, send
 from tests.helpers.fakes import make_call
 
-SERVICE = Target(destination="org.example.Service", path="/a", interface="org.example.I")
+SERVICE = Destination(destination="org.example.Service", path="/a", interface="org.example.I")
 
 
 @asynccontextmanager
-async def two(folder: Path) -> AsyncIterator[tuple[FakeBus, Bus, Bus]]:
+async def two(folder: Path) -> AsyncIterator[tuple[FakeBus, BusConnection, BusConnection]]:
     """A bus with a service that echoes, and a client."""
     async with open_fake_bus(folder) as fake:
         async with open_bus(fake.address) as service, open_bus(fake.address) as client:
@@ -34,7 +34,7 @@ async def two(folder: Path) -> AsyncIterator[tuple[FakeBus, Bus, Bus]]:
                 nursery.cancel_scope.cancel()
 
 
-async def echo(bus: Bus) -> None:
+async def echo(bus: BusConnection) -> None:
     while (call := await bus.next_call()) is not None:
         with bus.in_its_place(call), call:
             await call.unpack()
@@ -162,7 +162,7 @@ async def test_calls_that_nobody_takes_are_refused(
     read, write = os.pipe()
     async with open_fake_bus(tmp_path) as fake:
         async with open_bus(fake.address) as service, open_bus(fake.address) as client:
-            target = Target(destination=service.unique_name, path="/a", interface="a.b")
+            target = Destination(destination=service.unique_name, path="/a", interface="a.b")
             async with trio.open_nursery() as nursery:
                 for _ in range(2):
                     nursery.start_soon(call_with_fd, client, target, write)
@@ -176,7 +176,7 @@ async def test_calls_that_nobody_takes_are_refused(
     os.close(read)
 
 
-async def call_with_fd(client: Bus, target: Target, fd: int) -> None:
+async def call_with_fd(client: BusConnection, target: Destination, fd: int) -> None:
     await client.call(target, "M", "h", [0], fds=[fd])
 
 
@@ -261,7 +261,7 @@ async def test_a_bus_that_refuses_hello_is_one_clear_error(tmp_path: Path) -> No
 
 
 def test_serials_start_again_at_one() -> None:
-    class Counting(message_bus.Link):
+    class Counting(message_bus.PatchedMessageBus):
         def __init__(self) -> None:
             self._serial = 0xFFFFFFFE
 
@@ -342,5 +342,5 @@ async def test_a_reply_of_somebody_else_is_none(tmp_path: Path) -> None:
                 nursery.start_soon(is_false, client, "org.example.Nobody")
 
 
-async def is_false(client: Bus, name: str) -> None:
+async def is_false(client: BusConnection, name: str) -> None:
     assert await client.call(DRIVER, "NameHasOwner", "s", [name]) == [False]

@@ -4,7 +4,14 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from broker.bus.message_intake import MAX_HEAD, Arrived, Dropped, Intake, Item, Oversize
+from broker.bus.message_intake import (
+    MAX_HEAD,
+    ArrivedMessage,
+    Dropped,
+    Item,
+    MessageIntake,
+    Oversize,
+)
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Header, MessageType, serialise_header
 
@@ -39,7 +46,7 @@ class Reader:
     def __init__(self, *unwanted: str) -> None:
         self.unwanted = unwanted
         self.seen: list[Header] = []
-        self.intake = Intake(self._look)
+        self.intake = MessageIntake(self._look)
         self.most = 0
 
     def _look(self, header: Header) -> bool:
@@ -63,8 +70,16 @@ def test_messages_do_not_depend_on_how_they_are_cut(size: int) -> None:
     data += message(b"y", member="D", little=False)
     reader = Reader("No")
     items = reader.in_chunks(data, size)
-    assert [item.header.member for item in items if isinstance(item, Arrived)] == ["M", "B", "D"]
-    assert [item.body for item in items if isinstance(item, Arrived)] == [b"", b"x" * 50, b"y"]
+    assert [item.header.member for item in items if isinstance(item, ArrivedMessage)] == [
+        "M",
+        "B",
+        "D",
+    ]
+    assert [item.body for item in items if isinstance(item, ArrivedMessage)] == [
+        b"",
+        b"x" * 50,
+        b"y",
+    ]
     assert [item for item in items if isinstance(item, Oversize)] == [Oversize(1, 0, 7, ":1.66")]
 
 
@@ -72,7 +87,7 @@ def test_attack_c7_a_path_of_two_mebibytes_is_skipped_and_its_sender_known() -> 
     reader = Reader()
     items = reader.in_chunks(long_path(2 * 1024 * 1024, serial=9) + message(member="Next"))
     assert items[0] == Oversize(1, 0, 9, ":1.66")
-    assert isinstance(items[1], Arrived)
+    assert isinstance(items[1], ArrivedMessage)
     assert [header.member for header in reader.seen] == ["Next"]
     assert reader.most <= 65536 + MAX_HEAD
 
@@ -82,7 +97,7 @@ def test_attack_c7_a_body_that_is_not_wanted_is_not_stored() -> None:
     items = reader.in_chunks(
         message(bytes(20 * 1024 * 1024), member="Big") + message(member="Next")
     )
-    assert [item.header.member for item in items if isinstance(item, Arrived)] == ["Next"]
+    assert [item.header.member for item in items if isinstance(item, ArrivedMessage)] == ["Next"]
     assert reader.most <= 65536
     assert reader.intake.skipped > 19 * 1024 * 1024
 
@@ -92,14 +107,14 @@ def test_attack_c7_many_fields_are_not_gone_through() -> None:
     reader = Reader()
     items = reader.in_chunks(message(extra=fields, path=None) + message(member="Next"))
     assert isinstance(items[0], Oversize)
-    assert isinstance(items[1], Arrived)
+    assert isinstance(items[1], ArrivedMessage)
 
 
 def test_attack_c7_a_header_that_the_parser_does_not_take_is_skipped() -> None:
     text = "\ufdd0"  # a bus may let it pass
     reader = Reader()
     items = reader.feed(message(extra={200: ("s", text)}) + message(member="Next"))
-    assert [item.header.member for item in items if isinstance(item, Arrived)] == ["Next"]
+    assert [item.header.member for item in items if isinstance(item, ArrivedMessage)] == ["Next"]
 
 
 def test_attack_c7_what_says_who_sent_it_may_come_before_what_is_long() -> None:
@@ -129,7 +144,7 @@ def test_descriptors_go_with_the_message_they_came_with() -> None:
     reader = Reader("No")
     first, second = message(unix_fds=2), message(member="B", unix_fds=1)
     items = reader.feed(message() + first, (3, 4)) + reader.feed(second, (5,))
-    assert [item.fds for item in items if isinstance(item, Arrived)] == [[], [3, 4], [5]]
+    assert [item.fds for item in items if isinstance(item, ArrivedMessage)] == [[], [3, 4], [5]]
     assert reader.intake.close() == []
 
 
@@ -147,7 +162,7 @@ def test_attack_c7_descriptors_of_what_is_skipped_are_given_up(skipped: bytes) -
     items = reader.feed(skipped[:100], (3, 4))
     items += reader.feed(skipped[100:] + message(member="B", unix_fds=1), (5,))
     assert [item.fds for item in items if isinstance(item, Dropped)] == [[3, 4]]
-    assert [item.fds for item in items if isinstance(item, Arrived)] == [[5]]
+    assert [item.fds for item in items if isinstance(item, ArrivedMessage)] == [[5]]
 
 
 def test_attack_c9_descriptors_that_were_cut_off_are_nobodys() -> None:
@@ -156,7 +171,9 @@ def test_attack_c9_descriptors_that_were_cut_off_are_nobodys() -> None:
     items += reader.feed(message(member="B", unix_fds=1), (5,))
     items += reader.feed(message(member="C", unix_fds=1), (), cut=True)
     items += reader.feed(message(member="D"))
-    arrived = [(one.header.member, one.fds, one.cut) for one in items if isinstance(one, Arrived)]
+    arrived = [
+        (one.header.member, one.fds, one.cut) for one in items if isinstance(one, ArrivedMessage)
+    ]
     assert arrived == [("M", [], True), ("B", [5], False), ("C", [], True), ("D", [], False)]
     assert [one.fds for one in items if isinstance(one, Dropped)] == [[3, 4]]
 
@@ -164,7 +181,7 @@ def test_attack_c9_descriptors_that_were_cut_off_are_nobodys() -> None:
 def test_a_descriptor_too_many_is_given_up() -> None:
     reader = Reader()
     items = reader.feed(message(unix_fds=1), (3, 4))
-    assert [one.fds for one in items if isinstance(one, Arrived)] == [[3]]
+    assert [one.fds for one in items if isinstance(one, ArrivedMessage)] == [[3]]
     assert [one.fds for one in items if isinstance(one, Dropped)] == [[4]]
 
 
@@ -180,9 +197,9 @@ def test_every_descriptor_comes_out_once(kinds: list[str], size: int) -> None:
         for at in range(0, len(data), size):
             items = reader.feed(data[at : at + size], (fds,) if at == 0 else ())
             for item in items:
-                if isinstance(item, Arrived):
+                if isinstance(item, ArrivedMessage):
                     assert item.fds == [fds]
-                if isinstance(item, Arrived | Dropped):
+                if isinstance(item, ArrivedMessage | Dropped):
                     out += item.fds
         fds += 1
     assert out + reader.intake.close() == list(range(fds))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from broker.bus.connection import Target
+from broker.bus.connection import Destination
 from broker.bus.values import Variant
 from broker.cli import client, exec as exec_module
 from broker.cli.main import COMMANDS, main
@@ -90,7 +90,7 @@ class FakeBus:
 
     async def call(
         self,
-        target: Target,
+        target: Destination,
         member: str,
         signature: str = "",
         values: Sequence[object] = (),

@@ -3,7 +3,7 @@
 import msgspec
 from hypothesis import given, strategies as st
 
-from broker.control_protocol.snapshot_parts import cut
+from broker.control_protocol.snapshot_parts import split_snapshot
 from tests.helpers.records import make_record, make_snapshot, make_state
 
 STATES = [make_state(make_record(number)) for number in range(8)]
@@ -14,7 +14,7 @@ SIZE = max(len(msgspec.msgpack.encode(state)) for state in STATES)
 def test_each_part_is_as_short_as_it_can_be_and_all_together_are_whole(
     count: int, most: int
 ) -> None:
-    parts = list(cut(make_snapshot(), STATES[:count], most))
+    parts = list(split_snapshot(make_snapshot(), STATES[:count], most))
     assert [state for part in parts for state in part.sandboxes] == STATES[:count]
     assert [part.more for part in parts] == [True] * (len(parts) - 1) + [False]
     for part in parts:

@@ -4,8 +4,8 @@ import pytest
 import trio
 
 from broker.control_protocol.messages import Listeners, TakeListeners
-from broker.engines.gate_engine import borrow
-from broker.engines.held_sockets import Held
+from broker.engines.gate_engine import fetch_listening_sockets
+from broker.engines.held_sockets import HeldSockets
 from broker.wire.errors import CallRefusedError
 from tests.helpers.records import make_record, make_snapshot, make_state
 
@@ -13,7 +13,7 @@ from tests.helpers.records import make_record, make_snapshot, make_state
 class Lender:
     """A link to a gate that lends what sandboxes listen on."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: HeldSockets) -> None:
         self.held = held
         self.asked: list[tuple[str, ...]] = []
         self.refuses = False
@@ -32,23 +32,27 @@ class Lender:
 async def test_what_a_gate_that_runs_listens_on_is_borrowed_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    lender = Lender(held := Held())
+    lender = Lender(held := HeldSockets())
     snapshot = make_snapshot(*(make_state(make_record(number)) for number in range(3)))
     for _ in range(2):
-        await borrow(lender, held, snapshot.sandboxes)  # type: ignore[arg-type]
+        await fetch_listening_sockets(lender, held, snapshot.sandboxes)  # type: ignore[arg-type]
     assert lender.asked == [("c0", "c1", "c2")]
     assert list(held) == ["c0", "c1", "c2"]
     lender.refuses = True
-    await borrow(lender, held, [make_state(make_record(3))])  # type: ignore[arg-type]
+    await fetch_listening_sockets(lender, held, [make_state(make_record(3))])  # type: ignore[arg-type]
     assert "cannot be held" in caplog.text
     held.close()
 
 
 async def test_what_ends_while_it_is_lent_is_not_kept() -> None:
-    lender = Lender(held := Held())
+    lender = Lender(held := HeldSockets())
     lender.ending = "c1"
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    await borrow(lender, held, [make_state(make_record(number)) for number in range(3)])  # type: ignore[arg-type]
+    await fetch_listening_sockets(
+        lender,  # type: ignore[arg-type]
+        held,
+        [make_state(make_record(number)) for number in range(3)],
+    )
     assert list(held) == ["c0", "c2"]
     held.close()
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

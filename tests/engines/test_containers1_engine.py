@@ -12,12 +12,12 @@ from broker.control_protocol.messages import (
     AddSandbox,
     Answer,
     CallBus,
+    ContainerServer,
     Done,
     Request,
     SetAccess,
     Snapshot,
     StopSandbox,
-    Upstream,
 )
 from broker.engines.base import EngineLostError
 from broker.engines.gate_process import GateError
@@ -210,7 +210,7 @@ async def test_a_bus_that_cannot_change_its_rules_gets_none(fd: int) -> None:
 async def test_a_supervisor_that_is_new_tells_a_bus_of_rules_for_any_user() -> None:
     driver = FakeDriver(arguments=("Allow",), set_access="SetContainerAccess")
     engine = Engine(session=driver)
-    upstream = Upstream(instance="/i", address="unix:path=/i")
+    upstream = ContainerServer(instance="/i", address="unix:path=/i")
     spec = make_spec(uid=4711, upstreams={"session": upstream})
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     engine.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))

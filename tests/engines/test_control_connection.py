@@ -29,7 +29,7 @@ from broker.control_protocol.messages import (
     make_frame,
 )
 from broker.engines.base import EngineLostError
-from broker.engines.control_connection import Link, connect
+from broker.engines.control_connection import ControlConnection, connect
 from broker.wire.errors import NOT_CONTAINER, CallRefusedError
 from tests.helpers.fake_gate import FakeGate
 from tests.helpers.records import make_record, make_snapshot, make_state
@@ -64,7 +64,7 @@ class World:
         ours, theirs = trio.socket.socketpair()
         self.theirs = theirs
         self.told = Told()
-        self.link = Link(ours, self.told)
+        self.link = ControlConnection(ours, self.told)
         self.gate = FakeGate()
         self.reader = FrameReader()
         self.numbers: list[int] = []  # up to which events were confirmed
@@ -222,7 +222,7 @@ async def test_a_long_frame_with_descriptors_arrives_whole() -> None:
             received.extend(reader.feed(data, fds))
 
     spec = make_state(make_record(app="x" * 1_000_000)).spec
-    link = Link(trio.socket.from_stdlib_socket(ours), Told())
+    link = ControlConnection(trio.socket.from_stdlib_socket(ours), Told())
     with theirs, link:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, take)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from broker.control_protocol.trace_file import FROM_APP, SIZE, Note
+from broker.control_protocol.trace_file import FROM_APP, SIZE, RecordedHeader
 from broker.engines.crash_reports import MAX_CRASHES, TRACE, keep_crash, last_crash
 from tests.gate.test_recorder import make_call
 
 
 def write_trace(folder: Path) -> None:
     ring = bytearray(SIZE)
-    Note(1, 1e9, FROM_APP, "c1").write(memoryview(ring), 0, make_call(), 0)
+    RecordedHeader(1, 1e9, FROM_APP, "c1").write(memoryview(ring), 0, make_call(), 0)
     (folder / TRACE).write_bytes(ring)
 
 

@@ -14,16 +14,16 @@ import trio.testing
 from broker.control_protocol.messages import (
     Answer,
     BusSpec,
+    ContainerServer,
+    ContainerServerLost,
     Done,
     Request,
-    SetUpstream,
+    SetContainerServer,
     Snapshot,
-    Upstream,
-    UpstreamLost,
 )
 from broker.engines import gate_engine as gate_module
 from broker.engines.base import EngineLostError
-from broker.engines.gate_engine import Ears, GateEngine
+from broker.engines.gate_engine import GateEngine, _ListenerTee
 from broker.engines.gate_process import GateError
 from broker.wire.errors import CallRefusedError
 from tests.engines.test_control_connection import Told
@@ -99,9 +99,11 @@ async def test_a_gate_outlives_us_and_is_found_again(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
-@pytest.mark.parametrize("upstream", [Upstream(), Upstream(instance="/i", address="unix:path=/i")])
+@pytest.mark.parametrize(
+    "upstream", [ContainerServer(), ContainerServer(instance="/i", address="unix:path=/i")]
+)
 async def test_what_another_engine_left_is_known_or_given_up(
-    tmp_path: Path, upstream: Upstream, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, upstream: ContainerServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = msgspec.structs.replace(SPEC, upstreams={"session": upstream})
     async with kept(make_engine(tmp_path)) as engine:
@@ -142,17 +144,17 @@ async def test_a_server_that_is_lost_is_given_up(
             return Done()
 
     engine, told = Asked(), Told()
-    ears = Ears(engine, told)
-    server = Upstream(instance="/i", address="unix:path=/i")
+    ears = _ListenerTee(engine, told)
+    server = ContainerServer(instance="/i", address="unix:path=/i")
     spec = msgspec.structs.replace(SPEC, upstreams={"session": server})
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     ears.take_snapshot(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
-        ears.take_event(UpstreamLost("c0", "session"))
+        ears.take_event(ContainerServerLost("c0", "session"))
         await trio.sleep(60)
         nursery.cancel_scope.cancel()
-    assert engine.asked == [SetUpstream("c0", "session", None)] * 2
+    assert engine.asked == [SetContainerServer("c0", "session", None)] * 2
     assert len(told.order) == 1
 
 

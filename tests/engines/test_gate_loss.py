@@ -15,8 +15,8 @@ from broker.control_protocol.messages import (
     Answer,
     Done,
     Listener,
+    RequestInstanceField,
     SandboxSpec,
-    TagHeaders,
 )
 from broker.engines import gate_engine as gate_module
 from broker.engines.base import EngineLostError
@@ -31,7 +31,7 @@ from tests.engines.test_gate_engine import bury, kept, make_engine
 from tests.helpers.records import make_record, make_state
 
 if TYPE_CHECKING:
-    from broker.engines.control_connection import Link
+    from broker.engines.control_connection import ControlConnection
 
 
 def make_spec(number: int, app: str = "app") -> SandboxSpec:
@@ -119,7 +119,7 @@ class Asked:
 
     async def request(self, request: object, _fds: Sequence[int] = ()) -> Answer:
         self.requests.append(request)
-        if isinstance(request, TagHeaders) and request.bus == "gone":
+        if isinstance(request, RequestInstanceField) and request.bus == "gone":
             raise CallRefusedError(INVALID_ARGS, "no bus 'gone'")
         return Done()
 
@@ -128,10 +128,10 @@ async def test_attack_i2_gate_knows_who_wants_tags_before_it_serves_anybody(tmp_
     told, link, spec = Restoring(), Asked(), make_spec(1)
     told.wanted = [(spec, [])]
     told.wishes = [("gone", ":1.5"), ("session", ":1.5")]
-    await make_engine(tmp_path)._restore(cast("Link", link), told)
+    await make_engine(tmp_path)._restore(cast("ControlConnection", link), told)
     assert link.requests == [
-        TagHeaders("gone", ":1.5"),
-        TagHeaders("session", ":1.5"),
+        RequestInstanceField("gone", ":1.5"),
+        RequestInstanceField("session", ":1.5"),
         AddSandbox(spec),
     ]
 

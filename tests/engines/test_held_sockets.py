@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from broker.engines.held_sockets import PIPE, Held
+from broker.engines.held_sockets import PIPE, HeldSockets
 
 
 class Kept:
     """Pipes, and what is told of them."""
 
     def __init__(self) -> None:
-        self.held = Held()
+        self.held = HeldSockets()
         self.told: list[tuple[str, str, bool]] = []
         self.held.on_change = lambda sandbox, bus, fd: self.told.append(
             (sandbox, bus, fd is not None)

@@ -4,21 +4,21 @@ import msgspec
 import trio
 import trio.testing
 
-from broker.control_protocol.messages import SandboxSpec, Upstream
-from broker.engines.lost_servers import LOST, MAX_MENDING, Upkeep
+from broker.control_protocol.messages import ContainerServer, SandboxSpec
+from broker.engines.lost_servers import LOST, MAX_MENDING, ContainerServerTable
 from policy.rules import AccessList
 from tests.helpers.records import make_record, make_state
 
-SERVER = Upstream(instance="/i", address="unix:path=/i")
+SERVER = ContainerServer(instance="/i", address="unix:path=/i")
 
 
-def make_spec(number: int = 0, **upstreams: Upstream) -> SandboxSpec:
+def make_spec(number: int = 0, **upstreams: ContainerServer) -> SandboxSpec:
     spec = make_state(make_record(number=number)).spec
     return msgspec.structs.replace(spec, upstreams=upstreams)
 
 
 def test_a_sandbox_without_servers_is_not_known() -> None:
-    upkeep = Upkeep()
+    upkeep = ContainerServerTable()
     upkeep.keep(make_spec())
     upkeep.change("c0", "session", SERVER)
     assert list(upkeep) == []
@@ -27,13 +27,13 @@ def test_a_sandbox_without_servers_is_not_known() -> None:
 
 
 def test_a_server_of_a_sandbox_that_listens_no_more_can_be_lost() -> None:
-    upkeep = Upkeep()
-    upkeep.keep(make_spec(session=Upstream(stop_listening="")))
+    upkeep = ContainerServerTable()
+    upkeep.keep(make_spec(session=ContainerServer(stop_listening="")))
     assert upkeep.is_lost("c0", "session")
 
 
 async def test_what_is_lost_again_meanwhile_is_seen_to_once() -> None:
-    upkeep, seen = Upkeep(), []
+    upkeep, seen = ContainerServerTable(), []
 
     async def mend(spec: SandboxSpec, bus: str) -> None:
         seen.append((spec.id, bus))
@@ -52,7 +52,7 @@ async def test_what_is_lost_again_meanwhile_is_seen_to_once() -> None:
 
 
 async def test_what_was_seen_to_can_be_lost_again() -> None:
-    upkeep, seen = Upkeep(), []
+    upkeep, seen = ContainerServerTable(), []
 
     async def mend(spec: SandboxSpec, bus: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -70,7 +70,7 @@ async def test_what_was_seen_to_can_be_lost_again() -> None:
 
 
 async def test_one_bus_does_not_keep_another_waiting() -> None:
-    upkeep, seen = Upkeep(), []
+    upkeep, seen = ContainerServerTable(), []
 
     async def mend(_spec: SandboxSpec, bus: str) -> None:
         seen.append(bus)

@@ -9,17 +9,17 @@ import trio
 from broker.control_protocol.messages import (
     Answer,
     CallBus,
+    ContainerServer,
+    ContainerServerLost,
     Ended,
     Request,
     SandboxSpec,
-    SetUpstream,
+    SetContainerServer,
     Snapshot,
     StopSandbox,
-    Upstream,
-    UpstreamLost,
 )
 from broker.engines.base import EngineLostError
-from broker.engines.gate_engine import Ears
+from broker.engines.gate_engine import _ListenerTee
 from broker.wire.errors import DISCONNECTED, NOT_CONTAINER, CallRefusedError
 from policy.rules import AccessList
 from policy.text import parse_rule
@@ -34,12 +34,12 @@ __all__ = ["fd", "reachable"]
 
 def test_the_snapshot_brings_back_what_belongs_together() -> None:
     engine, told = Engine(session=FakeDriver()), Told()
-    upstream = Upstream(instance="/i", address="unix:path=/i")
+    upstream = ContainerServer(instance="/i", address="unix:path=/i")
     state = msgspec.structs.replace(
         make_state(make_record()), spec=make_spec(upstreams={"session": upstream})
     )
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
-    ears = Ears(engine, told)
+    ears = _ListenerTee(engine, told)
     ears.take_snapshot(snapshot)
     assert engine.instances("c0") == {"session": "/i"}
     assert told.order == [snapshot]
@@ -53,10 +53,10 @@ async def test_a_server_that_is_lost_is_made_again(fd: int) -> None:
     await engine.add(make_spec(), [fd])
     before = engine.instances("c0")
     async with remaking(engine):
-        Ears(engine, told).take_event(UpstreamLost("c0", "session"))
+        _ListenerTee(engine, told).take_event(ContainerServerLost("c0", "session"))
         assert engine.instances("c0") == {"session": ""}
         assert (engine.name, engine.serving("session")) == ("containers1", "containers1")
-    (request,) = engine.requests(SetUpstream)
+    (request,) = engine.requests(SetContainerServer)
     assert request.upstream.instance == engine.instances("c0")["session"]
     assert engine.instances("c0") != before
     assert told.order == []
@@ -68,9 +68,9 @@ async def test_two_buses_that_are_lost_at_once(fd: int) -> None:
     await engine.add(make_spec(0, "session", "other"), [fd])
     async with remaking(engine):
         for bus in ("session", "other", "session"):
-            engine.lose(UpstreamLost("c0", bus))
+            engine.lose(ContainerServerLost("c0", bus))
     assert [driver.made for driver in engine.drivers.values()] == [2, 2]
-    assert sorted(one.bus for one in engine.requests(SetUpstream)) == ["other", "session"]
+    assert sorted(one.bus for one in engine.requests(SetContainerServer)) == ["other", "session"]
     assert set(engine.instances("c0")) == {"session", "other"}
     engine.held.close()
 
@@ -81,12 +81,12 @@ async def test_a_snapshot_while_a_bus_is_waited_for(
     engine = Engine(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     state = make_state(make_record())
-    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": Upstream()}))
+    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": ContainerServer()}))
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,))
     engine.gone = True
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
         for _ in range(3):
             await trio.sleep(1)
             engine.learn(snapshot)
@@ -94,7 +94,7 @@ async def test_a_snapshot_while_a_bus_is_waited_for(
         await trio.sleep(60)
         nursery.cancel_scope.cancel()
     assert engine.drivers["session"].made == 2
-    assert len(engine.requests(SetUpstream)) == 1
+    assert len(engine.requests(SetContainerServer)) == 1
     engine.held.close()
 
 
@@ -106,7 +106,7 @@ async def test_a_gate_that_is_not_there_is_asked_again(
     engine.refuse = EngineLostError("there is no gate")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(3)
         engine.refuse = None
         await trio.sleep(3)
@@ -135,7 +135,7 @@ async def test_rules_that_change_while_a_server_is_made_again_reach_the_bus(
     await engine.add(make_spec(access=lists[0]), [fd])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(2.5)  # it is asked what it has, in two calls, and then for a server
         assert driver.made == 2
         await engine.set_access("c0", lists[1])
@@ -153,26 +153,26 @@ async def test_rules_that_change_while_a_server_is_made_again_reach_the_bus(
 class Interrupted(Engine):
     """In which something happens before the first answer to SetUpstream gets to whoever asked."""
 
-    def happen(self, request: SetUpstream) -> None:
+    def happen(self, request: SetContainerServer) -> None:
         """Overridden."""
 
     async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
         answer = await super()._request(request, fds)
-        if isinstance(request, SetUpstream) and len(self.requests(SetUpstream)) == 1:
+        if isinstance(request, SetContainerServer) and len(self.requests(SetContainerServer)) == 1:
             self.happen(request)
         return answer
 
 
 async def test_a_server_that_is_lost_again_at_once_is_made_again_at_once(fd: int) -> None:
     class LostAgain(Interrupted):
-        def happen(self, request: SetUpstream) -> None:
-            self.lose(UpstreamLost(request.sandbox, request.bus))
+        def happen(self, request: SetContainerServer) -> None:
+            self.lose(ContainerServerLost(request.sandbox, request.bus))
 
     engine = LostAgain(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with remaking(engine):
-        engine.lose(UpstreamLost("c0", "session"))
-    first, second = engine.requests(SetUpstream)
+        engine.lose(ContainerServerLost("c0", "session"))
+    first, second = engine.requests(SetContainerServer)
     assert engine.instances("c0") == {"session": second.upstream.instance}
     assert first.upstream.instance != second.upstream.instance
     engine.held.close()
@@ -182,17 +182,17 @@ async def test_a_server_that_the_gate_refuses_is_ended_and_made_again(
     fd: int, autojump_clock: trio.testing.MockClock
 ) -> None:
     class Refusing(Interrupted):
-        def happen(self, request: SetUpstream) -> None:
+        def happen(self, request: SetContainerServer) -> None:
             raise CallRefusedError(DISCONNECTED, "it does not have that any more")
 
     engine = Refusing(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
-    first, second = engine.requests(SetUpstream)
+    first, second = engine.requests(SetContainerServer)
     assert engine.instances("c0") == {"session": second.upstream.instance}
     assert first.upstream.instance not in engine.drivers["session"].instances
     engine.held.close()
@@ -200,7 +200,7 @@ async def test_a_server_that_the_gate_refuses_is_ended_and_made_again(
 
 async def test_a_server_for_a_sandbox_that_has_ended_is_ended(fd: int) -> None:
     class Ending(Interrupted):
-        def happen(self, request: SetUpstream) -> None:
+        def happen(self, request: SetContainerServer) -> None:
             self.forget(request.sandbox)
             raise CallRefusedError(NOT_CONTAINER, "no sandbox")
 
@@ -208,15 +208,15 @@ async def test_a_server_for_a_sandbox_that_has_ended_is_ended(fd: int) -> None:
     await engine.add(make_spec(), [fd])
     before = set(engine.instances("c0").values())
     async with remaking(engine):
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
     assert set(engine.drivers["session"].instances) == before
-    assert len(engine.requests(SetUpstream)) == 1
+    assert len(engine.requests(SetContainerServer)) == 1
     engine.held.close()
 
 
 async def test_a_server_that_a_snapshot_has_is_in_use(fd: int) -> None:
     class Asking(Interrupted):
-        def happen(self, request: SetUpstream) -> None:
+        def happen(self, request: SetContainerServer) -> None:
             assert request.upstream is not None
             spec = make_spec(upstreams={"session": msgspec.structs.replace(request.upstream)})
             state = msgspec.structs.replace(make_state(make_record()), spec=spec)
@@ -226,8 +226,8 @@ async def test_a_server_that_a_snapshot_has_is_in_use(fd: int) -> None:
     engine = Asking(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with remaking(engine):
-        engine.lose(UpstreamLost("c0", "session"))
-    (request,) = engine.requests(SetUpstream)
+        engine.lose(ContainerServerLost("c0", "session"))
+    (request,) = engine.requests(SetContainerServer)
     assert engine.instances("c0") == {"session": request.upstream.instance}
     assert request.upstream.instance in engine.drivers["session"].instances
     engine.held.close()
@@ -241,12 +241,12 @@ async def test_a_bus_that_is_not_there_is_waited_for(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
         engine.gone = True
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(30)
-        assert engine.requests(SetUpstream) == []
+        assert engine.requests(SetContainerServer) == []
         engine.gone = False
         await trio.sleep(6)
-        assert len(engine.requests(SetUpstream)) == 1
+        assert len(engine.requests(SetContainerServer)) == 1
         nursery.cancel_scope.cancel()
     assert caplog.text.count("c0: its connections to bus session wait: it cannot be reached") == 1
     engine.held.close()
@@ -260,11 +260,11 @@ async def test_a_server_that_cannot_be_reached_is_done_without(
     await engine.add(make_spec(), [fd])
     driver = engine.drivers["session"] = FakeDriver(mode="unreachable")
     async with remaking(engine):
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
     assert (driver.made, driver.instances) == (1, {})
     assert "cannot be reached" in caplog.text
-    given_up = [StopSandbox("c0")] if is_required else [SetUpstream("c0", "session", None)]
-    assert engine.requests(StopSandbox) + engine.requests(SetUpstream) == given_up
+    given_up = [StopSandbox("c0")] if is_required else [SetContainerServer("c0", "session", None)]
+    assert engine.requests(StopSandbox) + engine.requests(SetContainerServer) == given_up
     engine.held.close()
 
 
@@ -279,8 +279,8 @@ async def test_a_bus_that_goes_as_it_makes_a_server_is_waited_for(fd: int) -> No
     await engine.add(make_spec(), [fd])
     engine.drivers["session"] = Going(mode="unreachable")
     async with remaking(engine):
-        engine.lose(UpstreamLost("c0", "session"))
-    assert engine.requests(StopSandbox) == engine.requests(SetUpstream) == []
+        engine.lose(ContainerServerLost("c0", "session"))
+    assert engine.requests(StopSandbox) == engine.requests(SetContainerServer) == []
     engine.held.close()
 
 
@@ -292,12 +292,12 @@ async def test_a_bus_that_comes_back_without_it(
     await engine.add(make_spec(), [fd])
     engine.drivers["session"] = FakeDriver(mode="none")
     async with remaking(engine):
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
     if is_required:
         assert engine.requests(StopSandbox) == [StopSandbox("c0")]
         assert "does not take it again" in caplog.text
     else:
-        assert engine.requests(SetUpstream) == [SetUpstream("c0", "session", None)]
+        assert engine.requests(SetContainerServer) == [SetContainerServer("c0", "session", None)]
     engine.held.close()
 
 
@@ -310,21 +310,23 @@ async def test_a_bus_that_comes_back_and_hangs(
     driver = engine.drivers["session"] = FakeDriver(mode="hangs")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
-        engine.lose(UpstreamLost("c0", "session"))
+        engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(60)
         assert engine.requests(StopSandbox) == []
         driver.mode = "good"
         await trio.sleep(300)
         nursery.cancel_scope.cancel()
     # Who must have labels waits; else connections are not to wait.
-    assert [one.upstream is not None for one in engine.requests(SetUpstream)] == [is_required]
+    assert [one.upstream is not None for one in engine.requests(SetContainerServer)] == [
+        is_required
+    ]
     engine.held.close()
 
 
 def test_a_bus_that_was_not_there_yet_is_to_label() -> None:
     engine = Engine(session=FakeDriver())
     state = make_state(make_record())
-    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": Upstream()}))
+    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": ContainerServer()}))
     engine.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,)))
     assert engine.name == "containers1"
     assert (engine.serving("session"), engine.serving("other")) == ("containers1", "gate")
@@ -335,7 +337,7 @@ def test_a_bus_that_was_not_there_yet_is_to_label() -> None:
 def test_who_must_have_labels_is_told_of_sandboxes_without(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    upstream = Upstream(instance="/i", address="unix:path=/i")
+    upstream = ContainerServer(instance="/i", address="unix:path=/i")
     spec = make_spec(0, "session", "other", upstreams={"session": upstream})
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
@@ -355,6 +357,6 @@ async def test_a_new_gate_has_its_servers_made_when_it_has_the_sandbox() -> None
             return [(make_spec(), [3])]
 
     async with remaking(engine):
-        ((spec, fds),) = Ears(engine, Missing()).missing()
-        assert (spec.upstreams, fds) == ({"session": Upstream()}, [3])
+        ((spec, fds),) = _ListenerTee(engine, Missing()).missing()
+        assert (spec.upstreams, fds) == ({"session": ContainerServer()}, [3])
     assert engine.instances("c0") == {"session": "/org/freedesktop/DBus/Containers1/c100"}

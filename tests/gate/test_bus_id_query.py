@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker.control_protocol.messages import BusSpec, Done, Refused, SandboxOf, SetBuses, WhoIs
-from broker.gate.name_ledger import Ledger
+from broker.gate.name_ledger import NameLedger
 from tests.gate.test_server import Supervisor
 
 ID = "a" * 32
@@ -20,7 +20,7 @@ class Stage(Supervisor):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.gate._folder = folder  # type: ignore[misc]
-        names = Ledger(folder)
+        names = NameLedger(folder)
         names.meet(ID)
         names.add(":1.5")
         names.close()

@@ -3,25 +3,25 @@ from hypothesis import given, strategies as st
 
 from broker.control_protocol.messages import Connected, Denied, Ended, Event
 from broker.gate import event_journal as kept_module
-from broker.gate.event_journal import Kept
+from broker.gate.event_journal import EventJournal
 
 
 def refusal(sandbox: str = "c0", more: int = 0, kind: str = "call") -> Denied:
     return Denied(sandbox=sandbox, bus="session", direction="send", kind=kind, peer="x", more=more)
 
 
-def told(kept: Kept) -> list[Event]:
+def told(kept: EventJournal) -> list[Event]:
     return [event for _, event in kept.tell_all()]
 
 
 def test_what_a_snapshot_tells_is_not_kept() -> None:
-    kept = Kept()
+    kept = EventJournal()
     assert kept.add(Connected("c0", "session", ":1.1"), is_told=True) == 0
     assert told(kept) == []
 
 
 def test_events_are_told_in_order_until_they_are_confirmed() -> None:
-    kept = Kept()
+    kept = EventJournal()
     events: list[Event] = [refusal("c0"), Ended("c1", "stopped"), refusal("c2")]
     numbers = [kept.add(event, is_told=True) for event in events]
     assert numbers == sorted(set(numbers))
@@ -35,7 +35,7 @@ def test_events_are_told_in_order_until_they_are_confirmed() -> None:
 
 @given(st.lists(st.one_of(st.integers(0, 9), st.just("end"), st.just("refusal"))))
 def test_confirmed_ones_are_never_told_again_and_others_always(steps: list[int | str]) -> None:
-    kept = Kept()
+    kept = EventJournal()
     model: dict[int, Event] = {}
     for step in steps:
         if isinstance(step, int):
@@ -49,7 +49,7 @@ def test_confirmed_ones_are_never_told_again_and_others_always(steps: list[int |
 
 def test_refusals_that_do_not_fit_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_module, "MAX_DENIALS", 2)
-    kept = Kept()
+    kept = EventJournal()
     kept.add(refusal("c9"), is_told=True)  # goes first, and was told: not counted
     for _ in range(3):
         kept.add(refusal("c1", more=5), is_told=False)
@@ -66,7 +66,7 @@ def test_refusals_that_do_not_fit_are_counted(monkeypatch: pytest.MonkeyPatch) -
 def test_ends_have_their_bound_and_take_their_counts_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_module, "MAX_DENIALS", 0)
     monkeypatch.setattr(kept_module, "MAX_ENDS", 2)
-    kept = Kept()
+    kept = EventJournal()
     kept.add(refusal("c1"), is_told=False)
     for name in ("c1", "c2", "c3"):
         kept.add(Ended(name, "stopped"), is_told=False)
@@ -74,7 +74,7 @@ def test_ends_have_their_bound_and_take_their_counts_along(monkeypatch: pytest.M
 
 
 def test_an_end_is_not_told_of_another_sandbox_of_that_name() -> None:
-    kept = Kept()
+    kept = EventJournal()
     for name in ("c1", "c2"):
         kept.add(Ended(name, "stopped"), is_told=False)
     kept.forget_end("c1")

@@ -3,8 +3,8 @@
 import pytest
 
 from broker.control_protocol.messages import Answer, Done, Refused
-from broker.gate.filter.bus_state import Bus
-from broker.gate.instance_field import BARRIER_SECONDS, PAUSE, Tagging
+from broker.gate.filter.bus_state import BusState
+from broker.gate.instance_field import BARRIER_SECONDS, PAUSE, InstanceFieldRounds
 from broker.gate.io.loop import Loop
 from policy.rules import Identity
 
@@ -14,7 +14,7 @@ APP = Identity(type="org.test", app="app")
 class Link:
     """A connection of a sandbox, which the bus reads when the test says so."""
 
-    def __init__(self, bus: Bus, name: str) -> None:
+    def __init__(self, bus: BusState, name: str) -> None:
         self._bus, self._name = bus, name
         self.asked: list[int] = []
         self.forgot = 0
@@ -44,8 +44,8 @@ class Stage:
         self.now = 0.0
         self.loop = Loop(lambda: self.now)
         self.answers: dict[int, Answer] = {}
-        self.tagging = Tagging(self.loop, self.answers.__setitem__)
-        self.bus = Bus("session", "unix:path=/x")
+        self.tagging = InstanceFieldRounds(self.loop, self.answers.__setitem__)
+        self.bus = BusState("session", "unix:path=/x")
 
     def wish(self, name: str, serial: int) -> None:
         self.tagging.wish(self.bus, name, serial)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from broker.gate import name_ledger
-from broker.gate.name_ledger import MAX_FILES, Ledger, Spans
+from broker.gate.name_ledger import MAX_FILES, NameLedger, Spans
 
 BUS = "a" * 32
 
@@ -49,7 +49,7 @@ def test_thinning_out_forgets_nobody_and_leaves_the_newer_half() -> None:
 
 def test_more_spans_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(name_ledger, "MAX_SPANS", 16)
-    names = Ledger()
+    names = NameLedger()
     for number in range(0, 400, 2):
         names.add(f":1.{number}")
     assert len(names) <= 16
@@ -57,7 +57,7 @@ def test_more_spans_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ":1.401" not in names
 
 
-def spans_of(names: Ledger) -> list[tuple[str, int, int]]:
+def spans_of(names: NameLedger) -> list[tuple[str, int, int]]:
     found: list[tuple[str, int, int]] = []
     for prefix, dump in names.dump():
         spans = Spans()
@@ -66,8 +66,8 @@ def spans_of(names: Ledger) -> list[tuple[str, int, int]]:
     return sorted(found)
 
 
-def make(folder: Path, bus: str = BUS) -> Ledger:
-    names = Ledger(folder)
+def make(folder: Path, bus: str = BUS) -> NameLedger:
+    names = NameLedger(folder)
     names.meet(bus)
     return names
 
@@ -167,7 +167,7 @@ def test_before_the_bus_is_known_all_files_count(tmp_path: Path) -> None:
         names = make(tmp_path, bus)
         names.add(f":1.{n}")
         names.close()
-    names = Ledger(tmp_path)
+    names = NameLedger(tmp_path)
     assert [names.is_doubtful(f":1.{n}") for n in range(3)] == [True, True, False]
     assert ":1.0" not in names
     names.meet("b" * 32)
@@ -178,7 +178,7 @@ def test_before_the_bus_is_known_all_files_count(tmp_path: Path) -> None:
 def test_a_gate_that_takes_over_goes_on_in_the_same_file(tmp_path: Path) -> None:
     old = make(tmp_path)
     old.add(":1.5")
-    new = Ledger(tmp_path)
+    new = NameLedger(tmp_path)
     new.load(BUS, old.dump())
     new.add(":1.6")
     assert spans_of(new) == spans_of(make(tmp_path)) == [(":1", 5, 6)]
@@ -277,7 +277,7 @@ def test_files_are_read_when_somebody_asks(tmp_path: Path, monkeypatch: pytest.M
     names.add(":1.5")
     names.close()
     monkeypatch.setattr(name_ledger, "open_file", pytest.fail)
-    again = Ledger(tmp_path)
+    again = NameLedger(tmp_path)
     again.load(BUS, names.dump())
     assert spans_of(again) == [(":1", 5, 5)]
 
@@ -286,7 +286,7 @@ def test_attack_i1_names_from_before_the_bus_said_its_id_stay(tmp_path: Path) ->
     old = make(tmp_path)
     old.add(":1.5")
     old.close()
-    names = Ledger(tmp_path)
+    names = NameLedger(tmp_path)
     for name in (":1.8", ":1.9", ":strange"):
         names.add(name)
     names.meet(BUS)

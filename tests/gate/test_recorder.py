@@ -12,7 +12,7 @@ from broker.control_protocol.trace_file import (
     SLOT,
     SLOTS,
     Entry,
-    Note,
+    RecordedHeader,
     describe,
     read_rings,
 )
@@ -138,7 +138,9 @@ def test_a_long_known_header_is_cut_to_its_slot(traced: Path) -> None:
 
 def test_a_long_header_is_cut_to_its_slot() -> None:
     ring = bytearray(SIZE)
-    Note(5, 1.0, FROM_APP, "c1").write(memoryview(ring), 5 * SLOT, make_call("/" + "x" * 2000), 0)
+    RecordedHeader(5, 1.0, FROM_APP, "c1").write(
+        memoryview(ring), 5 * SLOT, make_call("/" + "x" * 2000), 0
+    )
     assert not any(ring[: 5 * SLOT])
     assert not any(ring[6 * SLOT :])
     (entry,) = read_rings(bytes(ring))

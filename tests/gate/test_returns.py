@@ -20,11 +20,11 @@ from broker.control_protocol.messages import (
     Listeners,
     Refused,
     Request,
+    RequestInstanceField,
     SandboxSpec,
     SetBuses,
     StopListening,
     StopSandbox,
-    TagHeaders,
     TakeListeners,
     make_frame,
 )
@@ -124,10 +124,10 @@ def test_the_end_of_another_of_that_name_is_not_told_again(supervisor: Superviso
 
 def test_a_tag_can_be_taken_back(supervisor: Supervisor) -> None:
     tagged = supervisor.gate._buses["session"].tagged
-    assert supervisor.ask(TagHeaders("session", ":1.5")) == Done()
+    assert supervisor.ask(RequestInstanceField("session", ":1.5")) == Done()
     assert tagged == {":1.5"}
-    assert supervisor.ask(TagHeaders("session", ":1.5", wanted=False)) == Done()
-    assert supervisor.ask(TagHeaders("session", ":1.6", wanted=False)) == Done()
+    assert supervisor.ask(RequestInstanceField("session", ":1.5", wanted=False)) == Done()
+    assert supervisor.ask(RequestInstanceField("session", ":1.6", wanted=False)) == Done()
     assert tagged == set()
 
 

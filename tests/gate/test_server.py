@@ -31,8 +31,8 @@ from broker.control_protocol.messages import (
     StopListening,
     StopSandbox,
     TakeSnapshot,
-    TakeUse,
-    Use,
+    TakeUsage,
+    Usage,
     WhoIs,
     make_frame,
 )
@@ -303,20 +303,20 @@ def test_use_is_told_of_one_sandbox_and_of_all(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MessageBudget, "fill", lambda _budget: None)  # however long this takes
-    assert supervisor.ask(TakeUse()) == Use()
+    assert supervisor.ask(TakeUsage()) == Usage()
     supervisor.add("c0")
     supervisor.add("c1")
     apps = [socket.socket(socket.AF_UNIX) for _ in range(3)]
     for app, name in zip(apps, ("c0", "c1", "c1"), strict=True):
         app.connect(str(supervisor.folder / name))
     supervisor.turn()
-    one, both = supervisor.ask(TakeUse("c1")), supervisor.ask(TakeUse())
-    assert isinstance(one, Use)
-    assert isinstance(both, Use)
+    one, both = supervisor.ask(TakeUsage("c1")), supervisor.ask(TakeUsage())
+    assert isinstance(one, Usage)
+    assert isinstance(both, Usage)
     assert (one.connections, one.handshake_seconds) == (2, 2)
     assert (both.connections, both.handshake_seconds) == (3, 3)
     assert 0 < one.messages_per_second < both.messages_per_second
-    assert isinstance(supervisor.ask(TakeUse("c9")), Refused)
+    assert isinstance(supervisor.ask(TakeUsage("c9")), Refused)
     for app in apps:
         app.close()
 
@@ -344,7 +344,7 @@ def test_attack_c4_changing_to_many_globs_leaves_others_their_turns(supervisor: 
 
     request = SetAccess("c0", globs(9990, "/org/x{}/**/y*z"))
     frames = make_frame(Envelope(serial=7, body=request))
-    frames += make_frame(Envelope(serial=8, body=TakeUse("c0")))
+    frames += make_frame(Envelope(serial=8, body=TakeUsage("c0")))
     supervisor.sock.setblocking(True)
     sender = threading.Thread(target=supervisor.sock.sendall, args=(frames,))
     sender.start()
@@ -361,7 +361,7 @@ def test_attack_c4_changing_to_many_globs_leaves_others_their_turns(supervisor: 
     answers = [(envelope.serial, envelope.body) for envelope in supervisor.take()]
     assert [serial for serial, _ in answers] == [7, 8]  # in order, whatever takes long
     assert answers[0][1] == Done()
-    assert isinstance(answers[1][1], Use)
+    assert isinstance(answers[1][1], Usage)
     assert 9990 < answers[1][1].rule_steps < 32_768
     # What each of the steps is at the most, test_tables.py counts.
     assert turns > 40

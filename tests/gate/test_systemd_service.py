@@ -7,7 +7,7 @@ import pytest
 
 from broker.control_protocol.messages import StartNext
 from broker.gate.io.loop import Loop
-from broker.gate.systemd_service import Manager
+from broker.gate.systemd_service import SystemdService
 from broker.systemd import notify
 from broker.wire.errors import FAILED, INVALID_ARGS, NOT_SUPPORTED, CallRefusedError
 
@@ -28,14 +28,14 @@ def systemd(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def manager(systemd: socket.socket) -> Iterator[Manager]:
-    made = Manager({"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "20000"})
+def manager(systemd: socket.socket) -> Iterator[SystemdService]:
+    made = SystemdService({"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "20000"})
     yield made
     made._notifier.close()
 
 
 def test_nobody_gives_nothing_and_starts_nobody() -> None:
-    manager = Manager({})
+    manager = SystemdService({})
     assert not manager.is_there
     assert manager.control() is None
     manager.serves(Loop())
@@ -53,7 +53,7 @@ def test_the_control_socket_is_the_one_that_is_named_so(
         sock.listen()
         monkeypatch.setattr(notify, "_FIRST", os.dup(sock.fileno()))
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "control"}
-    manager = Manager({**environ, "NOTIFY_SOCKET": "/nobody"})
+    manager = SystemdService({**environ, "NOTIFY_SOCKET": "/nobody"})
     control = manager.control()
     assert control is not None
     with control:
@@ -62,7 +62,7 @@ def test_the_control_socket_is_the_one_that_is_named_so(
 
 
 def test_it_says_that_it_serves_and_then_that_it_is_alive(
-    systemd: socket.socket, manager: Manager
+    systemd: socket.socket, manager: SystemdService
 ) -> None:
     now = 0.0
     loop = Loop(lambda: now)
@@ -75,7 +75,7 @@ def test_it_says_that_it_serves_and_then_that_it_is_alive(
 
 
 def test_what_it_starts_says_so_itself_and_is_named_once_it_serves(
-    systemd: socket.socket, manager: Manager
+    systemd: socket.socket, manager: SystemdService
 ) -> None:
     # The interpreter stands for the gate: it is given a program in place of one's options.
     import sys  # noqa: PLC0415
@@ -94,7 +94,7 @@ def test_what_it_starts_says_so_itself_and_is_named_once_it_serves(
     os.waitpid(started.pid, 0)
 
 
-def test_what_cannot_be_started_is_refused(manager: Manager) -> None:
+def test_what_cannot_be_started_is_refused(manager: SystemdService) -> None:
     fds = list(os.pipe())
     for request, given, error in (
         (StartNext(("/no/such/program",), {}), fds, FAILED),

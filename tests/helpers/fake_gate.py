@@ -32,7 +32,7 @@ from broker.control_protocol.messages import (
     SandboxOf,
     SandboxSpec,
     SandboxState,
-    SetUpstream,
+    SetContainerServer,
     Shutdown,
     Snapshot,
     StopSandbox,
@@ -78,7 +78,7 @@ class FakeGate:
                 return [], Refused(UNKNOWN_METHOD, "this bus is no bus")
             case TakeListeners():
                 return [], Listeners(())
-            case SetUpstream(sandbox, bus, upstream):
+            case SetContainerServer(sandbox, bus, upstream):
                 upstreams = {bus: upstream} if upstream is not None else {}
                 spec = msgspec.structs.replace(self.sandboxes[sandbox], upstreams=upstreams)
                 self.sandboxes[sandbox] = spec

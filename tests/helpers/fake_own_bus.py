@@ -37,7 +37,7 @@ class OwnBus:
     count: int = 0  # of connections
 
     def connect(self, _loop: object, _address: str, _uid: int, done: Any) -> None:
-        """Stand in for broker.gate.io.connect.connect."""
+        """Stand in for broker.gate.io.connect.connect_unix."""
         self.count += 1
         if not self.is_reachable:
             done(None)

@@ -6,11 +6,11 @@ from typing import Any
 
 import trio
 
-from broker.bus.connection import Call, Target
+from broker.bus.connection import Call, Destination
 from broker.bus.values import Variant, unpack
-from broker.control_protocol.messages import Connected, Denied, Ended, SandboxSpec, Use
+from broker.control_protocol.messages import Connected, Denied, Ended, SandboxSpec, Usage
 from broker.engines.base import EngineLostError, Listener
-from broker.engines.held_sockets import Held
+from broker.engines.held_sockets import HeldSockets
 from broker.supervisor.sandboxes.registry import Record
 from broker.wire.errors import NAME_HAS_NO_OWNER, NOT_CONTAINER, CallRefusedError
 from policy.rules import AccessList
@@ -23,7 +23,7 @@ class FakeEngine:
     name: str = "fake"
     pid: int = 4711
     listener: Listener | None = None
-    held: Held = field(default_factory=Held)
+    held: HeldSockets = field(default_factory=HeldSockets)
     last_crash: str = ""
     labelled: tuple[str, ...] = ()  # buses that have Containers1
     awaited: tuple[str, ...] = ()  # those that are not there now
@@ -66,11 +66,11 @@ class FakeEngine:
         await self._do("who", unique_name)
         return self.connections.get((bus, unique_name))
 
-    async def use(self, sandbox: str | None = None) -> Use:
+    async def use(self, sandbox: str | None = None) -> Usage:
         await self._do("use")
         if self.cannot_tell:
             raise EngineLostError("gone")
-        return Use(connections=len(self.connections), pending_calls=3)
+        return Usage(connections=len(self.connections), pending_calls=3)
 
     async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
         await self._do("tag_headers" if wanted else "untag_headers", bus, unique_name)
@@ -153,7 +153,7 @@ class FakeBus:
     errors: list[tuple[str, str]] = field(default_factory=list)
 
     async def call(
-        self, _target: Target, member: str, _signature: str = "", values: Sequence[object] = ()
+        self, _target: Destination, member: str, _signature: str = "", values: Sequence[object] = ()
     ) -> list[Any]:
 
         await trio.lowlevel.checkpoint()
@@ -171,7 +171,7 @@ class FakeBus:
         return [{"UnixUserID": uid, "ProcessFD": Variant("h", 0)}]
 
     def send(
-        self, _target: Target, member: str, _signature: str = "", values: Sequence[object] = ()
+        self, _target: Destination, member: str, _signature: str = "", values: Sequence[object] = ()
     ) -> None:
         self.sent.append((member, str(values[0])))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 from xml.sax.saxutils import escape
 
-from broker.supervisor.sandboxes.lifecycle import TABLE, Effect, Event, Phase, Row
+from broker.supervisor.sandboxes.lifecycle import TRANSITIONS, Effect, Event, Phase, Transition
 
 DOCS: Final = Path(__file__).resolve().parents[2] / "docs"
 PAGE: Final = DOCS / "lifetime.md"
@@ -51,7 +51,7 @@ def make_table() -> str:
     phases = [phase for phase in Phase if phase is not Phase.GONE]
     lines = [("event", *(phase.name for phase in phases)), ("---",) * (len(phases) + 1)]
     lines += [
-        (event.value, *(_cell(TABLE.get((phase, event)), phase) for phase in phases))
+        (event.value, *(_cell(TRANSITIONS.get((phase, event)), phase) for phase in phases))
         for event in Event
     ]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -85,7 +85,7 @@ def make_page(page: str) -> str:
     return f"{before}{BEGIN}{make_table()}{END}{after}"
 
 
-def _cell(row: Row | None, phase: Phase) -> str:
+def _cell(row: Transition | None, phase: Phase) -> str:
     if row is None:
         return ""
     to = "" if row.to is phase else f"{row.to.name} "
@@ -99,7 +99,9 @@ def _letter(effect: Effect) -> str:
 
 def _events(before: Phase, after: Phase) -> list[str]:
     return [
-        event.value for (phase, event), row in TABLE.items() if phase is before and row.to is after
+        event.value
+        for (phase, event), row in TRANSITIONS.items()
+        if phase is before and row.to is after
     ]
 
 

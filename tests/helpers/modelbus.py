@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, Bus
-from broker.gate.filter.connection_state import OWN_SERIALS, Chunk, Core, Denial, Output
+from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, BusState
+from broker.gate.filter.connection_state import (
+    FIRST_GATE_SERIAL,
+    Chunk,
+    ConnectionState,
+    Denial,
+    Output,
+)
 from broker.gate.filter.filter import Filter
 from broker.gate.sandbox.budgets import MessageBudget
 from broker.wire import errors, marshal
@@ -46,16 +52,16 @@ class FakeHost:
     identity: Identity = APP
     limits: SandboxLimits = field(default_factory=SandboxLimits)
     bytes_held: int = 0
-    cores: list[Core] = field(default_factory=list)
+    cores: list[ConnectionState] = field(default_factory=list)
     denials: list[Denial] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
     messages: MessageBudget = field(default_factory=lambda: MessageBudget(25_000))
 
-    def denied(self, core: Core, denial: Denial) -> None:
+    def denied(self, core: ConnectionState, denial: Denial) -> None:
         assert core.sandbox is self
         self.denials.append(denial)
 
-    def said_hello(self, core: Core) -> None:
+    def said_hello(self, core: ConnectionState) -> None:
         core.bus.connected(core.unique_name, self.id, self.identity)
         core.bus.payers.joined(core.unique_name, self.messages)
 
@@ -133,7 +139,7 @@ class ModelBus:
         self.uniques.discard(unique_name)
         return said + self.owner_changed(unique_name, unique_name, "")
 
-    def hang_up(self, bus: Bus, unique_name: str, *backlog: bytes) -> list[bytes]:
+    def hang_up(self, bus: BusState, unique_name: str, *backlog: bytes) -> list[bytes]:
         """Let a sandbox's connection close with a backlog; return what the bus says then.
 
         As dbus-daemon does: the gate gets the end of the file first, and what was sent is delivered behind it.
@@ -301,7 +307,7 @@ class Dialogue:
         *,
         owners: dict[str, str] | None = None,
         limits: SandboxLimits | None = None,
-        shared: Bus | None = None,
+        shared: BusState | None = None,
         me: str = ME,
         identity: Identity = APP,
         app_takes_fds: bool = True,
@@ -309,7 +315,7 @@ class Dialogue:
         host: FakeHost | None = None,
     ) -> None:
         self.model: Final = ModelBus(owners, me=me)
-        self.bus: Final = shared if shared is not None else Bus("session", "unix:path=/none")
+        self.bus: Final = shared if shared is not None else BusState("session", "unix:path=/none")
         own_host = FakeHost(identity=identity, limits=limits or SandboxLimits())
         self.host: Final = own_host if host is None else host
         self.filter: Final = Filter(
@@ -398,7 +404,7 @@ class Dialogue:
     @property
     def sent(self) -> list[str]:
         """What arrived at the bus and is not the gate's own, in short."""
-        return [m.text for m in self.model.seen if m.header.serial < OWN_SERIALS]
+        return [m.text for m in self.model.seen if m.header.serial < FIRST_GATE_SERIAL]
 
     @property
     def arrived(self) -> list[Message]:
@@ -422,7 +428,7 @@ class Town:
     """Connections of several sandboxes to one bus: what becomes of a name all of them hear who want to."""
 
     def __init__(self, owners: dict[str, str] | None = None) -> None:
-        self.bus: Final = Bus("session", "unix:path=/none")
+        self.bus: Final = BusState("session", "unix:path=/none")
         self.talks: Final[list[Dialogue]] = []
         self._owners: Final = dict(owners or {})
 

@@ -16,6 +16,7 @@ from broker.control_protocol.messages import (
     BusSpec,
     CallBus,
     Called,
+    ContainerServer,
     Done,
     Envelope,
     Listener,
@@ -24,7 +25,6 @@ from broker.control_protocol.messages import (
     SetBuses,
     Snapshot,
     TakeSnapshot,
-    Upstream,
     make_frame,
 )
 from broker.engines.containers1_dialect import ADD_TAKES
@@ -76,15 +76,15 @@ class Stage(Supervisor):
         assert isinstance(answer, Answer)
         return answer
 
-    def make(self) -> Upstream:
+    def make(self) -> ContainerServer:
         """Have the bus make a server."""
         called = self.call(ADD)
         assert isinstance(called, Called), called
         instance, _, address = unpack(called.signature, called.body)
-        return Upstream(instance=instance, address=address)
+        return ContainerServer(instance=instance, address=address)
 
     def add_labelled(
-        self, upstream: Upstream, id_: str = "c0", buses: tuple[str, ...] = ("session",)
+        self, upstream: ContainerServer, id_: str = "c0", buses: tuple[str, ...] = ("session",)
     ) -> Answer:
         """Add a sandbox that the first of the buses labels; for the others it has a socket `ID-BUS`."""
         with contextlib.ExitStack() as stack:
@@ -114,7 +114,7 @@ class Stage(Supervisor):
         """Return what the bus was called for."""
         return [member for member, _ in self.bus.driver.asked]
 
-    def upstreams(self, id_: str = "c0") -> dict[str, Upstream]:
+    def upstreams(self, id_: str = "c0") -> dict[str, ContainerServer]:
         snapshot = self.call(TakeSnapshot())
         assert isinstance(snapshot, Snapshot)
         (spec,) = [one.spec for one in snapshot.sandboxes if one.spec.id == id_]

@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from broker.supervisor.config import Limits
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.specs import AddRequest, Caller
 from broker.supervisor.snaps.connections import Policy
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.storage.state_file import State
-from broker.supervisor.supervisor import Outside, Supervisor
+from broker.supervisor.storage.state_file import StateFile
+from broker.supervisor.supervisor import Environment, Supervisor
 from policy.rules import Access, AccessList, Identity
 from policy.snaps.explain import Question
 from policy.snaps.installed import SNAP_TYPE
@@ -43,7 +43,7 @@ QUESTION = Question(
 class Stage:
     """A supervisor with fakes around it, and three snaps."""
 
-    def __init__(self, folder: Path, state: State) -> None:
+    def __init__(self, folder: Path, state: StateFile) -> None:
         self.folder = folder
         self.state = state
         self.engine = FakeEngine()
@@ -54,7 +54,7 @@ class Stage:
         return self.supervisor.policy
 
     def restart(self, catalogue: Library | None = None) -> Supervisor:
-        outside = Outside(
+        outside = Environment(
             engine=self.engine,
             state=self.state,
             announcer=FakeAnnouncer(),
@@ -62,7 +62,7 @@ class Stage:
             folder=self.folder,
             load_library=lambda: catalogue or library(),
         )
-        self.supervisor = Supervisor(outside, Limits())
+        self.supervisor = Supervisor(outside, ConfiguredLimits())
         self.engine.listener = self.supervisor
         return self.supervisor
 

@@ -9,7 +9,7 @@ from broker.launcher.mounts import Mount
 from broker.launcher.plan import (
     MAX_PARTS,
     Display,
-    Host,
+    HostFacts,
     Part,
     Places,
     Plan,
@@ -28,7 +28,7 @@ ROOT = Mount(device="8:1", root="/", point="/")
 RUN = Mount(device="0:40", root="/", point="/run/user/1000")
 
 
-def host(**changes: Any) -> Host:
+def host(**changes: Any) -> HostFacts:
     facts: dict[str, Any] = {
         "uid": 1000,
         "cwd": "/home/u/work",
@@ -39,7 +39,7 @@ def host(**changes: Any) -> Host:
         "mounts": (ROOT, RUN),
         "protected": ("/run/user/1000", "/run/user/1000/buswarden", "/run/dbus"),
     }
-    return Host(**(facts | changes))
+    return HostFacts(**(facts | changes))
 
 
 def plan(wish: dict[str, Any] | None = None, **changes: Any) -> Plan:

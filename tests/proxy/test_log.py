@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import OWN_SERIALS, Chunk, Denial
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, Chunk, Denial
 from broker.proxy import log
 from broker.proxy.log import MAX_LINE, Printer, Tap, describe, split_messages
 from broker.wire import marshal
@@ -101,7 +101,7 @@ def test_calls_of_the_gates_own_are_not_told() -> None:
     talk.filter.feed_bus(answer)
     asked = [parse_header(data) for item in talk.core.to_bus for data in [bytes_of(item)]]
     assert {"AddMatch", "GetNameOwner"} <= {header.member for header in asked}
-    assert all(header.serial >= OWN_SERIALS for header in asked)
+    assert all(header.serial >= FIRST_GATE_SERIAL for header in asked)
     tap.look()
     assert lines.lines == [f"allowed sock {ME} <- {DRIVER} return to #1"]
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER, Bus
+from broker.gate.filter.bus_state import DRIVER, BusState
 from broker.gate.filter.connection_state import Chunk
 from broker.gate.sandbox.budgets import JUDGED_COST
 from broker.proxy import passthrough
-from broker.proxy.passthrough import Passage
+from broker.proxy.passthrough import PassthroughFilter
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import parse_header
@@ -34,8 +34,8 @@ class Stage:
     ) -> None:
         self.host = FakeHost(limits=limits or SandboxLimits())
         judge = Judge(AccessList(rules=(everything(None),)), bus="bus", me=APP)
-        bus = Bus("bus", "unix:path=/none")
-        self.passage = Passage(bus, self.host, judge, app_takes_fds=takes_fds)
+        bus = BusState("bus", "unix:path=/none")
+        self.passage = PassthroughFilter(bus, self.host, judge, app_takes_fds=takes_fds)
         self.core = self.passage.core
         if hello:
             self.app(HELLO)

@@ -13,13 +13,13 @@ from broker.proxy.arguments import Command, parse_arguments
 from broker.proxy.connect import Place, TcpPlace
 from broker.proxy.judge import ProxyJudge
 from broker.proxy.log import Printer
-from broker.proxy.passthrough import Passage
+from broker.proxy.passthrough import PassthroughFilter
 from broker.proxy.sandbox import LIMITS, LoggedFilter, LoggedPassage, ProxyBus, ProxySandbox
 from broker.wire import marshal
 from broker.wire.address import UnixAddress
 from broker.wire.header import MAX_MESSAGE
 from broker.wire.sasl import SaslClient
-from broker.wire.sasl_steps import SteppingSaslClient
+from broker.wire.sasl_steps import MultiMechanismSaslClient
 from tests.helpers.messages import access, call, driver_call, names
 from tests.helpers.modelbus import ME, Dialogue
 
@@ -62,7 +62,7 @@ def make(loop: Loop, *options: str) -> tuple[ProxySandbox, Lines]:
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
-        ([], Passage),
+        ([], PassthroughFilter),
         (["--filter"], Filter),
         (["--log"], LoggedPassage),
         (["--log", "--filter"], LoggedFilter),
@@ -155,7 +155,7 @@ def test_only_a_unix_socket_says_who_we_are() -> None:
     reached = ProxyBus("bus", [UnixAddress(b"/none"), TCP], sloppy_names=False)
     with socket.socket(socket.AF_UNIX) as unix, socket.socket(socket.AF_INET) as tcp:
         assert isinstance(reached.make_client(unix, 0), SaslClient)
-        assert isinstance(reached.make_client(tcp, 0), SteppingSaslClient)
+        assert isinstance(reached.make_client(tcp, 0), MultiMechanismSaslClient)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,16 @@ import pytest
 import trio
 from hypothesis import given, strategies as st
 
-from broker.bus.connection import Bus, Call, Target, open_bus, open_loop
+from broker.bus.connection import BusConnection, Call, Destination, open_bus, open_loop
 from broker.bus.message_bus import BusLostError
 from broker.control_protocol.messages import BusSpec
 from broker.supervisor import bus_connections
-from broker.supervisor.bus_connections import Backoff, Line, StartError, serve_calls
+from broker.supervisor.bus_connections import (
+    ExponentialBackoff,
+    ReconnectingBus,
+    StartError,
+    serve_calls,
+)
 from broker.wire.header import Header
 from tests.helpers.fake_bus import FakeBus, open_fake_bus
 
@@ -29,7 +34,7 @@ class Told:
         self.gone = 0
         self.changed = trio.Event()
 
-    async def come_back(self, _bus: Bus) -> None:
+    async def come_back(self, _bus: BusConnection) -> None:
         await trio.lowlevel.checkpoint()
         self.back += 1
 
@@ -41,8 +46,11 @@ class Told:
 @asynccontextmanager
 async def kept(
     fake: FakeBus, gone_after: float = 60.0
-) -> AsyncIterator[tuple[Line, Told, trio.Nursery]]:
-    line, told = Line(BusSpec(name="session", address=fake.address), NAME, gone_after), Told()
+) -> AsyncIterator[tuple[ReconnectingBus, Told, trio.Nursery]]:
+    line, told = (
+        ReconnectingBus(BusSpec(name="session", address=fake.address), NAME, gone_after),
+        Told(),
+    )
     line.on_back, line.on_gone = told.come_back, told.go
     with trio.fail_after(10):
         async with open_loop(), trio.open_nursery() as nursery:
@@ -51,7 +59,7 @@ async def kept(
             nursery.cancel_scope.cancel()
 
 
-async def lose(fake: FakeBus, line: Line) -> Bus:
+async def lose(fake: FakeBus, line: ReconnectingBus) -> BusConnection:
     """Have the bus drop us; return the next connection."""
     before = await line.wait_open()
     fake.clients[before.unique_name].close()
@@ -105,7 +113,7 @@ async def test_gone_for_good_is_told_once_and_may_still_come_back(tmp_path: Path
 
 
 async def test_a_bus_that_is_not_there_at_first_is_an_error(tmp_path: Path) -> None:
-    line = Line(BusSpec(name="session", address=f"unix:path={tmp_path}/none"), NAME, 1)
+    line = ReconnectingBus(BusSpec(name="session", address=f"unix:path={tmp_path}/none"), NAME, 1)
     async with open_loop():
         with pytest.raises(StartError, match="bus session"):
             await line.keep_open()
@@ -114,13 +122,13 @@ async def test_a_bus_that_is_not_there_at_first_is_an_error(tmp_path: Path) -> N
 class Echo:
     """Answers with the connection that was asked."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: BusConnection) -> None:
         self.name = bus.unique_name
 
     def look(self, _header: Header) -> None:
         """Everything is taken."""
 
-    async def serve(self, bus: Bus, call: Call) -> None:
+    async def serve(self, bus: BusConnection, call: Call) -> None:
         await trio.lowlevel.checkpoint()
         bus.answer(call, "s", [self.name])
 
@@ -129,7 +137,7 @@ async def test_calls_are_answered_on_whichever_connection_there_is(tmp_path: Pat
     async with open_fake_bus(tmp_path) as fake, kept(fake) as (line, _, nursery):
         nursery.start_soon(serve_calls, line, Echo, trio.Event())
         async with open_bus(fake.address) as client:
-            target = Target(destination=NAME, path="/", interface=NAME)
+            target = Destination(destination=NAME, path="/", interface=NAME)
             for _ in range(3):
                 bus = await line.wait_open()
                 assert await client.call(target, "Who") == [bus.unique_name]
@@ -140,7 +148,7 @@ async def test_calls_are_answered_on_whichever_connection_there_is(tmp_path: Pat
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 50))
 def test_pauses_grow_to_a_bound(chance: float, tries: int) -> None:
-    backoff = Backoff(lambda: chance)
+    backoff = ExponentialBackoff(lambda: chance)
     pauses = [backoff.next() for _ in range(tries)]
     assert pauses == sorted(pauses)
     assert all(0 < pause <= bus_connections.LONGEST_PAUSE for pause in pauses)

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import trio
 import trio.testing
 
-from broker.supervisor.engine_jobs import Jobs
+from broker.supervisor.engine_jobs import EngineJobQueue
 from broker.wire.errors import FAILED, CallRefusedError
 from tests.helpers.fakes import lost
 
@@ -12,7 +12,7 @@ class Work:
     """Jobs that fail as often as they are told to."""
 
     def __init__(self) -> None:
-        self.jobs = Jobs()
+        self.jobs = EngineJobQueue()
         self.done: list[str] = []
 
     def add(

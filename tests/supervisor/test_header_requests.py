@@ -6,22 +6,22 @@ import pytest
 import trio
 
 from broker.engines.base import EngineLostError
-from broker.supervisor.header_requests import Tags
+from broker.supervisor.header_requests import InstanceFieldRequests
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.storage.state_file import State
+from broker.supervisor.storage.state_file import StateFile
 from tests.helpers.fakes import FakeEngine, FakeWatch, lost
 
 
 class World:
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: StateFile) -> None:
         self.state = state
         self.engine = FakeEngine()
         self.watches = {bus: FakeWatch([":1.5"]) for bus in ("session", "system")}  # who calls
         self.jobs: list[Any] = []
         self.tags = self.restart()
 
-    def restart(self) -> Tags:
-        self.tags = Tags(
+    def restart(self) -> InstanceFieldRequests:
+        self.tags = InstanceFieldRequests(
             self.state, self.engine, self.watches, lambda _about, job: self.jobs.append(job)
         )
         return self.tags

@@ -9,14 +9,14 @@ import pytest
 import trio
 import trio.testing
 
-from broker.control_protocol.messages import Denied, Listener, SandboxSpec, Use
-from broker.supervisor.config import Limits
+from broker.control_protocol.messages import Denied, Listener, SandboxSpec, Usage
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.registry import BUILT_IN
 from broker.supervisor.sandboxes.rule_limits import MAX_RULES, WHAT_TO_DO
 from broker.supervisor.sandboxes.specs import AddRequest, Behind, Caller
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.storage.state_file import State
-from broker.supervisor.supervisor import Outside, Supervisor
+from broker.supervisor.storage.state_file import StateFile
+from broker.supervisor.supervisor import Environment, Supervisor
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import NO_ACCESS, Access, AccessList, Rule
 from policy.wall import WALL
@@ -34,7 +34,7 @@ SEND_Y = Rule(access=frozenset({Access.SEND}), name="org.example.Y", origin="a")
 class World:
     """A supervisor in a folder, with fakes around it."""
 
-    def __init__(self, folder: Path, state: State) -> None:
+    def __init__(self, folder: Path, state: StateFile) -> None:
         self.folder = folder
         self.state = state
         self.engine = FakeEngine()
@@ -43,7 +43,7 @@ class World:
         self.supervisor = self.restart()
 
     def restart(self, **limits: int) -> Supervisor:
-        outside = Outside(
+        outside = Environment(
             engine=self.engine,
             state=self.state,
             announcer=self.announcer,
@@ -51,7 +51,7 @@ class World:
             folder=self.folder,
             now=lambda: 12.5,
         )
-        self.supervisor = Supervisor(outside, Limits(**limits))
+        self.supervisor = Supervisor(outside, ConfiguredLimits(**limits))
         self.engine.listener = self.supervisor
         return self.supervisor
 
@@ -389,11 +389,11 @@ async def test_attack_c4_rules_over_a_limit_that_was_lowered_stay_and_are_told(
     id_ = await world.add(access=AccessList(rules=(SEND_X,)))
     supervisor = world.restart()
     state = make_state(supervisor.registry.find(id_).record)
-    most = Limits().rule_steps
+    most = ConfiguredLimits().rule_steps
     lines: list[str] = []
     for steps, told in ((most, 0), (most + 1, 1)):
         caplog.clear()
-        slow = msgspec.structs.replace(state, use=Use(rule_steps=steps))
+        slow = msgspec.structs.replace(state, use=Usage(rule_steps=steps))
         supervisor.take_snapshot(make_snapshot(slow))
         await world.do_jobs()
         lines = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]

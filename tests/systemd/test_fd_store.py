@@ -5,8 +5,8 @@ import pytest
 import trio
 import trio.testing
 
-from broker.engines.held_sockets import PIPE, Held
-from broker.systemd.fd_store import keep, stay_alive
+from broker.engines.held_sockets import PIPE, HeldSockets
+from broker.systemd.fd_store import restore_and_store, stay_alive
 from broker.systemd.notify import Notifier
 
 
@@ -38,8 +38,8 @@ def a_descriptor() -> int:
 
 
 def test_what_is_held_is_kept_and_what_is_not_is_not() -> None:
-    notifier, held = FakeNotifier(), Held()
-    keep(notifier, held, [])
+    notifier, held = FakeNotifier(), HeldSockets()
+    restore_and_store(notifier, held, [])
     fd = a_descriptor()
     held.keep("c12", "session", fd)
     held.keep("c12", PIPE, fd)
@@ -59,10 +59,10 @@ def test_what_is_held_is_kept_and_what_is_not_is_not() -> None:
 
 
 def test_what_was_kept_comes_back_and_is_not_stored_again() -> None:
-    notifier, held = FakeNotifier(), Held()
+    notifier, held = FakeNotifier(), HeldSockets()
     fds = [a_descriptor() for _ in range(3)]
     names = ["c1.session", "c1.", "stored"]
-    keep(notifier, held, list(zip(names, fds, strict=True)))
+    restore_and_store(notifier, held, list(zip(names, fds, strict=True)))
     assert dict(held.of("c1")) == {"session": fds[0], PIPE: fds[1]}
     assert notifier.told == []
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -72,8 +72,8 @@ def test_what_was_kept_comes_back_and_is_not_stored_again() -> None:
 
 
 def test_without_systemd_nobody_is_told_of_it() -> None:
-    notifier, held = FakeNotifier(wanted=False), Held()
-    keep(notifier, held, [])
+    notifier, held = FakeNotifier(wanted=False), HeldSockets()
+    restore_and_store(notifier, held, [])
     fd = a_descriptor()
     held.keep("c1", "session", fd)
     held.close()

@@ -14,7 +14,7 @@ from broker.wire.sasl import (
     Lines,
     SaslClient,
     SaslServer,
-    State,
+    ServerState,
     Verb,
 )
 
@@ -183,10 +183,10 @@ def test_what_follows_the_dialogue_has_no_limit_here() -> None:
 
 
 def test_done_is_reached_only_by_begin_from_ready() -> None:
-    ends = [start for start, (state, _) in sasl._TRANSITIONS.items() if state is State.DONE]
-    assert ends == [(State.READY, Verb.BEGIN)]
+    ends = [start for start, (state, _) in sasl._TRANSITIONS.items() if state is ServerState.DONE]
+    assert ends == [(ServerState.READY, Verb.BEGIN)]
     begun = {state for state, _ in sasl._TRANSITIONS}
-    assert not begun & {State.DONE, State.FAILED}
+    assert not begun & {ServerState.DONE, ServerState.FAILED}
 
 
 @given(st.binary(max_size=60))

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from broker.wire.errors import PeerProtocolError
 from broker.wire.sasl import MAX_DIALOGUE, SaslServer
-from broker.wire.sasl_steps import CookieError, SteppingSaslClient
+from broker.wire.sasl_steps import CookieError, MultiMechanismSaslClient
 
 GUID = "0123456789abcdef0123456789abcdef"
 OK = f"OK {GUID}"
@@ -36,9 +36,9 @@ def fetch(context: str, cookie_id: str) -> str:
     return COOKIE
 
 
-def make_client() -> SteppingSaslClient:
+def make_client() -> MultiMechanismSaslClient:
     """Return one that has said its first line."""
-    client = SteppingSaslClient(1000, CHALLENGE, fetch)
+    client = MultiMechanismSaslClient(1000, CHALLENGE, fetch)
     assert client.start() == b"\0" + lines(EXTERNAL)
     return client
 
@@ -172,7 +172,7 @@ def test_a_challenge_that_is_none(challenge: str, problem: str) -> None:
     def fetch_never(_context: str, _cookie_id: str) -> str:
         raise AssertionError("asked for")
 
-    client = SteppingSaslClient(1000, CHALLENGE, fetch_never)
+    client = MultiMechanismSaslClient(1000, CHALLENGE, fetch_never)
     client.start()
     client.feed(lines("REJECTED DBUS_COOKIE_SHA1"))
     with pytest.raises(PeerProtocolError, match=problem):
@@ -216,7 +216,7 @@ def test_no_bytes_let_it_in_without_ok(said: bytes) -> None:
 
 @given(st.lists(st.integers(1, 70), max_size=6))
 def test_our_own_server_lets_it_in(cuts: list[int]) -> None:
-    client, server = SteppingSaslClient(1000, CHALLENGE, fetch), SaslServer(1000, GUID)
+    client, server = MultiMechanismSaslClient(1000, CHALLENGE, fetch), SaslServer(1000, GUID)
     answers = server.feed(client.start())
     places = sorted({0, *(cut for cut in cuts if cut < len(answers)), len(answers)})
     said = b"".join(client.feed(answers[a:b]) for a, b in itertools.pairwise(places))

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
 
-from broker.control_protocol.messages import CONTAINERS1, CallBus, Called, Refused, Upstream
-from broker.gate.dumps import Fds, OwnCallDump, OwnDump
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, Bus
-from broker.gate.io.connect import connect
+from broker.control_protocol.messages import CONTAINERS1, CallBus, Called, ContainerServer, Refused
+from broker.gate.dumps import BusClientCallDump, BusClientDump, Fds
+from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, BusState
+from broker.gate.io.connect import connect_unix
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import Closed, Pipe, adopt, close_fds
+from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds, stream_socket_from_fd
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 from broker.wire.header import (
@@ -61,7 +61,7 @@ _MATCH: Final = (
 )
 
 
-class Host(Protocol):
+class BusClientOwner(Protocol):
     """What an own connection needs of the gate."""
 
     def answer(self, asked: int, answer: Called | Refused) -> None:
@@ -74,10 +74,10 @@ class Host(Protocol):
         """The connection is gone, and with it what the bus had made for a sandbox."""
 
 
-class OwnLink:
+class BusClient:
     """One connection."""
 
-    def __init__(self, loop: Loop, host: Host, bus: Bus, uid: int) -> None:
+    def __init__(self, loop: Loop, host: BusClientOwner, bus: BusState, uid: int) -> None:
         self.bus: Final = bus
         self.uid: Final = uid
         self.claimed: Final[dict[str, str]] = {}  # instance -> sandbox
@@ -87,11 +87,11 @@ class OwnLink:
         self._host: Final = host
         self._client: Final = SaslClient(uid)
         self._is_greeting = True
-        self._pipe: Pipe | None = None
+        self._pipe: SocketStream | None = None
         self._early: list[bytes] = []  # until there is a pipe
         self._buffer = bytearray()
         self._skip = 0  # bytes of a message that is gone over, still to come
-        self._waiting: Final[dict[int, OwnCallDump]] = {}
+        self._waiting: Final[dict[int, BusClientCallDump]] = {}
         self._next_serial = _FIRST_CALL
         self._greeted = 0  # answers to Hello and AddMatch
         self._may_leave = False  # soon
@@ -109,7 +109,7 @@ class OwnLink:
         body = marshal.make_body("s", (_MATCH,))
         self._send_call(_ADD_MATCH, DRIVER, "AddMatch", "s", body)
         try:
-            connect(self._loop, self.bus.address, self.uid, self._connected)
+            connect_unix(self._loop, self.bus.address, self.uid, self._connected)
         except (OSError, LookupError) as exc:  # there is no such user, or we may not be that one
             self.close(f"cannot be user {self.uid}: {exc}")
 
@@ -143,7 +143,7 @@ class OwnLink:
             text = f"bus {self.bus.name}: {MAX_WAITING} calls wait for its answer"
             raise CallRefusedError(errors.LIMITS_EXCEEDED, text)
         serial = self._take_serial()
-        self._waiting[serial] = OwnCallDump(
+        self._waiting[serial] = BusClientCallDump(
             serial=serial,
             asked=asked,
             interface=request.interface,
@@ -190,7 +190,7 @@ class OwnLink:
         if not self.is_ready:
             self.close(f"no answer to Hello in {CALL_SECONDS:g} s")
 
-    def _refuse(self, call: OwnCallDump, error: str, text: str) -> None:
+    def _refuse(self, call: BusClientCallDump, error: str, text: str) -> None:
         if call.asked:
             self._host.answer(call.asked, Refused(error, text))
 
@@ -246,7 +246,7 @@ class OwnLink:
             return
         try:
             self._pipe.write([data])
-        except Closed:
+        except StreamClosedError:
             self.close("it hung up")
             return
         if self._pipe.queued > MAX_BYTES:
@@ -260,7 +260,7 @@ class OwnLink:
         if sock is None:
             self.close("it cannot be reached")
             return
-        self._pipe = Pipe(self._loop, sock, self._readable, _nothing)
+        self._pipe = SocketStream(self._loop, sock, self._readable, _nothing)
         early, self._early = b"".join(self._early), []
         self._send(early)
 
@@ -274,7 +274,7 @@ class OwnLink:
             self._feed(data)
         except BlockingIOError:
             return
-        except Closed:
+        except StreamClosedError:
             self.close("it hung up")
         except (PeerProtocolError, OSError) as exc:
             self.close(str(exc))
@@ -351,7 +351,7 @@ class OwnLink:
             self._take_reply(call, header, message[header.size :])
             self._leave_soon()
 
-    def _take_reply(self, call: OwnCallDump, header: Header, body: bytes) -> None:
+    def _take_reply(self, call: BusClientCallDump, header: Header, body: bytes) -> None:
         if call.removed:
             self._host.instance_removed(call.removed, self.bus.name)
             return
@@ -377,7 +377,7 @@ class OwnLink:
             return
         # A bus that ends removes all, too, and then hangs up: its sandboxes are to wait for it to come back.
         serial = self._take_serial()
-        self._waiting[serial] = OwnCallDump(
+        self._waiting[serial] = BusClientCallDump(
             serial=serial, interface=PEER, member="Ping", removed=sandbox
         )
         self._send_call(serial, PEER, "Ping")
@@ -399,10 +399,10 @@ class OwnLink:
 
     # -- handing over ---------------------------------------------------------------------------------
 
-    def dump(self, fds: Fds) -> OwnDump:
+    def dump(self, fds: Fds) -> BusClientDump:
         """Return all of it, descriptors as indexes. It must be ready."""
         assert self._pipe is not None
-        return OwnDump(
+        return BusClientDump(
             bus=self.bus.name,
             uid=self.uid,
             pipe=self._pipe.dump(fds),
@@ -414,10 +414,12 @@ class OwnLink:
             unclaimed=tuple((path, *undo) for path, undo in self.unclaimed.items()),
         )
 
-    def load(self, dump: OwnDump, fds: Sequence[int]) -> None:
+    def load(self, dump: BusClientDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump."""
         self._is_greeting, self._greeted = False, _ADD_MATCH
-        self._pipe = Pipe(self._loop, adopt(fds[dump.pipe.fd]), self._readable, _nothing)
+        self._pipe = SocketStream(
+            self._loop, stream_socket_from_fd(fds[dump.pipe.fd]), self._readable, _nothing
+        )
         self._pipe.load(dump.pipe, fds)
         self._buffer += dump.buffer
         self._skip = dump.skip
@@ -434,19 +436,19 @@ def _nothing() -> None:
     pass
 
 
-class Own:
+class BusClients:
     """All of them, by bus and user."""
 
-    def __init__(self, loop: Loop, host: Host) -> None:
+    def __init__(self, loop: Loop, host: BusClientOwner) -> None:
         self._loop: Final = loop
         self._host: Final = host
-        self._links: Final[dict[tuple[str, int], OwnLink]] = {}
+        self._links: Final[dict[tuple[str, int], BusClient]] = {}
 
-    def call(self, bus: Bus, request: CallBus, asked: int) -> None:
+    def call(self, bus: BusState, request: CallBus, asked: int) -> None:
         """Call the bus; the answer goes to the request of that number. Raises CallRefusedError."""
         link = self._get(bus.name, request.uid)
         if link is None:
-            link = OwnLink(self._loop, self._host, bus, request.uid)
+            link = BusClient(self._loop, self._host, bus, request.uid)
             self._links[bus.name, request.uid] = link
             link.open()
             if link.is_closed:
@@ -454,7 +456,7 @@ class Own:
                 raise CallRefusedError(errors.DISCONNECTED, text)
         link.call(request, asked)
 
-    def claim(self, sandbox: str, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+    def claim(self, sandbox: str, uid: int, upstreams: Mapping[str, ContainerServer]) -> None:
         """Have these be a sandbox's from now on: they are made, and nobody's. Raises CallRefusedError."""
         for bus, upstream in upstreams.items():
             link = self._get(bus, uid)
@@ -466,14 +468,14 @@ class Own:
                 del link.unclaimed[upstream.instance]
                 link.claimed[upstream.instance] = sandbox
 
-    def stop_listening(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+    def stop_listening(self, uid: int, upstreams: Mapping[str, ContainerServer]) -> None:
         """Have the buses take no more connections there."""
         for bus, upstream in upstreams.items():
             link = self._get(bus, uid)
             if link is not None and upstream.instance in link.claimed and upstream.stop_listening:
                 link.stop_listening(upstream.stop_listening, upstream.instance)
 
-    def stop(self, uid: int, upstreams: Mapping[str, Upstream]) -> None:
+    def stop(self, uid: int, upstreams: Mapping[str, ContainerServer]) -> None:
         """Have the buses end them."""
         for bus, upstream in upstreams.items():
             link = self._get(bus, uid)
@@ -491,7 +493,7 @@ class Own:
             link.hang_up()
         self._links.clear()
 
-    def dump(self, fds: Fds) -> tuple[OwnDump, ...]:
+    def dump(self, fds: Fds) -> tuple[BusClientDump, ...]:
         """Return those that are ready."""
         return tuple(link.dump(fds) for link in self._links.values() if link.is_ready)
 
@@ -503,13 +505,15 @@ class Own:
         for key in [key for key, link in self._links.items() if link.is_closed]:
             del self._links[key]
 
-    def load(self, dumps: Sequence[OwnDump], buses: Mapping[str, Bus], fds: Sequence[int]) -> None:
+    def load(
+        self, dumps: Sequence[BusClientDump], buses: Mapping[str, BusState], fds: Sequence[int]
+    ) -> None:
         """Have those that were dumped."""
         for dump in dumps:
-            link = OwnLink(self._loop, self._host, buses[dump.bus], dump.uid)
+            link = BusClient(self._loop, self._host, buses[dump.bus], dump.uid)
             self._links[dump.bus, dump.uid] = link
             link.load(dump, fds)
 
-    def _get(self, bus: str, uid: int) -> OwnLink | None:
+    def _get(self, bus: str, uid: int) -> BusClient | None:
         link = self._links.get((bus, uid))
         return link if link is not None and not link.is_closed else None

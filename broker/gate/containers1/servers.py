@@ -5,14 +5,20 @@ from typing import Final
 
 import msgspec
 
-from broker.control_protocol.messages import Called, Event, Refused, Upstream, UpstreamLost
-from broker.gate.containers1.bus_client import Own
+from broker.control_protocol.messages import (
+    Called,
+    ContainerServer,
+    ContainerServerLost,
+    Event,
+    Refused,
+)
+from broker.gate.containers1.bus_client import BusClients
 from broker.gate.io.loop import Loop
-from broker.gate.sandbox.connection import Link
+from broker.gate.sandbox.connection import AppConnection
 from broker.gate.sandbox.sandbox import Sandbox
 
 
-class Upstreams:
+class ContainerServers:
     """The buses' own servers of all sandboxes. The host of the gate's own connections."""
 
     def __init__(
@@ -22,12 +28,12 @@ class Upstreams:
         emit: Callable[[Event], None],
         answer: Callable[[int, Called | Refused], None],
     ) -> None:
-        self.own: Final = Own(loop, self)
+        self.own: Final = BusClients(loop, self)
         self._sandboxes: Final = sandboxes
         self._emit: Final = emit
         self._answer: Final = answer
 
-    def set(self, sandbox: Sandbox, bus: str, upstream: Upstream | None) -> None:
+    def set(self, sandbox: Sandbox, bus: str, upstream: ContainerServer | None) -> None:
         """Have a sandbox's connections to a bus made there, and end the server before. Raises CallRefusedError."""
         uid, before = sandbox.spec.uid, sandbox.spec.upstreams.get(bus)
         if upstream is not None:
@@ -67,11 +73,11 @@ class Upstreams:
     def upstream_lost(self, sandbox: str, bus: str) -> None:
         """A bus has forgotten a sandbox: what connects there waits for the supervisor to have it made again."""
         if (found := self._sandboxes.get(sandbox)) is not None:
-            found.set_upstream(bus, Upstream())
-            self._emit(UpstreamLost(sandbox, bus))
+            found.set_upstream(bus, ContainerServer())
+            self._emit(ContainerServerLost(sandbox, bus))
 
 
-def _links(sandbox: Sandbox, bus: str) -> list[Link]:
+def _links(sandbox: Sandbox, bus: str) -> list[AppConnection]:
     return [link for link in sandbox.links if link.bus.name == bus]
 
 

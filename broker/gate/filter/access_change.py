@@ -6,20 +6,26 @@ followed, old rules against new: that is a chore, and until it is done nobody's 
 
 from typing import Final
 
-from broker.gate.dumps import Then
+from broker.gate.dumps import ReplyAction
 from broker.gate.filter.chores import NAME_WORK, STEP_WORK
-from broker.gate.filter.connection_state import Core
-from broker.gate.filter.from_bus import Incoming
-from broker.gate.filter.name_owners import Owners
-from broker.gate.filter.visibility import Sight
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.from_bus import BusMessages
+from broker.gate.filter.name_owners import NameOwners
+from broker.gate.filter.visibility import NameVisibility
 from broker.gate.io.slices import Work
 from policy.match import Judge
 
 
-class Swap:
+class AccessChange:
     """The changes of one connection, one after the other."""
 
-    def __init__(self, core: Core, owners: Owners, sight: Sight, incoming: Incoming) -> None:
+    def __init__(
+        self,
+        core: ConnectionState,
+        owners: NameOwners,
+        sight: NameVisibility,
+        incoming: BusMessages,
+    ) -> None:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
@@ -72,7 +78,7 @@ class Swap:
         for name in [name for name in core.requested_names if not core.judge.own(name).allowed]:
             del core.requested_names[name]
             core.bus.payers.moves("", name)  # the change of rules is the cause
-            core.call_driver("ReleaseName", "s", (name,), Then("ignore"))
+            core.call_driver("ReleaseName", "s", (name,), ReplyAction("ignore"))
 
     def tell_new(self) -> Work:
         """Tell of the names that came into sight with the rules that are in force now."""

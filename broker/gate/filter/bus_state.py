@@ -24,11 +24,11 @@ from broker.control_protocol.messages import BusSpec
 from broker.gate.dumps import BusDump
 from broker.gate.filter.payers import Payers
 from broker.gate.filter.read_barrier import Barrier
-from broker.gate.io.connect import Done, connect
+from broker.gate.io.connect import OnConnected, connect_unix
 from broker.gate.io.loop import Loop
-from broker.gate.name_ledger import Ledger
+from broker.gate.name_ledger import NameLedger
 from broker.wire import errors
-from broker.wire.sasl import Client, SaslClient
+from broker.wire.sasl import AuthClient, SaslClient
 from policy.match import Judge
 from policy.rules import Identity
 
@@ -54,7 +54,7 @@ UNKNOWN: Final = Identity(type="", app="")
 
 
 class Member(Protocol):
-    """What the bus has to know of a connection: see `Bus.connected`."""
+    """What the bus has to know of a connection: see `BusState.connected`."""
 
     def stranger_appeared(self, unique_name: str) -> None:
         """Forget what was decided for this unique name while it was a host's."""
@@ -70,7 +70,7 @@ class Closable(Protocol):
         """End it."""
 
     def ask_if_read(self, number: int) -> None:
-        """Call `Bus.has_read(number)` once the bus has read all sent messages."""
+        """Call `BusState.has_read(number)` once the bus has read all sent messages."""
 
 
 class Lingering(Protocol):
@@ -80,7 +80,7 @@ class Lingering(Protocol):
         """Close the connection to the bus."""
 
 
-class Bus:
+class BusState:
     """One real bus."""
 
     def __init__(self, name: str, address: str, folder: Path | None = None) -> None:
@@ -88,7 +88,7 @@ class Bus:
         self.address = address
         self.identities: Final[dict[str, Identity]] = {}
         self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
-        self.ledger: Final = Ledger(folder)  # all unique names that ever were there
+        self.ledger: Final = NameLedger(folder)  # all unique names that ever were there
         self.members: Final[set[Member]] = set()
         self.payers: Final = Payers()
         # Senders whose rules say which apps hear their broadcasts: their unique names.
@@ -117,11 +117,11 @@ class Bus:
         """Return it as the supervisor knows it."""
         return BusSpec(name=self.name, address=self.address)
 
-    def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
+    def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
         """Connect as that user; `address` is the bus's own, or one that it made for a sandbox."""
-        connect(loop, address, uid, done)
+        connect_unix(loop, address, uid, done)
 
-    def make_client(self, sock: socket.socket, uid: int) -> Client:
+    def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
         """Return who does the handshake on a new connection."""
         return SaslClient(uid)
 

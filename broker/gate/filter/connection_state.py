@@ -20,18 +20,18 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.dumps import (
     CallDump,
-    CoreDump,
+    ConnectionStateDump,
     PlainCalls,
     PlainCallsDump,
-    TargetDump,
-    Then,
+    ReplierDump,
+    ReplyAction,
     unpack_rows,
 )
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, Bus
+from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, BusState
 from broker.gate.filter.chores import Chores
-from broker.gate.filter.pending_calls import Since
+from broker.gate.filter.pending_calls import OwnersSince
 from broker.gate.filter.subscriptions import Subscriptions
-from broker.gate.filter.verdict_cache import Verdicts
+from broker.gate.filter.verdict_cache import VerdictTable
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Header
@@ -41,7 +41,7 @@ from policy.match import Judge
 from policy.rules import Identity
 
 
-class Host(Protocol):
+class SandboxView(Protocol):
     """What the connection needs of the sandbox it belongs to."""
 
     bytes_held: int
@@ -59,20 +59,20 @@ class Host(Protocol):
         """What it may take."""
 
     @property
-    def cores(self) -> Collection["Core"]:
+    def cores(self) -> Collection["ConnectionState"]:
         """Its connections, those in their handshakes left out."""
 
-    def denied(self, core: "Core", denial: "Denial") -> None:
+    def denied(self, core: "ConnectionState", denial: "Denial") -> None:
         """Report a refusal."""
 
-    def said_hello(self, core: "Core") -> None:
+    def said_hello(self, core: "ConnectionState") -> None:
         """Register `core.unique_name`, before the app gets to know it."""
 
     def close_fds(self, fds: Sequence[int]) -> None:
         """Close descriptors."""
 
 
-OWN_SERIALS: Final = 0xFFF00000
+FIRST_GATE_SERIAL: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
 REPLY_SERIAL: Final = 0xFFFFFFFF  # of replies that the gate makes itself: no bus uses it
 MAX_CALLERS: Final = 1024  # that are remembered: whoever called the app may be seen by it
@@ -89,7 +89,7 @@ class Chunk(NamedTuple):
 Output = list[bytes | Chunk]
 
 
-class Target:
+class Replier:
     """Who may reply to a call: a unique name, or a well-known one with its present owner."""
 
     __slots__ = ("former", "name", "owner")
@@ -100,26 +100,28 @@ class Target:
         self.former = former  # who else owned that name since the call
 
 
-# Gets what `Then` says, and the reply: header, whole message, descriptors.
-Finisher = Callable[[Then, Header, bytes, tuple[int, ...]], None]
+# Gets what `ReplyAction` says, and the reply: header, whole message, descriptors.
+ReplyHandler = Callable[[ReplyAction, Header, bytes, tuple[int, ...]], None]
 
 
-class Special:
+class InterceptedCall:
     """A call whose reply is not simply passed on: `then` says what is done with it."""
 
     __slots__ = ("former", "is_own", "name", "owner", "target", "then")
 
-    def __init__(self, then: Then, target: "Target | None" = None, *, is_own: bool = False) -> None:
+    def __init__(
+        self, then: ReplyAction, target: "Replier | None" = None, *, is_own: bool = False
+    ) -> None:
         self.owner = ""  # never equal to a sender
         self.name = ""
         self.former: Collection[str] = frozenset()
-        self.target = target if target is not None else DRIVER_TARGET
+        self.target = target if target is not None else BUS_DRIVER
         self.then = then
         self.is_own = is_own  # a call of the gate, not of the app
 
 
-DRIVER_TARGET: Final = Target(DRIVER)
-NOBODY: Final = Target("")  # may reply: the call waits under another serial
+BUS_DRIVER: Final = Replier(DRIVER)
+NO_REPLIER: Final = Replier("")  # may reply: the call waits under another serial
 
 
 class Denial(NamedTuple):
@@ -135,10 +137,12 @@ class Denial(NamedTuple):
     origin: str
 
 
-class Core:
+class ConnectionState:
     """Everything both directions know."""
 
-    def __init__(self, bus: Bus, sandbox: Host, judge: Judge, *, app_takes_fds: bool) -> None:
+    def __init__(
+        self, bus: BusState, sandbox: SandboxView, judge: Judge, *, app_takes_fds: bool
+    ) -> None:
         self.bus: Final = bus
         self.sandbox: Final = sandbox
         self.judge = judge
@@ -148,7 +152,7 @@ class Core:
         self.to_bus: Final[Output] = []
         self.to_app: Final[Output] = []
         # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
-        self.pending: Final[dict[int, Target | Special]] = {}
+        self.pending: Final[dict[int, Replier | InterceptedCall]] = {}
         # Serials of the gate's range that calls of the app have: they wait under another.
         self.lent: Final[set[int]] = set()
         # Calls to the app that wait for its reply: (caller, serial).
@@ -161,14 +165,14 @@ class Core:
         self.callers: Final[OrderedDict[str, None]] = OrderedDict()
         self.counts_callers = False  # it is being asked which of them are still there
         # Remembered verdicts, by the first header word (byte order, type, flags, version), then the field array.
-        self.app_calls: Final[Verdicts[Target]] = Verdicts()  # -> who may reply
-        self.app_mute: Final[Verdicts[bool]] = Verdicts()  # calls that want no reply
-        self.app_signals: Final[Verdicts[bool]] = Verdicts()
-        self.bus_calls: Final[Verdicts[str]] = Verdicts()  # -> caller
-        self.bus_mute: Final[Verdicts[str]] = Verdicts()  # -> sender
-        self.bus_signals: Final[Verdicts[str]] = Verdicts()
-        self.bus_refused: Final[Verdicts[Denial]] = Verdicts()  # broadcasts
-        self.tables: Final[tuple[Verdicts[Any], ...]] = (
+        self.app_calls: Final[VerdictTable[Replier]] = VerdictTable()  # -> who may reply
+        self.app_mute: Final[VerdictTable[bool]] = VerdictTable()  # calls that want no reply
+        self.app_signals: Final[VerdictTable[bool]] = VerdictTable()
+        self.bus_calls: Final[VerdictTable[str]] = VerdictTable()  # -> caller
+        self.bus_mute: Final[VerdictTable[str]] = VerdictTable()  # -> sender
+        self.bus_signals: Final[VerdictTable[str]] = VerdictTable()
+        self.bus_refused: Final[VerdictTable[Denial]] = VerdictTable()  # broadcasts
+        self.tables: Final[tuple[VerdictTable[Any], ...]] = (
             *(self.app_calls, self.app_mute, self.app_signals),
             *(self.bus_calls, self.bus_mute, self.bus_signals, self.bus_refused),
         )
@@ -178,10 +182,10 @@ class Core:
         self.bus_replies: Final[dict[bytes, str]] = {}
         self.app_reply_at: Final[dict[int, int]] = {}
         self.app_replies: Final[dict[bytes, str]] = {}
-        self._next_own = OWN_SERIALS
+        self._next_own = FIRST_GATE_SERIAL
         # Who knows what to do with a reply to a Special call: by Then.kind. Each part of the connection
         # puts its own in.
-        self.finishers: Final[dict[str, Finisher]] = {
+        self.finishers: Final[dict[str, ReplyHandler]] = {
             "ignore": _ignore,
             "translate": self._translate,
         }
@@ -219,13 +223,13 @@ class Core:
 
     def waits(self, serial: int) -> bool:
         """Say whether a call of the app with this serial waits for its reply."""
-        return serial in (self.pending if serial < OWN_SERIALS else self.lent)
+        return serial in (self.pending if serial < FIRST_GATE_SERIAL else self.lent)
 
     def own_serial(self) -> int:
         """Return a serial that no waiting call has."""
-        for _ in range(LAST_SERIAL - OWN_SERIALS):
+        for _ in range(LAST_SERIAL - FIRST_GATE_SERIAL):
             serial = self._next_own
-            self._next_own = OWN_SERIALS if serial == LAST_SERIAL else serial + 1
+            self._next_own = FIRST_GATE_SERIAL if serial == LAST_SERIAL else serial + 1
             if serial not in self.pending:
                 return serial
         raise PeerQuotaError("too many calls wait for a reply")
@@ -235,11 +239,11 @@ class Core:
         member: str,
         signature: str,
         values: Sequence[Value],
-        then: Then,
+        then: ReplyAction,
     ) -> None:
         """Call the bus on this connection for the gate's own use."""
         serial = self.own_serial()
-        self.pending[serial] = Special(then, is_own=True)
+        self.pending[serial] = InterceptedCall(then, is_own=True)
         self.to_bus.append(
             marshal.make_call(
                 serial,
@@ -284,22 +288,24 @@ class Core:
         """Pass a message to the app as it is."""
         self.to_app.append(Chunk(data, fds) if fds else data)
 
-    def finish(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def finish(self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
         """Do with the reply what is said."""
         self.finishers[then.kind](then, reply, data, fds)
 
-    def translated(self, serial: int, after: Then | None = None) -> Then:
+    def translated(self, serial: int, after: ReplyAction | None = None) -> ReplyAction:
         """Say that the reply is to be given the app's own serial back, which no other call has meanwhile."""
-        if serial < OWN_SERIALS:
-            self.pending[serial] = NOBODY
+        if serial < FIRST_GATE_SERIAL:
+            self.pending[serial] = NO_REPLIER
         else:
             self.lent.add(serial)
-        return Then("translate", (serial,), after)
+        return ReplyAction("translate", (serial,), after)
 
-    def _translate(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def _translate(
+        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
         (serial,) = then.values
         assert isinstance(serial, int)
-        if serial < OWN_SERIALS:
+        if serial < FIRST_GATE_SERIAL:
             self.pending.pop(serial, None)
         self.lent.discard(serial)
         at = reply.reply_serial_at
@@ -327,13 +333,13 @@ class Core:
 
     # -- handing over ---------------------------------------------------------------------------------
 
-    def dump(self, changes_of: Callable[[str], int]) -> CoreDump:
+    def dump(self, changes_of: Callable[[str], int]) -> ConnectionStateDump:
         """Return all but the rules and what is remembered of them.
 
         `changes_of` tells how often a name has changed its owner so far.
         """
         plain, calls = _dump_calls(self.pending, changes_of)
-        return CoreDump(
+        return ConnectionStateDump(
             unique_name=self.unique_name,
             greeting=self.greeting,
             plain=plain,
@@ -348,7 +354,9 @@ class Core:
             next_own=self._next_own,
         )
 
-    def load(self, dump: CoreDump, since: Callable[[str, int, Collection[str]], Since]) -> None:
+    def load(
+        self, dump: ConnectionStateDump, since: Callable[[str, int, Collection[str]], OwnersSince]
+    ) -> None:
         """Restore the state from `dump`. `since` makes what a call knows of a name's owners."""
         self.unique_name = dump.unique_name
         self.greeting = dump.greeting
@@ -366,7 +374,7 @@ class Core:
         self.counts_callers = dump.counts_callers
         self._next_own = dump.next_own
 
-    def _check(self, then: Then | None) -> None:
+    def _check(self, then: ReplyAction | None) -> None:
         """Raise ValueError if nobody here knows what to do with such a reply."""
         while then is not None:
             if then.kind not in self.finishers:
@@ -375,65 +383,65 @@ class Core:
 
 
 def _dump_calls(
-    pending: Mapping[int, Target | Special], changes_of: Callable[[str], int]
+    pending: Mapping[int, Replier | InterceptedCall], changes_of: Callable[[str], int]
 ) -> tuple[PlainCallsDump, tuple[CallDump, ...]]:
     """Return the calls that wait, in few bytes and steps each: how many they are is the app's choice."""
     plain = PlainCalls()
     others: list[CallDump] = []
-    last: Target | Special | None = None
-    dump, row, is_plain = TargetDump(owner=""), (0, 0, 0), False
+    last: Replier | InterceptedCall | None = None
+    dump, row, is_plain = ReplierDump(owner=""), (0, 0, 0), False
     for serial, entry in pending.items():
         if entry is not last:  # many in a row are for one peer
             last, dump = entry, _dump_target(entry, changes_of)
-            is_plain = isinstance(entry, Target) and not dump.before
+            is_plain = isinstance(entry, Replier) and not dump.before
             if is_plain:
                 row = (*plain.index(dump.owner, dump.name), dump.since)
         if is_plain:
             plain.add((serial, *row))
         else:
             then, is_own = (
-                (entry.then, entry.is_own) if isinstance(entry, Special) else (None, False)
+                (entry.then, entry.is_own) if isinstance(entry, InterceptedCall) else (None, False)
             )
             others.append(CallDump(serial=serial, target=dump, then=then, is_own=is_own))
     return plain.dump(), tuple(others)
 
 
-def _dump_target(entry: Target | Special, changes_of: Callable[[str], int]) -> TargetDump:
-    target = entry.target if isinstance(entry, Special) else entry
+def _dump_target(entry: Replier | InterceptedCall, changes_of: Callable[[str], int]) -> ReplierDump:
+    target = entry.target if isinstance(entry, InterceptedCall) else entry
     former = target.former
-    if isinstance(former, Since):
+    if isinstance(former, OwnersSince):
         since, before = former.count, former.before
     else:
         since, before = changes_of(target.name) if target.name else 0, former
-    return TargetDump(
+    return ReplierDump(
         owner=target.owner, name=target.name, since=since, before=tuple(sorted(before))
     )
 
 
 def _load_plain(
-    dump: PlainCallsDump, since: Callable[[str, int, Collection[str]], Since]
-) -> Iterator[tuple[int, Target]]:
+    dump: PlainCallsDump, since: Callable[[str, int, Collection[str]], OwnersSince]
+) -> Iterator[tuple[int, Replier]]:
     owners, names = dump.owners, dump.names
-    made: dict[tuple[int, int, int], Target] = {}
+    made: dict[tuple[int, int, int], Replier] = {}
     for serial, owner, name, count in unpack_rows(dump.rows):
         key = (owner, name, count)
         target = made.get(key)
         if target is None:
-            target = made[key] = Target(owners[owner], names[name])
+            target = made[key] = Replier(owners[owner], names[name])
             if target.name:
                 target.former = since(target.name, count, ())
         yield serial, target
 
 
 def _load_call(
-    dump: CallDump, since: Callable[[str, int, Collection[str]], Since]
-) -> Target | Special:
+    dump: CallDump, since: Callable[[str, int, Collection[str]], OwnersSince]
+) -> Replier | InterceptedCall:
     its = dump.target
-    target = Target(its.owner, its.name, frozenset(its.before))
+    target = Replier(its.owner, its.name, frozenset(its.before))
     if its.name:
         target.former = since(its.name, its.since, target.former)
-    return target if dump.then is None else Special(dump.then, target, is_own=dump.is_own)
+    return target if dump.then is None else InterceptedCall(dump.then, target, is_own=dump.is_own)
 
 
-def _ignore(_then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+def _ignore(_then: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
     """It makes no difference what was answered."""

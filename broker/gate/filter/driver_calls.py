@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
-from broker.gate.dumps import Then
+from broker.gate.dumps import ReplyAction
 from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH
 from broker.gate.filter.chores import NAME_WORK, STEP_WORK
 from broker.gate.filter.connection_state import (
-    DRIVER_TARGET,
-    OWN_SERIALS,
-    Core,
+    BUS_DRIVER,
+    FIRST_GATE_SERIAL,
+    ConnectionState,
     Denial,
-    Special,
-    Target,
+    InterceptedCall,
+    Replier,
 )
-from broker.gate.filter.name_owners import Owners
-from broker.gate.filter.visibility import Sight
+from broker.gate.filter.name_owners import NameOwners
+from broker.gate.filter.visibility import NameVisibility
 from broker.gate.io.slices import Work
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
@@ -149,10 +149,10 @@ LOOK_UPS: Final = frozenset(
 )
 
 
-class Driver:
+class BusDriverCalls:
     """The bus, as one app may use it."""
 
-    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+    def __init__(self, core: ConnectionState, owners: NameOwners, sight: NameVisibility) -> None:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
@@ -285,28 +285,28 @@ class Driver:
         header: Header,
         signature: str,
         values: Sequence[Value],
-        then: Then | None = None,
+        then: ReplyAction | None = None,
     ) -> bool:
         """Forward a call with these arguments in place of its own; `then` is for the reply."""
         body = marshal.make_body(signature, values)
         made = replace(header, little=True, signature=signature, body_length=len(body))
         return self._send(made, body, then)
 
-    def _send(self, header: Header, body: bytes, then: Then | None) -> bool:
+    def _send(self, header: Header, body: bytes, then: ReplyAction | None) -> bool:
         core = self._core
         serial = header.serial
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
         # dbus-daemon answers also what wants no reply, and with an error what it cannot pass on: what comes
         # under a serial of the app's, once it has said Hello, may be about anything that had it.
         is_safe = not core.unique_name or (then is None and wants_reply)
-        if serial >= OWN_SERIALS or not is_safe:
+        if serial >= FIRST_GATE_SERIAL or not is_safe:
             serial = core.own_serial()
             if wants_reply:
                 then = core.translated(header.serial, then)
         made = replace(header, serial=serial, unix_fds=0)
         core.to_bus.append(serialise_header(made) + body)
         if wants_reply:
-            core.pending[serial] = DRIVER_TARGET if then is None else Special(then)
+            core.pending[serial] = BUS_DRIVER if then is None else InterceptedCall(then)
         return True
 
     # -- Hello --------------------------------------------------------------------------------------
@@ -318,9 +318,11 @@ class Driver:
         if header.flags & Flag.NO_REPLY_EXPECTED:
             raise PeerProtocolError("a Hello that wants no reply")
         core.greeting = True
-        return self._call(header, "", (), Then("hello"))
+        return self._call(header, "", (), ReplyAction("hello"))
 
-    def _greeted(self, _then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def _greeted(
+        self, _then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
         core = self._core
         if reply.type != MessageType.METHOD_RETURN:
             raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
@@ -344,9 +346,11 @@ class Driver:
             )
         core.matches.add(rule)
         text = rule.canonical()
-        return self._call(header, "s", (text,), Then("add-match", (text,)))
+        return self._call(header, "s", (text,), ReplyAction("add-match", (text,)))
 
-    def _added_match(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def _added_match(
+        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
         if reply.type == MessageType.ERROR:
             rule = parse_match_rule(str(then.values[0]))
             if rule in self._core.matches:
@@ -373,7 +377,9 @@ class Driver:
         if self._owners.waiting:
             return False
         if self._sight.sees(name):
-            then = Then("credentials") if header.member == "GetConnectionCredentials" else None
+            then = (
+                ReplyAction("credentials") if header.member == "GetConnectionCredentials" else None
+            )
             return self._call(header, "s", (name,), then)
         core = self._core
         self._report(header, "the name may not be seen", direction="see", name=name)
@@ -384,7 +390,7 @@ class Driver:
         raise CallRefusedError(*core.bus.no_such_name(header.member or "", name))
 
     def _told_credentials(
-        self, _then: Then, _reply: Header, data: bytes, fds: tuple[int, ...]
+        self, _then: ReplyAction, _reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
         core = self._core
         if fds:
@@ -416,7 +422,7 @@ class Driver:
             )
         raise CallRefusedError(*core.bus.no_such_name("StartServiceByName", name))
 
-    def _may_start(self, name: str, target: Target | None) -> bool:
+    def _may_start(self, name: str, target: Replier | None) -> bool:
         core = self._core
         owner = target.owner if target is not None else ""
         names = {name}
@@ -427,9 +433,9 @@ class Driver:
     def _list(self, header: Header, _data: bytes) -> bool:
         if self._owners.waiting:
             return False
-        return self._call(header, "", (), Then("list"))
+        return self._call(header, "", (), ReplyAction("list"))
 
-    def _listed(self, _then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def _listed(self, _then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core
         if reply.type != MessageType.METHOD_RETURN:
             core.deliver(data, fds)
@@ -474,10 +480,12 @@ class Driver:
         core.bus.payers.moves(core.unique_name, name)
         core.name_requests += 1
         request = core.requested_names[name] = core.name_requests
-        then = Then("request-name", (name, request))
+        then = ReplyAction("request-name", (name, request))
         return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), then)
 
-    def _requested_name(self, then: Then, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def _requested_name(
+        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
         name, request = then.values
         names = self._core.requested_names
         got = reply.type == MessageType.METHOD_RETURN and results(reply, data, "u")[0] in HAS_NAME
@@ -496,7 +504,7 @@ class Driver:
     def _list_queued(self, header: Header, data: bytes) -> bool:
         name = str(arguments(header, data, "s")[0])
         self._must_own(header, name)
-        return self._call(header, "s", (name,), Then("list"))
+        return self._call(header, "s", (name,), ReplyAction("list"))
 
     def _must_own(self, header: Header, name: str) -> None:
         if not is_well_known_name(name):

@@ -1,7 +1,7 @@
 """One connection's judgement: bytes and descriptors in, bytes and descriptors out. No I/O.
 
 The fast path is here: a message whose header bytes were judged before costs a slice and a look-up, and runs of such
-messages are passed on as one slice. Everything else is cut out whole and handed to `Outgoing` or `Incoming`. Read core.py's
+messages are passed on as one slice. Everything else is cut out whole and handed to `AppMessages` or `BusMessages`. Read core.py's
 theory of operation first. Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not
 read from the app: it waits for an answer of the bus, or (`yielded`) others have to have their turn before `go_on`.
 `spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away. What
@@ -16,16 +16,21 @@ from typing import Final
 
 from broker.control_protocol.trace_file import FROM_APP, FROM_BUS
 from broker.gate.dumps import ChunkDump, Fds, FilterDump, HandoverError, pick
-from broker.gate.filter.access_change import Swap
-from broker.gate.filter.bus_state import Bus
-from broker.gate.filter.connection_state import OWN_SERIALS, Core, Host, Special
-from broker.gate.filter.from_app import Outgoing
-from broker.gate.filter.from_bus import Arrived, Incoming
-from broker.gate.filter.message_runs import Place, take_calls, take_replies
-from broker.gate.filter.name_owners import Owners
-from broker.gate.filter.receive_buffer import Intake
+from broker.gate.filter.access_change import AccessChange
+from broker.gate.filter.bus_state import BusState
+from broker.gate.filter.connection_state import (
+    FIRST_GATE_SERIAL,
+    ConnectionState,
+    InterceptedCall,
+    SandboxView,
+)
+from broker.gate.filter.from_app import AppMessages
+from broker.gate.filter.from_bus import Arrived, BusMessages
+from broker.gate.filter.message_runs import Place, match_call_run, match_reply_run
+from broker.gate.filter.name_owners import NameOwners
+from broker.gate.filter.receive_buffer import ReceiveBuffer
 from broker.gate.filter.unreadable import AWAITED, MAX_HEADER, TOO_LARGE, leave_out
-from broker.gate.filter.visibility import Sight
+from broker.gate.filter.visibility import NameVisibility
 from broker.gate.recorder import make_known_note, make_pass, parse_from_app, parse_from_bus
 from broker.gate.sandbox.budgets import BUSY_SECOND, BYTES_A_MESSAGE, HEARD_COST, JUDGED_COST, Clock
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
@@ -50,28 +55,28 @@ class Filter:
 
     def __init__(
         self,
-        bus: Bus,
-        sandbox: Host,
+        bus: BusState,
+        sandbox: SandboxView,
         judge: Judge,
         *,
         app_takes_fds: bool,
         judged_a_turn: int = sys.maxsize,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.core: Final = Core(bus, sandbox, judge, app_takes_fds=app_takes_fds)
+        self.core: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.held = False
         self.yielded = False
         self.spent = self.answered = 0
         self.billed = 0.0
         self._clock: Final = clock
         self._turn = judged_a_turn * JUDGED_COST
-        self._owners: Final = Owners(self.core, self._synced)
-        self._sight: Final = Sight(self.core, self._owners)
-        self._outgoing: Final = Outgoing(self.core, self._owners, self._sight)
-        self._incoming: Final = Incoming(self.core, self._owners, self._sight)
-        self._swap: Final = Swap(self.core, self._owners, self._sight, self._incoming)
-        self.from_app: Final = Intake(sandbox)
-        self._from_bus: Final = Intake(None)
+        self._owners: Final = NameOwners(self.core, self._synced)
+        self._sight: Final = NameVisibility(self.core, self._owners)
+        self._outgoing: Final = AppMessages(self.core, self._owners, self._sight)
+        self._incoming: Final = BusMessages(self.core, self._owners, self._sight)
+        self._swap: Final = AccessChange(self.core, self._owners, self._sight, self._incoming)
+        self.from_app: Final = ReceiveBuffer(sandbox)
+        self._from_bus: Final = ReceiveBuffer(None)
         # What came from the bus and waits; everything behind it waits with it, to come in order.
         self._stash: Final[deque[Arrived]] = deque()
         self._stashed_bytes = 0
@@ -224,14 +229,14 @@ class Filter:
                 start = pos + 16 + (fields + 7 & -8)
                 stop = start + body
                 target = table.get(data[pos + 12 : start])
-                if target is not None and stop <= end and 0 < serial < OWN_SERIALS:
+                if target is not None and stop <= end and 0 < serial < FIRST_GATE_SERIAL:
                     if table is not calls:
                         pos = stop
                         known += 1
                         continue
                     if serial not in pending and len(pending) < room:
                         pending[serial] = target  # type: ignore[assignment]
-                        more = take_calls(data, (pos, start, stop), pending, room)
+                        more = match_call_run(data, (pos, start, stop), pending, room)
                         known += 1 + more
                         pos = stop + (stop - pos) * more
                         continue
@@ -278,7 +283,7 @@ class Filter:
         at += pos
         caller = self.core.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
         serial = U32.unpack_from(data, pos + 8)[0]
-        if caller is None or not 0 < serial < OWN_SERIALS:
+        if caller is None or not 0 < serial < FIRST_GATE_SERIAL:
             return 0
         key = (caller, U32.unpack_from(data, at)[0])
         if key not in self.core.asked:
@@ -394,7 +399,7 @@ class Filter:
         if sender is None or entry is None or entry.owner != sender:
             return 0
         del core.pending[asked]
-        return stop + (stop - pos) * take_replies(data, place, at, core.pending, sender)
+        return stop + (stop - pos) * match_reply_run(data, place, at, core.pending, sender)
 
     def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
@@ -493,7 +498,7 @@ class Filter:
     def _cannot_wait(self, header: Header) -> bool:
         """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
         entry = self.core.pending.get(header.reply_serial or 0)
-        return isinstance(entry, Special) and (entry.is_own or not self.core.unique_name)
+        return isinstance(entry, InterceptedCall) and (entry.is_own or not self.core.unique_name)
 
     # -- waiting for owners ---------------------------------------------------------------------------
 

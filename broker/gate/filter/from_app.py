@@ -7,13 +7,20 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
-from broker.gate.dumps import Then
+from broker.gate.dumps import ReplyAction
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import OWN_SERIALS, Chunk, Core, Denial, Special, Target
-from broker.gate.filter.driver_calls import Driver, results
-from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.connection_state import (
+    FIRST_GATE_SERIAL,
+    Chunk,
+    ConnectionState,
+    Denial,
+    InterceptedCall,
+    Replier,
+)
+from broker.gate.filter.driver_calls import BusDriverCalls, results
+from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.verdict_cache import remember_shape
-from broker.gate.filter.visibility import Sight
+from broker.gate.filter.visibility import NameVisibility
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
@@ -28,14 +35,14 @@ CONTAINER_INSTANCE: Final = 10
 INSTANCE_PATH: Final = "/org/freedesktop/DBus/Containers1/"
 
 
-class Outgoing:
+class AppMessages:
     """The app side of one connection."""
 
-    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+    def __init__(self, core: ConnectionState, owners: NameOwners, sight: NameVisibility) -> None:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
-        self._driver: Final = Driver(core, owners, sight)
+        self._driver: Final = BusDriverCalls(core, owners, sight)
         core.finishers["refuse"] = self._refuse_now
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
@@ -117,7 +124,7 @@ class Outgoing:
                 core.app_mute.remember(data[12 : header.size], True, *_names(header, target))
             return True
         plain = self._emit(header, data, fds, target)
-        if header.serial < OWN_SERIALS:
+        if header.serial < FIRST_GATE_SERIAL:
             core.pending[header.serial] = target
         if plain:
             core.app_calls.remember(data[12 : header.size], target, *_names(header, target))
@@ -172,22 +179,22 @@ class Outgoing:
             core.sandbox.close_fds(fds)
             core.sandbox.denied(core, denial("send", header, "", verdict))
 
-    def _target(self, header: Header) -> Target | None:
+    def _target(self, header: Header) -> Replier | None:
         """Return who is written to; None if that has to be asked first."""
         name = header.destination or ""
         if name[:1] == ":":
             # Not before it is known which names it owns: one of them may be denied.
-            return None if self._owners.waiting else Target(name)
+            return None if self._owners.waiting else Replier(name)
         target = self._owners.names.get(name)
         if target is None:
             if not self._core.judge.any_send and self._sight.knows_enough(name):
-                return Target("", name)
+                return Replier("", name)
             self._owners.ask(name)
             return None
         self._owners.used(name)
         return None if self._owners.waiting else target
 
-    def _other_end(self, header: Header, target: Target) -> tuple[set[str], Identity | None]:
+    def _other_end(self, header: Header, target: Replier) -> tuple[set[str], Identity | None]:
         core = self._core
         name = header.destination or ""
         names = {name}
@@ -210,12 +217,14 @@ class Outgoing:
         text = refusal(header, name, verdict)
         if name in core.callers and not seen:
             # It may be seen as long as it lives, and nothing has told us of its end.
-            then = Then("refuse", (header.serial, name, question, text))
+            then = ReplyAction("refuse", (header.serial, name, question, text))
             core.call_driver("NameHasOwner", "s", (name,), then)
             return
         self._say_why(header.serial, name, question, text if seen or self._sight.sees(name) else "")
 
-    def _refuse_now(self, then: Then, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+    def _refuse_now(
+        self, then: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         serial, name, question, text = then.values
         assert isinstance(serial, int)
         callers = self._core.callers
@@ -245,13 +254,13 @@ class Outgoing:
                 )
             return
         core.asked.discard(key)
-        if self._emit(header, data, fds, Target(key[0])):
+        if self._emit(header, data, fds, Replier(key[0])):
             remember_shape(core.app_replies, core.app_reply_at, header, data, key[0])
 
     # -- onto the bus -------------------------------------------------------------------------------
 
     def _emit(
-        self, header: Header, data: bytes, fds: tuple[int, ...], target: Target | None
+        self, header: Header, data: bytes, fds: tuple[int, ...], target: Replier | None
     ) -> bool:
         """Pass a message on, cleaned; return True if it went as it came, and may be remembered."""
         core = self._core
@@ -263,12 +272,14 @@ class Outgoing:
         return untouched and header.little
 
 
-def _names(header: Header, target: Target) -> tuple[str, str]:
+def _names(header: Header, target: Replier) -> tuple[str, str]:
     """Return what a verdict rests on: who has the name that is written to, and what else that one has."""
     return header.destination or "", target.owner
 
 
-def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> tuple[bytes, bool]:
+def cleaned(
+    core: ConnectionState, header: Header, data: bytes, target: Replier | None
+) -> tuple[bytes, bool]:
     """Return the message as the bus may have it, and whether it is as it was.
 
     A serial of the gate's own range is translated; the reply will be translated back.
@@ -283,17 +294,19 @@ def cleaned(core: Core, header: Header, data: bytes, target: Target | None) -> t
         or header.flags & ~KNOWN_FLAGS
     )
     serial = header.serial
-    if serial >= OWN_SERIALS:
+    if serial >= FIRST_GATE_SERIAL:
         serial = core.own_serial()
         if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
-            core.pending[serial] = Special(core.translated(header.serial), target)
+            core.pending[serial] = InterceptedCall(core.translated(header.serial), target)
     elif not dirty and not extra:
         return data, True
     new = serialise_header(replace(header, serial=serial), extra=extra)
     return new + data[header.size :], False
 
 
-def _may_reach_who_wants_tags(core: Core, header: Header, target: Target | None) -> bool:
+def _may_reach_who_wants_tags(
+    core: ConnectionState, header: Header, target: Replier | None
+) -> bool:
     """Return whether a receiver of the message may have asked for header field 10.
 
     Only a unique name tells the receiver. A well-known name may have another owner when the bus delivers the message; one

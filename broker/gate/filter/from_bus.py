@@ -6,13 +6,13 @@ The slow path of the bus side; `Filter` comes here with what it does not remembe
 from dataclasses import replace
 from typing import Final, NamedTuple
 
-from broker.gate.dumps import Then
+from broker.gate.dumps import ReplyAction
 from broker.gate.filter.bus_state import DRIVER, UNKNOWN
-from broker.gate.filter.connection_state import Core, Denial, Special, Target
+from broker.gate.filter.connection_state import ConnectionState, Denial, InterceptedCall, Replier
 from broker.gate.filter.from_app import denial
-from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.verdict_cache import remember_shape
-from broker.gate.filter.visibility import Sight
+from broker.gate.filter.visibility import NameVisibility
 from broker.gate.sandbox.budgets import ANSWER_COST, HEARD_COST, QUESTION_COST, TOLD_COST
 from broker.wire import errors, marshal
 from broker.wire.header import (
@@ -41,10 +41,10 @@ class Arrived(NamedTuple):
     fds: tuple[int, ...]
 
 
-class Incoming:
+class BusMessages:
     """The bus side of one connection."""
 
-    def __init__(self, core: Core, owners: Owners, sight: Sight) -> None:
+    def __init__(self, core: ConnectionState, owners: NameOwners, sight: NameVisibility) -> None:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
@@ -88,9 +88,9 @@ class Incoming:
     # -- replies -----------------------------------------------------------------------------------
 
     def _kind_of(self, header: Header) -> str:
-        """Return the kind of `Then` that a reply is waited for with; "" if it is simply passed on."""
+        """Return the kind of `ReplyAction` that a reply is waited for with; "" if it is simply passed on."""
         entry = self._core.pending.get(header.reply_serial or 0)
-        if not isinstance(entry, Special):
+        if not isinstance(entry, InterceptedCall):
             return ""
         then = entry.then.after if entry.then.kind == "translate" else entry.then
         return then.kind if then is not None else ""
@@ -118,7 +118,7 @@ class Incoming:
         if not untouched:
             data = self._clean(header, data)
             header = parse_header(data, 0, READ_LIMITS)
-        if isinstance(entry, Special):
+        if isinstance(entry, InterceptedCall):
             if entry.is_own:
                 self._cost = QUESTION_COST
             core.finish(entry.then, header, data, fds)
@@ -127,9 +127,9 @@ class Incoming:
         if untouched and not fds and header.little and header.sender:
             remember_shape(core.bus_replies, core.bus_reply_at, header, data, sender)
 
-    def _may_answer(self, entry: Target | Special, sender: str) -> bool:
+    def _may_answer(self, entry: Replier | InterceptedCall, sender: str) -> bool:
         """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
-        target = entry.target if isinstance(entry, Special) else entry
+        target = entry.target if isinstance(entry, InterceptedCall) else entry
         if not (target.owner or target.name):  # NOBODY
             return False
         return sender in (DRIVER, target.owner) or sender in target.former
@@ -252,9 +252,11 @@ class Incoming:
         """Calls of callers that are gone may never be answered: find out which these are."""
         if not self._core.counts_callers:
             self._core.counts_callers = True
-            self._core.call_driver("ListNames", "", (), Then("count-callers"))
+            self._core.call_driver("ListNames", "", (), ReplyAction("count-callers"))
 
-    def _counted(self, _then: Then, reply: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+    def _counted(
+        self, _then: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         self._core.counts_callers = False
         if reply.signature == "as":
             (names,) = marshal.read_body("as", data[reply.size :], little=reply.little)

@@ -11,7 +11,7 @@ import struct
 from collections.abc import MutableMapping
 from typing import Final
 
-from broker.gate.filter.connection_state import OWN_SERIALS, Special, Target
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, InterceptedCall, Replier
 
 # There has to be room behind the first one for so many of its size: a shorter run costs more than it saves.
 SHORTEST: Final = 3
@@ -20,44 +20,44 @@ _MAX_FORMS: Final = 256
 
 # Where a message begins, where its body does, and where it ends.
 Place = tuple[int, int, int]
-Pending = MutableMapping[int, Target | Special]
+Pending = MutableMapping[int, Replier | InterceptedCall]
 
 
-def take_calls(data: bytes, place: Place, pending: Pending, room: int) -> int:
+def match_call_run(data: bytes, place: Place, pending: Pending, room: int) -> int:
     """Have the calls wait that are like the one at `place`, which does; return how many they are.
 
     No more than `room` are to wait in all.
     """
     pos, start, stop = place
-    if _ends(data, pos, stop, start - pos):
+    if _cannot_be_run(data, pos, stop, start - pos):
         return 0
     form = _call_form(start - pos - 12, stop - start)
     first, body, serial, key = form.unpack_from(data, pos)
     target = pending[serial]
     left = room - len(pending)
     done = 0
-    for word, size, serial, fields in form.iter_unpack(_behind(data, pos, stop)):
+    for word, size, serial, fields in form.iter_unpack(_following(data, pos, stop)):
         if fields != key or word != first or size != body or done >= left:
             break
-        if serial in pending or not 0 < serial < OWN_SERIALS:
+        if serial in pending or not 0 < serial < FIRST_GATE_SERIAL:
             break
         pending[serial] = target
         done += 1
     return done
 
 
-def take_replies(data: bytes, place: Place, at: int, pending: Pending, sender: str) -> int:
+def match_reply_run(data: bytes, place: Place, at: int, pending: Pending, sender: str) -> int:
     """Take away the calls that are answered by replies like the one at `place`; return how many they are.
 
     `at` is where that one has its REPLY_SERIAL, `sender` who may answer.
     """
     pos, start, stop = place
-    if _ends(data, pos, stop, at - pos):
+    if _cannot_be_run(data, pos, stop, at - pos):
         return 0
     form = _reply_form(at - pos - 12, start - at - 4, stop - start)
     first, body, _, head, _, tail = form.unpack_from(data, pos)
     done = 0
-    for word, size, _, before, asked, after in form.iter_unpack(_behind(data, pos, stop)):
+    for word, size, _, before, asked, after in form.iter_unpack(_following(data, pos, stop)):
         if before != head or after != tail or word != first or size != body:
             break
         entry = pending.get(asked)
@@ -68,14 +68,14 @@ def take_replies(data: bytes, place: Place, at: int, pending: Pending, sender: s
     return done
 
 
-def _ends(data: bytes, pos: int, stop: int, size: int) -> bool:
+def _cannot_be_run(data: bytes, pos: int, stop: int, size: int) -> bool:
     """Say whether there are too few behind a message, or the next one has other fields in the first `size` bytes."""
     if len(data) - stop < (stop - pos) * SHORTEST:
         return True
     return data[pos + 12 : pos + size] != data[stop + 12 : stop + size]
 
 
-def _behind(data: bytes, pos: int, stop: int) -> memoryview:
+def _following(data: bytes, pos: int, stop: int) -> memoryview:
     """Return what there is behind a message, as far as it can be cut into others of its size."""
     size = stop - pos
     return memoryview(data)[stop : stop + (len(data) - stop) // size * size]

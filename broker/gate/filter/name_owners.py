@@ -10,12 +10,17 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final
 from weakref import WeakValueDictionary
 
-from broker.gate.dumps import HistoryDump, OwnersDump, Then
+from broker.gate.dumps import HistoryDump, OwnersDump, ReplyAction
 from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, DRIVER
 from broker.gate.filter.chores import NAME_WORK
-from broker.gate.filter.connection_state import MAX_FORMER_OWNERS, Core, Special, Target
+from broker.gate.filter.connection_state import (
+    MAX_FORMER_OWNERS,
+    ConnectionState,
+    InterceptedCall,
+    Replier,
+)
 from broker.gate.filter.owner_views import Views
-from broker.gate.filter.pending_calls import History, Since
+from broker.gate.filter.pending_calls import OwnerHistory, OwnersSince
 from broker.gate.io.slices import Work
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
@@ -43,18 +48,18 @@ MAX_NARROW_MATCHES: Final = 64
 ASKED_A_TURN: Final = 4
 
 
-class Owners:
+class NameOwners:
     """The names of one connection's rules, and those its app wrote to."""
 
-    def __init__(self, core: Core, synced: Callable[[], None]) -> None:
+    def __init__(self, core: ConnectionState, synced: Callable[[], None]) -> None:
         self._core: Final = core
         self._synced: Final = synced
-        self.names: Final[dict[str, Target]] = {}
+        self.names: Final[dict[str, Replier]] = {}
         self.waiting = 0  # answers that are on their way
         self._then: Callable[[], Work] | None = None
         self.views: Final = Views(core.bus)
         # Of names with calls that wait, which hold it: who owned them meanwhile.
-        self._histories: Final[WeakValueDictionary[str, History]] = WeakValueDictionary()
+        self._histories: Final[WeakValueDictionary[str, OwnerHistory]] = WeakValueDictionary()
         self._extra: Final[OrderedDict[str, None]] = OrderedDict()
         # Names whose owner is still to be asked for, and how many have been and are not known.
         self._unasked: Final[deque[str]] = deque()
@@ -97,7 +102,7 @@ class Owners:
         self._set_matches()
         wanted = uses.exact - self.names.keys() - {DRIVER}
         if self._wide or uses.subtrees - before.subtrees or (uses.globs and not before.globs):
-            self._ask("ListNames", "", (), Then("owners", tuple(sorted(wanted))))
+            self._ask("ListNames", "", (), ReplyAction("owners", tuple(sorted(wanted))))
         else:
             for name in sorted(wanted):
                 self._ask_owner(name)
@@ -116,8 +121,8 @@ class Owners:
     def ask_wording(self) -> None:
         """Ask the bus what it says of names that are not there, to say the same of hidden ones."""
         for question in _LOOK_UPS:
-            self._ask(question, "s", (ABSENT,), Then("wording", (question, ABSENT)))
-        then = Then("wording", ("StartServiceByName", ABSENT))
+            self._ask(question, "s", (ABSENT,), ReplyAction("wording", (question, ABSENT)))
+        then = ReplyAction("wording", ("StartServiceByName", ABSENT))
         self._ask("StartServiceByName", "su", (ABSENT, 0), then)
         for question, flags in (("", 0), ("-no-start", Flag.NO_AUTO_START)):
             self._ping(ABSENT, flags, f"call{question}")
@@ -125,8 +130,8 @@ class Owners:
 
     def _ping(self, name: str, flags: int, question: str) -> None:
         serial = self._core.own_serial()
-        then = Then("wording", (question, name))
-        self._core.pending[serial] = Special(then, Target(name), is_own=True)
+        then = ReplyAction("wording", (question, name))
+        self._core.pending[serial] = InterceptedCall(then, Replier(name), is_own=True)
         self.waiting += 1
         self._core.to_bus.append(
             marshal.make_call(
@@ -139,7 +144,9 @@ class Owners:
             )
         )
 
-    def _worded(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+    def _worded(
+        self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         if header.type == MessageType.ERROR and header.signature == "s":
             (text,) = marshal.read_body("s", data[header.size :], little=header.little)
             question, asked = map(str, then.values)
@@ -157,7 +164,7 @@ class Owners:
         if target is None:
             if not self._relevant(name):
                 return False
-            target = self.names[name] = Target("", name)
+            target = self.names[name] = Replier("", name)
         old = target.owner
         if old == new:
             return True
@@ -186,25 +193,25 @@ class Owners:
         parts = name.split(".")
         return any(".".join(parts[:n]) in uses.subtrees for n in range(1, len(parts)))
 
-    def _follow(self, target: Target, old: str, new: str) -> None:
+    def _follow(self, target: Replier, old: str, new: str) -> None:
         """Let waiting calls to this name be answered by whoever owned it since they were made.
 
         They have `target` in common, or one from before an earlier change; calls from now on have another.
         """
         self._keep_history(target).add(old, new)
-        self.names[target.name] = Target(new, target.name)
+        self.names[target.name] = Replier(new, target.name)
 
-    def _keep_history(self, target: Target) -> History:
+    def _keep_history(self, target: Replier) -> OwnerHistory:
         """Let the calls that wait for `target` know of all changes from now on."""
         history = self._history_of(target.name)
-        if not isinstance(target.former, Since):
-            target.former = Since(history, ())
+        if not isinstance(target.former, OwnersSince):
+            target.former = OwnersSince(history, ())
         return history
 
-    def _history_of(self, name: str) -> History:
+    def _history_of(self, name: str) -> OwnerHistory:
         history = self._histories.get(name)
         if history is None:
-            history = self._histories[name] = History(MAX_FORMER_OWNERS - 1)
+            history = self._histories[name] = OwnerHistory(MAX_FORMER_OWNERS - 1)
         return history
 
     def changes_of(self, name: str) -> int:
@@ -230,13 +237,15 @@ class Owners:
             wanted = {f"{_OWNER_CHANGED},arg0='{name}'" for name in (*uses.exact, *self._extra)}
             wanted |= {f"{_OWNER_CHANGED},arg0namespace='{base}'" for base in uses.subtrees}
         for text in sorted(wanted - self._matches):
-            self._ask("AddMatch", "s", (text,), Then("must-work"))
+            self._ask("AddMatch", "s", (text,), ReplyAction("must-work"))
         for text in sorted(self._matches - wanted):
-            self._core.call_driver("RemoveMatch", "s", (text,), Then("ignore"))
+            self._core.call_driver("RemoveMatch", "s", (text,), ReplyAction("ignore"))
         self._matches.clear()
         self._matches.update(wanted)
 
-    def _ask(self, member: str, signature: str, values: tuple[Value, ...], then: Then) -> None:
+    def _ask(
+        self, member: str, signature: str, values: tuple[Value, ...], then: ReplyAction
+    ) -> None:
         self.waiting += 1
         self._core.call_driver(member, signature, values, then)
 
@@ -260,7 +269,7 @@ class Owners:
             self._synced()
 
     def _ask_owner(self, name: str) -> None:
-        self.names.setdefault(name, Target("", name))
+        self.names.setdefault(name, Replier("", name))
         self.waiting += 1
         self._unasked.append(name)
         self._ask_on()
@@ -270,9 +279,9 @@ class Owners:
         while self._unasked and self._asking < ASKED_A_TURN:
             self._asking += 1
             name = self._unasked.popleft()
-            self._core.call_driver("GetNameOwner", "s", (name,), Then("owner", (name,)))
+            self._core.call_driver("GetNameOwner", "s", (name,), ReplyAction("owner", (name,)))
 
-    def _told(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+    def _told(self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
         self._asking = max(0, self._asking - 1)  # an earlier gate did not count
         self._ask_on()
         name, owner = str(then.values[0]), ""
@@ -282,7 +291,9 @@ class Owners:
             self.changed(name, owner)
         self._answered()
 
-    def _listed(self, then: Then, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+    def _listed(
+        self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         if header.type != MessageType.METHOD_RETURN:
             raise PeerQuotaError("the bus does not list its names")
         (names,) = marshal.read_body("as", data[header.size :], little=header.little)
@@ -297,7 +308,7 @@ class Owners:
             yield NAME_WORK
             # The rules may be others by now: what nobody follows any more is not known to be nobody's.
             if name not in there and self._relevant(name):
-                self.names.setdefault(name, Target("", name))
+                self.names.setdefault(name, Replier("", name))
         for name in sorted(there - {DRIVER}):
             if name[0] == ":":
                 continue
@@ -306,7 +317,9 @@ class Owners:
             if (target is None or not target.owner) and self._relevant(name):
                 self._ask_owner(name)
 
-    def _worked(self, _then: Then, header: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+    def _worked(
+        self, _then: ReplyAction, header: Header, _data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         if header.type != MessageType.METHOD_RETURN:
             # Without it an owner change could be missed, and a right outlive its reason.
             raise PeerQuotaError("the bus takes no more match rules from this connection")
@@ -336,13 +349,13 @@ class Owners:
             return HistoryDump(name=name)
         return HistoryDump(name=name, count=history.count, changes=history.changes)
 
-    def load(self, dump: OwnersDump, then: Callable[[], Work]) -> Sequence[History]:
+    def load(self, dump: OwnersDump, then: Callable[[], Work]) -> Sequence[OwnerHistory]:
         """Restore the state from `dump`, and return the histories: they live until nobody has them.
 
         What `then` returns is done when all owners are known, if that was still to be done.
         """
         for name, owner in dump.names:
-            self.names[name] = Target(owner, name)
+            self.names[name] = Replier(owner, name)
             if owner:
                 self.views.give(owner, name)
         histories = [self._history_of(one.name) for one in dump.histories]
@@ -359,9 +372,9 @@ class Owners:
         self._asking = dump.asking
         return histories
 
-    def since(self, name: str, count: int, before: Collection[str]) -> Since:
+    def since(self, name: str, count: int, before: Collection[str]) -> OwnersSince:
         """Return who owned a name since it had changed so often, and whoever did before."""
-        return Since(self._history_of(name), before, count)
+        return OwnersSince(self._history_of(name), before, count)
 
     @property
     def uses(self) -> NamesUsed:
@@ -369,5 +382,5 @@ class Owners:
         return self._uses
 
 
-def _target_of(entry: Target | Special) -> Target:
-    return entry.target if isinstance(entry, Special) else entry
+def _target_of(entry: Replier | InterceptedCall) -> Replier:
+    return entry.target if isinstance(entry, InterceptedCall) else entry

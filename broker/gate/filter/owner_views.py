@@ -8,7 +8,7 @@ may be sent to it anyway.
 
 from typing import Final
 
-from broker.gate.filter.bus_state import Bus
+from broker.gate.filter.bus_state import BusState
 from policy.match import Judge
 from policy.rules import Identity
 from policy.tables import MAX_NAMES
@@ -36,7 +36,7 @@ class View:
 class Views:
     """The owners that one connection knows, with their names."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: BusState) -> None:
         self._bus: Final = bus
         self._by_owner: Final[dict[str, set[str]]] = {}
         self._views: Final[dict[str, View]] = {}

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Final
 
 
-class History:
+class OwnerHistory:
     """The last changes of one name's owner. It lives as long as a call does that may have to know of them."""
 
     __slots__ = ("__weakref__", "_changes", "count")
@@ -41,12 +41,14 @@ class History:
             yield from filter(None, change)
 
 
-class Since(Collection[str]):
+class OwnersSince(Collection[str]):
     """Who else may answer a call: whoever has owned the name from now on, and who did `before`."""
 
     __slots__ = ("_history", "before", "count")
 
-    def __init__(self, history: History, before: Collection[str], count: int | None = None) -> None:
+    def __init__(
+        self, history: OwnerHistory, before: Collection[str], count: int | None = None
+    ) -> None:
         self._history: Final = history
         self.count: Final = history.count if count is None else count  # of the changes before
         self.before: Final = before

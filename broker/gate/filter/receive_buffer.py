@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from broker.gate.dumps import Fds, IntakeDump, pick
+from broker.gate.dumps import Fds, ReceiveBufferDump, pick
 from broker.wire.errors import PeerProtocolError
 
 # What one connection may have in flight before a message claims it: one message's worth, sent in two parts.
@@ -23,7 +23,7 @@ class Account(Protocol):
     bytes_held: int
 
 
-class _Batch:
+class _FdBatch:
     """Descriptors of one read. `end` counts from the beginning of what is held."""
 
     __slots__ = ("end", "left")
@@ -33,7 +33,7 @@ class _Batch:
         self.end = end
 
 
-class Intake:
+class ReceiveBuffer:
     """One direction of a connection."""
 
     def __init__(self, account: Account | None) -> None:
@@ -46,7 +46,7 @@ class Intake:
         self.unfinished = 0
         self._number = 0  # of the last one
         self._fds: Final[deque[int]] = deque()
-        self._batches: Final[deque[_Batch]] = deque()
+        self._batches: Final[deque[_FdBatch]] = deque()
 
     @property
     def has_fds(self) -> bool:
@@ -78,7 +78,7 @@ class Intake:
             self._fds.extend(fds)
             if len(self._fds) > MAX_UNCLAIMED_FDS:
                 raise PeerProtocolError("more file descriptors than any message may have")
-            self._batches.append(_Batch(len(fds), self._held + len(data)))
+            self._batches.append(_FdBatch(len(fds), self._held + len(data)))
         if not self._parts:
             return data or None
         if data:
@@ -169,9 +169,9 @@ class Intake:
         self._count(-self._held)
         return fds
 
-    def dump(self, fds: Fds) -> IntakeDump:
+    def dump(self, fds: Fds) -> ReceiveBufferDump:
         """Return all of it, with descriptors as indexes."""
-        return IntakeDump(
+        return ReceiveBufferDump(
             held=b"".join(self._parts),
             need=self._need,
             skip=self._skip,
@@ -181,7 +181,7 @@ class Intake:
             batches=tuple((batch.left, batch.end) for batch in self._batches),
         )
 
-    def load(self, dump: IntakeDump, fds: Sequence[int]) -> None:
+    def load(self, dump: ReceiveBufferDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump."""
         if dump.held:
             self.put_back(dump.held)
@@ -190,7 +190,7 @@ class Intake:
         self.unfinished = dump.unfinished
         self._number = dump.number
         self._fds.extend(pick(fds, dump.fds))
-        self._batches.extend(_Batch(left, end) for left, end in dump.batches)
+        self._batches.extend(_FdBatch(left, end) for left, end in dump.batches)
 
     def _count(self, size: int) -> None:
         self._held += size

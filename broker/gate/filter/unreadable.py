@@ -8,7 +8,7 @@ left out alone: it is reported, the caller of a call is refused, and a reply is 
 from typing import Final
 
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import Core, Denial
+from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import FIXED_SIZE, READ_LIMITS, Flag, Header, MessageType
@@ -21,7 +21,7 @@ AWAITED: Final = (MessageType.METHOD_CALL, MessageType.METHOD_RETURN, MessageTyp
 _KINDS: Final = {MessageType.METHOD_CALL: "call", MessageType.SIGNAL: "signal"}
 
 
-def leave_out(core: Core, header: Header, why: str) -> bytes | None:
+def leave_out(core: ConnectionState, header: Header, why: str) -> bytes | None:
     """Report a message of which only the skimmed header is known; return what the app gets in its place.
 
     Raises PeerProtocolError if the bus itself made it: what it says of owners must not be missed.

@@ -13,7 +13,7 @@ MAX_LINKS: Final = 4 * MAX_REMEMBERED
 Remembered = TypeVar("Remembered")
 
 
-class Verdicts(dict[bytes, Remembered]):
+class VerdictTable(dict[bytes, Remembered]):
     """Verdicts of one kind, by the field array of the header.
 
     Whatever else they rest on (rules, tags) calls `clear` when it changes. The owners of names change all the time, and

@@ -8,8 +8,8 @@ from collections import OrderedDict
 from typing import Final
 
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import Core
-from broker.gate.filter.name_owners import Owners
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.name_owners import NameOwners
 from policy.match import Judge
 
 # Connections that lost the last name by which they were seen. Their end is still told, because a client that
@@ -17,10 +17,10 @@ from policy.match import Judge
 MAX_LATELY_SEEN: Final = 256
 
 
-class Sight:
+class NameVisibility:
     """What one app may see."""
 
-    def __init__(self, core: Core, owners: Owners) -> None:
+    def __init__(self, core: ConnectionState, owners: NameOwners) -> None:
         self._core: Final = core
         self._owners: Final = owners
         self.lately_seen: Final[OrderedDict[str, None]] = OrderedDict()

@@ -21,8 +21,8 @@ from broker.gate.dumps import (
     Fds,
     Go,
     HandoverError,
+    HandoverHeader,
     Offer,
-    Opening,
     Ready,
     SandboxDump,
     Word,
@@ -125,7 +125,9 @@ class Channel:
         return f"nothing from the other gate for {self._seconds:g} s"
 
 
-def hand_over(channel: Channel, opening: Callable[[Fds], Opening], dumps: Iterable[Dump]) -> None:
+def hand_over(
+    channel: Channel, opening: Callable[[Fds], HandoverHeader], dumps: Iterable[Dump]
+) -> None:
     """Give everything to the gate at the other end. When it returns, that one serves. Raises HandoverError."""
     offer = channel.hear()
     if isinstance(offer, Failed):
@@ -158,7 +160,7 @@ def _write(dump: Callable[[Fds], msgspec.Struct]) -> tuple[bytes, list[int]]:
         raise HandoverError(f"the state cannot be written down: {exc!r}") from exc
 
 
-def leave(last: Callable[[], None]) -> NoReturn:
+def exit_now(last: Callable[[], None]) -> NoReturn:
     """Do the last thing, and end this process as it stands: what it has open is another's, and not to be tidied up."""
     try:
         last()
@@ -166,7 +168,7 @@ def leave(last: Callable[[], None]) -> NoReturn:
         os._exit(0)
 
 
-def same(
+def dump_equals(
     dump: Callable[[Fds], msgspec.Struct], received: msgspec.Struct, fds: Sequence[int]
 ) -> bool:
     """Say whether a dump says what was received."""

@@ -11,17 +11,17 @@ from broker.gate.dumps import (
     READS,
     Go,
     HandoverError,
+    HandoverHeader,
     Offer,
-    Opening,
     Ready,
     SandboxDump,
     decode_opening,
     decode_sandbox,
 )
-from broker.gate.filter.bus_state import DRIVER, Bus
-from broker.gate.filter.connection_state import Core, Denial
+from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.gate.filter.filter import Filter
-from broker.gate.handover.channel import Channel, same
+from broker.gate.handover.channel import Channel, dump_equals
 from broker.gate.io.stream import close_fds
 from broker.gate.sandbox.sandbox import Sandbox
 from broker.gate.server import Gate
@@ -43,7 +43,7 @@ def offer(channel: Channel, pid: int) -> None:
     channel.say(Offer(pid=pid, reads=READS))
 
 
-def take_over(channel: Channel, gate: Gate) -> Opening:
+def take_over(channel: Channel, gate: Gate) -> HandoverHeader:
     """Get everything, and wait until it is ours; `gate.resume` is next.
 
     Raises HandoverError: then this process is to end as it stands, for what it has open is another's.
@@ -65,7 +65,7 @@ def take_over(channel: Channel, gate: Gate) -> Opening:
         raise
     except Exception as exc:  # whatever it is, the old gate is better
         raise HandoverError(f"the state does not work out here: {exc!r}") from exc
-    if not same(gate.dumper(opening.serial, opening.protocol, opening.pid), opening, fds):
+    if not dump_equals(gate.dumper(opening.serial, opening.protocol, opening.pid), opening, fds):
         raise HandoverError("what came of the old gate's state differs from it")
     channel.say(Ready())
     if not isinstance(channel.hear(), Go):
@@ -98,7 +98,7 @@ def _load(sandbox: Sandbox, dump: SandboxDump, fds: Sequence[int], judges: dict[
     """Load a sandbox; return what is wrong with what came of it."""
     try:
         sandbox.load(dump, fds, judges)
-        if same(sandbox.dump, dump, fds):
+        if dump_equals(sandbox.dump, dump, fds):
             return ""
     except Exception as exc:  # noqa: BLE001 - whatever it is, it is this sandbox's matter
         return repr(exc)
@@ -128,16 +128,16 @@ class _NoSandbox:
     id: Final = "c0"
     identity: Final = Identity(type="org.buswarden.Test", app="app")
     limits: Final = SandboxLimits()
-    cores: Final[tuple[Core, ...]] = ()
+    cores: Final[tuple[ConnectionState, ...]] = ()
 
     def __init__(self) -> None:
         self.bytes_held = 0
         self.denials = 0
 
-    def denied(self, _core: Core, _denial: Denial) -> None:
+    def denied(self, _core: ConnectionState, _denial: Denial) -> None:
         self.denials += 1
 
-    def said_hello(self, core: Core) -> None:
+    def said_hello(self, core: ConnectionState) -> None:
         core.bus.connected(core.unique_name, self.id, self.identity)
 
     def close_fds(self, fds: Sequence[int]) -> None:
@@ -149,7 +149,7 @@ def check_judgement() -> None:
     rules = AccessList(rules=(Rule(access=frozenset({Access.SEND}), name="org.example.Yes"),))
     host = _NoSandbox()
     judge = Judge(rules, bus="none", me=host.identity)
-    bus = Bus("none", "unix:path=/none")
+    bus = BusState("none", "unix:path=/none")
     bus.tags_headers = False  # what is passed on is to be what was sent
     judging = Filter(bus, host, judge, app_takes_fds=True)
     judging.feed_app(_call(1, DRIVER, "Hello"))

@@ -19,10 +19,10 @@ LOGGER: Final = logging.getLogger(__name__)
 RETRY_PAUSE: Final = 0.05
 RETRIES: Final = 100
 
-Done = Callable[[socket.socket | None], None]
+OnConnected = Callable[[socket.socket | None], None]
 
 
-def connect(loop: Loop, address: str, uid: int, done: Done) -> None:
+def connect_unix(loop: Loop, address: str, uid: int, done: OnConnected) -> None:
     """Connect to the first address that answers; `done` gets the socket, or None."""
     try:
         places = parse_address(address)
@@ -30,11 +30,11 @@ def connect(loop: Loop, address: str, uid: int, done: Done) -> None:
         LOGGER.error("bus-address: %s", exc)  # noqa: TRY400 - the operator needs no traceback
         done(None)
         return
-    _Attempt(loop, places, uid, done).go()
+    _UnixAttempt(loop, places, uid, done).go()
 
 
-class _Attempt:
-    def __init__(self, loop: Loop, places: list[UnixAddress], uid: int, done: Done) -> None:
+class _UnixAttempt:
+    def __init__(self, loop: Loop, places: list[UnixAddress], uid: int, done: OnConnected) -> None:
         self._loop = loop
         self._places = places
         self._uid = uid

@@ -74,7 +74,7 @@ class _Interrupter:
             self._sock.setblocking(False)
 
 
-def take(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
+def accept_nowait(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
     """Accept a connection; None if none waits.
 
     `shared`: another program may hold the listening socket. Raises OSError, and KeptWaitingError after 20 ms.

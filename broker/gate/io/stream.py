@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from broker.gate.dumps import ChunkDump, Fds, PipeDump, pick
+from broker.gate.dumps import ChunkDump, Fds, StreamDump, pick
 from broker.gate.filter.connection_state import Chunk, Output
 from broker.gate.io.loop import BROKEN, READABLE, WRITABLE, Loop
 from broker.wire.errors import PeerProtocolError
@@ -33,11 +33,11 @@ MAX_PARTS: Final = 64
 Ancillary = tuple[int, int, bytes]
 
 
-class Closed(Exception):  # noqa: N818 - an event, not a fault
+class StreamClosedError(Exception):
     """The other end is gone."""
 
 
-class Pipe:
+class SocketStream:
     """A non-blocking stream socket in the loop."""
 
     def __init__(
@@ -72,7 +72,7 @@ class Pipe:
         try:
             data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
         except ConnectionError as exc:
-            raise Closed from exc
+            raise StreamClosedError from exc
         return self.received(data, ancillary, flags)
 
     def read_or_lose_fds(self) -> tuple[bytes, Sequence[int], bool]:
@@ -80,7 +80,7 @@ class Pipe:
         try:
             data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
         except ConnectionError as exc:
-            raise Closed from exc
+            raise StreamClosedError from exc
         if not flags & TRUNCATED:
             return (*self.received(data, ancillary, flags), False)
         # The descriptors that did fit are of no use alone.
@@ -98,7 +98,7 @@ class Pipe:
             raise PeerProtocolError("more file descriptors than fit")
         if not data:
             close_fds(fds)
-            raise Closed
+            raise StreamClosedError
         return data, fds
 
     def write(self, output: Output) -> None:
@@ -116,7 +116,7 @@ class Pipe:
             except ConnectionError:
                 return
             except OSError as exc:
-                raise Closed from exc
+                raise StreamClosedError from exc
             if sent < len(data):
                 self.queue(data[sent:])
             return
@@ -146,15 +146,15 @@ class Pipe:
             self._reading = reading
             self._listen()
 
-    def dump(self, fds: Fds) -> PipeDump:
+    def dump(self, fds: Fds) -> StreamDump:
         """Return it with what is queued, descriptors as indexes."""
-        return PipeDump(
+        return StreamDump(
             fd=fds.put(self.fd),
             queue=tuple(ChunkDump(bytes(c.data), fds.put_all(c.fds)) for c in self._queue),
             reading=self._reading,
         )
 
-    def load(self, dump: PipeDump, fds: Sequence[int]) -> None:
+    def load(self, dump: StreamDump, fds: Sequence[int]) -> None:
         """Have what was queued, and read or not, as the one that made the dump."""
         for one in dump.queue:
             self._enqueue(Chunk(one.data, pick(fds, one.fds)))
@@ -166,7 +166,7 @@ class Pipe:
         deadline = time.monotonic() + seconds
         taking = select.poll()
         taking.register(self.fd, select.POLLOUT)
-        with contextlib.suppress(Closed):
+        with contextlib.suppress(StreamClosedError):
             while self._queue and (left := deadline - time.monotonic()) > 0:
                 if taking.poll(left * 1000):
                     self._flush()
@@ -203,7 +203,7 @@ class Pipe:
         if events & WRITABLE and self._queue:
             try:
                 self._flush()
-            except Closed:
+            except StreamClosedError:
                 events |= READABLE  # reading finds out, and ends the connection
             else:
                 if not self._queue:
@@ -245,7 +245,7 @@ class Pipe:
                 self._drop_queue()
                 break
             except OSError as exc:
-                raise Closed from exc
+                raise StreamClosedError from exc
             self._took(sent)
         self._listen()
 
@@ -278,7 +278,7 @@ class Pipe:
             self._queue.popleft()
 
 
-def adopt(fd: int) -> socket.socket:
+def stream_socket_from_fd(fd: int) -> socket.socket:
     """Return the stream socket that a descriptor from elsewhere is."""
     # With family and type said, Python asks the kernel for neither.
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)

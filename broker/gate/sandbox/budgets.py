@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from broker.gate.dumps import BudgetDump, ComplaintsDump
+from broker.gate.dumps import BudgetDump, RateLimitedLogDump
 
 LOGGER: Final = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class MessageBudget:
         self.left, self._filled, self.caused = dump.left, dump.filled, dump.caused
 
 
-class Complaints:
+class RateLimitedLog:
     """The lines that one sandbox may cause, each second; how many more there were is told later."""
 
     def __init__(self, about: str, lines_a_second: int, clock: Clock = time.monotonic) -> None:
@@ -128,16 +128,16 @@ class Complaints:
             count, self.suppressed = self.suppressed, 0
             LOGGER.warning("log sandbox=%s: %d suppressed", self._about, count)
 
-    def dump(self) -> ComplaintsDump:
+    def dump(self) -> RateLimitedLogDump:
         """Return what was counted."""
-        return ComplaintsDump(
+        return RateLimitedLogDump(
             second=self._second,
             used=self.used,
             suppressed=self.suppressed,
             suppressed_ever=self.suppressed_ever,
         )
 
-    def load(self, dump: ComplaintsDump) -> None:
+    def load(self, dump: RateLimitedLogDump) -> None:
         """Count on from there."""
         self._second, self.used = dump.second, dump.used
         self.suppressed, self.suppressed_ever = dump.suppressed, dump.suppressed_ever

@@ -11,22 +11,28 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from broker.control_protocol.messages import Use
-from broker.gate.dumps import Fds, LinkDump, Then
-from broker.gate.filter.bus_state import Bus
+from broker.control_protocol.messages import Usage
+from broker.gate.dumps import AppConnectionDump, Fds, ReplyAction
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.filter import Filter
 from broker.gate.filter.read_barrier import KIND
 from broker.gate.io.loop import Loop, Timer
 from broker.gate.io.slices import SLICE, Work
-from broker.gate.io.stream import Ancillary, Pipe, adopt, close_fds, close_output
+from broker.gate.io.stream import (
+    Ancillary,
+    SocketStream,
+    close_fds,
+    close_output,
+    stream_socket_from_fd,
+)
 from broker.gate.sandbox.budgets import READ_COST
-from broker.gate.sandbox.error_boundaries import contained
-from broker.gate.sandbox.fast_path import Payers, take_short_way
+from broker.gate.sandbox.error_boundaries import ends_connection_on_error
+from broker.gate.sandbox.fast_path import Accounting, install_fast_path
 from broker.gate.sandbox.meter import BEHIND, Meter
-from broker.gate.sandbox.usage import connection_use, end_too_far_behind
+from broker.gate.sandbox.usage import connection_usage, end_slowest_reader
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import Header
-from broker.wire.sasl import Client, SaslClient, SaslServer
+from broker.wire.sasl import AuthClient, SaslClient, SaslServer
 from policy.match import Judge
 
 if TYPE_CHECKING:
@@ -35,24 +41,24 @@ if TYPE_CHECKING:
 LOGGER: Final = logging.getLogger(__name__)
 
 
-class Link:
+class AppConnection:
     """An app's connection, from accept to its end."""
 
     def __init__(
-        self, loop: Loop, sandbox: "Sandbox", bus: Bus, sock: socket.socket, guid: str
+        self, loop: Loop, sandbox: "Sandbox", bus: BusState, sock: socket.socket, guid: str
     ) -> None:
         self._loop: Final = loop
         self.sandbox: Final = sandbox
         self.bus: Final = bus
         # Nothing waits for the app to read.
-        self._app: Final = Pipe(loop, sock, self._greet_app, lambda: None)
+        self._app: Final = SocketStream(loop, sock, self._greet_app, lambda: None)
         self._guid: Final = guid
         self._server: Final = SaslServer(sandbox.spec.uid, guid, takes_fds=bus.takes_fds)
         # What was said in the handshakes, as long as they last.
         self._said = self._bus_said = b""
         self._bus_sock: socket.socket | None = None
-        self._upstream: Pipe | None = None
-        self._client: Client | None = None
+        self._upstream: SocketStream | None = None
+        self._client: AuthClient | None = None
         self._filter: Filter | None = None
         self._closed = False
         self._new_judge: Judge | None = None
@@ -77,7 +83,7 @@ class Link:
         while self._filter is not None and self._filter.is_changing and not self._closed:
             yield SLICE  # the link's own turns do it
 
-    @contained
+    @ends_connection_on_error
     def _apply(self) -> None:
         if self._filter is not None and self._new_judge is not None:
             self._filter.use(self._new_judge)
@@ -121,14 +127,16 @@ class Link:
         self.bus.members.discard(core)
         self.bus.links.discard(self)
 
-    @contained
+    @ends_connection_on_error
     def ask_if_read(self, number: int) -> None:
         """Ask the bus a question whose answer shows that it has read all before it."""
         if self._filter is not None and self._filter.core.unique_name:
-            self._filter.core.call_driver("GetId", "", (), Then(KIND, (number,)))
+            self._filter.core.call_driver("GetId", "", (), ReplyAction(KIND, (number,)))
             self._send()
 
-    def _has_read(self, then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+    def _has_read(
+        self, then: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         assert self._filter is not None
         self.bus.has_read(self._filter.core.unique_name, int(then.values[0]))
 
@@ -145,7 +153,7 @@ class Link:
 
     # -- handshakes -----------------------------------------------------------------------------------
 
-    @contained
+    @ends_connection_on_error
     def _greet_app(self) -> None:
         data, fds = self._app.read()
         if fds:
@@ -182,14 +190,16 @@ class Link:
         self._bus_sock = sock
         self._greet()
 
-    @contained
+    @ends_connection_on_error
     def _greet(self) -> None:
         assert self._bus_sock is not None
-        self._upstream = Pipe(self._loop, self._bus_sock, self._greet_bus, self._bus_drained)
+        self._upstream = SocketStream(
+            self._loop, self._bus_sock, self._greet_bus, self._bus_drained
+        )
         self._client = self.bus.make_client(self._bus_sock, self.sandbox.spec.uid)
         self._upstream.write([self._client.start()])
 
-    @contained
+    @ends_connection_on_error
     def _greet_bus(self) -> None:
         assert self._upstream is not None
         assert self._client is not None
@@ -212,7 +222,7 @@ class Link:
             self._meter.feed_app(self._server.leftover, ())
         self._send()
 
-    def _judge_with(self, upstream: Pipe, *, app_takes_fds: bool) -> Filter:
+    def _judge_with(self, upstream: SocketStream, *, app_takes_fds: bool) -> Filter:
         """Have messages judged from now on."""
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
         self.bus.members.add(judging.core)
@@ -221,26 +231,26 @@ class Link:
         upstream.readable = self._judge_bus
         self._meter = Meter(judging, budget := self.sandbox.messages)
         judging.core.finishers[KIND] = self._has_read
-        take_short_way(self, Payers(judging, budget, self._meter), self._app, upstream)
+        install_fast_path(self, Accounting(judging, budget, self._meter), self._app, upstream)
         return judging
 
     # -- messages -------------------------------------------------------------------------------------
 
-    @contained
+    @ends_connection_on_error
     def _judge_app(self) -> None:
         self._app_sent(*self._app.read())
 
-    @contained
+    @ends_connection_on_error
     def _judge_bus(self) -> None:
         assert self._upstream is not None
         self._bus_sent(*self._upstream.read())
 
-    @contained
+    @ends_connection_on_error
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the app, as recvmsg gave it."""
         self._app_sent(*self._app.received(data, ancillary, flags))
 
-    @contained
+    @ends_connection_on_error
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the bus, as recvmsg gave it."""
         assert self._upstream is not None
@@ -259,13 +269,13 @@ class Link:
         if fds:
             self._check_fds()
 
-    @contained
-    def cut_short(self, pipe: Pipe, rest: bytes) -> None:
+    @ends_connection_on_error
+    def cut_short(self, pipe: SocketStream, rest: bytes) -> None:
         """Go on after a message that the other end did not take whole."""
         pipe.queue(rest)
         self._send()
 
-    @contained
+    @ends_connection_on_error
     def failed(self, exc: Exception) -> None:
         """End as the exception says."""
         raise exc
@@ -279,7 +289,7 @@ class Link:
         if core.to_app:
             self._app.write(core.to_app)
             if self._app.queued:
-                end_too_far_behind(self, self.sandbox.links, self.sandbox.limits.bytes_queued)
+                end_slowest_reader(self, self.sandbox.links, self.sandbox.limits.bytes_queued)
         if core.to_bus:
             upstream.write(core.to_bus)
         if judging.spent:
@@ -303,16 +313,16 @@ class Link:
         if self.sandbox.fds > limit:
             raise PeerQuotaError(f"more than fds={limit} file descriptors on their way")
 
-    @contained
+    @ends_connection_on_error
     def _bus_drained(self) -> None:
         if self._filter is not None:
             self._send()
 
     # -- budgets --------------------------------------------------------------------------------------
 
-    def taken(self) -> Use:
+    def taken(self) -> Usage:
         """Return what this connection takes of the sandbox's budgets."""
-        return connection_use(self._filter, queued=self._app.queued, fds=self.fds)
+        return connection_usage(self._filter, queued=self._app.queued, fds=self.fds)
 
     @property
     def fds(self) -> int:
@@ -320,7 +330,7 @@ class Link:
         count = self._app.queued_fds + (self._filter.fds if self._filter is not None else 0)
         return count + (self._upstream.queued_fds if self._upstream is not None else 0)
 
-    @contained
+    @ends_connection_on_error
     def read_on(self) -> None:
         """The sandbox's budget of messages has filled up."""
         self._is_throttled = False
@@ -336,13 +346,13 @@ class Link:
             self._goes_on = True
             self._loop.next_turn(self._go_on)
 
-    def _work_soon(self, upstream: Pipe) -> None:
+    def _work_soon(self, upstream: SocketStream) -> None:
         if not self._works:
             self._works = True
             upstream.pause(reading=False)
             self._loop.next_turn(self._work)
 
-    @contained
+    @ends_connection_on_error
     def _work(self) -> None:
         """Do a slice of what takes long, and read on when all is done."""
         self._works = False
@@ -353,7 +363,7 @@ class Link:
             self._upstream.pause(reading=True)
         self._send()
 
-    @contained
+    @ends_connection_on_error
     def settle(self) -> None:
         """Do all that takes long now: the connection is about to be handed over."""
         if self._filter is None or self._upstream is None:
@@ -363,7 +373,7 @@ class Link:
             self._send()
         self._upstream.pause(reading=True)
 
-    @contained
+    @ends_connection_on_error
     def _go_on(self) -> None:
         self._goes_on = False
         if self._filter is not None and not self._closed:
@@ -393,9 +403,9 @@ class Link:
 
     # -- handing over -----------------------------------------------------------------------------------
 
-    def dump(self, fds: Fds) -> LinkDump:
+    def dump(self, fds: Fds) -> AppConnectionDump:
         """Return all of it, descriptors as indexes."""
-        return LinkDump(
+        return AppConnectionDump(
             bus=self.bus.name,
             guid=self._guid,
             app=self._app.dump(fds),
@@ -409,15 +419,15 @@ class Link:
             is_throttled=self._is_throttled,
         )
 
-    def load(self, dump: LinkDump, fds: Sequence[int]) -> None:
+    def load(self, dump: AppConnectionDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump, but for going on: `resume` does that."""
         self._app.load(dump.app, fds)
         self._said, self._bus_said = dump.said, dump.bus_said
         self._was_unfinished, self._is_throttled = dump.was_unfinished, dump.is_throttled
         self._load_deadline(dump)
         if dump.upstream is not None:
-            sock = self._bus_sock = adopt(fds[dump.upstream.fd])
-            self._upstream = Pipe(self._loop, sock, self._greet_bus, self._bus_drained)
+            sock = self._bus_sock = stream_socket_from_fd(fds[dump.upstream.fd])
+            self._upstream = SocketStream(self._loop, sock, self._greet_bus, self._bus_drained)
             self._upstream.load(dump.upstream, fds)
             if dump.filter is not None:
                 judging = self._judge_with(self._upstream, app_takes_fds=dump.filter.app_takes_fds)
@@ -447,7 +457,7 @@ class Link:
             self.bus.members.discard(self._filter.core)
             self.bus.speakers.pop(self._filter.core.unique_name, None)
 
-    def _load_deadline(self, dump: LinkDump) -> None:
+    def _load_deadline(self, dump: AppConnectionDump) -> None:
         assert self._deadline is not None
         self._deadline.cancel()
         self._deadline, self._watched = None, dump.watched
@@ -457,7 +467,7 @@ class Link:
                 dump.deadline, check if dump.watched else self._too_slow
             )
 
-    @contained
+    @ends_connection_on_error
     def resume(self) -> None:
         """Go on where the one was that made the dump."""
         judging = self._filter

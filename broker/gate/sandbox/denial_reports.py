@@ -5,7 +5,7 @@ from typing import Final
 
 from broker.control_protocol.messages import Denied, Event
 from broker.gate.event_journal import summarise
-from broker.gate.filter.connection_state import Core, Denial
+from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.gate.io.loop import Loop
 
 # Refusals that are reported one by one, a sandbox; the others are counted.
@@ -19,7 +19,7 @@ _CUT: Final = "…"
 _OWN_SIGNALS: Final = ("org.buswarden.", "org.freedesktop.DBus.Containers1")
 
 
-def is_news(core: Core, denial: Denial) -> bool:
+def is_news(core: ConnectionState, denial: Denial) -> bool:
     """Say whether a refusal is to be counted and told: all but those of the broker's own signals are.
 
     The broker is in no sandbox. What a sandbox sends under these names is told as anything else.
@@ -28,7 +28,7 @@ def is_news(core: Core, denial: Denial) -> bool:
     return not (is_own and denial.direction == "receive") or denial.peer in core.bus.identities
 
 
-class Reports:
+class DenialReports:
     """What is told, and what is still to be told."""
 
     def __init__(self, loop: Loop, sandbox: str, emit: Callable[[Event], None]) -> None:

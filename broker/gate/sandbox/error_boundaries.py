@@ -4,28 +4,30 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
-from broker.gate.io.stream import Closed
+from broker.gate.io.stream import StreamClosedError
 from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
 
 if TYPE_CHECKING:
-    from broker.gate.sandbox.connection import Link
+    from broker.gate.sandbox.connection import AppConnection
     from broker.gate.sandbox.sandbox import Sandbox
 
 Arguments = ParamSpec("Arguments")
 
 
-def contained(
-    method: Callable[Concatenate["Link", Arguments], None],
-) -> Callable[Concatenate["Link", Arguments], None]:
+def ends_connection_on_error(
+    method: Callable[Concatenate["AppConnection", Arguments], None],
+) -> Callable[Concatenate["AppConnection", Arguments], None]:
     """Whatever goes wrong with one peer ends its link, and nothing else."""
 
     @functools.wraps(method)
-    def guarded(self: "Link", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+    def guarded(
+        self: "AppConnection", /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> None:
         try:
             method(self, *args, **kwargs)
         except BlockingIOError:
             pass  # woken for nothing
-        except Closed:
+        except StreamClosedError:
             self.close("closed")
         except (PeerProtocolError, PeerQuotaError) as exc:
             self.sandbox.complaints.add("peer-violation", str(exc))
@@ -43,7 +45,7 @@ def contained(
     return guarded
 
 
-def contained_by_sandbox(
+def ends_sandbox_on_error(
     method: Callable[Concatenate["Sandbox", Arguments], None],
 ) -> Callable[Concatenate["Sandbox", Arguments], None]:
     """Whatever goes wrong with a sandbox's own descriptors ends it, and nothing else."""

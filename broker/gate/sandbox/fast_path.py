@@ -2,7 +2,7 @@
 
 Most of what apps send comes one message at a time, and then what is around the judgement costs more than
 the judgement: calls, lists of one, a queue. So an established connection has these handlers in the loop. They
-take nothing but one whole known message, where nothing waits that has to go first (`Pipe.is_clear`);
+take nothing but one whole known message, where nothing waits that has to go first (`SocketStream.is_clear`);
 everything else goes to the link as it was read. What is looked up, and why that is enough, is the same as in
 filter.py.
 """
@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from broker.control_protocol.trace_file import FROM_APP, FROM_BUS
-from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.gate.filter.filter import Filter
 from broker.gate.io.loop import READABLE
-from broker.gate.io.stream import ANCILLARY, READ_SIZE, RECEIVE, TRUNCATED, Ancillary, Closed, Pipe
+from broker.gate.io.stream import (
+    ANCILLARY,
+    READ_SIZE,
+    RECEIVE,
+    TRUNCATED,
+    Ancillary,
+    SocketStream,
+    StreamClosedError,
+)
 from broker.gate.recorder import make_known_note
 from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, MessageBudget
 from broker.gate.sandbox.meter import Meter
@@ -25,12 +33,12 @@ from broker.wire.header import FIXED_SIZE
 
 Handler = Callable[[int], None]
 # Take note of one message and say whether to pass it on; False: nothing is done, it has to be looked at.
-Note = Callable[[bytes, int], bool]
+TryForward = Callable[[bytes, int], bool]
 # Who judges what is not passed on: bytes, ancillary data and flags, as recvmsg gave them.
 Sent = Callable[[bytes, Sequence[Ancillary], int], None]
 
 
-class LongWay(Protocol):
+class SlowPath(Protocol):
     """The link, which does whatever is not done here."""
 
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
@@ -39,7 +47,7 @@ class LongWay(Protocol):
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the bus."""
 
-    def cut_short(self, pipe: Pipe, rest: bytes) -> None:
+    def cut_short(self, pipe: SocketStream, rest: bytes) -> None:
         """See to the end of a message that was not taken whole."""
 
     def failed(self, exc: Exception) -> None:
@@ -47,7 +55,7 @@ class LongWay(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Payers:
+class Accounting:
     """Who judges what the long way takes, and what both ways are charged to."""
 
     judging: Filter
@@ -55,13 +63,17 @@ class Payers:
     meter: Meter
 
 
-def take_short_way(link: LongWay, payers: Payers, app: Pipe, bus: Pipe) -> None:
+def install_fast_path(
+    link: SlowPath, payers: Accounting, app: SocketStream, bus: SocketStream
+) -> None:
     """Have known messages of an established connection passed on without the link."""
     app.hand_over(_make_handler(link, app, bus, _make_app_note(payers), link.app_sent))
     bus.hand_over(_make_handler(link, bus, app, _make_bus_note(payers), link.bus_sent))
 
 
-def _make_handler(link: LongWay, source: Pipe, target: Pipe, note: Note, sent: Sent) -> Handler:
+def _make_handler(
+    link: SlowPath, source: SocketStream, target: SocketStream, note: TryForward, sent: Sent
+) -> Handler:
     receive, write, target_fd = source.sock.recvmsg, os.write, target.fd
 
     def handle(events: int) -> None:
@@ -93,10 +105,10 @@ def _count_as_sent(exc: OSError, size: int) -> int:
         return 0
     if isinstance(exc, ConnectionError):
         return size  # what the other end sent before it went is still to be read, and then it ends
-    raise Closed from exc
+    raise StreamClosedError from exc
 
 
-def _make_app_note(payers: Payers) -> Note:
+def _make_app_note(payers: Accounting) -> TryForward:
     judging, budget, meter = payers.judging, payers.budget, payers.meter
     core = judging.core
     pending, calls, tables = core.pending, core.app_calls, judging.app_tables
@@ -107,7 +119,7 @@ def _make_app_note(payers: Payers) -> Note:
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)
         start = 16 + (fields + 7 & -8)
-        if start + body != size or not 0 < serial < OWN_SERIALS:
+        if start + body != size or not 0 < serial < FIRST_GATE_SERIAL:
             return False
         if budget.left <= 0 or meter.counted >= meter.ask_from:
             return False
@@ -132,7 +144,7 @@ def _make_app_note(payers: Payers) -> Note:
     return note
 
 
-def _make_bus_note(payers: Payers) -> Note:
+def _make_bus_note(payers: Accounting) -> TryForward:
     judging, meter = payers.judging, payers.meter
     core = judging.core
     pending, tables = core.pending, judging.bus_tables

@@ -21,12 +21,12 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from broker.gate.dumps import Fds, LingerDump
+from broker.gate.dumps import Fds, LingeringDump
 from broker.gate.io.loop import READABLE, Loop
 from broker.gate.io.stream import ANCILLARY, READ_SIZE_FOR_MUCH, RECEIVE, close_fds, descriptors
 
 
-class Linger:
+class LingeringConnection:
     """A lingering connection, which owns its socket."""
 
     def __init__(
@@ -35,7 +35,7 @@ class Linger:
         bus: str,
         unique_name: str,
         sock: socket.socket,
-        ended: Callable[["Linger"], None],
+        ended: Callable[["LingeringConnection"], None],
     ) -> None:
         self.bus: Final = bus
         self.unique_name: Final = unique_name
@@ -61,9 +61,9 @@ class Linger:
         self._loop.remove(self._sock.fileno())
         self._sock.detach()
 
-    def dump(self, fds: Fds) -> LingerDump:
+    def dump(self, fds: Fds) -> LingeringDump:
         """Return the connection for a hand-over, with its descriptor in `fds`."""
-        return LingerDump(
+        return LingeringDump(
             bus=self.bus, unique_name=self.unique_name, fd=fds.put(self._sock.fileno())
         )
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from broker.gate.dumps import Then
+from broker.gate.dumps import ReplyAction
 from broker.gate.filter.filter import Filter
 from broker.gate.sandbox.budgets import BUSY_SECOND, BYTES_A_MESSAGE, Clock, MessageBudget
 from broker.wire.header import Header
@@ -95,9 +95,11 @@ class Meter:
             self._asked = (self._clock(), self.counted - self.answered)
             self.counted = self.answered = 0
             self.ask_from = sys.maxsize
-            core.call_driver("GetId", "", (), Then(KIND))
+            core.call_driver("GetId", "", (), ReplyAction(KIND))
 
-    def _answered(self, _then: Then, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+    def _answered(
+        self, _then: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         if self._asked is None:
             return  # another gate had asked
         when, paid = self._asked

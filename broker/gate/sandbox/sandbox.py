@@ -12,28 +12,33 @@ import msgspec
 
 from broker.control_protocol.messages import (
     Connected,
+    ContainerServer,
     Ended,
     Event,
     Gone,
     Listener,
     SandboxSpec,
     SandboxState,
-    Upstream,
-    Use,
+    Usage,
 )
 from broker.gate.dumps import Fds, SandboxDump
-from broker.gate.filter.bus_state import Bus
-from broker.gate.filter.connection_state import Core, Denial
+from broker.gate.filter.bus_state import BusState
+from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.gate.filter.filter import Filter
 from broker.gate.io import listener as accept
 from broker.gate.io.loop import Loop
 from broker.gate.io.slices import Sliced, Work
-from broker.gate.io.stream import adopt, close_fds, unlink_socket
-from broker.gate.sandbox.budgets import CONNECTION_COST, JUDGED_A_TURN, Complaints, MessageBudget
-from broker.gate.sandbox.connection import Link
-from broker.gate.sandbox.denial_reports import Reports, is_news
-from broker.gate.sandbox.error_boundaries import contained_by_sandbox
-from broker.gate.sandbox.lingering import Linger
+from broker.gate.io.stream import close_fds, stream_socket_from_fd, unlink_socket
+from broker.gate.sandbox.budgets import (
+    CONNECTION_COST,
+    JUDGED_A_TURN,
+    MessageBudget,
+    RateLimitedLog,
+)
+from broker.gate.sandbox.connection import AppConnection
+from broker.gate.sandbox.denial_reports import DenialReports, is_news
+from broker.gate.sandbox.error_boundaries import ends_sandbox_on_error
+from broker.gate.sandbox.lingering import LingeringConnection
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.match import Judge, excess, make_judge
 from policy.rules import AccessList
@@ -54,7 +59,7 @@ class Sandbox:
         self,
         loop: Loop,
         spec: SandboxSpec,
-        buses: dict[str, Bus],
+        buses: dict[str, BusState],
         emit: Callable[[Event], None],
         changed: Callable[["Sandbox"], None],
     ) -> None:
@@ -65,15 +70,15 @@ class Sandbox:
         self.limits: Final = spec.limits
         self.bytes_held = 0
         self.messages: Final = MessageBudget(spec.limits.messages_per_second)
-        self.complaints: Final = Complaints(spec.id, spec.limits.log_lines_per_second)
+        self.complaints: Final = RateLimitedLog(spec.id, spec.limits.log_lines_per_second)
         self.is_throttled = False
         self._throttled_count = 0
         # Who may go on when the budget has filled up, in the order in which they came.
         self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
         self.denied_count = 0
-        self.links: Final[dict[Link, None]] = {}  # a set with an order
+        self.links: Final[dict[AppConnection, None]] = {}  # a set with an order
         self.lingering: Final[
-            dict[Linger, None]
+            dict[LingeringConnection, None]
         ] = {}  # connections that the app has closed and the bus has not
         self._buses: Final = buses
         self._emit: Final = emit
@@ -81,7 +86,7 @@ class Sandbox:
         self._judges: dict[str, Judge] = {}
         self._listening: Final[dict[int, tuple[socket.socket, Listener]]] = {}
         self._close_pipe = -1
-        self._reports: Final = Reports(loop, spec.id, emit)
+        self._reports: Final = DenialReports(loop, spec.id, emit)
         self._guid = GUID
         self._reason = ""  # of its end, once that is decided
         self.asked: Final[list[int]] = []  # requests of the supervisor that wait for its end
@@ -159,7 +164,7 @@ class Sandbox:
         self._emit(Ended(self.id, self._reason))
         self._changed(self)
 
-    @contained_by_sandbox
+    @ends_sandbox_on_error
     def _close_notify(self, _events: int) -> None:
         self._loop.remove(self._close_pipe)  # it would be told again and again
         self.stop("close-notify")
@@ -247,7 +252,7 @@ class Sandbox:
         for link in list(self.links):
             link.settle()
 
-    def set_upstream(self, bus: str, upstream: Upstream | None) -> None:
+    def set_upstream(self, bus: str, upstream: ContainerServer | None) -> None:
         """Make connections to that bus there from now on, those that wait for it included."""
         upstreams = {b: u for b, u in self.spec.upstreams.items() if b != bus}
         upstreams |= {bus: upstream} if upstream is not None else {}
@@ -258,7 +263,7 @@ class Sandbox:
     # -- connections -------------------------------------------------------------------------------
 
     @property
-    def cores(self) -> list[Core]:
+    def cores(self) -> list[ConnectionState]:
         """Its connections, those in their handshakes left out."""
         return [link.filter.core for link in self.links if link.filter is not None]
 
@@ -267,7 +272,7 @@ class Sandbox:
         """Whether it takes connections."""
         return bool(self._listening)
 
-    @contained_by_sandbox
+    @ends_sandbox_on_error
     def _readable(self, fd: int, events: int) -> None:
         if events & accept.SHUT_DOWN:
             self._lose_listener(fd, "its creator has shut it down")
@@ -277,7 +282,7 @@ class Sandbox:
             if self._waits_for_bus():
                 return
             try:
-                if (connection := accept.take(sock, shared=not listener.path)) is None:
+                if (connection := accept.accept_nowait(sock, shared=not listener.path)) is None:
                     return
             except OSError as exc:
                 self._cannot_accept(fd, exc)
@@ -334,9 +339,11 @@ class Sandbox:
             return
         connection.setblocking(False)
         bus = self._buses[listener.bus]
-        self.links[Link(self._loop, self, bus, connection, listener.guid or self._guid)] = None
+        self.links[
+            AppConnection(self._loop, self, bus, connection, listener.guid or self._guid)
+        ] = None
 
-    def make_filter(self, bus: Bus, *, app_takes_fds: bool) -> Filter:
+    def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Filter:
         """Return what judges a new connection."""
         return Filter(
             bus,
@@ -346,7 +353,7 @@ class Sandbox:
             judged_a_turn=JUDGED_A_TURN,
         )
 
-    def said_hello(self, core: Core) -> None:
+    def said_hello(self, core: ConnectionState) -> None:
         """Register a connection, before its app can use it."""
         core.bus.connected(core.unique_name, self.id, self.identity)
         core.bus.payers.joined(core.unique_name, self.messages)
@@ -356,7 +363,7 @@ class Sandbox:
                 link.said_hello()
         self._changed(self)
 
-    def link_closed(self, link: Link) -> None:
+    def link_closed(self, link: AppConnection) -> None:
         """Forget a connection."""
         self.links.pop(link, None)
         self._waiting.pop(link.read_on, None)
@@ -365,14 +372,14 @@ class Sandbox:
             core.bus.payers.left(core.unique_name, self.id, list(core.requested_names))
         self._end_if_done()
 
-    def linger(self, bus: Bus, unique_name: str, sock: socket.socket) -> None:
+    def linger(self, bus: BusState, unique_name: str, sock: socket.socket) -> None:
         """Keep what is left of a connection whose app has gone. The socket is the sandbox's from here on."""
-        rest = Linger(self._loop, bus.name, unique_name, sock, self._let_go)
+        rest = LingeringConnection(self._loop, bus.name, unique_name, sock, self._let_go)
         self.lingering[rest] = None
         bus.lingering[unique_name] = rest
 
-    @contained_by_sandbox
-    def _let_go(self, rest: Linger) -> None:
+    @ends_sandbox_on_error
+    def _let_go(self, rest: LingeringConnection) -> None:
         del self.lingering[rest]
         bus = self._buses[rest.bus]
         bus.lingering.pop(rest.unique_name, None)
@@ -401,7 +408,7 @@ class Sandbox:
                 self._waiting.move_to_end(go_on, last=False)
         return self.is_throttled
 
-    @contained_by_sandbox
+    @ends_sandbox_on_error
     def _waited(self) -> None:
         """Let whoever has waited longest go on; the next one when that has been read and charged.
 
@@ -423,9 +430,9 @@ class Sandbox:
         """How many descriptors of messages are here."""
         return sum(link.fds for link in self.links)
 
-    def taken(self) -> Use:
+    def taken(self) -> Usage:
         """Return what is taken of the limits."""
-        mine = Use(
+        mine = Usage(
             bytes_held=self.bytes_held,
             rule_steps=max((judge.cost.steps for judge in self._judges.values()), default=0),
             messages_per_second=self.messages.used,
@@ -444,7 +451,7 @@ class Sandbox:
 
     # -- reports -----------------------------------------------------------------------------------
 
-    def denied(self, core: Core, denial: Denial) -> None:
+    def denied(self, core: ConnectionState, denial: Denial) -> None:
         """Report a refusal, or count it when there are too many."""
         if not is_news(core, denial):
             return
@@ -501,11 +508,19 @@ class Sandbox:
         if dump.close_pipe >= 0:
             self._watch_pipe(fds[dump.close_pipe])
         for one in dump.links:
-            link = Link(self._loop, self, self._buses[one.bus], adopt(fds[one.app.fd]), one.guid)
+            link = AppConnection(
+                self._loop,
+                self,
+                self._buses[one.bus],
+                stream_socket_from_fd(fds[one.app.fd]),
+                one.guid,
+            )
             self.links[link] = None
             link.load(one, fds)
         for rest in dump.lingering:
-            self.linger(self._buses[rest.bus], rest.unique_name, adopt(fds[rest.fd]))
+            self.linger(
+                self._buses[rest.bus], rest.unique_name, stream_socket_from_fd(fds[rest.fd])
+            )
         self._reason = dump.reason
         self.asked.extend(dump.asked)
         readers = [link.read_on for link in self.links]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
-from broker.control_protocol.messages import Use
+from broker.control_protocol.messages import Usage
 from broker.gate.filter.filter import Filter
 from broker.wire.errors import PeerQuotaError
 
@@ -26,7 +26,7 @@ class Reader(Protocol):
 AnyReader = TypeVar("AnyReader", bound=Reader)
 
 
-def find_too_far_behind(readers: Iterable[AnyReader], most: int) -> AnyReader | None:
+def find_slowest_reader(readers: Iterable[AnyReader], most: int) -> AnyReader | None:
     """Return the one that is most behind if more than `most` bytes wait for all together.
 
     One message of any size may always wait, for one of them: of those that only one waits for the largest does not count.
@@ -38,9 +38,9 @@ def find_too_far_behind(readers: Iterable[AnyReader], most: int) -> AnyReader | 
     return max(waiting, key=waiting.__getitem__) if sum(waiting.values()) > most else None
 
 
-def end_too_far_behind(reader: Reader, readers: Iterable[Reader], most: int) -> None:
+def end_slowest_reader(reader: Reader, readers: Iterable[Reader], most: int) -> None:
     """End that one, if there is one. Raises PeerQuotaError if it is `reader`."""
-    worst = find_too_far_behind(readers, most)
+    worst = find_slowest_reader(readers, most)
     if worst is not None:
         exc = PeerQuotaError("does not read what it is sent")
         if worst is reader:
@@ -48,12 +48,12 @@ def end_too_far_behind(reader: Reader, readers: Iterable[Reader], most: int) -> 
         worst.failed(exc)
 
 
-def connection_use(judging: Filter | None, *, queued: int, fds: int) -> Use:
+def connection_usage(judging: Filter | None, *, queued: int, fds: int) -> Usage:
     """Return it. Without a filter it is in its handshakes."""
     if judging is None:
-        return Use(connections=1, handshake_seconds=1)
+        return Usage(connections=1, handshake_seconds=1)
     core = judging.core
-    return Use(
+    return Usage(
         connections=1,
         bytes_queued=queued,
         pending_calls=len(core.pending) + len(core.asked),

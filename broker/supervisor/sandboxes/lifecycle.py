@@ -71,7 +71,7 @@ GATE_LOST: Final = "gate-lost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Transition:
     """What an event means in a phase. Without a reason the one that was noted stays."""
 
     to: Phase
@@ -98,41 +98,41 @@ _DONE: Final = {
 _LIVING: Final = (Phase.RUNNING, Phase.CLOSING)
 
 
-def _make_table() -> dict[tuple[Phase, Event], Row]:
+def _make_table() -> dict[tuple[Phase, Event], Transition]:
     starting, running, closing = Phase.STARTING, Phase.RUNNING, Phase.CLOSING
     stopping, ended, gone = Phase.STOPPING, Phase.ENDED, Phase.GONE
     tell, forget = (Effect.TELL,), (Effect.FORGET,)
     stop, close = (Effect.STOP,), (Effect.CLOSE,)
     table = {
-        (starting, Event.ANNOUNCED): Row(to=running, effects=(Effect.WATCH,)),
-        (starting, Event.WITHDRAWN): Row(to=gone, effects=forget),
+        (starting, Event.ANNOUNCED): Transition(to=running, effects=(Effect.WATCH,)),
+        (starting, Event.WITHDRAWN): Transition(to=gone, effects=forget),
         # Somebody saw it in the list: what the gate says then is its end.
-        (starting, Event.STOP_ASKED): Row(to=starting, effects=stop),
-        (starting, Event.CLOSE_ASKED): Row(to=starting, effects=close),
-        (ended, Event.ANNOUNCED): Row(to=gone, effects=tell),
-        (ended, Event.WITHDRAWN): Row(to=gone, effects=forget),
-        (running, Event.CLOSE_ASKED): Row(to=closing, reason=LAST_CONNECTION, effects=close),
-        (running, Event.CREATOR_LEFT): Row(to=closing, reason=CREATOR_GONE, effects=close),
-        (closing, Event.CLOSE_ASKED): Row(to=closing, effects=close),
+        (starting, Event.STOP_ASKED): Transition(to=starting, effects=stop),
+        (starting, Event.CLOSE_ASKED): Transition(to=starting, effects=close),
+        (ended, Event.ANNOUNCED): Transition(to=gone, effects=tell),
+        (ended, Event.WITHDRAWN): Transition(to=gone, effects=forget),
+        (running, Event.CLOSE_ASKED): Transition(to=closing, reason=LAST_CONNECTION, effects=close),
+        (running, Event.CREATOR_LEFT): Transition(to=closing, reason=CREATOR_GONE, effects=close),
+        (closing, Event.CLOSE_ASKED): Transition(to=closing, effects=close),
     }
     for event, reason in _DONE.items():
         if event is not Event.GATE_LOST:  # which may not have had it yet
-            table[starting, event] = Row(to=ended, reason=reason)
+            table[starting, event] = Transition(to=ended, reason=reason)
         for phase in _LIVING:
-            table[phase, event] = Row(to=gone, reason=reason, effects=tell)
-        table[stopping, event] = Row(to=gone, effects=tell)
+            table[phase, event] = Transition(to=gone, reason=reason, effects=tell)
+        table[stopping, event] = Transition(to=gone, effects=tell)
     # What closed it is why its last connection was the last; a gate that went took that one along.
     for event in (Event.LAST_CONNECTION, Event.GATE_LOST):
-        table[closing, event] = Row(to=gone, effects=tell)
+        table[closing, event] = Transition(to=gone, effects=tell)
     for event, reason in _DECIDED.items():
         for phase in _LIVING:
-            table[phase, event] = Row(to=stopping, reason=reason, effects=stop)
+            table[phase, event] = Transition(to=stopping, reason=reason, effects=stop)
     # Once more: the first time may have been asked of a gate that is no more.
-    table[stopping, Event.STOP_ASKED] = Row(to=stopping, effects=stop)
+    table[stopping, Event.STOP_ASKED] = Transition(to=stopping, effects=stop)
     return table
 
 
-TABLE: Final[Mapping[tuple[Phase, Event], Row]] = _make_table()
+TRANSITIONS: Final[Mapping[tuple[Phase, Event], Transition]] = _make_table()
 # What the gate gives as the reason of an end, and what that is to us.
 FROM_GATE: Final[Mapping[str, Event]] = {
     reason: event for event, reason in _DONE.items() if event is not Event.GATE_LOST

@@ -15,12 +15,12 @@ from typing import Final, NewType
 import msgspec
 
 from broker.control_protocol.messages import Denied, SandboxState, Snapshot
-from broker.supervisor.config import Limits
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.lifecycle import (
     DECIDED,
     FROM_GATE,
     LAST_CONNECTION,
-    TABLE,
+    TRANSITIONS,
     Cgroup,
     Effect,
     Event,
@@ -148,7 +148,7 @@ def _own_calls(given: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Sandbox:
+class SandboxEntry:
     """A sandbox in the registry."""
 
     record: Record
@@ -211,16 +211,16 @@ class Registry:
     """All sandboxes."""
 
     def __init__(
-        self, limits: Limits, records: Iterable[Record] = (), next_number: int = 0
+        self, limits: ConfiguredLimits, records: Iterable[Record] = (), next_number: int = 0
     ) -> None:
         self._limits: Final = limits
-        self._sandboxes: Final[dict[SandboxId, Sandbox]] = {}
+        self._sandboxes: Final[dict[SandboxId, SandboxEntry]] = {}
         self._by_uid: Final[dict[int, int]] = {}
         self.next_number = next_number
         for record in records:
             self.restore(record)
 
-    def __iter__(self) -> Iterator[Sandbox]:
+    def __iter__(self) -> Iterator[SandboxEntry]:
         return iter(list(self._sandboxes.values()))
 
     def __len__(self) -> int:
@@ -228,12 +228,12 @@ class Registry:
 
     # -- looking up -----------------------------------------------------------------------------
 
-    def get(self, id_: str) -> Sandbox | None:
+    def get(self, id_: str) -> SandboxEntry | None:
         """Return a sandbox that has not ended."""
         sandbox = self._sandboxes.get(SandboxId(id_))
         return sandbox if sandbox is not None and sandbox.phase is not Phase.ENDED else None
 
-    def find(self, id_or_path: str, *, seen_by: int | None = None) -> Sandbox:
+    def find(self, id_or_path: str, *, seen_by: int | None = None) -> SandboxEntry:
         """Return the sandbox that a caller means. Raises CallRefusedError NotContainer.
 
         Of those that the user `seen_by` may not see it says the same as of those that are not there.
@@ -265,12 +265,12 @@ class Registry:
         )
         return self.next_number
 
-    def add(self, record: Record) -> Sandbox:
+    def add(self, record: Record) -> SandboxEntry:
         """Take in a sandbox."""
         assert record.id not in self._sandboxes
         self.next_number = max(self.next_number, record.number + 1)
         self._by_uid[record.uid] = self._by_uid.get(record.uid, 0) + 1
-        sandbox = self._sandboxes[record.id] = Sandbox(record=record)
+        sandbox = self._sandboxes[record.id] = SandboxEntry(record=record)
         return sandbox
 
     def restore(self, record: Record) -> None:
@@ -299,7 +299,7 @@ class Registry:
     def happen(self, id_: str, event: Event) -> Step:
         """Go by the table; what means nothing changes nothing."""
         sandbox = self._sandboxes.get(SandboxId(id_))
-        row = TABLE.get((sandbox.phase, event)) if sandbox is not None else None
+        row = TRANSITIONS.get((sandbox.phase, event)) if sandbox is not None else None
         if sandbox is None or row is None:
             return NOTHING
         sandbox.phase = row.to
@@ -328,7 +328,7 @@ class Registry:
         if sandbox := self.get(id_):
             sandbox.connections.pop((bus, unique_name), None)
 
-    def deny(self, event: Denied) -> Sandbox | None:
+    def deny(self, event: Denied) -> SandboxEntry | None:
         """Remember a refusal, cut short: the texts are the sandbox's choice."""
         sandbox = self.get(event.sandbox)
         if sandbox is not None:
@@ -386,14 +386,14 @@ class Registry:
         sandbox = self.get(id_)
         return self._lose(sandbox) if sandbox is not None else None
 
-    def _lose(self, sandbox: Sandbox) -> Removed | None:
+    def _lose(self, sandbox: SandboxEntry) -> Removed | None:
         # One that took no more connections has lost its last one.
         closing = sandbox.phase is Phase.CLOSING
         event = Event.LAST_CONNECTION if closing else Event.GATE_LOST
         return self.happen(sandbox.record.id, event).removed
 
     def _adopt(
-        self, sandbox: Sandbox, state: SandboxState, differences: list[str]
+        self, sandbox: SandboxEntry, state: SandboxState, differences: list[str]
     ) -> Iterator[Record]:
         sandbox.connections = dict.fromkeys(state.connections)
         sandbox.denied = state.denied
@@ -408,7 +408,7 @@ class Registry:
         if number.isdecimal():
             self.next_number = max(self.next_number, int(number) + 1)
 
-    def _forget(self, sandbox: Sandbox) -> None:
+    def _forget(self, sandbox: SandboxEntry) -> None:
         record = sandbox.record
         del self._sandboxes[record.id]
         self._by_uid[record.uid] -= 1

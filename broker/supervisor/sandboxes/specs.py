@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 
 from broker.control_protocol.messages import Listener, SandboxSpec
-from broker.engines.held_sockets import PIPE, Held
-from broker.supervisor.config import Limits
+from broker.engines.held_sockets import PIPE, HeldSockets
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.lifecycle import Cgroup, Process
-from broker.supervisor.sandboxes.registry import Record, Sandbox
+from broker.supervisor.sandboxes.registry import Record, SandboxEntry
 from broker.supervisor.sandboxes.sockets import Bound
 from policy.rules import AccessList
 
@@ -32,7 +32,7 @@ class Behind:
     """The origin of a connection: a sandbox, an unknown sandbox, or the host."""
 
     is_inside: bool  # of a sandbox, now or before
-    sandbox: Sandbox | None  # which, if it is known and has not ended
+    sandbox: SandboxEntry | None  # which, if it is known and has not ended
     is_there: bool  # the bus has not let go of the connection, for all that we know
 
 
@@ -99,7 +99,7 @@ def make_spec(
     access: AccessList,
     bound: Mapping[str, Bound],
     close_notify: int | None,
-    limits: Limits,
+    limits: ConfiguredLimits,
 ) -> tuple[SandboxSpec, list[int]]:
     """Return the sandbox as the gate is to have it, and the descriptors that go with that."""
     fds = [one.fd for one in bound.values()]
@@ -137,14 +137,14 @@ def _no_rules(record: Record) -> AccessList:
     return msgspec.structs.replace(record.access, rules=())
 
 
-def is_held(record: Record, held: Held) -> bool:
+def is_held(record: Record, held: HeldSockets) -> bool:
     """Say whether all of a sandbox that listens is held: its sockets, and its pipe if it has one."""
     wanted = {*record.sockets, PIPE} if record.close_notify else {*record.sockets}
     return record.listening and wanted <= set(held.of(record.id))
 
 
 def make_again(
-    record: Record, access: AccessList, held: Held, limits: Limits, folder: Path
+    record: Record, access: AccessList, held: HeldSockets, limits: ConfiguredLimits, folder: Path
 ) -> tuple[SandboxSpec, Sequence[int]]:
     """Return the sandbox as the gate is to have it, and its descriptors, which stay held."""
     fds = held.of(record.id)

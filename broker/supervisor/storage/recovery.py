@@ -26,8 +26,8 @@ from broker.control_protocol.messages import SandboxState, Snapshot
 from broker.supervisor.sandboxes.registry import OWN_CALLS, PORTAL_RULES, Record, Registry
 from broker.supervisor.storage.state_file import (
     DamagedError,
-    State,
-    Unsettled,
+    PendingRecovery,
+    StateFile,
     decode_record,
     unusable,
 )
@@ -47,7 +47,7 @@ _BY_CALLER: Final = re.compile(r"[A-Za-z0-9_]+ by ")
 
 
 @contextmanager
-def open_state(path: Path) -> Iterator[State]:
+def open_state(path: Path) -> Iterator[StateFile]:
     """Open the state file; one that is damaged is set aside. Raises ConfigError or NoRoomError if it cannot be used."""
     state = _open(path)
     try:
@@ -56,7 +56,7 @@ def open_state(path: Path) -> Iterator[State]:
         state.close()
 
 
-def settle(registry: Registry, state: State, snapshot: Snapshot) -> list[Record]:
+def recover_from_gate(registry: Registry, state: StateFile, snapshot: Snapshot) -> list[Record]:
     """Take over from the gate what the file does not know, if there is such; return that."""
     unsettled = state.unsettled()
     if unsettled is None:
@@ -87,15 +87,15 @@ def settle(registry: Registry, state: State, snapshot: Snapshot) -> list[Record]
     return adopted
 
 
-def adopt(state: SandboxState, known: Record | None, *, snaps_lost: bool) -> Record:
+def record_from_gate(state: SandboxState, known: Record | None, *, snaps_lost: bool) -> Record:
     """Return the record of a sandbox as the gate has it."""
     spec = state.spec
     noted = known
     if spec.record:
         with contextlib.suppress(DamagedError):
             noted = decode_record(_number(spec.id), spec.record)
-    record = noted if noted is not None else _guess(state)
-    given, compiled = _divide(record, spec.access)
+    record = noted if noted is not None else _minimal_record(state)
+    given, compiled = _split_rules(record, spec.access)
     held = None
     if snaps_lost and compiled:
         held = msgspec.structs.replace(spec.access, rules=compiled)
@@ -114,16 +114,16 @@ class _Found:
     bus_ids: dict[str, str] = field(default_factory=dict)
 
 
-def _open(path: Path) -> State:
+def _open(path: Path) -> StateFile:
     if not path.exists():
         _clear(path)  # a journal that was left behind would be taken for the new one's
         # Made under another name, so that a file that holds nothing is always one that lost it.
         new = _clear(path.with_name(f"{path.name}.new"))
-        State(new).close()
+        StateFile(new).close()
         _take_its_place(new, path)
     with _held_journal(path) as journal:
         try:
-            state = State(path)
+            state = StateFile(path)
             try:
                 state.check()
             except BaseException:
@@ -147,7 +147,7 @@ def _held_journal(path: Path) -> Iterator[Path]:
         held.unlink(missing_ok=True)
 
 
-def _replace(path: Path, journal: Path, reason: str) -> State:
+def _replace(path: Path, journal: Path, reason: str) -> StateFile:
     try:
         found = _salvage(path, journal)
         new = _clear(path.with_name(f"{path.name}.new"))
@@ -170,7 +170,7 @@ def _replace(path: Path, journal: Path, reason: str) -> State:
         if found.world is not None
         else "; load the snaps again, until then apps of snaps keep the rules they have",
     )
-    return State(path)
+    return StateFile(path)
 
 
 def _salvage(path: Path, journal: Path) -> _Found:
@@ -181,7 +181,7 @@ def _salvage(path: Path, journal: Path) -> _Found:
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(journal, f"{copy}{_JOURNAL}")
         try:
-            state = State(copy)
+            state = StateFile(copy)
         except DamagedError:
             return _Found(records=[])
         try:
@@ -190,7 +190,7 @@ def _salvage(path: Path, journal: Path) -> _Found:
             state.close()
 
 
-def _read(state: State) -> _Found:
+def _read(state: StateFile) -> _Found:
     # Also by whoever is told the sandbox's id: of two that are equal one is as good as the other.
     records = {record.number: record for record in state.load_each()}
     found = _Found(records=list(records.values()))
@@ -206,7 +206,7 @@ def _read(state: State) -> _Found:
 
 
 def _fill(path: Path, found: _Found, aside: str) -> None:
-    state = State(path)
+    state = StateFile(path)
     try:
         for record in found.records:
             state.put(record)
@@ -217,7 +217,7 @@ def _fill(path: Path, found: _Found, aside: str) -> None:
             state.put_tag(bus, unique_name)
         for bus, id_ in found.bus_ids.items():
             state.put_bus_id(bus, id_)
-        state.unsettle(Unsettled(aside=aside, snaps_lost=found.world is None))
+        state.unsettle(PendingRecovery(aside=aside, snaps_lost=found.world is None))
     finally:
         state.close()
 
@@ -263,7 +263,7 @@ def _take_over(
     if known is not None and not known.is_known:
         return None  # it is being made
     before = known.record if known is not None else None
-    record = adopt(state, before, snaps_lost=snaps_lost)
+    record = record_from_gate(state, before, snaps_lost=snaps_lost)
     assert record.number == number
     if before is None:
         registry.restore(record)
@@ -274,7 +274,7 @@ def _take_over(
     return record
 
 
-def _guess(state: SandboxState) -> Record:
+def _minimal_record(state: SandboxState) -> Record:
     """Make a record of what a gate knows that was given none."""
     spec = state.spec
     paths = {one.bus: one.path for one in spec.listeners if one.path}
@@ -302,7 +302,7 @@ def _guess(state: SandboxState) -> Record:
     )
 
 
-def _divide(record: Record, access: AccessList) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
+def _split_rules(record: Record, access: AccessList) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
     """Return the rules that callers gave and those of connections; without the built-in ones."""
     rules = [r for r in access.rules if r not in record.built_in and r.origin != OWN_CALLS]
     if record.type != SNAP_TYPE:

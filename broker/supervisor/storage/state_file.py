@@ -68,14 +68,14 @@ class NoRoomError(BrokerError):
     """Its disk is full: no mistake in the settings, and so worth another try."""
 
 
-class Unsettled(msgspec.Struct, frozen=True, kw_only=True):
+class PendingRecovery(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be asked of the gate, as the file does not know."""
 
     aside: str  # the damaged file; empty: there was no file
     snaps_lost: bool  # with their connections
 
 
-class State:
+class StateFile:
     """The open file."""
 
     def __init__(self, path: Path) -> None:
@@ -232,13 +232,13 @@ class State:
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO bus VALUES (?, ?)", (bus, id_))
 
-    def unsettled(self) -> Unsettled | None:
+    def unsettled(self) -> PendingRecovery | None:
         """Return what the gate has to be asked for. Raises DamagedError."""
         with self._reading():
             rows = self._db.execute("SELECT aside, snaps_lost FROM unsettled").fetchall()
-        return Unsettled(aside=rows[0][0], snaps_lost=bool(rows[0][1])) if rows else None
+        return PendingRecovery(aside=rows[0][0], snaps_lost=bool(rows[0][1])) if rows else None
 
-    def unsettle(self, what: Unsettled | None) -> None:
+    def unsettle(self, what: PendingRecovery | None) -> None:
         """Note what the gate has to be asked for; None: it has been. Raises CallRefusedError."""
         with self._writing():
             self._db.execute("DELETE FROM unsettled")

@@ -40,7 +40,7 @@ Told = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mount:
+class CgroupMount:
     """A cgroup filesystem."""
 
     id: int
@@ -126,7 +126,7 @@ class Cgroups:
         for path in paths:
             self._look(path)
 
-    def _look(self, path: str, mounts: list[Mount] | None = None) -> None:
+    def _look(self, path: str, mounts: list[CgroupMount] | None = None) -> None:
         is_told = False
         for holder, (cgroup, told) in list(self._watched.get(path, {}).items()):
             empty = is_empty(cgroup, mounts)
@@ -264,7 +264,7 @@ def identify(path: str, name: str = "Cgroup") -> Cgroup:
     return cgroup
 
 
-def is_empty(cgroup: Cgroup, mounts: list[Mount] | None = None) -> bool | None:
+def is_empty(cgroup: Cgroup, mounts: list[CgroupMount] | None = None) -> bool | None:
     """Say whether neither it nor a cgroup in it has a process, or it is no more; None: it cannot be seen now."""
     try:
         with _opened(cgroup.path, mounts) as (fd, mount):
@@ -276,7 +276,9 @@ def is_empty(cgroup: Cgroup, mounts: list[Mount] | None = None) -> bool | None:
 
 
 @contextmanager
-def _opened(path: str, mounts: list[Mount] | None = None) -> Iterator[tuple[int, Mount]]:
+def _opened(
+    path: str, mounts: list[CgroupMount] | None = None
+) -> Iterator[tuple[int, CgroupMount]]:
     """Open its folder. Raises OSError, and CallRefusedError if it is in no cgroup filesystem."""
     wanted = PurePath(path)
     if not wanted.is_absolute() or str(wanted) != path or ".." in wanted.parts or "\0" in path:
@@ -299,7 +301,7 @@ def _opened(path: str, mounts: list[Mount] | None = None) -> Iterator[tuple[int,
         os.close(fd)
 
 
-def _is_populated(fd: int, mount: Mount) -> bool:
+def _is_populated(fd: int, mount: CgroupMount) -> bool:
     if not mount.unified:
         return _has_process(fd, MAX_DEPTH)
     for line in _read(fd, _EVENTS).splitlines():
@@ -333,12 +335,12 @@ def _read(folder: int, name: str, size: int = 4096) -> bytes:
         os.close(fd)
 
 
-def find_mounts() -> list[Mount]:
+def find_mounts() -> list[CgroupMount]:
     """Return the cgroup filesystems that are mounted where we see them."""
     return parse_mounts(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
 
 
-def parse_mounts(text: str) -> list[Mount]:
+def parse_mounts(text: str) -> list[CgroupMount]:
     """Return the cgroup filesystems of a mountinfo."""
     mounts = []
     for line in text.splitlines():
@@ -346,7 +348,7 @@ def parse_mounts(text: str) -> list[Mount]:
         fields, kind = before.split(" "), after.partition(" ")[0]
         if kind in _KINDS and len(fields) > 4:
             point = PurePath(_unescape(fields[4]))
-            mounts.append(Mount(id=int(fields[0]), point=point, unified=_KINDS[kind]))
+            mounts.append(CgroupMount(id=int(fields[0]), point=point, unified=_KINDS[kind]))
     return mounts
 
 

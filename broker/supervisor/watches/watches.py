@@ -46,7 +46,7 @@ def follows_creator(record: Record) -> bool:
     return not ends_otherwise and not record.keep_after_creator
 
 
-class Vigil:
+class SandboxWatches:
     """The watch over all sandboxes. `happen` is told what happened, and may be so within each call."""
 
     def __init__(
@@ -62,7 +62,7 @@ class Vigil:
         self.cgroups: Final = cgroups
         self._watches: Final = watches
         self._happen: Final = happen
-        self._creators: Final = Creators()
+        self._creators: Final = CreatorWatch()
         self._limits: Final = TimeLimits(now)
         self._now: Final = now
 
@@ -179,7 +179,7 @@ class TimeLimits:
                 yield id_
 
 
-class Creators:
+class CreatorWatch:
     """The sandboxes that follow somebody: (bus, unique name) -> their ids."""
 
     def __init__(self) -> None:

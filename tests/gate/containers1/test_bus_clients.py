@@ -6,14 +6,14 @@ import socket
 import pytest
 
 from broker.control_protocol.messages import (
+    ContainerServer,
+    ContainerServerLost,
     Done,
     Ended,
     Refused,
-    SetUpstream,
+    SetContainerServer,
     StopListening,
     StopSandbox,
-    Upstream,
-    UpstreamLost,
 )
 from broker.gate.dumps import Fds
 from broker.wire.errors import DISCONNECTED
@@ -127,14 +127,16 @@ def test_a_bus_that_goes_away_leaves_its_sandboxes_waiting(stage: Stage) -> None
     stage.bus.close()
     stage.go_on()
     stage.take()
-    assert stage.events == [UpstreamLost("c0", "session")]
-    assert stage.upstreams() == {"session": Upstream()}
+    assert stage.events == [ContainerServerLost("c0", "session")]
+    assert stage.upstreams() == {"session": ContainerServer()}
     again = stage.make()
-    assert stage.call(SetUpstream("c0", "session", again)) == Done()
+    assert stage.call(SetContainerServer("c0", "session", again)) == Done()
     assert stage.upstreams() == {"session": again}
-    assert stage.call(SetUpstream("c0", "session", None)) == Done()
+    assert stage.call(SetContainerServer("c0", "session", None)) == Done()
     assert stage.upstreams() == {}
-    assert isinstance(stage.call(SetUpstream("c0", "session", Upstream(instance="/x"))), Refused)
+    assert isinstance(
+        stage.call(SetContainerServer("c0", "session", ContainerServer(instance="/x"))), Refused
+    )
 
 
 @pytest.mark.parametrize("is_replaced", [True, False])
@@ -142,13 +144,15 @@ def test_a_server_that_is_replaced_is_ended(stage: Stage, is_replaced: bool) -> 
     first, second = stage.make(), stage.make()
     stage.add_labelled(first)
     after = second if is_replaced else None
-    assert stage.call(SetUpstream("c0", "session", after)) == Done()
+    assert stage.call(SetContainerServer("c0", "session", after)) == Done()
     stage.go_on()
     assert stage.stopped() == [first.instance]
     stage.bus.emit_removed(first.instance)
     stage.go_on()
     assert stage.upstreams() == ({"session": second} if is_replaced else {})
-    assert isinstance(stage.call(SetUpstream("c0", "session", Upstream(instance="/x"))), Refused)
+    assert isinstance(
+        stage.call(SetContainerServer("c0", "session", ContainerServer(instance="/x"))), Refused
+    )
     assert stage.stopped() == [first.instance]
 
 
@@ -161,7 +165,7 @@ def test_a_bus_that_ends_in_order_leaves_its_sandboxes_waiting(stage: Stage) -> 
     stage.bus.close()
     stage.go_on()
     stage.take()
-    assert stage.events == [UpstreamLost("c0", "session")]
+    assert stage.events == [ContainerServerLost("c0", "session")]
 
 
 def test_a_connection_waits_for_a_server_that_is_made_again(
@@ -183,7 +187,7 @@ def test_a_connection_waits_for_a_server_that_is_made_again(
         stage.go_on()
         assert places == []
         again = stage.make()
-        stage.call(SetUpstream("c0", "session", again))
+        stage.call(SetContainerServer("c0", "session", again))
         assert places == [again.address]
 
 

@@ -12,7 +12,7 @@ from broker.gate.filter.bus_state import (
     MAX_LATE,
     MAX_LATE_RULES,
     UNKNOWN,
-    Bus,
+    BusState,
 )
 from broker.wire import errors
 from policy.match import Judge
@@ -32,8 +32,8 @@ class Member:
         self.strangers.append("*")
 
 
-def make_bus(*members: Member) -> Bus:
-    bus = Bus("session", "unix:path=/x")
+def make_bus(*members: Member) -> BusState:
+    bus = BusState("session", "unix:path=/x")
     bus.members.update(members)
     return bus
 
@@ -82,17 +82,17 @@ def test_attack_i1_flood_of_others_makes_nobody_a_host() -> None:
 
 
 def test_attack_i1_next_gate_knows_whom_the_one_that_died_had(tmp_path: Path) -> None:
-    bus = Bus("session", "unix:path=/x", tmp_path)
+    bus = BusState("session", "unix:path=/x", tmp_path)
     bus.met("a" * 32)
     bus.connected(":1.5", "c1", APP)
-    after = Bus("session", "unix:path=/x", tmp_path)
+    after = BusState("session", "unix:path=/x", tmp_path)
     assert after.who(":1.5") is None  # nobody may rely on that:
     assert after.ledger.is_doubtful(":1.5")
     assert not after.ledger.is_doubtful(":1.6")
     after.met("a" * 32)
     assert (after.peer(":1.5"), after.who(":1.5")) == (UNKNOWN, "")
     assert after.peer(":1.6") is None
-    another = Bus("session", "unix:path=/x", tmp_path)
+    another = BusState("session", "unix:path=/x", tmp_path)
     another.met("b" * 32)
     assert not another.ledger.is_doubtful(":1.5")
     assert another.peer(":1.5") is None
@@ -103,7 +103,7 @@ def make_speaker(rules: int) -> Judge:
     return Judge(AccessList(rules=(one,) * rules), bus="session", me=APP)
 
 
-def leave(bus: Bus, judge: Judge, *names: str) -> None:
+def leave(bus: BusState, judge: Judge, *names: str) -> None:
     for name in names:
         bus.connected(name, "c1", APP)
         bus.speaks(name, judge)
@@ -111,7 +111,7 @@ def leave(bus: Bus, judge: Judge, *names: str) -> None:
         bus.gone(name)
 
 
-def kept_rules(bus: Bus) -> int:
+def kept_rules(bus: BusState) -> int:
     return sum(len(judge.access.rules) for judge in set(bus.speakers.values()))
 
 
@@ -150,16 +150,16 @@ def test_names_of_a_gate_that_wrote_none_down_are_written_down(tmp_path: Path) -
     old = make_bus()
     old.met("a" * 32)
     old.connected(":1.5", "c1", APP)
-    new = Bus("session", "unix:path=/x", tmp_path)
+    new = BusState("session", "unix:path=/x", tmp_path)
     new.load(msgspec.structs.replace(old.dump(), spans=()))
     new.resume()
-    after = Bus("session", "unix:path=/x", tmp_path)
+    after = BusState("session", "unix:path=/x", tmp_path)
     after.met("a" * 32)
     assert after.peer(":1.5") is UNKNOWN
 
 
 class Rest:
-    def __init__(self, bus: Bus, name: str) -> None:
+    def __init__(self, bus: BusState, name: str) -> None:
         self._bus, self._name = bus, name
 
     def close(self) -> None:
@@ -256,7 +256,7 @@ class _Link:
 
 
 def test_nobody_of_a_bus_that_was_is_known_on_the_one_that_took_its_place() -> None:
-    bus = Bus("session", "unix:path=/x")
+    bus = BusState("session", "unix:path=/x")
     link = _Link()
     bus.met("a" * 32)
     bus.links.add(link)

@@ -2,8 +2,13 @@
 
 import pytest
 
-from broker.gate.filter.bus_state import Bus
-from broker.gate.filter.connection_state import LAST_SERIAL, OWN_SERIALS, Core, Target
+from broker.gate.filter.bus_state import BusState
+from broker.gate.filter.connection_state import (
+    FIRST_GATE_SERIAL,
+    LAST_SERIAL,
+    ConnectionState,
+    Replier,
+)
 from broker.gate.filter.verdict_cache import remember_shape
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import parse_header
@@ -13,37 +18,43 @@ from tests.helpers.messages import access, changed
 from tests.helpers.modelbus import APP, FakeHost
 
 
-def make_core() -> Core:
+def make_core() -> ConnectionState:
     judge = Judge(access(), bus="session", me=APP)
-    return Core(Bus("session", ""), FakeHost(), judge, app_takes_fds=True)
+    return ConnectionState(BusState("session", ""), FakeHost(), judge, app_takes_fds=True)
 
 
 def test_own_serials_are_those_that_no_call_waits_with() -> None:
     core = make_core()
-    core.pending[OWN_SERIALS + 1] = Target(":1.2")
-    assert [core.own_serial() for _ in range(3)] == [OWN_SERIALS, OWN_SERIALS + 2, OWN_SERIALS + 3]
+    core.pending[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
+    assert [core.own_serial() for _ in range(3)] == [
+        FIRST_GATE_SERIAL,
+        FIRST_GATE_SERIAL + 2,
+        FIRST_GATE_SERIAL + 3,
+    ]
 
 
 def test_own_serials_begin_again_at_their_end() -> None:
     core = make_core()
     core._next_own = LAST_SERIAL
-    assert [core.own_serial(), core.own_serial()] == [LAST_SERIAL, OWN_SERIALS]
+    assert [core.own_serial(), core.own_serial()] == [LAST_SERIAL, FIRST_GATE_SERIAL]
 
 
 def test_own_serials_that_are_all_in_use_end_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("broker.gate.filter.connection_state.LAST_SERIAL", OWN_SERIALS + 2)
+    monkeypatch.setattr("broker.gate.filter.connection_state.LAST_SERIAL", FIRST_GATE_SERIAL + 2)
     core = make_core()
-    core.pending.update(dict.fromkeys(range(OWN_SERIALS, OWN_SERIALS + 3), Target(":1.2")))
+    core.pending.update(
+        dict.fromkeys(range(FIRST_GATE_SERIAL, FIRST_GATE_SERIAL + 3), Replier(":1.2"))
+    )
     with pytest.raises(PeerQuotaError, match="too many"):
         core.own_serial()
 
 
 def test_only_serials_of_the_app_wait_for_the_app() -> None:
     core = make_core()
-    core.pending.update({5: Target(":1.2"), OWN_SERIALS: Target(":1.2")})
-    assert [core.waits(serial) for serial in (5, 6, OWN_SERIALS)] == [True, False, False]
+    core.pending.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
+    assert [core.waits(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [True, False, False]
 
 
 def shaped(path: str, serial: int = 7) -> bytes:
@@ -77,7 +88,7 @@ def test_shape_that_is_too_long_leaves_nothing() -> None:
 
 def test_stranger_that_was_judged_as_host_drops_the_verdicts() -> None:
     core = make_core()
-    core.app_calls.remember(b"key", Target(":1.5"), ":1.5")
+    core.app_calls.remember(b"key", Replier(":1.5"), ":1.5")
     core.stranger_appeared(":1.6")
     assert core.app_calls
     core.stranger_appeared(":1.5")

@@ -6,7 +6,7 @@ import pytest
 
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import OWN_SERIALS, REPLY_SERIAL
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, REPLY_SERIAL
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag
@@ -192,7 +192,7 @@ def test_signal_to_the_bus_itself_is_dropped() -> None:
 
 
 @BOTH_ORDERS
-@pytest.mark.parametrize("serial", [OWN_SERIALS, OWN_SERIALS + 1, 0xFFFFFFFF])
+@pytest.mark.parametrize("serial", [FIRST_GATE_SERIAL, FIRST_GATE_SERIAL + 1, 0xFFFFFFFF])
 def test_serial_of_the_gates_range_is_translated_and_back(serial: int, order: Order) -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     for _ in range(2):
@@ -210,16 +210,16 @@ def test_driver_calls_serial_is_translated_and_back(order: Order) -> None:
     talk = Dialogue(access("see:org.a"), owners=OWNERS)
     for member in ("AddMatch", "GetNameOwner"):
         text = "" if member == "AddMatch" else "org.a"
-        (reply,) = talk.app(order(driver_call(OWN_SERIALS + 5, member, "s", text)))
-        assert (reply.text, reply.header.reply_serial) == ("return", OWN_SERIALS + 5)
-    (reply,) = talk.app(order(driver_call(OWN_SERIALS + 5, "ListNames")))
-    assert reply.header.reply_serial == OWN_SERIALS + 5
+        (reply,) = talk.app(order(driver_call(FIRST_GATE_SERIAL + 5, member, "s", text)))
+        assert (reply.text, reply.header.reply_serial) == ("return", FIRST_GATE_SERIAL + 5)
+    (reply,) = talk.app(order(driver_call(FIRST_GATE_SERIAL + 5, "ListNames")))
+    assert reply.header.reply_serial == FIRST_GATE_SERIAL + 5
 
 
 def test_hellos_serial_is_translated_and_back() -> None:
     talk = Dialogue(hello=False)
-    reply = talk.app(driver_call(OWN_SERIALS, "Hello"))[0]
-    assert (reply.header.reply_serial, reply.body) == (OWN_SERIALS, (ME,))
+    reply = talk.app(driver_call(FIRST_GATE_SERIAL, "Hello"))[0]
+    assert (reply.header.reply_serial, reply.body) == (FIRST_GATE_SERIAL, (ME,))
 
 
 @pytest.mark.parametrize(
@@ -231,16 +231,16 @@ def test_hellos_serial_is_translated_and_back() -> None:
 )
 def test_other_serials_of_the_gates_range_are_translated(make: Callable[[int], bytes]) -> None:
     talk = Dialogue(access("send:"), owners=OWNERS)
-    talk.app(make(5), make(OWN_SERIALS + 100), make(6))
+    talk.app(make(5), make(FIRST_GATE_SERIAL + 100), make(6))
     first, translated, last = talk.model.seen[-3:]
     assert (first.header.serial, last.header.serial) == (5, 6)
-    assert translated.header.serial not in (5, OWN_SERIALS + 100)
+    assert translated.header.serial not in (5, FIRST_GATE_SERIAL + 100)
     assert translated.header.member == first.header.member
 
 
 def test_serial_of_the_gates_range_waits_once() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
-    serial = OWN_SERIALS + 100
+    serial = FIRST_GATE_SERIAL + 100
     assert names(talk.app(call(serial, "org.a"), call(serial, "org.a"))) == ["error AccessDenied"]
     (asked,) = talk.arrived
     (reply,) = talk.reply(asked, sender=":1.2")
@@ -255,7 +255,7 @@ def test_serial_of_a_waiting_call_of_the_gate_is_not_taken_for_the_apps() -> Non
     talk.paused = True
     talk.use(access("send:org.a", "send:org.b"))
     waiting = next(iter(talk.core.pending))
-    assert waiting >= OWN_SERIALS
+    assert waiting >= FIRST_GATE_SERIAL
     talk.app(driver_call(waiting, "GetId"))
     (answer,) = talk.resume()
     assert (answer.text, answer.header.reply_serial) == ("return", waiting)

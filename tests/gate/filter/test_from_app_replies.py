@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire.header import MessageType
 from broker.wire.marshal import make_error, make_return
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, names
@@ -78,7 +78,9 @@ def test_reply_with_descriptors_and_an_odd_serial_is_passed_clean() -> None:
     talk = Dialogue()
     talk.deliver(changed(call(8, ME), sender=":1.2"))
     talk.app(
-        changed(answer(OWN_SERIALS + 1, 8), unix_fds=1, sender=":1.9", extra={11: ("s", "x")}),
+        changed(
+            answer(FIRST_GATE_SERIAL + 1, 8), unix_fds=1, sender=":1.9", extra={11: ("s", "x")}
+        ),
         fds=[5],
     )
     (reply,) = talk.model.seen

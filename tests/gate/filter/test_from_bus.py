@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER, Bus
-from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.marshal import make_error, make_return
@@ -97,7 +97,7 @@ def test_former_owner_may_answer_what_it_was_asked() -> None:
 
 def test_owner_after_next_may_answer_too() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
-    talk.app(call(2, "org.a"), call(OWN_SERIALS + 9, "org.a"))
+    talk.app(call(2, "org.a"), call(FIRST_GATE_SERIAL + 9, "org.a"))
     talk.change("org.a", "")
     talk.change("org.a", ":1.4")
     for asked in talk.arrived:
@@ -122,7 +122,7 @@ def test_reply_is_let_in_whatever_the_rules_say_by_then() -> None:
 
 def test_owner_is_followed_after_the_rules_forgot_the_name() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
-    talk.app(call(2, "org.a"), call(OWN_SERIALS + 9, "org.a"))
+    talk.app(call(2, "org.a"), call(FIRST_GATE_SERIAL + 9, "org.a"))
     talk.use(access())
     talk.change("org.a", ":1.4")
     for asked in talk.arrived:
@@ -152,7 +152,7 @@ def test_reply_to_a_waiting_call_of_the_gate_does_not_come_from_a_peer() -> None
 
 def test_unknown_fields_of_a_reply_are_stripped() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
-    talk.app(call(2, "org.a"), call(OWN_SERIALS + 9, "org.a"))
+    talk.app(call(2, "org.a"), call(FIRST_GATE_SERIAL + 9, "org.a"))
     for asked in talk.arrived:
         plain = make_reply(asked, sender=":1.2", destination=ME)
         # In front of the others, so that REPLY_SERIAL is not where a clean header has it.
@@ -162,7 +162,7 @@ def test_unknown_fields_of_a_reply_are_stripped() -> None:
         (reply,) = talk.deliver(plain[:12] + longer + field + plain[16:])
         assert not reply.header.has_unknown
         assert reply.header.sender == ":1.2"
-    assert [m.header.reply_serial for m in talk.got] == [2, OWN_SERIALS + 9]
+    assert [m.header.reply_serial for m in talk.got] == [2, FIRST_GATE_SERIAL + 9]
 
 
 def test_reply_of_the_bus_in_another_form_ends_the_connection() -> None:
@@ -223,7 +223,7 @@ def test_sandboxed_caller_needs_a_rule() -> None:
 
 
 def test_attack_i1_backlog_of_one_that_hung_up_is_its_own() -> None:
-    shared = Bus("session", "unix:path=/none")
+    shared = BusState("session", "unix:path=/none")
     caller = Dialogue(shared=shared, me=":1.8", identity=OTHER_APP)
     rules = access("receive:,peer=host", "receive:@/app,peer=app:org.test/other")
     talk = Dialogue(rules, shared=shared)
@@ -237,7 +237,7 @@ def test_attack_i1_backlog_of_one_that_hung_up_is_its_own() -> None:
 
 def test_nobody_of_a_sandbox_that_is_not_known_any_more_is_a_host() -> None:
     # Its messages come later than 4096 others have left, or its gate has died.
-    shared = Bus("session", "unix:path=/none")
+    shared = BusState("session", "unix:path=/none")
     shared.ledger.add(":1.8")
     rules = access("receive:,peer=host", "receive:,peer=app:org.test/other", "receive:org.a")
     talk = Dialogue(rules, shared=shared, owners={"org.a": ":1.8", "org.b": ":1.9"})
@@ -349,7 +349,7 @@ def test_broadcast_of_a_sandboxed_app_is_judged_by_its_peer() -> None:
 
 
 def test_broadcast_of_a_sandboxed_app_is_heard_by_whom_its_rules_say() -> None:
-    shared = Bus("session", "unix:path=/none")
+    shared = BusState("session", "unix:path=/none")
     rules = access("send:@/ok,peer=app:org.test/other", "send:@/all", receive_from_host=False)
     speaker = Dialogue(rules, shared=shared, me=":1.8")
     meant = Dialogue(access("receive:"), shared=shared, identity=OTHER_APP)

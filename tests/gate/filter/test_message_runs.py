@@ -3,16 +3,16 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from broker.gate.dumps import Then
-from broker.gate.filter.connection_state import OWN_SERIALS, Special, Target
-from broker.gate.filter.message_runs import take_calls, take_replies
+from broker.gate.dumps import ReplyAction
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, InterceptedCall, Replier
+from broker.gate.filter.message_runs import match_call_run, match_reply_run
 from broker.wire.fixed_header import U32
 from broker.wire.header import measure_header, parse_header
 from broker.wire.marshal import make_return
 from tests.helpers.messages import NO_REPLY, access, call, changed, names
 from tests.helpers.modelbus import ME, Dialogue
 
-TARGET = Target(":1.2", "org.a")
+TARGET = Replier(":1.2", "org.a")
 ROOM = 100
 
 
@@ -22,10 +22,10 @@ def place_of(first: bytes) -> tuple[int, int, int]:
 
 def calls(*messages: bytes, room: int = ROOM, waiting: tuple[int, ...] = ()) -> list[int]:
     """Return the serials that wait when the first call was let through and those like it behind it were taken."""
-    pending: dict[int, Target | Special] = dict.fromkeys(waiting, Target(":1.9"))
+    pending: dict[int, Replier | InterceptedCall] = dict.fromkeys(waiting, Replier(":1.9"))
     pending[parse_header(messages[0]).serial] = TARGET
     before = set(pending)
-    count = take_calls(b"".join(messages), place_of(messages[0]), pending, room)
+    count = match_call_run(b"".join(messages), place_of(messages[0]), pending, room)
     taken = [serial for serial in pending if serial not in before]
     assert len(taken) == count
     assert all(pending[serial] is TARGET for serial in taken)
@@ -57,7 +57,7 @@ def test_what_is_not_whole_is_left() -> None:
         pytest.param(call(8, "org.a", flags=NO_REPLY), id="flags"),
         pytest.param(changed(a_call(8), sender=":1.1"), id="more-fields"),
         pytest.param(a_call(7), id="serial-that-waits"),
-        pytest.param(a_call(OWN_SERIALS), id="serial-of-the-gate"),
+        pytest.param(a_call(FIRST_GATE_SERIAL), id="serial-of-the-gate"),
         pytest.param(U32.pack(0).join((a_call(8)[:8], a_call(8)[12:])), id="serial-0"),
     ],
 )
@@ -89,17 +89,17 @@ def a_reply(to: int, *, sender: str = ":1.2", text: str = "") -> bytes:
     )
 
 
-def replies(*messages: bytes, waiting: dict[int, Target | Special]) -> list[int]:
+def replies(*messages: bytes, waiting: dict[int, Replier | InterceptedCall]) -> list[int]:
     """Return the serials that were answered behind the first reply."""
     pending = dict(waiting)
     at = parse_header(messages[0]).reply_serial_at
-    count = take_replies(b"".join(messages), place_of(messages[0]), at, pending, ":1.2")
+    count = match_reply_run(b"".join(messages), place_of(messages[0]), at, pending, ":1.2")
     answered = [serial for serial in waiting if serial not in pending]
     assert len(answered) == count
     return answered
 
 
-WAITING: dict[int, Target | Special] = dict.fromkeys(range(1, 20), TARGET)
+WAITING: dict[int, Replier | InterceptedCall] = dict.fromkeys(range(1, 20), TARGET)
 
 
 def test_replies_in_a_run_are_let_through_once_each() -> None:
@@ -119,12 +119,12 @@ def test_replies_in_a_run_are_let_through_once_each() -> None:
         pytest.param(a_reply(7, sender=":1.3"), {}, id="sender"),
         pytest.param(a_reply(7, text="x"), {}, id="body"),
         pytest.param(a_reply(40), {}, id="nobody-asked"),
-        pytest.param(a_reply(7), {7: Target(":1.3", "org.b")}, id="another-was-asked"),
-        pytest.param(a_reply(7), {7: Special(Then("ignore"), TARGET)}, id="special"),
+        pytest.param(a_reply(7), {7: Replier(":1.3", "org.b")}, id="another-was-asked"),
+        pytest.param(a_reply(7), {7: InterceptedCall(ReplyAction("ignore"), TARGET)}, id="special"),
     ],
 )
 def test_reply_that_is_otherwise_ends_it(
-    other: bytes, waiting: dict[int, Target | Special]
+    other: bytes, waiting: dict[int, Replier | InterceptedCall]
 ) -> None:
     run = (a_reply(20), a_reply(5), a_reply(6), other, a_reply(8), a_reply(9), a_reply(10))
     assert replies(*run, waiting=WAITING | waiting) == [5, 6]

@@ -5,7 +5,7 @@ import weakref
 
 from hypothesis import given, strategies as st
 
-from broker.gate.filter.pending_calls import History, Since
+from broker.gate.filter.pending_calls import OwnerHistory, OwnersSince
 
 OWNERS = st.sampled_from(["", ":1.1", ":1.2", ":1.3", ":1.4", ":1.5"])
 
@@ -14,10 +14,10 @@ OWNERS = st.sampled_from(["", ":1.1", ":1.2", ":1.3", ":1.4", ":1.5"])
 def test_it_is_whoever_owned_it_from_then_on(
     owners: list[str], start: int, before: set[str]
 ) -> None:
-    history, changes = History(100), list(zip(["", *owners], [*owners, ""], strict=True))
+    history, changes = OwnerHistory(100), list(zip(["", *owners], [*owners, ""], strict=True))
     for change in changes[:start]:
         history.add(*change)
-    others = Since(history, before)
+    others = OwnersSince(history, before)
     for change in changes[start:]:
         history.add(*change)
     expected = {*before, *(owner for change in changes[start:] for owner in change if owner)}
@@ -27,11 +27,11 @@ def test_it_is_whoever_owned_it_from_then_on(
 
 
 def test_old_changes_are_forgotten() -> None:
-    history = History(3)
-    first = Since(history, ())
+    history = OwnerHistory(3)
+    first = OwnersSince(history, ())
     for number in range(10):
         history.add(f":1.{number}", f":1.{number + 1}")
-    last = Since(history, ())
+    last = OwnersSince(history, ())
     assert sorted(first) == [":1.10", ":1.7", ":1.8", ":1.9"]
     assert not last
     history.add(":1.10", "")
@@ -39,8 +39,8 @@ def test_old_changes_are_forgotten() -> None:
 
 
 def test_it_lives_as_long_as_somebody_reads_it() -> None:
-    history = History(3)
-    others, gone = Since(history, ()), weakref.ref(history)
+    history = OwnerHistory(3)
+    others, gone = OwnersSince(history, ()), weakref.ref(history)
     del history
     assert gone() is not None
     del others

@@ -2,7 +2,7 @@
 
 import pytest
 
-from broker.gate.filter.receive_buffer import MAX_UNCLAIMED_FDS, SMALL, Intake
+from broker.gate.filter.receive_buffer import MAX_UNCLAIMED_FDS, SMALL, ReceiveBuffer
 from broker.wire.errors import PeerProtocolError
 
 
@@ -12,7 +12,7 @@ class Account:
 
 def test_whole_input_is_given_at_once() -> None:
     account = Account()
-    intake = Intake(account)
+    intake = ReceiveBuffer(account)
     assert intake.take(b"abc", ()) == b"abc"
     intake.consumed(b"abc", 3)
     assert (intake.held, account.bytes_held) == (0, 0)
@@ -20,7 +20,7 @@ def test_whole_input_is_given_at_once() -> None:
 
 def test_rest_is_held_until_there_is_as_much_as_needed() -> None:
     account = Account()
-    intake = Intake(account)
+    intake = ReceiveBuffer(account)
     data = intake.take(b"abcd", ())
     assert data is not None
     intake.need(4)
@@ -32,7 +32,7 @@ def test_rest_is_held_until_there_is_as_much_as_needed() -> None:
 
 
 def test_trickle_is_put_together() -> None:
-    intake = Intake(None)
+    intake = ReceiveBuffer(None)
     intake.need(3 * SMALL)
     assert intake.take(b"x", ()) == b"x"
     intake.need(3 * SMALL)
@@ -47,7 +47,7 @@ def test_trickle_is_put_together() -> None:
 
 def test_skipped_bytes_are_not_held() -> None:
     account = Account()
-    intake = Intake(account)
+    intake = ReceiveBuffer(account)
     intake.skip(5)
     assert intake.take(b"abc", ()) is None
     assert account.bytes_held == 0
@@ -55,7 +55,7 @@ def test_skipped_bytes_are_not_held() -> None:
 
 
 def test_what_was_taken_can_be_put_back() -> None:
-    intake = Intake(None)
+    intake = ReceiveBuffer(None)
     intake.put_back(b"ab")
     intake.put_back(b"cd")
     assert intake.held == 4
@@ -63,7 +63,7 @@ def test_what_was_taken_can_be_put_back() -> None:
 
 
 def test_descriptors_belong_to_a_message_that_has_bytes_of_their_read() -> None:
-    intake = Intake(None)
+    intake = ReceiveBuffer(None)
     assert intake.take(b"abcd", [5, 6]) == b"abcd"
     assert intake.peek_fds(1) == (5,)
     assert intake.peek_fds(2) == (5, 6)
@@ -77,7 +77,7 @@ def test_descriptors_belong_to_a_message_that_has_bytes_of_their_read() -> None:
 
 
 def test_descriptors_that_belong_to_no_message_are_an_error() -> None:
-    intake = Intake(None)
+    intake = ReceiveBuffer(None)
     intake.take(b"abcd", [5])
     with pytest.raises(PeerProtocolError, match="no message"):
         intake.consumed(b"abcd", 4)
@@ -85,7 +85,7 @@ def test_descriptors_that_belong_to_no_message_are_an_error() -> None:
 
 
 def test_descriptors_do_not_go_to_a_later_message_of_the_same_read() -> None:
-    intake = Intake(None)
+    intake = ReceiveBuffer(None)
     intake.take(b"ab", [5])
     intake.need(4)
     intake.consumed(b"ab", 0)
@@ -97,7 +97,7 @@ def test_descriptors_do_not_go_to_a_later_message_of_the_same_read() -> None:
 
 
 def test_descriptors_of_a_later_read_wait_for_their_message() -> None:
-    intake = Intake(None)
+    intake = ReceiveBuffer(None)
     intake.take(b"ab", ())
     intake.need(4)
     intake.consumed(b"ab", 0)
@@ -107,7 +107,7 @@ def test_descriptors_of_a_later_read_wait_for_their_message() -> None:
 
 
 def test_more_descriptors_than_came_are_an_error() -> None:
-    intake = Intake(None)
+    intake = ReceiveBuffer(None)
     assert intake.peek_fds(0) == ()
     with pytest.raises(PeerProtocolError, match="1 descriptors, 0 came"):
         intake.peek_fds(1)
@@ -115,7 +115,7 @@ def test_more_descriptors_than_came_are_an_error() -> None:
 
 def test_descriptors_are_bounded_and_given_up_at_the_end() -> None:
     account = Account()
-    intake = Intake(account)
+    intake = ReceiveBuffer(account)
     intake.take(b"ab", range(MAX_UNCLAIMED_FDS))
     intake.consumed(b"ab", 1)
     with pytest.raises(PeerProtocolError, match="more file descriptors"):

@@ -6,12 +6,12 @@ from broker.gate.filter.verdict_cache import (
     MAX_LINKS,
     MAX_REMEMBERED,
     MAX_REMEMBERED_BYTES,
-    Verdicts,
+    VerdictTable,
 )
 
 
 def test_they_are_bounded_in_number_and_size() -> None:
-    table: Verdicts[bool] = Verdicts()
+    table: VerdictTable[bool] = VerdictTable()
     for n in range(MAX_REMEMBERED + 1):
         table.remember(n.to_bytes(4, "little"), True, ":1.2")
     assert len(table) == 1
@@ -20,7 +20,7 @@ def test_they_are_bounded_in_number_and_size() -> None:
 
 
 def test_names_of_verdicts_that_are_forgotten_are_bounded() -> None:
-    table: Verdicts[bool] = Verdicts()
+    table: VerdictTable[bool] = VerdictTable()
     for n in range(10 * MAX_LINKS):
         table.remember(n.to_bytes(4, "little"), True, "org.a", ":1.2")
         table.forget_about(":1.2")
@@ -40,7 +40,7 @@ NAMES = st.sampled_from("abcd")
     )
 )
 def test_what_rests_on_other_names_stays(steps: list[object]) -> None:
-    table: Verdicts[int] = Verdicts()
+    table: VerdictTable[int] = VerdictTable()
     kept: dict[bytes, set[str]] = {}
     rests: dict[bytes, set[str]] = {}  # on whatever it has rested since it was forgotten
     for step in steps:

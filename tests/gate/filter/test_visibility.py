@@ -2,7 +2,7 @@
 
 import pytest
 
-from broker.gate.filter.bus_state import DRIVER, Bus
+from broker.gate.filter.bus_state import DRIVER, BusState
 from broker.gate.filter.connection_state import MAX_CALLERS
 from broker.gate.filter.visibility import MAX_LATELY_SEEN
 from tests.helpers.messages import Message, access, call, changed, driver_call, names
@@ -140,7 +140,7 @@ def test_end_of_a_connection_is_heard_even_if_its_name_went_before() -> None:
 
 def test_end_of_a_sandboxed_peer_is_heard() -> None:
     # The gate closes a peer's connection before the bus tells the others of it.
-    shared = Bus("session", "unix:path=/none")
+    shared = BusState("session", "unix:path=/none")
     peer = Dialogue(shared=shared, me=":1.8", identity=APP)
     talk = Dialogue(access("see:,peer=same-app"), shared=shared)
     talk.subscribe()

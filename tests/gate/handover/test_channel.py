@@ -18,11 +18,11 @@ from broker.gate.dumps import (
     Go,
     HandoverError,
     Offer,
-    PipeDump,
     Ready,
+    StreamDump,
     Word,
 )
-from broker.gate.handover.channel import FDS_A_PACKET, PACKET, Channel, hand_over, same
+from broker.gate.handover.channel import FDS_A_PACKET, PACKET, Channel, dump_equals, hand_over
 from broker.gate.io.stream import close_fds
 
 OFFER: Final = Offer(pid=7, reads=READS)
@@ -130,8 +130,8 @@ def play(ends: tuple[Channel, Channel], *words: Word, frames: int = 2) -> str:
     return ""
 
 
-def _opening(fds: Fds) -> PipeDump:
-    return PipeDump(fd=fds.put(0))
+def _opening(fds: Fds) -> StreamDump:
+    return StreamDump(fd=fds.put(0))
 
 
 def test_who_is_ready_is_told_to_go(ends: tuple[Channel, Channel]) -> None:
@@ -165,20 +165,20 @@ def test_version_is_one_that_is_read_here() -> None:
         pytest.param(_opening, [0], True, id="same"),
         pytest.param(_opening, [1], False, id="other-descriptor"),
         pytest.param(_opening, [], False, id="no-descriptor"),
-        pytest.param(lambda _fds: PipeDump(fd=0, reading=False), [], False, id="other-state"),
+        pytest.param(lambda _fds: StreamDump(fd=0, reading=False), [], False, id="other-state"),
     ],
 )
 def test_what_came_is_compared(
     dump: Callable[[Fds], msgspec.Struct], fds: list[int], is_same: bool
 ) -> None:
-    assert same(dump, PipeDump(fd=0), fds) is is_same
+    assert dump_equals(dump, StreamDump(fd=0), fds) is is_same
 
 
 def test_a_state_that_cannot_be_written_is_a_reason(ends: tuple[Channel, Channel]) -> None:
     old, new = ends
     new.say(OFFER)
 
-    def defect(_fds: Fds) -> PipeDump:
+    def defect(_fds: Fds) -> StreamDump:
         raise KeyError("oops")
 
     with pytest.raises(HandoverError, match="oops"):

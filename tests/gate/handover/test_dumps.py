@@ -12,23 +12,23 @@ from hypothesis import given, settings, strategies as st
 from broker.control_protocol.messages import SandboxLimits, SandboxSpec
 from broker.gate.dumps import (
     VERSION,
+    AppConnectionDump,
     BudgetDump,
     BusDump,
     CallDump,
-    ComplaintsDump,
     Fds,
     FilterDump,
     Go,
     HandoverError,
     HistoryDump,
-    LinkDump,
     Offer,
-    PipeDump,
     PlainCalls,
     PlainCallsDump,
+    RateLimitedLogDump,
+    ReplierDump,
+    ReplyAction,
     SandboxDump,
-    TargetDump,
-    Then,
+    StreamDump,
     WaitingDump,
     decode_opening,
     decode_sandbox,
@@ -37,8 +37,8 @@ from broker.gate.dumps import (
     modern,
     unpack_rows,
 )
-from broker.gate.filter.bus_state import DRIVER, Bus
-from broker.gate.filter.connection_state import Special
+from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.connection_state import InterceptedCall
 from broker.gate.filter.filter import Filter
 from broker.gate.handover.take_over import check_judgement
 from broker.wire import marshal
@@ -190,7 +190,7 @@ def handed_over(player: Player) -> tuple[Player, FilterDump, BusDump]:
     fds = Fds()
     dump = msgspec.msgpack.decode(encode(talk.filter.dump(fds)), type=FilterDump)
     bus_dump = msgspec.msgpack.decode(encode(talk.bus.dump()), type=BusDump)
-    bus = Bus(bus_dump.name, bus_dump.address)
+    bus = BusState(bus_dump.name, bus_dump.address)
     bus.load(bus_dump)
     host = FakeHost(identity=talk.host.identity, limits=talk.host.limits)
     judging = Filter(bus, host, talk.core.judge, app_takes_fds=dump.app_takes_fds)
@@ -262,8 +262,11 @@ def test_another_goes_on_as_the_one_would_have(
 def test_a_reply_that_nobody_here_knows_to_deal_with_is_refused() -> None:
     talk = Dialogue(RULES[0], owners=OWNERS)
     dump = talk.filter.dump(Fds())
-    for then in (Then("of-the-future"), Then("translate", (1,), Then("of-the-future"))):
-        calls = CallDump(serial=5, target=TargetDump(owner=":1.2"), then=then)
+    for then in (
+        ReplyAction("of-the-future"),
+        ReplyAction("translate", (1,), ReplyAction("of-the-future")),
+    ):
+        calls = CallDump(serial=5, target=ReplierDump(owner=":1.2"), then=then)
         strange = msgspec.structs.replace(
             dump, core=msgspec.structs.replace(dump.core, calls=(calls,))
         )
@@ -299,7 +302,7 @@ def test_late_speakers_keep_their_rules() -> None:
     talk.bus.gone(":1.78")
     dump = talk.bus.dump()
     assert len(dump.judges) == 1
-    new = Bus(dump.name, dump.address)
+    new = BusState(dump.name, dump.address)
     new.load(dump)
     assert new.dump() == dump
     assert new.speakers[":1.77"] is new.speakers[":1.78"]
@@ -373,13 +376,13 @@ def test_what_version_1_wrote_is_read() -> None:
     old_calls = (
         WaitingDump(serial=7, owner=":1.2", name="org.a", former=former),
         WaitingDump(serial=9, owner=":1.2"),
-        WaitingDump(serial=0xFFF00010, owner=DRIVER, then=Then("ignore"), is_own=True),
+        WaitingDump(serial=0xFFF00010, owner=DRIVER, then=ReplyAction("ignore"), is_own=True),
     )
     old = msgspec.structs.replace(
         new,
         core=msgspec.structs.replace(new.core, calls=(), plain=PlainCallsDump(), pending=old_calls),
     )
-    link = LinkDump(bus="session", guid="0", app=PipeDump(fd=0), filter=old)
+    link = AppConnectionDump(bus="session", guid="0", app=StreamDump(fd=0), filter=old)
     sandbox = msgspec.structs.replace(_sandbox_dump(), links=(link,))
     dump = decode_sandbox(encode(sandbox)).links[0].filter
     assert dump is not None
@@ -390,7 +393,7 @@ def test_what_version_1_wrote_is_read() -> None:
     judging.load(dump, [])
     assert judging.dump(Fds()) == dump
     assert set(judging.core.pending[7].former) == set(former)
-    assert isinstance(judging.core.pending[0xFFF00010], Special)
+    assert isinstance(judging.core.pending[0xFFF00010], InterceptedCall)
 
 
 def _sandbox_dump() -> SandboxDump:
@@ -400,7 +403,7 @@ def _sandbox_dump() -> SandboxDump:
         ),
         guid="0",
         messages=BudgetDump(left=1, filled=0.0),
-        complaints=ComplaintsDump(second=0.0),
+        complaints=RateLimitedLogDump(second=0.0),
         reports_left=1,
     )
 

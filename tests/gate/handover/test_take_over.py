@@ -23,29 +23,29 @@ from broker.control_protocol.messages import (
     HandOver,
     Listener,
     Refused,
+    RequestInstanceField,
     SandboxOf,
     SandboxSpec,
     SetBuses,
     StopSandbox,
-    TagHeaders,
     WhoIs,
     make_frame,
 )
 from broker.gate import server as server_module
 from broker.gate.dumps import (
+    AppConnectionDump,
     BudgetDump,
-    ComplaintsDump,
     Failed,
     HandoverError,
-    LinkDump,
-    PipeDump,
+    RateLimitedLogDump,
     SandboxDump,
+    StreamDump,
 )
 from broker.gate.handover import take_over as successor
 from broker.gate.handover.channel import Channel
 from broker.gate.handover.take_over import offer, take_over, without_connections
 from broker.gate.io.loop import Loop
-from broker.gate.sandbox.connection import Link
+from broker.gate.sandbox.connection import AppConnection
 from broker.gate.server import Gate
 from policy.rules import AccessList, Identity
 from tests.gate.test_server import Supervisor, count_fds, snapshot
@@ -128,7 +128,7 @@ def test_the_new_gate_answers_what_was_asked_and_what_was_behind_it(
 ) -> None:
     supervisor.add("c0")
     supervisor.add("c1")
-    supervisor.ask(TagHeaders("session", ":1.5"))
+    supervisor.ask(RequestInstanceField("session", ":1.5"))
     before = snapshot(supervisor)
     who = Envelope(serial=ASKED + 1, body=WhoIs("session", ":1.9"))
     assert hand_over(supervisor, who) == ""
@@ -314,9 +314,9 @@ def test_attack_c2_a_sandbox_that_cannot_be_taken_over_has_no_veto(
     """A damaged sandbox loses its connections; its socket and all others are served."""
     supervisor.add("c0")
     supervisor.add("c1")
-    load = Link.load
+    load = AppConnection.load
 
-    def fail(self: Link, dump: LinkDump, fds: Sequence[int]) -> None:
+    def fail(self: AppConnection, dump: AppConnectionDump, fds: Sequence[int]) -> None:
         load(self, dump, fds)
         if self.sandbox.id == "c1":
             raise ValueError("a state of the future")
@@ -331,7 +331,7 @@ def test_attack_c2_a_sandbox_that_cannot_be_taken_over_has_no_veto(
             sock.send(b"\0AUTH EXT")
         supervisor.turn(5)
         before = count_fds()
-        monkeypatch.setattr(Link, "load", fail)
+        monkeypatch.setattr(AppConnection, "load", fail)
         assert hand_over(supervisor) == ""
         assert "not-taken-over sandbox=c1: ValueError('a state of the future')" in caplog.text
         good.send(b"ERNAL\r\n")
@@ -378,9 +378,9 @@ def test_a_dump_without_connections_has_its_own_descriptors_alone() -> None:
             guid="0",
             listening=listening,
             close_pipe=close_pipe,
-            links=(LinkDump(bus="session", guid="0", app=PipeDump(fd=2)),),
+            links=(AppConnectionDump(bus="session", guid="0", app=StreamDump(fd=2)),),
             messages=BudgetDump(left=1, filled=0.0),
-            complaints=ComplaintsDump(second=0.0),
+            complaints=RateLimitedLogDump(second=0.0),
             reports_left=1,
         )
 

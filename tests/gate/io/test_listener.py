@@ -179,12 +179,12 @@ def test_attack_c5_an_accept_that_waits_is_given_up(
         # So that the test ends if it does block; as an error of another kind.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONG, 0))
         with pytest.raises(accept.KeptWaitingError, match="makes it block"):
-            accept.take(listening, shared=True)
+            accept.accept_nowait(listening, shared=True)
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
         # And it is no worse afterwards.
         with socket.socket(socket.AF_UNIX) as app:
             app.connect(str(tmp_path / "given"))
-            connection = accept.take(listening, shared=True)
+            connection = accept.accept_nowait(listening, shared=True)
             assert connection is not None
             connection.close()
 
@@ -207,7 +207,7 @@ def test_attack_c5_an_accept_that_is_interrupted_finds_nobody(
         listening.bind(str(tmp_path / "given"))
         listening.listen()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONG, 0))
-        assert accept.take(listening, shared=True) is None
+        assert accept.accept_nowait(listening, shared=True) is None
         assert listening.calls == 2
 
 

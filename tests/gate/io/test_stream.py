@@ -10,7 +10,7 @@ import pytest
 
 from broker.gate.filter.connection_state import Chunk
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import Closed, Pipe, close_fds
+from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds
 
 
 class Ends:
@@ -23,12 +23,12 @@ class Ends:
         self.theirs.setblocking(False)
         self.read: list[bytes] = []
         self.drained = 0
-        self.pipe = Pipe(self.loop, ours, self._readable, self._drained)
+        self.pipe = SocketStream(self.loop, ours, self._readable, self._drained)
 
     def _readable(self) -> None:
         try:
             self.read.append(self.pipe.read()[0])
-        except Closed:
+        except StreamClosedError:
             self.read.append(b"")
 
     def _drained(self) -> None:
@@ -182,7 +182,7 @@ def test_who_hangs_up_while_it_is_paused_is_read_later(ends: Ends) -> None:
 
 
 def test_other_failures_to_write_are_told_as_closed(ends: Ends) -> None:
-    with pytest.raises(Closed):
+    with pytest.raises(StreamClosedError):
         ends.pipe.write([b"x", Chunk(b"y", (1 << 20,))])  # no such descriptor
 
 

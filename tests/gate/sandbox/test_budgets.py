@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from broker.gate.sandbox.budgets import BURST, SHORTEST_PAUSE, Complaints, MessageBudget
+from broker.gate.sandbox.budgets import BURST, SHORTEST_PAUSE, MessageBudget, RateLimitedLog
 
 
 class Clock:
@@ -72,7 +72,7 @@ def test_small_steps_of_the_clock_are_not_lost(clock: Clock) -> None:
 def test_lines_are_counted_when_there_are_too_many(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    complaints = Complaints("c7", 3, clock)
+    complaints = RateLimitedLog("c7", 3, clock)
     for index in range(10):
         complaints.add("what", str(index))
     assert [record.getMessage() for record in caplog.records] == [
@@ -92,7 +92,7 @@ def test_lines_are_counted_when_there_are_too_many(
 
 
 def test_no_line_is_of_an_apps_making(caplog: pytest.LogCaptureFixture) -> None:
-    Complaints("c7", 3).add("what", "a\nERROR gate all is well\x1b[2J\u202e")
+    RateLimitedLog("c7", 3).add("what", "a\nERROR gate all is well\x1b[2J\u202e")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().isprintable()

@@ -19,9 +19,9 @@ from broker.control_protocol.messages import (
     SandboxSpec,
 )
 from broker.gate.dumps import Fds
-from broker.gate.filter.bus_state import DRIVER, Bus
+from broker.gate.filter.bus_state import DRIVER, BusState
 from broker.gate.filter.chores import NAME_WORK
-from broker.gate.io.connect import Done
+from broker.gate.io.connect import OnConnected
 from broker.gate.io.loop import Loop
 from broker.gate.io.slices import SLICE, Sliced
 from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, CONNECTION_COST
@@ -45,14 +45,14 @@ class Clock:
         return self.now
 
 
-class FarBus(Bus):
+class FarBus(BusState):
     """A bus whose end of each connection a test has."""
 
     def __init__(self) -> None:
         super().__init__("session", "unix:path=/nowhere")
         self.ends: list[socket.socket] = []
 
-    def connect(self, loop: Loop, address: str, uid: int, done: Done) -> None:
+    def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self.ends.append(theirs)
@@ -78,7 +78,7 @@ class World:
             limits=SandboxLimits(messages_per_second=RATE),
         )
         self.bus = FarBus()
-        buses: dict[str, Bus] = {"session": self.bus}
+        buses: dict[str, BusState] = {"session": self.bus}
         self.events: list[Event] = []
         self.sandbox = Sandbox(self.loop, spec, buses, self.events.append, lambda _sandbox: None)
         # No tick of the real clock is to put anything in.

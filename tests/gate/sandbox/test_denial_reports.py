@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from broker.control_protocol.messages import Denied, Event
-from broker.gate.event_journal import MAX_DENIALS, Kept
-from broker.gate.filter.bus_state import Bus
+from broker.gate.event_journal import MAX_DENIALS, EventJournal
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import Denial
 from broker.gate.io.loop import Loop
-from broker.gate.sandbox.denial_reports import MAX_TEXT, REPORTS_PER_SECOND, Reports, is_news
+from broker.gate.sandbox.denial_reports import MAX_TEXT, REPORTS_PER_SECOND, DenialReports, is_news
 from policy.rules import Identity
 
 SHORT = Denial("send", "call", "org.a", "/a", "a.b", "Do", "no rule", "")
@@ -31,7 +31,7 @@ class World:
         self.clock = Clock()
         self.loop = Loop(self.clock)
         self.told: list[Denied] = []
-        self.reports = Reports(self.loop, "c0", self.emit)
+        self.reports = DenialReports(self.loop, "c0", self.emit)
 
     def emit(self, event: Event) -> None:
         assert isinstance(event, Denied)
@@ -72,7 +72,7 @@ def test_long_texts_are_cut_and_marked(world: World) -> None:
 
 def test_what_is_kept_of_refusals_has_a_bound_of_bytes(world: World) -> None:
     world.reports.add("session", LONG)
-    kept = Kept()
+    kept = EventJournal()
     for _ in range(2 * MAX_DENIALS):
         kept.add(world.told[0], is_told=True)
     assert len(msgspec.msgpack.encode(kept)) < 2 * MIB
@@ -102,7 +102,7 @@ def test_too_many_a_second_are_counted(world: World) -> None:
 def test_attack_c8_refusals_of_the_brokers_own_signals_are_no_news(
     changes: dict[str, str], news: bool
 ) -> None:
-    bus = Bus("session", "unix:path=/x")
+    bus = BusState("session", "unix:path=/x")
     bus.identities[":1.5"] = Identity(type="org.example.T", app="a")
     denial = Denial(
         direction="receive",
@@ -118,5 +118,5 @@ def test_attack_c8_refusals_of_the_brokers_own_signals_are_no_news(
 
 
 class FakeCore:
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: BusState) -> None:
         self.bus = bus

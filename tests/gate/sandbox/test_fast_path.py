@@ -9,11 +9,11 @@ from hypothesis import given, settings, strategies as st
 
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.filter.bus_state import DRIVER
-from broker.gate.filter.connection_state import OWN_SERIALS
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import Ancillary, Pipe
+from broker.gate.io.stream import Ancillary, SocketStream
 from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, MessageBudget
-from broker.gate.sandbox.fast_path import Payers, take_short_way
+from broker.gate.sandbox.fast_path import Accounting, install_fast_path
 from broker.gate.sandbox.meter import Meter
 from broker.wire.header import parse_header
 from broker.wire.marshal import make_error, make_return
@@ -35,14 +35,14 @@ class Way:
         self.budget = MessageBudget(1000)
         mine, self.app = _pair()
         yours, self.bus = _pair()
-        self.app_pipe = Pipe(self.loop, mine, _nothing, _nothing)
-        self.bus_pipe = Pipe(self.loop, yours, _nothing, _nothing)
+        self.app_pipe = SocketStream(self.loop, mine, _nothing, _nothing)
+        self.bus_pipe = SocketStream(self.loop, yours, _nothing, _nothing)
         self.sent: list[tuple[str, bytes, int]] = []
-        self.rests: list[tuple[Pipe, bytes]] = []
+        self.rests: list[tuple[SocketStream, bytes]] = []
         self.failures: list[Exception] = []
         self.meter = Meter(self.filter, self.budget)
-        payers = Payers(self.filter, self.budget, self.meter)
-        take_short_way(self, payers, self.app_pipe, self.bus_pipe)
+        payers = Accounting(self.filter, self.budget, self.meter)
+        install_fast_path(self, payers, self.app_pipe, self.bus_pipe)
         self.app_pipe.is_clear = self.bus_pipe.is_clear = True
 
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], _flags: int) -> None:
@@ -57,7 +57,7 @@ class Way:
             os.close(fd)
         self.sent.append((side, data, len(fds)))
 
-    def cut_short(self, pipe: Pipe, rest: bytes) -> None:
+    def cut_short(self, pipe: SocketStream, rest: bytes) -> None:
         self.rests.append((pipe, rest))
 
     def failed(self, exc: Exception) -> None:
@@ -189,7 +189,7 @@ def test_message_behind_which_the_bus_is_asked_goes_the_long_way(way: Way) -> No
         pytest.param(call(7, "org.a") * 2, id="two"),
         pytest.param(call(7, "org.a")[:-1], id="less-than-one"),
         pytest.param(call(7, "org.a")[:8], id="no-header"),
-        pytest.param(call(OWN_SERIALS, "org.a"), id="serial-of-the-gate"),
+        pytest.param(call(FIRST_GATE_SERIAL, "org.a"), id="serial-of-the-gate"),
         pytest.param(changed(call(7, "org.a"), sender=":1.1"), id="sender"),
         pytest.param(big(call(7, "org.a")), id="big-endian"),
         pytest.param(b"", id="end"),

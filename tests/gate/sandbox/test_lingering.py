@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from broker.gate.dumps import Fds, LingerDump
+from broker.gate.dumps import Fds, LingeringDump
 from broker.gate.io.loop import Loop
-from broker.gate.sandbox.lingering import Linger
+from broker.gate.sandbox.lingering import LingeringConnection
 
 
 class World:
@@ -19,10 +19,10 @@ class World:
         self.loop = Loop()
         self.sock, self.bus = socket.socketpair()
         self.sock.setblocking(False)
-        self.ended: list[Linger] = []
+        self.ended: list[LingeringConnection] = []
 
-    def linger(self) -> Linger:
-        return Linger(self.loop, "session", ":1.5", self.sock, self.ended.append)
+    def linger(self) -> LingeringConnection:
+        return LingeringConnection(self.loop, "session", ":1.5", self.sock, self.ended.append)
 
     def turn(self) -> None:
         for _ in range(3):
@@ -82,5 +82,5 @@ def test_a_bus_that_is_gone_already(world: World) -> None:
 
 def test_it_is_handed_over_with_its_socket(world: World) -> None:
     rest, fds = world.linger(), Fds()
-    assert rest.dump(fds) == LingerDump(bus="session", unique_name=":1.5", fd=0)
+    assert rest.dump(fds) == LingeringDump(bus="session", unique_name=":1.5", fd=0)
     assert fds.all == [world.sock.fileno()]

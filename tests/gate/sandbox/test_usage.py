@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from broker.gate.sandbox.usage import end_too_far_behind, find_too_far_behind
+from broker.gate.sandbox.usage import end_slowest_reader, find_slowest_reader
 from broker.wire.errors import PeerQuotaError
 
 
@@ -34,7 +34,7 @@ class App:
 )
 def test_who_is_most_behind_has_to_go(waiting: list[int], worst: str | None) -> None:
     apps = [App(str(number), count) for number, count in enumerate(waiting)]
-    found = find_too_far_behind(apps, 100)
+    found = find_slowest_reader(apps, 100)
     assert (found and found.name) == worst
 
 
@@ -52,22 +52,22 @@ def test_one_message_may_wait_for_one_connection_whatever_its_size(
     waiting: list[int], worst: str | None
 ) -> None:
     apps = [App(str(number), count, is_alone=True) for number, count in enumerate(waiting)]
-    found = find_too_far_behind(apps, 100)
+    found = find_slowest_reader(apps, 100)
     assert (found and found.name) == worst
 
 
 def test_connections_that_are_behind_count_beside_the_one_with_a_large_message() -> None:
     large, deaf, other = App("large", 5000, is_alone=True), App("deaf", 70), App("other", 40)
-    assert find_too_far_behind([large, deaf, other], 110) is None
-    assert find_too_far_behind([large, deaf, other], 109) is deaf
+    assert find_slowest_reader([large, deaf, other], 110) is None
+    assert find_slowest_reader([large, deaf, other], 109) is deaf
 
 
 def test_who_is_ended_is_whoever_is_worst() -> None:
     deaf, other = App("deaf", 101), App("other", 0)
-    end_too_far_behind(other, [deaf, other], 101)
+    end_slowest_reader(other, [deaf, other], 101)
     assert not deaf.ended
-    end_too_far_behind(other, [deaf, other], 100)
+    end_slowest_reader(other, [deaf, other], 100)
     assert [str(exc) for exc in deaf.ended] == ["does not read what it is sent"]
     with pytest.raises(PeerQuotaError, match="does not read"):
-        end_too_far_behind(deaf, [deaf, other], 100)
+        end_slowest_reader(deaf, [deaf, other], 100)
     assert not other.ended

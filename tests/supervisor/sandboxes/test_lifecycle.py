@@ -1,19 +1,28 @@
 import pytest
 
-from broker.supervisor.sandboxes.lifecycle import DECIDED, FROM_GATE, TABLE, Effect, Event, Phase
+from broker.supervisor.sandboxes.lifecycle import (
+    DECIDED,
+    FROM_GATE,
+    TRANSITIONS,
+    Effect,
+    Event,
+    Phase,
+)
 from tests.helpers import lifetime_picture
 
 KNOWN = (Phase.RUNNING, Phase.CLOSING, Phase.STOPPING)
-ROWS = [pytest.param(*key, row, id=f"{key[0].name}-{key[1].name}") for key, row in TABLE.items()]
+ROWS = [
+    pytest.param(*key, row, id=f"{key[0].name}-{key[1].name}") for key, row in TRANSITIONS.items()
+]
 
 
 def test_what_is_gone_stays_gone() -> None:
-    assert not [event for phase, event in TABLE if phase is Phase.GONE]
+    assert not [event for phase, event in TRANSITIONS if phase is Phase.GONE]
 
 
 @pytest.mark.parametrize(("phase", "event", "row"), ROWS)
 def test_each_row_keeps_the_laws(phase: Phase, event: Event, row: object) -> None:
-    row = TABLE[phase, event]
+    row = TRANSITIONS[phase, event]
     # Told once: when it goes, and only of what its creator knows of.
     assert (Effect.TELL in row.effects) == (row.to is Phase.GONE and event is not Event.WITHDRAWN)
     assert (row.to is Phase.GONE) == bool({Effect.TELL, Effect.FORGET} & set(row.effects))
@@ -33,27 +42,27 @@ def test_each_row_keeps_the_laws(phase: Phase, event: Event, row: object) -> Non
 @pytest.mark.parametrize("phase", KNOWN)
 def test_whatever_the_gate_says_of_an_end_is_one(phase: Phase) -> None:
     for event in (*FROM_GATE.values(), Event.GATE_LOST):
-        assert TABLE[phase, event].to is Phase.GONE
+        assert TRANSITIONS[phase, event].to is Phase.GONE
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.GONE])
 def test_from_everywhere_there_is_a_way_out(phase: Phase) -> None:
     reached = {phase}
     for _ in Phase:
-        reached |= {row.to for (before, _), row in TABLE.items() if before in reached}
+        reached |= {row.to for (before, _), row in TRANSITIONS.items() if before in reached}
     assert Phase.GONE in reached
 
 
 def test_the_gates_reasons_are_ours() -> None:
     for reason, event in FROM_GATE.items():
-        assert TABLE[Phase.RUNNING, event].reason == reason
+        assert TRANSITIONS[Phase.RUNNING, event].reason == reason
     assert set(FROM_GATE) == {"close-notify", "last-connection", "stopped", "instance-removed"}
 
 
 def test_what_the_gate_was_told_to_say_is_what_was_decided() -> None:
     assert set(DECIDED) == {"process-ended", "cgroup-empty", "time-limit", "bus-gone"}
     for reason, event in DECIDED.items():
-        assert TABLE[Phase.RUNNING, event].reason == reason
+        assert TRANSITIONS[Phase.RUNNING, event].reason == reason
 
 
 def test_the_page_has_the_table_and_the_picture_of_today() -> None:
@@ -68,12 +77,12 @@ def test_the_page_has_the_table_and_the_picture_of_today() -> None:
 
 
 def test_the_picture_has_an_arrow_for_each_way() -> None:
-    ways = {(phase, row.to) for (phase, _), row in TABLE.items() if row.to is not phase}
+    ways = {(phase, row.to) for (phase, _), row in TRANSITIONS.items() if row.to is not phase}
     assert ways == set(lifetime_picture.ARROWS)
 
 
 def test_the_page_names_each_reason() -> None:
     page = lifetime_picture.PAGE.read_text(encoding="utf-8")
     _, _, what_ends = page.partition("## What ends a sandbox\n")
-    for row in TABLE.values():
+    for row in TRANSITIONS.values():
         assert row.reason is None or f"`{row.reason}`" in what_ends

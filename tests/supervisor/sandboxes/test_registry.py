@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from broker.control_protocol.messages import Denied
-from broker.supervisor.config import Limits
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.lifecycle import Event, Phase
 from broker.supervisor.sandboxes.registry import (
     BUILT_IN,
@@ -22,7 +22,9 @@ from policy.rules import Access, AccessList, Identity, Rule
 from policy.wall import WALL, walled
 from tests.helpers.records import make_record, make_snapshot, make_state
 
-SMALL = Limits(max_containers=3, max_containers_per_user=2, max_container_metadata_bytes=10)
+SMALL = ConfiguredLimits(
+    max_containers=3, max_containers_per_user=2, max_container_metadata_bytes=10
+)
 
 
 def running(registry: Registry, number: int = 0, **fields: object) -> Record:
@@ -79,7 +81,7 @@ def test_portals_are_denied_unless_the_caller_insists() -> None:
 
 
 def test_a_sandbox_is_found_by_id_and_by_path() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     record = running(registry)
     assert registry.find("c0").record == record
     assert registry.find(record.path).record == record
@@ -87,7 +89,7 @@ def test_a_sandbox_is_found_by_id_and_by_path() -> None:
 
 @pytest.mark.parametrize("name", ["c1", "", "/", "0", "/org/freedesktop/DBus/Containers1/", "C0"])
 def test_what_is_no_sandbox_is_not_found(name: str) -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     running(registry)
     with pytest.raises(CallRefusedError) as caught:
         registry.find(name)
@@ -117,7 +119,7 @@ def test_a_sandbox_that_ended_counts_no_more_but_keeps_its_number() -> None:
 
 
 def test_an_end_is_told_once() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     record = running(registry)
     assert registry.end("c0", "stopped") == Removed(record=record, reason="stopped")
     assert registry.end("c0", "stopped") is None
@@ -125,7 +127,7 @@ def test_an_end_is_told_once() -> None:
 
 
 def test_an_end_before_the_announcement_is_told_after_it() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     record = make_record()
     registry.add(record)
     assert registry.end("c0", "close-notify") is None
@@ -135,7 +137,7 @@ def test_an_end_before_the_announcement_is_told_after_it() -> None:
 
 
 def test_a_sandbox_that_did_not_come_about_is_forgotten() -> None:
-    registry = Registry(Limits(max_containers=1))
+    registry = Registry(ConfiguredLimits(max_containers=1))
     registry.add(make_record())
     registry.withdraw(SandboxId("c0"))
     assert registry.end("c0", "stopped") is None
@@ -143,7 +145,7 @@ def test_a_sandbox_that_did_not_come_about_is_forgotten() -> None:
 
 
 def test_connections_are_counted() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     running(registry)
     registry.connect("c0", "session", ":1.5")
     registry.connect("c0", "system", ":1.5")
@@ -156,7 +158,7 @@ def test_connections_are_counted() -> None:
 
 
 def test_denials_are_counted_and_the_last_are_kept_short() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     running(registry)
     for number in range(MAX_DENIALS + 5):
         registry.deny(denied(member=str(number)))
@@ -173,7 +175,7 @@ def test_denials_are_counted_and_the_last_are_kept_short() -> None:
 
 def test_what_both_have_is_kept_with_the_gates_facts() -> None:
     record = make_record(4)
-    registry = Registry(Limits(), [record], next_number=6)
+    registry = Registry(ConfiguredLimits(), [record], next_number=6)
     state = make_state(record, connections=(("session", ":1.9"),), denied=3)
     result = registry.reconcile(make_snapshot(state))
     assert not any((result.differences, result.strangers, result.lost, result.changed))
@@ -183,7 +185,7 @@ def test_what_both_have_is_kept_with_the_gates_facts() -> None:
 
 
 def test_what_only_the_gate_has_is_to_be_stopped_and_its_number_is_taken() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     result = registry.reconcile(make_snapshot(make_state(make_record(8))))
     assert result.strangers == ("c8",)
     assert len(result.differences) == 1
@@ -192,7 +194,7 @@ def test_what_only_the_gate_has_is_to_be_stopped_and_its_number_is_taken() -> No
 
 def test_what_only_we_have_has_ended() -> None:
     record = make_record(1)
-    registry = Registry(Limits(), [record], next_number=2)
+    registry = Registry(ConfiguredLimits(), [record], next_number=2)
     result = registry.reconcile(make_snapshot())
     assert result.lost == (Removed(record=record, reason="gate-lost"),)
     assert registry.reconcile(make_snapshot()).lost == ()
@@ -200,7 +202,7 @@ def test_what_only_we_have_has_ended() -> None:
 
 def test_what_is_held_is_served_again() -> None:
     records = [make_record(number) for number in range(3)]
-    registry = Registry(Limits(), records, next_number=3)
+    registry = Registry(ConfiguredLimits(), records, next_number=3)
     registry.connect("c1", "session", ":1.9")
     registry.happen("c2", Event.STOP_ASKED)
     result = registry.reconcile(make_snapshot(), is_held=lambda record: record.number > 0)
@@ -216,13 +218,13 @@ def test_what_is_held_is_served_again() -> None:
 
 
 def test_what_was_closing_has_lost_its_last_connection() -> None:
-    registry = Registry(Limits(), [make_record(listening=False)], next_number=1)
+    registry = Registry(ConfiguredLimits(), [make_record(listening=False)], next_number=1)
     (lost,) = registry.reconcile(make_snapshot()).lost
     assert lost.reason == "last-connection"
 
 
 def test_what_is_just_being_added_is_left_alone() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     registry.add(make_record(0))
     registry.add(make_record(1))
     result = registry.reconcile(make_snapshot(make_state(make_record(0))))
@@ -232,7 +234,7 @@ def test_what_is_just_being_added_is_left_alone() -> None:
 
 def test_a_gate_that_stopped_listening_is_believed() -> None:
     record = make_record()
-    registry = Registry(Limits(), [record], next_number=1)
+    registry = Registry(ConfiguredLimits(), [record], next_number=1)
     result = registry.reconcile(make_snapshot(make_state(record, listening=False)))
     assert [changed.listening for changed in result.changed] == [False]
     assert not registry.find("c0").record.listening
@@ -240,7 +242,7 @@ def test_a_gate_that_stopped_listening_is_believed() -> None:
 
 def test_rules_that_were_never_acknowledged_are_set_again() -> None:
     record = make_record()
-    registry = Registry(Limits(), [record], next_number=1)
+    registry = Registry(ConfiguredLimits(), [record], next_number=1)
     other = make_state(make_record(portals_as_host=True))
     assert registry.reconcile(make_snapshot(other)).other_access == ("c0",)
 
@@ -284,7 +286,7 @@ class Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry = Registry(Limits(max_containers=5, max_containers_per_user=4))
+        self.registry = Registry(ConfiguredLimits(max_containers=5, max_containers_per_user=4))
         self.given: set[str] = set()
         self.announced: set[str] = set()
         self.removed: list[str] = []
@@ -367,7 +369,7 @@ class Lives(RuleBasedStateMachine):
         if not all(sandbox.is_known for sandbox in self.registry):
             return
         records = [sandbox.record for sandbox in self.registry]
-        limits = Limits(max_containers=5, max_containers_per_user=4)
+        limits = ConfiguredLimits(max_containers=5, max_containers_per_user=4)
         self.registry = Registry(limits, records, self.registry.next_number)
         for record in records:  # what was decided is decided again by whoever watches
             self.expected[record.id].decided = ""
@@ -398,14 +400,14 @@ TestLives = Lives.TestCase
 
 
 def test_what_closed_it_is_known_after_a_restart() -> None:
-    registry = Registry(Limits())
+    registry = Registry(ConfiguredLimits())
     record = running(registry)
     closing = registry.happen(record.id, Event.CREATOR_LEFT).record
     assert closing is not None
-    again = Registry(Limits(), [closing], next_number=1)
+    again = Registry(ConfiguredLimits(), [closing], next_number=1)
     assert again.find("c0").phase is Phase.CLOSING
     removed = again.end("c0", "last-connection")
     assert removed is not None
     assert removed.reason == "creator-gone"
     older = make_record(3, listening=False)
-    assert Registry(Limits(), [older], 4).find("c3").reason == "last-connection"
+    assert Registry(ConfiguredLimits(), [older], 4).find("c3").reason == "last-connection"

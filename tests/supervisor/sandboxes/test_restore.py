@@ -2,8 +2,8 @@ import os
 import socket
 from pathlib import Path
 
-from broker.engines.held_sockets import PIPE, Held
-from broker.supervisor.config import Limits
+from broker.engines.held_sockets import PIPE, HeldSockets
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.sockets import bound_socket
 from broker.supervisor.sandboxes.specs import is_held, make_again
 from policy.rules import NO_ACCESS, AccessList
@@ -13,7 +13,7 @@ ME = os.geteuid()
 
 
 def test_what_listens_must_be_held_whole() -> None:
-    held = Held()
+    held = HeldSockets()
     read, write = os.pipe()
     record = make_record(1, sockets={"session": "/a", "system": "/b"}, close_notify=True)
     for bus in ("session", "system", PIPE):
@@ -27,7 +27,7 @@ def test_what_listens_must_be_held_whole() -> None:
 
 
 def test_a_sandbox_is_made_again_as_it_was(tmp_path: Path) -> None:
-    held = Held()
+    held = HeldSockets()
     access = AccessList(receive_from_host=False)
     with bound_socket(tmp_path, ME) as bound, socket.socket(socket.AF_UNIX) as theirs:
         theirs.bind(str(tmp_path.parent / f"theirs-{os.getpid()}"))
@@ -40,7 +40,7 @@ def test_a_sandbox_is_made_again_as_it_was(tmp_path: Path) -> None:
             addresses={"session": bound.address, "system": "unix:path=/x,guid=0a"},
             close_notify=True,
         )
-        spec, fds = make_again(record, access, held, Limits(), tmp_path)
+        spec, fds = make_again(record, access, held, ConfiguredLimits(), tmp_path)
         mine, other = spec.listeners
         assert (mine.path, mine.device, mine.inode) == (bound.path, bound.device, bound.inode)
         assert (mine.guid, other.guid) == (bound.guid, "0a")
@@ -49,17 +49,22 @@ def test_a_sandbox_is_made_again_as_it_was(tmp_path: Path) -> None:
         assert spec.access == access
         assert os.fstat(fds[0]).st_ino == os.fstat(bound.fd).st_ino
         Path(bound.path).unlink()
-        ((mine, _),) = [make_again(record, NO_ACCESS, held, Limits(), tmp_path)[0].listeners]
+        ((mine, _),) = [
+            make_again(record, NO_ACCESS, held, ConfiguredLimits(), tmp_path)[0].listeners
+        ]
         assert mine.path == ""  # somebody took it away
         Path(theirs.getsockname()).unlink()
     held.close()
 
 
 def test_an_abstract_name_is_nobodys_to_unlink(tmp_path: Path) -> None:
-    held = Held()
+    held = HeldSockets()
     with socket.socket(socket.AF_UNIX) as sock:
         held.keep("c1", "session", sock.fileno())
     record = make_record(1, sockets={"session": "\0here"})
-    ((listener,), _) = (make_again(record, NO_ACCESS, held, Limits(), tmp_path)[0].listeners, 0)
+    ((listener,), _) = (
+        make_again(record, NO_ACCESS, held, ConfiguredLimits(), tmp_path)[0].listeners,
+        0,
+    )
     assert listener.path == ""
     held.close()

@@ -13,7 +13,7 @@ from broker.engines.base import EngineLostError
 from broker.supervisor.sandboxes.registry import BUILT_IN
 from broker.supervisor.sandboxes.rule_limits import MAX_RULES
 from broker.supervisor.snaps import catalogue as snaps_module
-from broker.supervisor.storage.state_file import State
+from broker.supervisor.storage.state_file import StateFile
 from broker.wire.errors import (
     ACCESS_DENIED,
     LIMITS_EXCEEDED,
@@ -166,7 +166,7 @@ async def test_what_cannot_be_stored_is_undone(
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(State, "put_connection", full)
+    monkeypatch.setattr(StateFile, "put_connection", full)
     with pytest.raises(sqlite3.OperationalError):
         await stage.policy.connect(ME, *PAIR)
     assert len(stage.changed()) == 2

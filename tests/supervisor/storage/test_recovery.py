@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from broker.control_protocol.messages import SandboxState, Snapshot
-from broker.supervisor.config import Limits
+from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.registry import BUILT_IN, Record, Registry
 from broker.supervisor.sandboxes.specs import make_spec
 from broker.supervisor.storage.recovery import (
@@ -21,9 +21,9 @@ from broker.supervisor.storage.recovery import (
     NO_VALUES,
     UNKNOWN_PLUG,
     open_state,
-    settle,
+    recover_from_gate,
 )
-from broker.supervisor.storage.state_file import NoRoomError, State, Unsettled
+from broker.supervisor.storage.state_file import NoRoomError, PendingRecovery, StateFile
 from broker.wire.errors import ConfigError
 from policy.rules import Access, AccessList, Rule
 from policy.snaps.installed import SNAP_TYPE, Snap, World
@@ -109,7 +109,7 @@ def test_what_can_be_read_is_used_and_the_file_is_kept(
             assert len(records) == left
             assert next_number == counter if counter is not None else next_number > CLOCK
             assert state.load_world() == (WORLD if has_snaps else World())
-            assert state.unsettled() == Unsettled(
+            assert state.unsettled() == PendingRecovery(
                 aside="state.db.damaged-1", snaps_lost=not has_snaps
             )
             if left and "tag" not in name:
@@ -140,7 +140,7 @@ def test_damaged_files_are_kept_in_bounded_number_with_their_journals(tmp_path: 
 
 def kill(path: Path, *statements: str) -> None:
     """Leave the file as after a kill: all of it is in the journal."""
-    first = State(path.with_name("first.db"))
+    first = StateFile(path.with_name("first.db"))
     first.put(make_record(1))
     for statement in statements:
         first._db.execute(statement)
@@ -245,11 +245,11 @@ def test_the_journal_of_a_file_that_was_taken_away_is_none_of_the_new_one(tmp_pa
 def as_in_gate(record: Record, *rules: Rule, **fields: object) -> SandboxState:
     """Return what the gate says of a sandbox that was added so, and is under these rules now."""
     access = AccessList(rules=(*rules, *BUILT_IN)) if rules else record.access_in_force
-    spec, _ = make_spec(record, access, {}, None, Limits())
+    spec, _ = make_spec(record, access, {}, None, ConfiguredLimits())
     return make_state(record, **{"spec": spec, **fields})
 
 
-def opened(tmp_path: Path, *damage: str) -> State:
+def opened(tmp_path: Path, *damage: str) -> StateFile:
     path = tmp_path / "state.db"
     make_file(path, 1)
     for statement in damage:
@@ -257,13 +257,13 @@ def opened(tmp_path: Path, *damage: str) -> State:
             db.execute(statement)
     with open_state(path):
         pass
-    return State(path)
+    return StateFile(path)
 
 
-def settled(state: State, *states: SandboxState) -> Registry:
+def settled(state: StateFile, *states: SandboxState) -> Registry:
     records, next_number = state.load()
-    registry = Registry(Limits(), records, next_number)
-    for record in settle(registry, state, make_snapshot(*states)):
+    registry = Registry(ConfiguredLimits(), records, next_number)
+    for record in recover_from_gate(registry, state, make_snapshot(*states)):
         assert registry.find(record.id).record == record
     assert state.unsettled() is None
     records, next_number = state.load()
@@ -330,7 +330,7 @@ def test_a_gate_that_was_given_no_record_tells_what_it_has(tmp_path: Path) -> No
 
 def test_no_file_is_asked_of_the_gate_and_no_gate_is_a_first_start(tmp_path: Path) -> None:
     with open_state(tmp_path / "state.db") as state:
-        assert state.unsettled() == Unsettled(aside="", snaps_lost=False)
+        assert state.unsettled() == PendingRecovery(aside="", snaps_lost=False)
         assert settled(state).next_number == 0
     with open_state(tmp_path / "other.db") as state:
         registry = settled(state, as_in_gate(make_record(3)))
@@ -358,10 +358,10 @@ def test_a_settled_file_takes_nothing_over(tmp_path: Path) -> None:
 
 def test_what_is_being_made_is_left_to_who_makes_it(tmp_path: Path) -> None:
     state = opened(tmp_path, "DROP TABLE counter")
-    registry = Registry(Limits(), [], 100)
+    registry = Registry(ConfiguredLimits(), [], 100)
     registry.add(make_record(0))
     snapshot: Snapshot = make_snapshot(as_in_gate(make_record(0), LATER))
-    assert settle(registry, state, snapshot) == []
+    assert recover_from_gate(registry, state, snapshot) == []
     state.close()
 
 
@@ -370,12 +370,12 @@ def test_a_full_disk_leaves_it_to_be_asked_again(
 ) -> None:
     state = opened(tmp_path, "DROP TABLE counter")
     state._db.execute("PRAGMA query_only = ON")
-    registry = Registry(Limits(), *state.load())
-    adopted = settle(registry, state, make_snapshot(as_in_gate(make_record(7))))
+    registry = Registry(ConfiguredLimits(), *state.load())
+    adopted = recover_from_gate(registry, state, make_snapshot(as_in_gate(make_record(7))))
     assert [record.id for record in adopted] == ["c7"]
     assert "read-only" in caplog.text
     assert state.unsettled() is not None
     state._db.execute("PRAGMA query_only = OFF")
-    assert settle(registry, state, make_snapshot(as_in_gate(make_record(7)))) == []
+    assert recover_from_gate(registry, state, make_snapshot(as_in_gate(make_record(7)))) == []
     assert [record.id for record in state.load()[0]] == ["c0", "c7"]
     state.close()

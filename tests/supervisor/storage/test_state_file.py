@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from broker.supervisor.storage.recovery import open_state
-from broker.supervisor.storage.state_file import NoRoomError, State, unusable
+from broker.supervisor.storage.state_file import NoRoomError, StateFile, unusable
 from broker.wire.errors import FAILED, CallRefusedError, ConfigError
 from policy.rules import Access, AccessList, Peer, Rule
 from policy.snaps.installed import Snap, World, parse_world
@@ -94,7 +94,7 @@ def test_snaps_and_connections_are_there_for_whoever_opens_it_next(tmp_path: Pat
 class Full:
     """A state file that cannot grow, as on a full disk, until `make_room`."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: StateFile) -> None:
         self._db = state._db
         self._db.execute("PRAGMA max_page_count = 1").fetchall()
 

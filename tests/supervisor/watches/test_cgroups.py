@@ -11,8 +11,8 @@ import trio.testing
 from broker.supervisor.sandboxes.lifecycle import Cgroup
 from broker.supervisor.watches import cgroups
 from broker.supervisor.watches.cgroups import (
+    CgroupMount,
     Cgroups,
-    Mount,
     find_mounts,
     identify,
     is_empty,
@@ -33,8 +33,8 @@ broken
 
 def test_cgroup_filesystems_are_found_by_their_type() -> None:
     assert parse_mounts(MOUNTINFO) == [
-        Mount(id=40, point=PurePath("/sys/fs/cgroup/systemd"), unified=False),
-        Mount(id=41, point=PurePath("/sys/fs/cgroup/with space"), unified=True),
+        CgroupMount(id=40, point=PurePath("/sys/fs/cgroup/systemd"), unified=False),
+        CgroupMount(id=41, point=PurePath("/sys/fs/cgroup/with space"), unified=True),
     ]
 
 
@@ -59,7 +59,7 @@ def test_other_filesystems_are_never_looked_at(
     with pytest.raises(CallRefusedError, match="is in no cgroup filesystem"):
         identify(str(tmp_path))
     # Not even where a cgroup filesystem was before something was mounted over it.
-    here = Mount(id=1, point=PurePath(tmp_path), unified=True)
+    here = CgroupMount(id=1, point=PurePath(tmp_path), unified=True)
     monkeypatch.setattr(cgroups, "find_mounts", lambda: [here])
     with pytest.raises(CallRefusedError, match="is in no cgroup filesystem"):
         identify(str(tmp_path))
@@ -74,7 +74,7 @@ def test_other_filesystems_are_never_looked_at(
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that passes for a v2 hierarchy."""
     fd = os.open(tmp_path, os.O_RDONLY)
-    mount = Mount(id=cgroups._mount_of(fd), point=PurePath(tmp_path), unified=True)
+    mount = CgroupMount(id=cgroups._mount_of(fd), point=PurePath(tmp_path), unified=True)
     os.close(fd)
     monkeypatch.setattr(cgroups, "find_mounts", lambda: [mount])
     return tmp_path
@@ -105,7 +105,7 @@ def test_a_cgroup_is_its_path_and_inode(folder: Path) -> None:
 
 
 def test_cgroups_of_v1_are_walked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mount = Mount(id=cgroups.find_mounts()[0].id, point=PurePath(folder), unified=False)
+    mount = CgroupMount(id=cgroups.find_mounts()[0].id, point=PurePath(folder), unified=False)
     monkeypatch.setattr(cgroups, "find_mounts", lambda: [mount])
     below = folder / "a" / "b"
     below.mkdir(parents=True)

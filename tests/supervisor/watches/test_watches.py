@@ -9,9 +9,9 @@ from broker.supervisor.sandboxes.registry import SandboxId
 from broker.supervisor.watches.cgroups import Cgroups
 from broker.supervisor.watches.processes import Processes
 from broker.supervisor.watches.watches import (
-    Creators,
+    CreatorWatch,
+    SandboxWatches,
     TimeLimits,
-    Vigil,
     boot_time,
     follows_creator,
 )
@@ -36,11 +36,11 @@ GONE = Process(pid=2**22 + 1, start=1)  # no pid is that high
 def test_who_follows_its_creator(fields: dict[str, Any], follows: bool) -> None:
     record = make_record(**fields)
     assert follows_creator(record) is follows
-    assert Creators().add(record) is follows
+    assert CreatorWatch().add(record) is follows
 
 
 def test_followers_are_told_once_by_bus_and_name() -> None:
-    creators = Creators()
+    creators = CreatorWatch()
     for number in (0, 1):
         creators.add(make_record(number))
     creators.add(make_record(2, creator=":1.2"))
@@ -51,7 +51,7 @@ def test_followers_are_told_once_by_bus_and_name() -> None:
 
 
 def test_what_ended_follows_nobody() -> None:
-    creators = Creators()
+    creators = CreatorWatch()
     record = make_record()
     creators.add(record)
     assert creators.remove(record)
@@ -66,7 +66,7 @@ class World:
     def __init__(self) -> None:
         self.happened: list[tuple[str, Event]] = []
         self.watch = FakeWatch([":1.1"])
-        self.vigil = Vigil(
+        self.vigil = SandboxWatches(
             {"session": self.watch},
             lambda id_, event: self.happened.append((id_, event)),
             processes=Processes(),
