@@ -98,7 +98,7 @@ class Judge:
         self._tables: Final = tables
         self._verdicts: Final[dict[int, Verdict]] = {}
         self._receive_from_host: Final = access.receive_from_host
-        self.hearers_matter: Final = tables.hearers_matter
+        self.restricts_broadcast_receivers: Final = tables.hearers_matter
         self.uses: Final = tables.uses
         self.any_send: Final = tables.any_send
         self.owner_matters: Final = tables.owner_matters
@@ -125,7 +125,7 @@ class Judge:
         question = Question(path, interface, member, None)
         return self._judge(self._tables.broadcast, (), question, NO_SEND)
 
-    def hear(
+    def judge_broadcast_receiver(
         self, path: str | None, interface: str | None, member: str | None, peer: Identity
     ) -> Verdict:
         """Judge whether another app may hear a broadcast out of this sandbox.

@@ -157,7 +157,7 @@ class Containers1:
                 raise CallRefusedError(
                     NOT_SUPPORTED, "this bus strips header fields that it does not know"
                 )
-            await self._supervisor.tag_headers(caller)
+            await self._supervisor.request_instance_field(caller)
         finally:
             self._watch.discard(call.sender)
         return ReturnValues()

@@ -68,7 +68,7 @@ class SetContainerServer(msgspec.Struct, frozen=True, tag=True):
 
     sandbox: str
     bus: str
-    upstream: ContainerServer | None
+    server: ContainerServer | None
 
 
 class ContainerServerLost(msgspec.Struct, frozen=True, tag=True):
@@ -79,7 +79,7 @@ class ContainerServerLost(msgspec.Struct, frozen=True, tag=True):
 
 
 # Raised with every change that an older peer would misread.
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 # An access list of 10 000 rules takes about 2 MiB, and none over 8; snapshots come in parts.
 MAX_FRAME: Final = 32 * 1024 * 1024
 # What the kernel takes in one SCM_RIGHTS message (SCM_MAX_FD).
@@ -140,7 +140,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     record: bytes = b""  # the supervisor's own, given back in a snapshot
     metadata: bytes = b""  # a marshalled a{sv}, for buses that have Containers1
     # By bus: where its connections are made, if not at the bus itself.
-    upstreams: dict[str, ContainerServer] = {}
+    container_servers: dict[str, ContainerServer] = {}
 
 
 class SetBuses(msgspec.Struct, frozen=True, tag=True):
@@ -324,7 +324,7 @@ class SandboxState(msgspec.Struct, frozen=True, kw_only=True):
     connections: tuple[tuple[str, str], ...]  # (bus, unique name) of those that said Hello
     opening: int  # connections that did not say Hello yet
     denied: int  # messages refused so far
-    use: Usage = Usage()
+    usage: Usage = Usage()
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -90,7 +90,9 @@ class Engine(Protocol):
     async def use(self, sandbox: str | None = None) -> Usage:
         """Return what a sandbox, or all of them together, take of their limits."""
 
-    async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
+    async def request_instance_field(
+        self, bus: str, unique_name: str, *, wanted: bool = True
+    ) -> None:
         """Put header field 10 into what sandboxes send to this connection, or no more."""
 
     async def upgrade(self) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Containers1Client:
         self._call: Final = call
         self._known: Final[dict[tuple[str, int], _Known]] = {}  # by bus and user
 
-    def has(self, bus: str) -> bool:
+    def supports(self, bus: str) -> bool:
         """Say whether that bus labels, by what it said last."""
         return any(
             known.dialect is not None and not known.is_pausing
@@ -155,7 +155,7 @@ class Containers1Client:
         )
         return msgspec.structs.replace(dialect, arguments=frozenset(read_arguments(called)))
 
-    async def make(self, spec: SandboxSpec, bus: str) -> ContainerServer | None:
+    async def add_server(self, spec: SandboxSpec, bus: str) -> ContainerServer | None:
         """Have the bus make a server; None: it has none to give. Raises CallRefusedError."""
         dialect = await self.dialect(bus, spec.uid)
         if dialect is None:
@@ -189,14 +189,14 @@ class Containers1Client:
             if instance:
                 with trio.move_on_after(UNDO_TIMEOUT, shield=True):
                     made = dialect.upstream(instance, "")
-                    is_gone = await self.unmake(spec.uid, bus, made)
+                    is_gone = await self.stop_server(spec.uid, bus, made)
             if is_gone:
                 # It went away meanwhile, and is to be waited for: there is nothing wrong with what it makes.
                 raise CallRefusedError(DISCONNECTED, str(exc)) from exc
             raise
         return dialect.upstream(instance, address)
 
-    async def unmake(self, uid: int, bus: str, upstream: ContainerServer) -> bool:
+    async def stop_server(self, uid: int, bus: str, upstream: ContainerServer) -> bool:
         """End what was made and is not used; say whether that bus is gone. If we cannot, the gate does."""
         request = CallBus(
             bus=bus,
@@ -214,7 +214,7 @@ class Containers1Client:
             pass
         return False
 
-    async def tell_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
+    async def set_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
         """Tell a bus that has rules of its own that they have changed."""
         try:
             dialect = await self.dialect(bus, spec.uid)
@@ -232,11 +232,11 @@ class Containers1Client:
         except CallRefusedError as exc:
             LOGGER.warning("%s: bus %s keeps the rules that it has: %s", spec.id, bus, exc)
 
-    async def wait(self, spec: SandboxSpec | None) -> None:
+    async def sync(self, spec: SandboxSpec | None) -> None:
         """Wait until the buses have done what the gate told them: they go by the order of the calls."""
         if spec is None:
             return
-        for bus in describe(spec.upstreams):
+        for bus in describe(spec.container_servers):
             with contextlib.suppress(CallRefusedError, EngineLostError):
                 await self._call(CallBus(bus=bus, uid=spec.uid, interface=PEER, member="Ping"))
 

@@ -76,7 +76,7 @@ class Containers1Engine(GateEngine):
         """Return the engine that new sandboxes are served by on that bus."""
         # A bus that sandboxes wait for is to label, though nobody can ask it now.
         is_awaited = any(self._upkeep.is_lost(spec.id, bus) for spec in self._upkeep)
-        return "containers1" if is_awaited or self._labels.has(bus) else "gate"
+        return "containers1" if is_awaited or self._labels.supports(bus) else "gate"
 
     async def keep_connected(
         self, listener: Listener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -113,24 +113,24 @@ class Containers1Engine(GateEngine):
             # If we cannot, the gate does when we are gone.
             for bus, upstream in upstreams.items():
                 with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-                    await self._labels.unmake(spec.uid, bus, upstream)
+                    await self._labels.stop_server(spec.uid, bus, upstream)
             raise
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
         await super().set_access(sandbox, access)
         if (spec := self._upkeep.change_access(sandbox, access)) is not None:
-            for bus, instance in describe(spec.upstreams).items():
-                await self._labels.tell_access(spec, bus, instance)
+            for bus, instance in describe(spec.container_servers).items():
+                await self._labels.set_access(spec, bus, instance)
 
     async def stop_listening(self, sandbox: str) -> None:
         spec = self._upkeep.get(sandbox)
         await super().stop_listening(sandbox)
-        await self._labels.wait(spec)
+        await self._labels.sync(spec)
 
     async def stop(self, sandbox: str, reason: str = "stopped") -> None:
         spec = self._upkeep.get(sandbox)
         await super().stop(sandbox, reason)
-        await self._labels.wait(spec)
+        await self._labels.sync(spec)
 
     def bus_restarted(self, bus: str) -> None:
         self._labels.forget(bus)
@@ -158,7 +158,7 @@ class Containers1Engine(GateEngine):
     async def _make_or_do_without(self, spec: SandboxSpec, bus: str) -> ContainerServer | None:
         """Have the bus make a server. Raises CallRefusedError, unless the gate alone will do."""
         try:
-            upstream = await self._labels.make(spec, bus)
+            upstream = await self._labels.add_server(spec, bus)
         except CallRefusedError as exc:
             if self._is_required or exc.dbus_name == LIMITS_EXCEEDED:
                 raise CallRefusedError(exc.dbus_name, f"bus {bus}: {exc}") from exc
@@ -181,7 +181,7 @@ class Containers1Engine(GateEngine):
         super().learn(snapshot)
         self._has_sandboxes = bool(snapshot.sandboxes)
         for state in snapshot.sandboxes if self._is_required else ():
-            buses = {one.bus for one in state.spec.listeners} - set(state.spec.upstreams)
+            buses = {one.bus for one in state.spec.listeners} - set(state.spec.container_servers)
             for bus in sorted(buses):
                 LOGGER.warning("%s: it is older, and not labelled on bus %s", state.spec.id, bus)
 
@@ -204,7 +204,7 @@ class Containers1Engine(GateEngine):
         """Have the bus make another server, or do without."""
         await self._looked.wait()
         try:
-            upstream = await self._labels.make(spec, bus)
+            upstream = await self._labels.add_server(spec, bus)
             if upstream is None:
                 raise CallRefusedError(NOT_SUPPORTED, f"it has no {CONTAINERS1} any more")
             await self._use(spec, bus, upstream)
@@ -223,13 +223,13 @@ class Containers1Engine(GateEngine):
             # A snapshot that came meanwhile may have it: then it is in use.
             if not self._has(spec.id, bus, upstream):
                 with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-                    await self._labels.unmake(spec.uid, bus, upstream)
+                    await self._labels.stop_server(spec.uid, bus, upstream)
             raise
         told = spec.access  # with which it was made
         while (now := self._upkeep.get(spec.id)) is not None and now.access != told:
             if not self._has(spec.id, bus, upstream):
                 return
-            await self._labels.tell_access(now, bus, upstream.instance)
+            await self._labels.set_access(now, bus, upstream.instance)
             told = now.access
 
     def _has(self, sandbox: str, bus: str, upstream: ContainerServer) -> bool:

@@ -117,7 +117,7 @@ async def fetch_listening_sockets(
 ) -> None:
     """Have held what of these sandboxes is not yet."""
     for names in batches(state for state in sandboxes if state.spec.id not in held):
-        with held.asking(names) as living:
+        with held.unless_ended(names) as living:
             try:
                 answer, fds = await link.request_fds(TakeListeners(names))
             except CallRefusedError as exc:
@@ -261,7 +261,7 @@ class GateEngine:
         self._process.forget()
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
-        with self.held.asking([spec.id]) as living:
+        with self.held.unless_ended([spec.id]) as living:
             await self._ask(AddSandbox(spec), fds)
             if spec.id not in living:  # its end may come in one read with the answer
                 return
@@ -292,7 +292,9 @@ class GateEngine:
             raise EngineLostError(f"the gate answered TakeUse with {type(answer).__name__}")
         return answer
 
-    async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
+    async def request_instance_field(
+        self, bus: str, unique_name: str, *, wanted: bool = True
+    ) -> None:
         await self._ask(RequestInstanceField(bus, unique_name, wanted))
 
     async def upgrade(self) -> tuple[int, int]:
@@ -315,7 +317,7 @@ class GateEngine:
             return await link.request(request, fds)
         except EngineLostError:
             # What a bus made for the sandbox is gone with the gate that asked for it.
-            if isinstance(request, AddSandbox) and request.spec.upstreams:
+            if isinstance(request, AddSandbox) and request.spec.container_servers:
                 raise
         link = await self._get_link()
         if isinstance(request, AddSandbox) and request.spec.id in self._served:
@@ -344,7 +346,7 @@ class GateEngine:
     async def _see_to_lost(self, link: ControlConnection) -> None:
         """See to them until the gate is lost: the next snapshot says what is lost then."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._upkeep.see_to_lost, self._mend)
+            nursery.start_soon(self._upkeep.recreate_lost, self._mend)
             await link.ended.wait()
             nursery.cancel_scope.cancel()
 

@@ -37,7 +37,7 @@ class HeldSockets:
         return self._fds.get(sandbox, {})
 
     @contextlib.contextmanager
-    def asking(self, sandboxes: Iterable[str]) -> Iterator[Container[str]]:
+    def unless_ended(self, sandboxes: Iterable[str]) -> Iterator[Container[str]]:
         """Give those of the sandboxes that the gate is asked about that have not ended meanwhile.
 
         Of the others nothing may be held any more: nobody would tell us again to let it go.

@@ -51,7 +51,7 @@ class ContainerServerTable:
     def upstreams(self, sandbox: str) -> Mapping[str, ContainerServer]:
         """Return its servers, by bus."""
         spec = self._specs.get(sandbox)
-        return spec.upstreams if spec is not None else {}
+        return spec.container_servers if spec is not None else {}
 
     def is_lost(self, sandbox: str, bus: str) -> bool:
         """Say whether it is to have a server there, and has none."""
@@ -66,16 +66,16 @@ class ContainerServerTable:
 
     def keep(self, spec: SandboxSpec) -> None:
         """Know a sandbox, if it has servers."""
-        if spec.upstreams:
+        if spec.container_servers:
             self._specs[spec.id] = msgspec.structs.replace(spec, listeners=(), record=b"")
-            for bus in spec.upstreams:
+            for bus in spec.container_servers:
                 self._see_to(spec.id, bus)
 
     def change(self, sandbox: str, bus: str, upstream: ContainerServer | None) -> None:
         """Know which server it has there; None: the gate alone serves it."""
         if (spec := self._specs.get(sandbox)) is None:
             return
-        upstreams = {name: one for name, one in spec.upstreams.items() if name != bus}
+        upstreams = {name: one for name, one in spec.container_servers.items() if name != bus}
         upstreams |= {bus: upstream} if upstream is not None else {}
         self._specs[sandbox] = msgspec.structs.replace(spec, upstreams=upstreams)
         self._see_to(sandbox, bus)
@@ -94,7 +94,7 @@ class ContainerServerTable:
         self, request: SetContainerServer, ask: Callable[[SetContainerServer], Awaitable[None]]
     ) -> None:
         """Have the gate use a server, or none. Raises CallRefusedError and EngineLostError: it is lost as before."""
-        sandbox, bus, upstream = request.sandbox, request.bus, request.upstream
+        sandbox, bus, upstream = request.sandbox, request.bus, request.server
         # Known before it is asked for: if it is lost again before the answer gets here, it is lost.
         self.change(sandbox, bus, upstream)
         try:
@@ -105,7 +105,7 @@ class ContainerServerTable:
                 self.change(sandbox, bus, LOST)
             raise
 
-    async def see_to_lost(self, mend: Mend) -> None:
+    async def recreate_lost(self, mend: Mend) -> None:
         """Have those that are lost seen to by `mend`, for ever."""
         # By bus: one that is not there keeps no other one waiting.
         slots: dict[str, trio.Semaphore] = {}

@@ -74,7 +74,7 @@ class BusIdQuery:
             self.end()
             return
         if self._client.guid:
-            self.bus.met(self._client.guid)
+            self.bus.authenticated(self._client.guid)
             self.end()
 
 

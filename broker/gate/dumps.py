@@ -18,9 +18,9 @@ from broker.control_protocol.messages import SandboxSpec
 from broker.gate.event_journal import EventJournal
 from policy.rules import AccessList, Identity
 
-VERSION: Final = 2
-# The versions that this gate can read. Version 1 wrote calls one by one, each with all former owners: see `modern`.
-READS: Final = (1, 2)
+VERSION: Final = 3
+# The versions that this gate can read. Versions 1 and 2 were before the first release.
+READS: Final = (VERSION,)
 
 
 class ReplyAction(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -40,7 +40,6 @@ class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     owner: str
     name: str = ""
     since: int = 0
-    before: tuple[str, ...] = ()  # former owners that may answer, too; written by version 1 alone
 
 
 class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -70,33 +69,21 @@ class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     changes: tuple[tuple[str, str], ...] = ()
 
 
-class WaitingDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call that waits for its reply, as version 1 wrote it."""
-
-    serial: int
-    owner: str
-    name: str = ""
-    former: tuple[str, ...] = ()
-    then: ReplyAction | None = None
-    is_own: bool = False
-
-
 class ConnectionStateDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What both directions of a connection know."""
 
     unique_name: str = ""
     greeting: bool = False
-    pending: tuple[WaitingDump, ...] = ()  # of version 1
     plain: PlainCallsDump = PlainCallsDump()
     calls: tuple[CallDump, ...] = ()
-    lent: tuple[int, ...] = ()
-    asked: tuple[tuple[str, int], ...] = ()
+    translated_serials: tuple[int, ...] = ()
+    calls_to_app: tuple[tuple[str, int], ...] = ()
     matches: tuple[tuple[str, int], ...] = ()
     requested_names: tuple[tuple[str, int], ...] = ()
     name_requests: int = 0
     callers: tuple[str, ...] = ()
     counts_callers: bool = False
-    next_own: int
+    next_gate_serial: int
 
     def asked_names(self) -> set[str]:
         """Return the well-known names that calls wait for."""
@@ -145,10 +132,10 @@ class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     held: bool = False
     yielded: bool = False
     wake: bool = False
-    core: ConnectionStateDump
+    state: ConnectionStateDump
     owners: OwnersDump
-    lately_seen: tuple[str, ...] = ()
-    told: tuple[str, ...] | None = None
+    recently_visible: tuple[str, ...] = ()
+    known_to_app: tuple[str, ...] | None = None
     from_app: ReceiveBufferDump
     from_bus: ReceiveBufferDump
     stash: tuple[ChunkDump, ...] = ()
@@ -167,9 +154,9 @@ class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
     bus: str
     guid: str
-    app: StreamDump
+    app_side: StreamDump
     said: bytes = b""
-    upstream: StreamDump | None = None
+    bus_side: StreamDump | None = None
     bus_said: bytes = b""
     filter: FilterDump | None = None
     deadline: float | None = None
@@ -210,12 +197,12 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     guid: str
     listening: tuple[tuple[int, int], ...] = ()  # (index in the spec's listeners, descriptor)
     close_pipe: int = -1
-    links: tuple[AppConnectionDump, ...] = ()
+    connections: tuple[AppConnectionDump, ...] = ()
     lingering: tuple[LingeringDump, ...] = ()
     reason: str = ""  # why it ends, if it waits for these
-    asked: tuple[int, ...] = ()  # the supervisor's requests that wait for its end
+    waiting_requests: tuple[int, ...] = ()  # the supervisor's requests that wait for its end
     messages: BudgetDump
-    complaints: RateLimitedLogDump
+    limited_log: RateLimitedLogDump
     is_throttled: bool = False
     throttled_count: int = 0
     waiting: tuple[int, ...] = ()  # who goes on next: index of a link, -1 for the listeners
@@ -240,13 +227,13 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     guid: str = ""
     identities: tuple[tuple[str, Identity], ...] = ()
     sandboxes: tuple[tuple[str, str], ...] = ()
-    late: tuple[str, ...] = ()
+    closed_recently: tuple[str, ...] = ()
     spans: tuple[tuple[str, bytes], ...] = ()  # of the ledger
     # Rules of connections that are closed: those of the others come with them.
     judges: tuple[tuple[AccessList, Identity], ...] = ()
-    speakers: tuple[tuple[str, int], ...] = ()
-    tagged: tuple[str, ...] = ()
-    wording: tuple[tuple[str, str, str], ...] = ()
+    broadcast_judges: tuple[tuple[str, int], ...] = ()
+    wants_instance_field: tuple[str, ...] = ()
+    absent_name_errors: tuple[tuple[str, str, str], ...] = ()
     payers: PayersDump = PayersDump()
 
 
@@ -271,7 +258,7 @@ class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     bus: str
     uid: int
-    pipe: StreamDump
+    stream: StreamDump
     buffer: bytes = b""
     skip: int = 0  # bytes still to come that are skipped
     next_serial: int
@@ -292,8 +279,8 @@ class HandoverHeader(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_d
     unanswered: bytes = b""  # what the supervisor sent behind it
     unanswered_fds: tuple[int, ...] = ()
     buses: tuple[BusDump, ...] = ()
-    own: tuple[BusClientDump, ...] = ()
-    kept: EventJournal
+    bus_clients: tuple[BusClientDump, ...] = ()
+    journal: EventJournal
     sandboxes: int = 0
 
 
@@ -351,44 +338,11 @@ def decode_opening(data: bytes) -> HandoverHeader:
 
 
 def decode_sandbox(data: bytes) -> SandboxDump:
-    """Read a sandbox, whatever version wrote it. Raises HandoverError."""
+    """Read a sandbox. Raises HandoverError."""
     try:
-        return modern(msgspec.msgpack.decode(data, type=SandboxDump))
+        return msgspec.msgpack.decode(data, type=SandboxDump)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise HandoverError(f"the old gate's state: {exc}") from exc
-
-
-def modern(dump: SandboxDump) -> SandboxDump:
-    """Return what this version would have written in place of what version 1 wrote."""
-    if not any(link.filter and link.filter.core.pending for link in dump.links):
-        return dump
-    return msgspec.structs.replace(dump, links=tuple(_modern_link(link) for link in dump.links))
-
-
-def _modern_link(link: AppConnectionDump) -> AppConnectionDump:
-    replace = msgspec.structs.replace
-    if link.filter is None:
-        return link
-    pending = link.filter.core.pending
-    calls = tuple(
-        CallDump(
-            serial=one.serial,
-            target=ReplierDump(owner=one.owner, name=one.name, before=one.former),
-            then=one.then,
-            is_own=one.is_own,
-        )
-        for one in pending
-        if one.then is not None or one.former
-    )
-    plain = PlainCalls()
-    for one in pending:
-        if one.then is None and not one.former:
-            plain.add((one.serial, *plain.index(one.owner, one.name), 0))
-    names = sorted({one.name for one in pending if one.name})
-    core = replace(link.filter.core, pending=(), calls=calls, plain=plain.dump())
-    histories = tuple(HistoryDump(name=name) for name in names)
-    owners = replace(link.filter.owners, histories=histories)
-    return replace(link, filter=replace(link.filter, core=core, owners=owners))
 
 
 class PlainCalls:

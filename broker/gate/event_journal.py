@@ -59,7 +59,7 @@ class EventJournal(msgspec.Struct):
         for number in [n for n, event in self.ends.items() if event.sandbox == sandbox]:
             del self.ends[number]
 
-    def tell_all(self) -> Iterator[tuple[int, Event]]:
+    def replay(self) -> Iterator[tuple[int, Event]]:
         """Return everything, for a supervisor that comes."""
         kept: list[tuple[int, Event]] = [*self.ends.items(), *self.denials.items()]
         yield from sorted(kept, key=lambda item: item[0])

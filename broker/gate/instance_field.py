@@ -44,7 +44,7 @@ class InstanceFieldRounds:
         current = self._rounds.get(bus, {})
         if unique_name in current:
             current[unique_name].append(serial)
-        elif unique_name in bus.tagged:
+        elif unique_name in bus.wants_instance_field:
             self._answer(serial, Done())
         else:
             self._next.setdefault(bus, {}).setdefault(unique_name, []).append(serial)
@@ -52,7 +52,7 @@ class InstanceFieldRounds:
 
     def take_back(self, bus: BusState, unique_name: str) -> None:
         """Stop tagging for a connection. Remembered verdicts stay valid."""
-        bus.tagged.discard(unique_name)
+        bus.wants_instance_field.discard(unique_name)
         for serial in self._next.get(bus, {}).pop(unique_name, []):
             self._answer(serial, Done())
 
@@ -67,13 +67,13 @@ class InstanceFieldRounds:
         if bus in self._rounds or bus in self._resting or not self._next.get(bus):
             return
         wishes = self._rounds[bus] = self._next.pop(bus)
-        bus.tagged.update(wishes)
+        bus.wants_instance_field.update(wishes)
         for core in bus.members:
             core.forget_verdicts()
         self._number += 1
         number = self._number
         self._loop.call_later(BARRIER_SECONDS, partial(self._too_long, bus, number))
-        if bus.links:  # else there is nobody to be asked
+        if bus.connections:  # else there is nobody to be asked
             self._resting.add(bus)
             self._loop.call_later(PAUSE, partial(self._rested, bus))
         bus.wait_read(number, partial(self._passed, bus, number))
@@ -100,7 +100,7 @@ class InstanceFieldRounds:
 
     def _refuse(self, bus: BusState, wishes: Wishes, text: str) -> None:
         """Refuse tags to those who would get messages that were sent without."""
-        bus.tagged.difference_update(wishes)
+        bus.wants_instance_field.difference_update(wishes)
         for serials in wishes.values():
             for serial in serials:
                 self._answer(serial, Refused(errors.NO_REPLY, text))

@@ -133,7 +133,7 @@ class Gate:
         self._reader = FrameReader()
         self._supervisor = SocketStream(self._loop, sock, self._readable, self._bound_unread)
         self._bound_unread()
-        for number, event in self._kept.tell_all():
+        for number, event in self._kept.replay():
             self._write(Envelope(serial=0, body=event, number=number))
 
     def _readable(self) -> None:
@@ -160,7 +160,7 @@ class Gate:
             self._supervisor = None
             self._own.supervisor_lost()
             for sandbox in self._sandboxes.values():
-                sandbox.asked.clear()
+                sandbox.waiting_requests.clear()
             for meeting in self._meetings.values():
                 meeting.asked.clear()
             self._tagging.give_up("the supervisor is gone")  # which is told nothing any more
@@ -254,7 +254,7 @@ class Gate:
 
     def _say_who(self, serial: int, request: WhoIs) -> None:
         bus = self._bus(request.bus)
-        if bus.is_met or not bus.ledger.is_doubtful(request.unique_name):
+        if bus.is_authenticated or not bus.ledger.is_doubtful(request.unique_name):
             self._answer_late(serial, SandboxOf(bus.who(request.unique_name)))
             return
         meeting = self._meetings.get(bus)
@@ -270,13 +270,13 @@ class Gate:
         asked, meeting.asked = meeting.asked, []
         for serial, unique_name in asked:
             answer: SandboxOf | Refused = SandboxOf(bus.who(unique_name))
-            if not bus.is_met:
+            if not bus.is_authenticated:
                 answer = Refused(errors.DISCONNECTED, f"bus {bus.name} does not say which it is")
             self._answer_late(serial, answer)
 
     def _stop(self, serial: int, request: StopSandbox) -> None:
         sandbox = self._find(request.sandbox)
-        sandbox.asked.append(serial)
+        sandbox.waiting_requests.append(serial)
         sandbox.stop(request.reason)
 
     def _answer_late(self, asked: int, answer: Answer) -> None:
@@ -311,7 +311,7 @@ class Gate:
                 self._shut_down()
             case SetContainerServer():
                 self._bus(request.bus)
-                self._upstreams.set(self._find(request.sandbox), request.bus, request.upstream)
+                self._upstreams.set(self._find(request.sandbox), request.bus, request.server)
             case (
                 AddSandbox()
                 | SetAccess()
@@ -345,7 +345,7 @@ class Gate:
             raise _no_descriptors()
         sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
         yield from sandbox.compile()
-        self._own.claim(spec.id, spec.uid, spec.upstreams)
+        self._own.claim(spec.id, spec.uid, spec.container_servers)
         self._kept.forget_end(spec.id)
         self._sandboxes[spec.id] = sandbox
         try:
@@ -382,9 +382,9 @@ class Gate:
             self._sandboxes.pop(sandbox.id, None)
         self._upstreams.follow(sandbox)
         if sandbox.is_over:
-            for serial in sandbox.asked:
+            for serial in sandbox.waiting_requests:
                 self._answer_late(serial, Done())
-            sandbox.asked.clear()
+            sandbox.waiting_requests.clear()
 
     def _tell_snapshot(self, serial: int, request: TakeSnapshot) -> None:
         buses = tuple(bus.spec() for bus in self._buses.values())
@@ -403,8 +403,8 @@ class Gate:
 
     def _use(self, sandbox: str | None) -> Usage:
         if sandbox is not None:
-            return self._find(sandbox).taken()
-        return sum((one.taken() for one in self._sandboxes.values()), Usage())
+            return self._find(sandbox).usage()
+        return sum((one.usage() for one in self._sandboxes.values()), Usage())
 
     # -- handing over ---------------------------------------------------------------------------------
 
@@ -456,8 +456,8 @@ class Gate:
                 unanswered=b"".join([*asked, rest]),
                 unanswered_fds=fds.put_all([*asked_fds, *rest_fds]),
                 buses=tuple(bus.dump() for bus in self._buses.values()),
-                own=self._own.dump(fds),
-                kept=self._kept,
+                bus_clients=self._own.dump(fds),
+                journal=self._kept,
                 sandboxes=len(self._sandboxes),
             )
 
@@ -472,11 +472,11 @@ class Gate:
             self._supervisor.load(opening.supervisor, fds)
             self._bound_unread()
         self._asked.extend(self._reader.feed(opening.unanswered, pick(fds, opening.unanswered_fds)))
-        self._kept = opening.kept
+        self._kept = opening.journal
         for one in opening.buses:
             bus = self._buses[one.name] = BusState(one.name, one.address, self._folder)
             bus.load(one)
-        self._own.load(opening.own, self._buses, fds)
+        self._own.load(opening.bus_clients, self._buses, fds)
 
     def add_empty(self, dump: SandboxDump) -> Sandbox:
         """Return a new sandbox, for one that was there."""

@@ -98,8 +98,8 @@ class Tap:
     def _passed(self, data: bytes, arrow: str) -> None:
         header = parse_or_skim(data)
         own = FIRST_GATE_SERIAL <= header.serial < REPLY_SERIAL
-        if arrow == "->" and own and header.serial in self._core.pending:
-            entry = self._core.pending[header.serial]
+        if arrow == "->" and own and header.serial in self._core.calls_to_bus:
+            entry = self._core.calls_to_bus[header.serial]
             if isinstance(entry, InterceptedCall) and entry.is_own:
                 return
             if isinstance(entry, InterceptedCall) and entry.then.kind == "translate":

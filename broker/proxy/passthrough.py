@@ -47,7 +47,7 @@ class PassthroughFilter(Filter):
         self, bus: BusState, sandbox: SandboxView, judge: Judge, *, app_takes_fds: bool
     ) -> None:
         super().__init__(bus, sandbox, judge, app_takes_fds=app_takes_fds)
-        self.core.finishers.clear()  # the app would get the answers
+        self.core.reply_handlers.clear()  # the app would get the answers
         self._clean: Final[set[_Key]] = set()
 
     # -- from the app ------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class PassthroughFilter(Filter):
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         intake = self.from_app
-        whole = intake.take(data, fds)
+        whole = intake.feed(data, fds)
         if whole is None:
             return
         pos = run = 0
@@ -64,7 +64,7 @@ class PassthroughFilter(Filter):
             size = measure(whole, pos)
             if pos + size > len(whole):
                 self._check_size(size)
-                intake.need(size)
+                intake.expect(size)
                 break
             if not intake.has_fds and _key(whole, pos, size) in self._clean:
                 self.spent += 1
@@ -77,7 +77,7 @@ class PassthroughFilter(Filter):
             run = pos
         if run < pos:
             out.append(whole[run:pos])
-        intake.consumed(whole, pos)
+        intake.consume(whole, pos)
 
     def _check_size(self, size: int) -> None:
         limit = self.core.sandbox.limits.bytes_held
@@ -113,7 +113,7 @@ class PassthroughFilter(Filter):
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
         """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         intake = self._from_bus
-        whole = intake.take(arrived, fds)
+        whole = intake.feed(arrived, fds)
         if whole is None:
             return
         pos = run = 0
@@ -121,7 +121,7 @@ class PassthroughFilter(Filter):
         while pos + FIXED_SIZE <= len(whole):
             size = measure(whole, pos, BUS_LIMITS)
             if pos + size > len(whole):
-                intake.need(size)
+                intake.expect(size)
                 break
             if intake.has_fds or not self.core.unique_name:
                 if run < pos:
@@ -131,7 +131,7 @@ class PassthroughFilter(Filter):
             pos += size
         if run < pos:
             out.append(whole[run:pos])
-        intake.consumed(whole, pos)
+        intake.consume(whole, pos)
 
     def _bring(self, data: bytes, at: int) -> None:
         """Pass a message to the app that has descriptors, or may be the answer to Hello."""

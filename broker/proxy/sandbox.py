@@ -60,7 +60,7 @@ class ProxyBus(BusState):
         self.takes_fds = bool(unix)
         self.tells_unique_names = sloppy_names
         self.judges_names_alone = True
-        self.tags_headers = False
+        self.gives_instance_field = False
 
     def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
         """Connect to the first place that answers."""
@@ -131,7 +131,7 @@ class ProxySandbox(Sandbox):
     def denied(self, core: ConnectionState, denial: Denial) -> None:
         """Print a refusal, if that is wanted."""
         self.denied_count += 1
-        for link in self.links:
+        for link in self.connections:
             judging = link.filter
             if isinstance(judging, LoggedFilter) and judging.core is core:
                 judging.tap.denied(denial)

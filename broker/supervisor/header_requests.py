@@ -40,7 +40,7 @@ class InstanceFieldRequests:
 
         It must be watched since before its credentials were asked for, until this returns.
         """
-        await self._engine.tag_headers(bus, unique_name)
+        await self._engine.request_instance_field(bus, unique_name)
         if unique_name not in self._watches[bus]:
             # It left meanwhile, and nobody will tell us again.
             self._untag(bus, unique_name)
@@ -57,7 +57,7 @@ class InstanceFieldRequests:
     def tell_again(self) -> None:
         """The gate may be a new one."""
         for bus, unique_name in self._wishes:
-            self._later(unique_name, partial(self._engine.tag_headers, bus, unique_name))
+            self._later(unique_name, partial(self._engine.request_instance_field, bus, unique_name))
 
     def gone(self, bus: str, unique_name: str) -> None:
         """A connection left its bus."""
@@ -74,7 +74,7 @@ class InstanceFieldRequests:
                 self.gone(bus, unique_name)
 
     def _untag(self, bus: str, unique_name: str) -> None:
-        job = partial(self._engine.tag_headers, bus, unique_name, wanted=False)
+        job = partial(self._engine.request_instance_field, bus, unique_name, wanted=False)
         self._later(unique_name, job)
 
     def _forget(self, bus: str, unique_name: str) -> None:

@@ -99,7 +99,7 @@ class Supervisor:
         self.limits: Final = limits
         self.vigil: Final = SandboxWatches(
             outside.watches,
-            self.happen,
+            self.apply_event,
             processes=outside.processes,
             cgroups=outside.cgroups,
             now=outside.boot_time,
@@ -153,7 +153,7 @@ class Supervisor:
                 raise CallRefusedError(LIMITS_EXCEEDED, text)
             now = Times(created=self._outside.now(), boot=self._outside.boot_time())
             record = make_record(number, request, caller, bound, now)
-            with self._taken_in(record):
+            with self._registered(record):
                 access = await self._checked(record)
                 spec, fds = make_spec(record, access, bound, request.close_notify, self.limits)
                 await self._outside.engine.add(spec, fds)
@@ -173,21 +173,21 @@ class Supervisor:
 
     def announce(self, record: Record) -> None:
         """Tell that the creator has been answered: its end may be told from now on."""
-        self.happen(record.id, LifeEvent.ANNOUNCED)
+        self.apply_event(record.id, LifeEvent.ANNOUNCED)
         if self._gone_buses.issuperset(record.sockets):  # be it that they went meanwhile
-            self.happen(record.id, LifeEvent.BUS_GONE)
+            self.apply_event(record.id, LifeEvent.BUS_GONE)
 
     async def stop(self, caller: Caller, id_or_path: str) -> None:
         """End a sandbox, its connections included."""
-        record = self._changeable(caller, id_or_path)
-        step = self.registry.happen(record.id, LifeEvent.STOP_ASKED)
+        record = self._find_for_change(caller, id_or_path)
+        step = self.registry.apply(record.id, LifeEvent.STOP_ASKED)
         with ignore_ended_sandbox():
             await self._outside.engine.stop(record.id, step.reason or STOPPED)
 
     async def stop_listening(self, caller: Caller, id_or_path: str) -> None:
         """Take no more connections; the sandbox ends with its last one."""
-        record = self._changeable(caller, id_or_path)
-        step = self.registry.happen(record.id, LifeEvent.CLOSE_ASKED)
+        record = self._find_for_change(caller, id_or_path)
+        step = self.registry.apply(record.id, LifeEvent.CLOSE_ASKED)
         if step.record is not None and step.record is not record:
             self._outside.state.put_fact(step.record)
         await self._end_listening(record.id)
@@ -197,7 +197,7 @@ class Supervisor:
     ) -> AccessList:
         """Give it these rules, or these as well, and return all once they are in force."""
         async with self._changing:
-            record = self._changeable(caller, id_or_path)
+            record = self._find_for_change(caller, id_or_path)
             before = () if replace else record.access.rules
             # The same rule twice says nothing more; its origin is no part of what it says.
             meanings = {_meaning(rule): rule for rule in (*before, *rules)}
@@ -225,7 +225,7 @@ class Supervisor:
         """Return whether a connection is or was in any sandbox, known or unknown."""
         return (await self.who(bus, unique_name)).is_inside
 
-    async def tag_headers(self, caller: Caller) -> None:
+    async def request_instance_field(self, caller: Caller) -> None:
         """Have the caller's messages from sandboxes carry the instance path. It is watched as for `add`."""
         await self.tags.add(caller.bus, caller.unique_name)
 
@@ -309,7 +309,7 @@ class Supervisor:
         self._gone_buses.add(bus)
         for sandbox in self.registry:
             if self._gone_buses.issuperset(sandbox.record.sockets):
-                self.happen(sandbox.record.id, LifeEvent.BUS_GONE)
+                self.apply_event(sandbox.record.id, LifeEvent.BUS_GONE)
         self.vigil.bus_back(bus, is_same=False)
 
     def bus_met(self, bus: str, id_: str) -> None:
@@ -328,9 +328,9 @@ class Supervisor:
         self.vigil.bus_back(bus, is_same=is_same)
         self.tags.bus_back(bus, is_same=is_same)
 
-    def happen(self, id_: SandboxId, event: LifeEvent) -> None:
+    def apply_event(self, id_: SandboxId, event: LifeEvent) -> None:
         """Something ends a sandbox, or closes it: see to what follows."""
-        step = self.registry.happen(id_, event)
+        step = self.registry.apply(id_, event)
         if step.record is not None:
             LOGGER.debug("%s: %s", id_, event.value)
             self._carry_out(step, step.record)
@@ -346,7 +346,7 @@ class Supervisor:
         access, steps = self.in_force(record), self.limits.rule_steps
         return await check_list(access, record.identity, record.sockets, steps)
 
-    def _changeable(self, caller: Caller, id_or_path: str) -> Record:
+    def _find_for_change(self, caller: Caller, id_or_path: str) -> Record:
         record = self.registry.find(id_or_path).record
         if caller.uid not in (0, record.uid):
             raise CallRefusedError(ACCESS_DENIED, f"{record.id} is of another user")
@@ -360,7 +360,7 @@ class Supervisor:
         return bound_socket(self._outside.folder, caller.uid)
 
     @contextlib.contextmanager
-    def _taken_in(self, record: Record) -> Iterator[None]:
+    def _registered(self, record: Record) -> Iterator[None]:
         """Have it in the registry, unless the block fails."""
         self.registry.add(record)
         try:

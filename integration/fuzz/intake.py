@@ -30,20 +30,20 @@ class _Reader:
         self.messages: Final[list[tuple[bytes, tuple[int, ...]]]] = []
 
     def read(self, data: bytes, fds: list[int]) -> None:
-        taken = self.intake.take(data, fds)
+        taken = self.intake.feed(data, fds)
         if taken is None:
             return
         used = 0
         while len(taken) - used >= _HEAD:
             size = max(_HEAD, taken[used] % _MAX_SIZE)
             if len(taken) - used < size:
-                self.intake.need(size)
+                self.intake.expect(size)
                 break
             claimed = self.intake.peek_fds(taken[used + 1] % _MAX_FDS, used)
             self.intake.drop_fds(len(claimed))
             self.messages.append((taken[used : used + size], claimed))
             used += size
-        self.intake.consumed(taken, used)
+        self.intake.consume(taken, used)
 
 
 def check(data: bytes) -> None:

@@ -101,7 +101,7 @@ class FilterMachine(RuleBasedStateMachine):
             self.check_answer(serial, right=0)
             if serial in self.witness.waiting:
                 self.check_answer(serial, right=self.serial)
-        for caller, serial in list(self.world.filter.core.asked):
+        for caller, serial in list(self.world.filter.core.calls_to_app):
             self.say(changed(answer_to(serial, ME), destination=caller, sender=None), [0])
 
     def numbered(self, message: bytes) -> bytes:
@@ -119,8 +119,8 @@ class FilterMachine(RuleBasedStateMachine):
         wants_reply = header.type == MessageType.METHOD_CALL and not (
             header.flags & Flag.NO_REPLY_EXPECTED
         )
-        full = len(self.world.filter.core.pending) >= LIMITS.pending_calls
-        waits = self.world.filter.core.waits(header.serial)
+        full = len(self.world.filter.core.calls_to_bus) >= LIMITS.pending_calls
+        waits = self.world.filter.core.awaits_reply(header.serial)
         got, sent = self.say(dress(message), sizes)
         if not exact or not self.world.is_settled:
             return
@@ -142,7 +142,7 @@ class FilterMachine(RuleBasedStateMachine):
         """An answer leaves the sandbox if the call came in and has no answer yet."""
         reply = changed(answer_to(serial, ME, error=error), destination=caller, sender=None)
         exact = self.world.is_settled
-        expected = (caller, serial) in self.world.filter.core.asked
+        expected = (caller, serial) in self.world.filter.core.calls_to_app
         _, sent = self.say(reply, sizes)
         if exact and self.world.is_settled:
             assert len(self.world.sent) - sent == expected
@@ -218,7 +218,7 @@ class FilterMachine(RuleBasedStateMachine):
     def busy(self, serial: int) -> bool:
         """Say whether the next call with this serial is refused for that, or for their number."""
         core = self.world.filter.core
-        return core.waits(serial) or len(core.pending) >= LIMITS.pending_calls
+        return core.awaits_reply(serial) or len(core.calls_to_bus) >= LIMITS.pending_calls
 
     # -- the others ----------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ class FilterMachine(RuleBasedStateMachine):
         exact = self.world.is_settled
         core = self.world.filter.core
         wants_reply = is_call and not header.flags & Flag.NO_REPLY_EXPECTED
-        full = wants_reply and len(core.asked) >= LIMITS.pending_calls
+        full = wants_reply and len(core.calls_to_app) >= LIMITS.pending_calls
         got, sent = len(self.world.got), len(self.world.sent)
         if sender not in self.world.model.uniques:
             return

@@ -103,8 +103,8 @@ class Witness:
         what = (header.path, header.interface, header.member)
         peer = self.insiders.get(sender)
         broadcast = header.destination is None
-        speaker = self._bus.speakers.get(sender) if broadcast else None
-        heard = speaker is None or speaker.hear(*what, APP).allowed
+        speaker = self._bus.broadcast_judges.get(sender) if broadcast else None
+        heard = speaker is None or speaker.judge_broadcast_receiver(*what, APP).allowed
         return heard and any(
             self.judge.receive(names, *what, peer, broadcast=broadcast).allowed
             for names in self.arrived[sender, header.serial]
@@ -166,7 +166,7 @@ class Witness:
     def _stamps_are_right(self, message: Message) -> bool:
         """Say whether a message has no fields but D-Bus's, and the one that says its sandbox to who asked for it."""
         header = message.header
-        name, tagged = header.destination, self._bus.tagged
+        name, tagged = header.destination, self._bus.wants_instance_field
         is_exact = name is not None and name[:1] == ":"
         to_bus = header.type == MessageType.METHOD_CALL and name in (None, DRIVER, ABSENT)
         wanted = not to_bus and (name in tagged if is_exact else bool(tagged))

@@ -173,11 +173,11 @@ class World:
             return
         judge = self._judge(rules)
         self.witness.judge = judge
-        self._happen(lambda: self.filter.use(judge))
+        self._happen(lambda: self.filter.change_rules(judge))
 
     def speaker_uses(self, rules: AccessList) -> None:
         """Swap the rules of the other sandbox: they may say who hears its broadcasts."""
-        if self.bus.speaks(BOXED, Judge(rules, bus="session", me=OTHER_APP)):
+        if self.bus.set_broadcast_judge(BOXED, Judge(rules, bus="session", me=OTHER_APP)):
             self.filter.core.forget_verdicts()
 
     def stranger_appears(self) -> None:
@@ -193,7 +193,7 @@ class World:
 
     def tag(self, unique_name: str) -> None:
         """Let a peer ask to be told in each message which sandbox it is from."""
-        self.bus.tagged.add(unique_name)
+        self.bus.wants_instance_field.add(unique_name)
         self.filter.core.forget_verdicts()
 
     def step(self) -> None:
@@ -280,7 +280,7 @@ class World:
             self.witness.to_app(message)
             self.got.append(message)
         for message in self._messages(core.to_bus):
-            entry = core.pending.get(message.header.serial)
+            entry = core.calls_to_bus.get(message.header.serial)
             is_own = isinstance(entry, InterceptedCall) and entry.is_own
             self._questions += is_own
             self.witness.to_bus(message, is_own=is_own)
@@ -315,19 +315,20 @@ class World:
     def _check_tables(self) -> None:
         core = self.filter.core
         own = sum(
-            isinstance(entry, InterceptedCall) and entry.is_own for entry in core.pending.values()
+            isinstance(entry, InterceptedCall) and entry.is_own
+            for entry in core.calls_to_bus.values()
         )
-        plain = [entry for entry in core.pending.values() if isinstance(entry, Replier)]
+        plain = [entry for entry in core.calls_to_bus.values() if isinstance(entry, Replier)]
         lent = sum(not (entry.owner or entry.name) for entry in plain)
-        assert len(core.pending) - own - lent <= LIMITS.pending_calls
-        assert len(core.pending) == len(self.witness.waiting) or not self.is_settled
-        assert len(core.asked) <= LIMITS.pending_calls
+        assert len(core.calls_to_bus) - own - lent <= LIMITS.pending_calls
+        assert len(core.calls_to_bus) == len(self.witness.waiting) or not self.is_settled
+        assert len(core.calls_to_app) <= LIMITS.pending_calls
         assert core.matches.count <= LIMITS.match_rules
         assert sum(count for _, count in core.matches.items()) == core.matches.count
         assert len(core.requested_names) <= LIMITS.names
         assert self.filter.tracked_names <= LIMITS.tracked_names
         assert len(core.callers) <= MAX_CALLERS
-        assert all(serial >= FIRST_GATE_SERIAL for serial in core.lent)
+        assert all(serial >= FIRST_GATE_SERIAL for serial in core.translated_serials)
         assert all(len(table) <= MAX_REMEMBERED for table in (*core.tables, core.bus_replies))
         assert self.host.bytes_held == self.filter.from_app.held
         assert self.host.bytes_held <= LIMITS.bytes_held + FIXED_SIZE + 2 * 2**16

@@ -206,7 +206,7 @@ async def test_attack_i1_who_was_in_a_sandbox_is_never_said_to_be_in_none(world:
 
 async def test_headers_are_tagged_only_where_they_get_through(world: World) -> None:
     assert await world.ask("RequestHeader") == ()
-    assert ("tag_headers", "session", ":1.1") in world.engine.done
+    assert ("request_instance_field", "session", ":1.1") in world.engine.done
     assert world.watch.names == [":1.1"]
     world.bus.forwards = False
     assert await world.ask("RequestHeader") == "NotSupported"

@@ -157,7 +157,7 @@ async def test_what_ends_it_is_shown(world: World) -> None:
     assert (shown["process"], shown["cgroup"]) == (17, "/sys/fs/cgroup/x")
     assert shown["time_limit"] == 60
     assert 0 < shown["time_left"] <= 60
-    world.supervisor.happen(SandboxId("c0"), Event.CREATOR_LEFT)
+    world.supervisor.apply_event(SandboxId("c0"), Event.CREATOR_LEFT)
     shown = await world.ask("Show", "s", "c0")
     assert (shown["phase"], shown["reason"]) == ("closing", "creator-gone")
     world.engine.end("c0", "last-connection")

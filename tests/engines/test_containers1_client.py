@@ -96,7 +96,7 @@ async def test_many_that_wait_at_once_are_one_failure(
 
     async def make(number: int) -> None:
         with pytest.raises(CallRefusedError):
-            await engine._labels.make(make_spec(number), "session")
+            await engine._labels.add_server(make_spec(number), "session")
 
     async with trio.open_nursery() as nursery:
         for number in range(5):

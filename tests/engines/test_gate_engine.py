@@ -68,7 +68,7 @@ async def test_a_gate_is_started_used_and_shut_down(tmp_path: Path) -> None:
         assert await engine.who("session", ":1.1") is None
         await engine.set_access("c0", SPEC.access)
         await engine.stop_listening("c0")
-        await engine.tag_headers("session", ":1.1")
+        await engine.request_instance_field("session", ":1.1")
         await engine.stop("c0")
         assert [type(one).__name__ for one in told.order] == ["Snapshot", "Connected", "Ended"]
         with pytest.raises(CallRefusedError):
@@ -123,7 +123,7 @@ async def test_what_another_engine_left_is_known_or_given_up(
         (snapshot,) = told.order
         assert isinstance(snapshot, Snapshot)
         (state,) = snapshot.sandboxes
-        assert state.spec.upstreams == (spec.upstreams if upstream.instance else {})
+        assert state.spec.container_servers == (spec.container_servers if upstream.instance else {})
         await engine.shutdown()
     bury(engine.pid)
 
@@ -150,7 +150,7 @@ async def test_a_server_that_is_lost_is_given_up(
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     ears.take_snapshot(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         ears.take_event(ContainerServerLost("c0", "session"))
         await trio.sleep(60)
         nursery.cancel_scope.cancel()

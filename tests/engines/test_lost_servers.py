@@ -40,7 +40,7 @@ async def test_what_is_lost_again_meanwhile_is_seen_to_once() -> None:
         await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(upkeep.see_to_lost, mend)
+        nursery.start_soon(upkeep.recreate_lost, mend)
         upkeep.keep(make_spec(session=LOST, other=SERVER))
         for _ in range(3):
             await trio.testing.wait_all_tasks_blocked()
@@ -60,7 +60,7 @@ async def test_what_was_seen_to_can_be_lost_again() -> None:
         upkeep.change(spec.id, bus, SERVER)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(upkeep.see_to_lost, mend)
+        nursery.start_soon(upkeep.recreate_lost, mend)
         upkeep.keep(make_spec(session=SERVER))
         for _ in range(3):
             upkeep.change("c0", "session", LOST)
@@ -77,7 +77,7 @@ async def test_one_bus_does_not_keep_another_waiting() -> None:
         await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(upkeep.see_to_lost, mend)
+        nursery.start_soon(upkeep.recreate_lost, mend)
         for number in range(MAX_MENDING + 2):
             upkeep.keep(make_spec(number, session=LOST))
         upkeep.keep(make_spec(number, other=LOST))

@@ -85,7 +85,7 @@ async def test_a_snapshot_while_a_bus_is_waited_for(
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,))
     engine.gone = True
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         engine.lose(ContainerServerLost("c0", "session"))
         for _ in range(3):
             await trio.sleep(1)
@@ -105,7 +105,7 @@ async def test_a_gate_that_is_not_there_is_asked_again(
     await engine.add(make_spec(), [fd])
     engine.refuse = EngineLostError("there is no gate")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(3)
         engine.refuse = None
@@ -134,7 +134,7 @@ async def test_rules_that_change_while_a_server_is_made_again_reach_the_bus(
     engine = Slow(session=driver)
     await engine.add(make_spec(access=lists[0]), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(2.5)  # it is asked what it has, in two calls, and then for a server
         assert driver.made == 2
@@ -188,7 +188,7 @@ async def test_a_server_that_the_gate_refuses_is_ended_and_made_again(
     engine = Refusing(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
@@ -217,8 +217,8 @@ async def test_a_server_for_a_sandbox_that_has_ended_is_ended(fd: int) -> None:
 async def test_a_server_that_a_snapshot_has_is_in_use(fd: int) -> None:
     class Asking(Interrupted):
         def happen(self, request: SetContainerServer) -> None:
-            assert request.upstream is not None
-            spec = make_spec(upstreams={"session": msgspec.structs.replace(request.upstream)})
+            assert request.server is not None
+            spec = make_spec(upstreams={"session": msgspec.structs.replace(request.server)})
             state = msgspec.structs.replace(make_state(make_record()), spec=spec)
             self.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
             raise CallRefusedError(DISCONNECTED, "somebody has that already")
@@ -239,7 +239,7 @@ async def test_a_bus_that_is_not_there_is_waited_for(
     engine = Engine(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         engine.gone = True
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(30)
@@ -309,7 +309,7 @@ async def test_a_bus_that_comes_back_and_hangs(
     await engine.add(make_spec(), [fd])
     driver = engine.drivers["session"] = FakeDriver(mode="hangs")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(60)
         assert engine.requests(StopSandbox) == []
@@ -358,5 +358,5 @@ async def test_a_new_gate_has_its_servers_made_when_it_has_the_sandbox() -> None
 
     async with remaking(engine):
         ((spec, fds),) = _ListenerTee(engine, Missing()).missing()
-        assert (spec.upstreams, fds) == ({"session": ContainerServer()}, [3])
+        assert (spec.container_servers, fds) == ({"session": ContainerServer()}, [3])
     assert engine.instances("c0") == {"session": "/org/freedesktop/DBus/Containers1/c100"}

@@ -11,7 +11,7 @@ def refusal(sandbox: str = "c0", more: int = 0, kind: str = "call") -> Denied:
 
 
 def told(kept: EventJournal) -> list[Event]:
-    return [event for _, event in kept.tell_all()]
+    return [event for _, event in kept.replay()]
 
 
 def test_what_a_snapshot_tells_is_not_kept() -> None:
@@ -25,7 +25,7 @@ def test_events_are_told_in_order_until_they_are_confirmed() -> None:
     events: list[Event] = [refusal("c0"), Ended("c1", "stopped"), refusal("c2")]
     numbers = [kept.add(event, is_told=True) for event in events]
     assert numbers == sorted(set(numbers))
-    assert list(kept.tell_all()) == list(zip(numbers, events, strict=True))
+    assert list(kept.replay()) == list(zip(numbers, events, strict=True))
     kept.confirm(numbers[1])
     kept.confirm(0)
     assert told(kept) == told(kept) == events[2:]
@@ -44,7 +44,7 @@ def test_confirmed_ones_are_never_told_again_and_others_always(steps: list[int |
         else:
             event: Event = Ended("c1", "stopped") if step == "end" else refusal()
             model[kept.add(event, is_told=True)] = event
-    assert dict(kept.tell_all()) == model
+    assert dict(kept.replay()) == model
 
 
 def test_refusals_that_do_not_fit_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ class Link:
         self.asked: list[int] = []
         self.forgot = 0
         bus.connected(name, "c1", APP)
-        bus.links.add(self)
+        bus.connections.add(self)
         bus.members.add(self)
 
     def close(self, reason: str) -> None:
@@ -71,7 +71,7 @@ def stage() -> Stage:
 def test_wish_is_answered_when_the_bus_has_read_all(stage: Stage) -> None:
     link = Link(stage.bus, ":1.5")
     stage.wish(":1.1", 7)
-    assert stage.bus.tagged == {":1.1"}
+    assert stage.bus.wants_instance_field == {":1.1"}
     assert link.forgot == 1
     assert not stage.answers
     link.read()
@@ -102,14 +102,14 @@ def test_attack_i2_wish_that_was_refused_is_no_wish(stage: Stage, why: str) -> N
     else:
         stage.wait(BARRIER_SECONDS)
         assert stage.refused == [7, 8]
-        assert stage.bus.tagged == {":1.2"}
+        assert stage.bus.wants_instance_field == {":1.2"}
         stage.wait(BARRIER_SECONDS)
         assert stage.refused == [7, 8, 9]
-    assert not stage.bus.tagged
+    assert not stage.bus.wants_instance_field
     assert not stage.bus.barriers
     stage.wish(":1.1", 10)
     stage.wait(PAUSE)
-    assert stage.bus.tagged == {":1.1"}
+    assert stage.bus.wants_instance_field == {":1.1"}
     assert not stage.done
 
 
@@ -127,7 +127,7 @@ def test_attack_i2_flood_of_wishes_asks_each_connection_a_few_times(stage: Stage
     for n in range(1000):
         stage.tagging.take_back(stage.bus, f":1.{n + 100}")
     assert link.forgot == 2
-    assert not stage.bus.tagged
+    assert not stage.bus.wants_instance_field
 
 
 def test_where_nobody_is_asked_nobody_waits(stage: Stage) -> None:
@@ -147,5 +147,5 @@ def test_who_leaves_before_its_turn_is_not_tagged(stage: Stage) -> None:
     link.read()
     stage.wait(PAUSE)
     assert stage.done == [8, 7]
-    assert not stage.bus.tagged
+    assert not stage.bus.wants_instance_field
     assert len(link.asked) == 1

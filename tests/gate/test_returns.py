@@ -123,7 +123,7 @@ def test_the_end_of_another_of_that_name_is_not_told_again(supervisor: Superviso
 
 
 def test_a_tag_can_be_taken_back(supervisor: Supervisor) -> None:
-    tagged = supervisor.gate._buses["session"].tagged
+    tagged = supervisor.gate._buses["session"].wants_instance_field
     assert supervisor.ask(RequestInstanceField("session", ":1.5")) == Done()
     assert tagged == {":1.5"}
     assert supervisor.ask(RequestInstanceField("session", ":1.5", wanted=False)) == Done()

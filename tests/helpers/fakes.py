@@ -72,8 +72,10 @@ class FakeEngine:
             raise EngineLostError("gone")
         return Usage(connections=len(self.connections), pending_calls=3)
 
-    async def tag_headers(self, bus: str, unique_name: str, *, wanted: bool = True) -> None:
-        await self._do("tag_headers" if wanted else "untag_headers", bus, unique_name)
+    async def request_instance_field(
+        self, bus: str, unique_name: str, *, wanted: bool = True
+    ) -> None:
+        await self._do("request_instance_field" if wanted else "untag_headers", bus, unique_name)
 
     async def upgrade(self) -> tuple[int, int]:
         await self._do("upgrade")

@@ -88,7 +88,7 @@ def fd() -> Any:
 @asynccontextmanager
 async def remaking(engine: Engine) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.see_to_lost, engine._mend)
+        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
         yield
         await trio.testing.wait_all_tasks_blocked(0.001)
         nursery.cancel_scope.cancel()

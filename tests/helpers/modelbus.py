@@ -363,7 +363,7 @@ class Dialogue:
     def use(self, rules: AccessList) -> list[Message]:
         """Swap the rules; return what the app heard of it."""
         before = len(self.got)
-        self.filter.use(self._judge(rules))
+        self.filter.change_rules(self._judge(rules))
         self._pump()
         return self.got[before:]
 

@@ -98,7 +98,7 @@ class Stage(Supervisor):
                 uid=os.getuid(),
                 listeners=tuple(Listener(bus=bus, fd=fd) for fd, bus in enumerate(buses)),
                 access=AccessList(),
-                upstreams={"session": upstream},
+                container_servers={"session": upstream},
             )
             return self.call(AddSandbox(spec), tuple(sock.fileno() for sock in socks))
 
@@ -118,7 +118,7 @@ class Stage(Supervisor):
         snapshot = self.call(TakeSnapshot())
         assert isinstance(snapshot, Snapshot)
         (spec,) = [one.spec for one in snapshot.sandboxes if one.spec.id == id_]
-        return spec.upstreams
+        return spec.container_servers
 
     def pass_time(self) -> None:
         """Have every deadline of a call be over."""

@@ -244,12 +244,14 @@ def test_who_hears_a_broadcast_is_judged_by_its_peer() -> None:
     one = judge("send:,peer=app:org.t.T/a", "send:org.x:i.j.M", "!send::i.j.N,peer=app:org.t.T/a#c")
     other = Identity(type="org.t.T", app="b")
     friend, part = (Identity(type="org.t.T", app="a", component=c) for c in (None, "c"))
-    assert one.hearers_matter
+    assert one.restricts_broadcast_receivers
     assert one.broadcast("/p", "i.j", "M").allowed
-    assert one.hear("/p", "i.j", "M", friend).allowed
-    assert not one.hear("/p", "i.j", "M", other).allowed
-    assert not one.hear("/p", "i.j", "N", part).allowed
-    assert not judge("send:", "send:org.x,peer=host", "receive:,peer=host").hearers_matter
+    assert one.judge_broadcast_receiver("/p", "i.j", "M", friend).allowed
+    assert not one.judge_broadcast_receiver("/p", "i.j", "M", other).allowed
+    assert not one.judge_broadcast_receiver("/p", "i.j", "N", part).allowed
+    assert not judge(
+        "send:", "send:org.x,peer=host", "receive:,peer=host"
+    ).restricts_broadcast_receivers
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ async def test_a_wish_is_stored_watched_and_told_again(world: World) -> None:
     world.restart().tell_again()
     assert world.tags.wishes == [("session", ":1.5")]
     assert world.watches["session"].names == [":1.5"]
-    assert await world.do_jobs() == [("tag_headers", "session", ":1.5")]
+    assert await world.do_jobs() == [("request_instance_field", "session", ":1.5")]
 
 
 async def test_who_leaves_wants_nothing_any_more(world: World) -> None:

@@ -347,15 +347,15 @@ async def test_refusals_are_kept_and_told(world: World) -> None:
 
 
 async def test_header_wishes_are_passed_on_and_repeated_to_a_new_gate(world: World) -> None:
-    await world.supervisor.tag_headers(CALLER)
-    await world.supervisor.tag_headers(CALLER)
+    await world.supervisor.request_instance_field(CALLER)
+    await world.supervisor.request_instance_field(CALLER)
     world.supervisor.take_snapshot(make_snapshot())
     await world.do_jobs()
-    assert world.engine.done.count(("tag_headers", "session", ":1.1")) == 3
+    assert world.engine.done.count(("request_instance_field", "session", ":1.1")) == 3
     world.supervisor.name_gone("session", ":1.1")
     world.supervisor.take_snapshot(make_snapshot())
     await world.do_jobs()
-    assert world.engine.done.count(("tag_headers", "session", ":1.1")) == 3
+    assert world.engine.done.count(("request_instance_field", "session", ":1.1")) == 3
 
 
 # -- restarts ---------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ async def test_what_is_decided_is_asked_of_the_gate_and_told(
 ) -> None:
     id_ = await world.add(keep_after_creator=True)
     world.engine.connect(id_, ":1.7")
-    world.supervisor.happen(SandboxId(id_), event)
-    world.supervisor.happen(SandboxId(id_), Event.TIME_OVER)
+    world.supervisor.apply_event(SandboxId(id_), event)
+    world.supervisor.apply_event(SandboxId(id_), Event.TIME_OVER)
     assert world.announcer.ended == []
     await world.do_jobs()
     assert world.announcer.reasons == {id_: reason}
@@ -64,7 +64,7 @@ async def test_each_way_to_stop_it_has_its_reason(world: World) -> None:
     world.engine.connect(left, ":1.7")
     await world.supervisor.stop(CALLER, stopped)
     await world.supervisor.stop_listening(CALLER, closed)
-    world.supervisor.happen(SandboxId(left), Event.CREATOR_LEFT)
+    world.supervisor.apply_event(SandboxId(left), Event.CREATOR_LEFT)
     await world.do_jobs()
     assert left not in world.announcer.ended
     world.engine.end(left, "last-connection")
@@ -108,7 +108,7 @@ async def test_what_a_gate_that_died_was_asked_is_asked_again(world: World) -> N
 async def test_the_reason_of_a_stop_is_told_to_the_next_supervisor(world: World) -> None:
     id_ = await world.add(keep_after_creator=True)
     first = world.supervisor
-    first.happen(SandboxId(id_), Event.PROCESS_ENDED)
+    first.apply_event(SandboxId(id_), Event.PROCESS_ENDED)
     world.restart()
     # The gate was asked, and the first one did not live to hear of it.
     async with trio.open_nursery() as nursery:
@@ -123,7 +123,7 @@ async def test_what_found_no_gate_is_asked_once_there_is_one(
     world: World, autojump_clock: trio.testing.MockClock
 ) -> None:
     id_ = await world.add(process=GONE)
-    world.supervisor.happen(SandboxId(id_), Event.PROCESS_ENDED)
+    world.supervisor.apply_event(SandboxId(id_), Event.PROCESS_ENDED)
     # To give a gate back what it had may take longer than anybody waits for it.
     world.engine.refuse = lost()
     async with trio.open_nursery() as nursery:

@@ -154,7 +154,7 @@ class BusClient:
         self._loop.call_later(CALL_SECONDS, partial(self._check_answered, serial))
         self._send_call(serial, request.interface, request.member, request.signature, request.body)
 
-    def tell(self, interface: str, member: str, instance: str) -> None:
+    def call_no_reply(self, interface: str, member: str, instance: str) -> None:
         """Call a method on an instance, whatever comes of it."""
         self.unclaimed.pop(instance, None)
         self.claimed.pop(instance, None)
@@ -170,7 +170,7 @@ class BusClient:
         for serial, call in self._waiting.items():
             self._waiting[serial] = call.unasked()
         for instance, (interface, undo) in list(self.unclaimed.items()):
-            self.tell(interface, undo, instance)
+            self.call_no_reply(interface, undo, instance)
 
     def _tell(self, interface: str, member: str, instance: str) -> None:
         if not self.is_closed:
@@ -286,7 +286,7 @@ class BusClient:
             if self._is_greeting:
                 return
             # Another bus than before, perhaps: then all that is known of its names is void.
-            self.bus.met(self._client.guid)
+            self.bus.authenticated(self._client.guid)
             data = self._client.leftover
         skipped = min(self._skip, len(data))
         self._skip -= skipped
@@ -405,7 +405,7 @@ class BusClient:
         return BusClientDump(
             bus=self.bus.name,
             uid=self.uid,
-            pipe=self._pipe.dump(fds),
+            stream=self._pipe.dump(fds),
             buffer=bytes(self._buffer),
             skip=self._skip,
             next_serial=self._next_serial,
@@ -418,9 +418,9 @@ class BusClient:
         """Be as the one was that made the dump."""
         self._is_greeting, self._greeted = False, _ADD_MATCH
         self._pipe = SocketStream(
-            self._loop, stream_socket_from_fd(fds[dump.pipe.fd]), self._readable, _nothing
+            self._loop, stream_socket_from_fd(fds[dump.stream.fd]), self._readable, _nothing
         )
-        self._pipe.load(dump.pipe, fds)
+        self._pipe.load(dump.stream, fds)
         self._buffer += dump.buffer
         self._skip = dump.skip
         self._next_serial = dump.next_serial
@@ -480,7 +480,7 @@ class BusClients:
         for bus, upstream in upstreams.items():
             link = self._get(bus, uid)
             if link is not None and upstream.instance in link.claimed:
-                link.tell(CONTAINERS1, upstream.stop, upstream.instance)
+                link.call_no_reply(CONTAINERS1, upstream.stop, upstream.instance)
 
     def supervisor_lost(self) -> None:
         """Undo what nobody will claim."""

@@ -35,17 +35,17 @@ class ContainerServers:
 
     def set(self, sandbox: Sandbox, bus: str, upstream: ContainerServer | None) -> None:
         """Have a sandbox's connections to a bus made there, and end the server before. Raises CallRefusedError."""
-        uid, before = sandbox.spec.uid, sandbox.spec.upstreams.get(bus)
+        uid, before = sandbox.spec.uid, sandbox.spec.container_servers.get(bus)
         if upstream is not None:
             self.own.claim(sandbox.id, uid, {bus: upstream})
         if before is not None:  # nobody else ever would
             self.own.stop(uid, {bus: before})
-        sandbox.set_upstream(bus, upstream)
+        sandbox.set_container_server(bus, upstream)
         self.follow(sandbox)
 
     def follow(self, sandbox: Sandbox) -> None:
         """Tell the buses what a sandbox has no use for any more."""
-        uid, upstreams = sandbox.spec.uid, sandbox.spec.upstreams
+        uid, upstreams = sandbox.spec.uid, sandbox.spec.container_servers
         if sandbox.is_over:
             self.own.stop(uid, upstreams)
         elif not sandbox.is_listening:
@@ -54,7 +54,7 @@ class ContainerServers:
                 if upstream.stop_listening and not _is_joined(sandbox, bus):
                     self.own.stop_listening(uid, {bus: upstream})
                     told = msgspec.structs.replace(upstream, stop_listening="")
-                    sandbox.set_upstream(bus, told)
+                    sandbox.set_container_server(bus, told)
 
     def answer(self, asked: int, answer: Called | Refused) -> None:
         """Answer the supervisor's request of that number, later than others."""
@@ -68,17 +68,17 @@ class ContainerServers:
         if found.is_listening or _links(found, bus):
             found.stop("instance-removed")
         else:  # it took no more connections there, and the last one has left
-            found.set_upstream(bus, None)
+            found.set_container_server(bus, None)
 
     def upstream_lost(self, sandbox: str, bus: str) -> None:
         """A bus has forgotten a sandbox: what connects there waits for the supervisor to have it made again."""
         if (found := self._sandboxes.get(sandbox)) is not None:
-            found.set_upstream(bus, ContainerServer())
+            found.set_container_server(bus, ContainerServer())
             self._emit(ContainerServerLost(sandbox, bus))
 
 
 def _links(sandbox: Sandbox, bus: str) -> list[AppConnection]:
-    return [link for link in sandbox.links if link.bus.name == bus]
+    return [link for link in sandbox.connections if link.bus.name == bus]
 
 
 def _is_joined(sandbox: Sandbox, bus: str) -> bool:

@@ -31,17 +31,17 @@ class AccessChange:
         self._sight: Final = sight
         self._incoming: Final = incoming
         # Names that the app saw when the rules changed, until it has been told what the change brought.
-        self.told: frozenset[str] | None = None
+        self.known_to_app: frozenset[str] | None = None
         self.changing = 0  # changes of which the app has not yet been told what they took
 
-    def use(self, judge: Judge) -> None:
+    def apply(self, judge: Judge) -> None:
         """Judge every message from now on by these rules."""
         core = self._core
         before, core.judge = core.judge, judge
         core.forget_verdicts()
         if not core.unique_name:
             return
-        if core.bus.speaks(core.unique_name, judge):
+        if core.bus.set_broadcast_judge(core.unique_name, judge):
             for member in core.bus.members:
                 member.forget_verdicts()
         self._release_names()
@@ -50,7 +50,7 @@ class AccessChange:
 
     def _change(self, before: Judge, judge: Judge) -> Work:
         """Tell of the names that went out of sight, and follow those of the new rules."""
-        known = self.told
+        known = self.known_to_app
         kept: dict[str, str] = {}
         for owner in self._owners.views.owners():
             steps = before.steps + judge.steps
@@ -64,8 +64,8 @@ class AccessChange:
             names = len(self._owners.names_of(owner))
             yield NAME_WORK * names + STEP_WORK * (before.steps + judge.steps - steps)
         # What comes into sight is told when all owners are known: another name of an owner may hide it.
-        self.told = frozenset(kept)
-        yield from self._owners.use(judge.uses, self.tell_new)
+        self.known_to_app = frozenset(kept)
+        yield from self._owners.follow(judge.uses, self.tell_new)
         for name in sorted(kept.keys() - self._owners.names.keys()):
             # Seen because of its owner alone, who is nobody to ask for any more.
             self._incoming.tell_owner_change(name, kept[name], "")
@@ -85,7 +85,7 @@ class AccessChange:
         return self._tell_new(self._core.judge)
 
     def _tell_new(self, judge: Judge) -> Work:
-        told, self.told = self.told or frozenset(), None
+        told, self.known_to_app = self.known_to_app or frozenset(), None
         for owner in self._owners.views.owners():
             steps = judge.steps
             for name in sorted(self._sight.visible(judge, owner) - told):

@@ -92,16 +92,16 @@ class BusState:
         self.members: Final[set[Member]] = set()
         self.payers: Final = Payers()
         # Senders whose rules say which apps hear their broadcasts: their unique names.
-        self.speakers: Final[dict[str, Judge]] = {}
-        self._late: Final[OrderedDict[str, None]] = OrderedDict()
+        self.broadcast_judges: Final[dict[str, Judge]] = {}
+        self._closed_recently: Final[OrderedDict[str, None]] = OrderedDict()
         # The lists among `speakers` that late ones have: which ones, the list that was used last at the end.
         self._late_lists: Final[OrderedDict[Judge, dict[str, None]]] = OrderedDict()
         self._late_rules = 0
         # Connections that want header field 10 on what sandboxes send them.
-        self.tagged: Final[set[str]] = set()
-        self._wording: dict[str, tuple[str, str]] = {}
+        self.wants_instance_field: Final[set[str]] = set()
+        self._absent_name_errors: dict[str, tuple[str, str]] = {}
         self._guid = ""
-        self.links: Final[set[Closable]] = set()
+        self.connections: Final[set[Closable]] = set()
         self.lingering: Final[dict[str, Lingering]] = {}  # by unique name
         self.barriers: Final[dict[int, Barrier]] = {}
         # Both are ways of xdg-dbus-proxy, for who is to pass for it. All unique names may be heard to come
@@ -109,7 +109,7 @@ class BusState:
         self.tells_unique_names = False
         self.judges_names_alone = False
         # False: no program may ask about the sandboxes of its connections.
-        self.tags_headers = True
+        self.gives_instance_field = True
         # False: no connection to it passes descriptors, and apps are told so in the handshake.
         self.takes_fds = True
 
@@ -125,7 +125,7 @@ class BusState:
         """Return who does the handshake on a new connection."""
         return SaslClient(uid)
 
-    def met(self, guid: str) -> None:
+    def authenticated(self, guid: str) -> None:
         """Take note of who answers at the address.
 
         Another bus than before has given unique names anew: what was known is about others, and whoever
@@ -134,24 +134,24 @@ class BusState:
         if not self._guid:
             self.ledger.meet(guid)
         elif guid != self._guid:
-            for link in list(self.links):
+            for link in list(self.connections):
                 link.close("the bus started anew")
             for rest in list(self.lingering.values()):
                 rest.close()
             self.ledger.move(guid)
             self.identities.clear()
             self.sandboxes.clear()
-            self.speakers.clear()
-            self._late.clear()
+            self.broadcast_judges.clear()
+            self._closed_recently.clear()
             self._late_lists.clear()
             self._late_rules = 0
-            self.tagged.clear()
-            self._wording.clear()
+            self.wants_instance_field.clear()
+            self._absent_name_errors.clear()
             self.payers.clear()
         self._guid = guid
 
     @property
-    def is_met(self) -> bool:
+    def is_authenticated(self) -> bool:
         """Return whether the bus's id is known."""
         return bool(self._guid)
 
@@ -161,7 +161,7 @@ class BusState:
         Raises OSError if the name cannot be written to the ledger. The app must not use the connection then.
         """
         self.ledger.add(unique_name)
-        if unique_name in self._late:
+        if unique_name in self._closed_recently:
             self._forget(unique_name)
         self.identities[unique_name] = identity
         self.sandboxes[unique_name] = sandbox
@@ -180,12 +180,12 @@ class BusState:
         while self._late_rules > MAX_LATE_RULES and len(self._late_lists) > 1:
             for name in list(next(iter(self._late_lists.values()))):
                 self._forget(name)
-        while len(self._late) > MAX_LATE:
-            self._forget(next(iter(self._late)))
+        while len(self._closed_recently) > MAX_LATE:
+            self._forget(next(iter(self._closed_recently)))
 
     def _remember_late(self, unique_name: str) -> None:
-        self._late[unique_name] = None
-        if (judge := self.speakers.get(unique_name)) is not None:
+        self._closed_recently[unique_name] = None
+        if (judge := self.broadcast_judges.get(unique_name)) is not None:
             if judge not in self._late_lists:
                 self._late_lists[judge] = {}
                 self._late_rules += len(judge.access.rules)
@@ -194,10 +194,10 @@ class BusState:
 
     def _forget(self, unique_name: str) -> None:
         """Forget the identity behind the unique name of a closed connection."""
-        del self._late[unique_name]
+        del self._closed_recently[unique_name]
         del self.identities[unique_name]
         self.sandboxes.pop(unique_name, None)
-        judge = self.speakers.pop(unique_name, None)
+        judge = self.broadcast_judges.pop(unique_name, None)
         if judge is not None and (names := self._late_lists.get(judge)) is not None:
             names.pop(unique_name, None)
             if not names:
@@ -206,10 +206,10 @@ class BusState:
 
     def wait_read(self, number: int, passed: Callable[[], None]) -> None:
         """Call `passed` once the bus has read everything sandboxes have sent so far."""
-        late = set(self._late)
+        late = set(self._closed_recently)
         names = [name for name in self.sandboxes if name not in late]
         barrier = self.barriers[number] = Barrier(names, passed)
-        for link in list(self.links):
+        for link in list(self.connections):
             link.ask_if_read(number)
         barrier.check()
 
@@ -230,20 +230,20 @@ class BusState:
         sandbox = self.sandboxes.get(unique_name)
         return "" if sandbox is None and self.peer(unique_name) is not None else sandbox
 
-    def speaks(self, unique_name: str, judge: Judge) -> bool:
+    def set_broadcast_judge(self, unique_name: str, judge: Judge) -> bool:
         """Let a connection's broadcasts be heard by whom these rules say; return whether that may be a change."""
-        before = self.speakers.pop(unique_name, None)
-        if judge.hearers_matter:
-            self.speakers[unique_name] = judge
-        return before is not None or judge.hearers_matter
+        before = self.broadcast_judges.pop(unique_name, None)
+        if judge.restricts_broadcast_receivers:
+            self.broadcast_judges[unique_name] = judge
+        return before is not None or judge.restricts_broadcast_receivers
 
     # -- handing over ------------------------------------------------------------------------
 
     def dump(self) -> BusDump:
         """Return all but the connections, which bring their rules with them."""
         # One list of rules has spoken for many connections, maybe.
-        gone = sorted({*self._late, *self.lingering} & self.speakers.keys())
-        late = {name: self.speakers[name] for name in gone}
+        gone = sorted({*self._closed_recently, *self.lingering} & self.broadcast_judges.keys())
+        late = {name: self.broadcast_judges[name] for name in gone}
         judges = {id(judge): judge for judge in late.values()}
         places = {key: place for place, key in enumerate(judges)}
         return BusDump(
@@ -252,12 +252,14 @@ class BusState:
             guid=self._guid,
             identities=tuple(self.identities.items()),
             sandboxes=tuple(self.sandboxes.items()),
-            late=tuple(self._late),
+            closed_recently=tuple(self._closed_recently),
             spans=self.ledger.dump(),
             judges=tuple((judge.access, judge.me) for judge in judges.values()),
-            speakers=tuple((name, places[id(judge)]) for name, judge in late.items()),
-            tagged=tuple(sorted(self.tagged)),
-            wording=tuple((question, *words) for question, words in self._wording.items()),
+            broadcast_judges=tuple((name, places[id(judge)]) for name, judge in late.items()),
+            wants_instance_field=tuple(sorted(self.wants_instance_field)),
+            absent_name_errors=tuple(
+                (question, *words) for question, words in self._absent_name_errors.items()
+            ),
             payers=self.payers.dump(),
         )
 
@@ -268,11 +270,13 @@ class BusState:
         self.ledger.load(dump.guid, dump.spans)
         self.identities.update(dump.identities)
         self.sandboxes.update(dump.sandboxes)
-        self.speakers.update((name, judges[place]) for name, place in dump.speakers)
-        for name in dump.late:
+        self.broadcast_judges.update((name, judges[place]) for name, place in dump.broadcast_judges)
+        for name in dump.closed_recently:
             self._remember_late(name)
-        self.tagged.update(dump.tagged)
-        self._wording.update((question, (error, text)) for question, error, text in dump.wording)
+        self.wants_instance_field.update(dump.wants_instance_field)
+        self._absent_name_errors.update(
+            (question, (error, text)) for question, error, text in dump.absent_name_errors
+        )
         self.payers.load(dump.payers)
 
     def resume(self) -> None:
@@ -286,21 +290,21 @@ class BusState:
     # -- how this bus words "there is no such name" ------------------------------------------
 
     @property
-    def wording_known(self) -> bool:
+    def knows_absent_name_errors(self) -> bool:
         """True when the bus has been asked."""
-        return bool(self._wording)
+        return bool(self._absent_name_errors)
 
-    def learn_wording(self, question: str, asked: str, error: str, text: str) -> None:
+    def learn_absent_name_error(self, question: str, asked: str, error: str, text: str) -> None:
         """Take the answer to `question` about ABSENT or ABSENT_UNIQUE as the bus's way of saying so."""
         if error in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER):
-            self._wording[question] = (error, text.replace(asked, "\0"))
+            self._absent_name_errors[question] = (error, text.replace(asked, "\0"))
 
-    def no_such_name(self, question: str, name: str) -> tuple[str, str]:
+    def absent_name_error(self, question: str, name: str) -> tuple[str, str]:
         """Return the error name and text that this bus gives for a name that does not exist.
 
         `question` is "call", "call-no-start", "unique", "unique-no-start" or a driver method's name.
         """
-        error, text = self._wording.get(question) or _WORDING.get(
+        error, text = self._absent_name_errors.get(question) or _WORDING.get(
             question, _WORDING["GetNameOwner"]
         )
         return error, text.replace("\0", name)

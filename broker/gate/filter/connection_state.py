@@ -152,11 +152,11 @@ class ConnectionState:
         self.to_bus: Final[Output] = []
         self.to_app: Final[Output] = []
         # Calls of the app and of the gate that wait for a reply: serial -> who may give it.
-        self.pending: Final[dict[int, Replier | InterceptedCall]] = {}
+        self.calls_to_bus: Final[dict[int, Replier | InterceptedCall]] = {}
         # Serials of the gate's range that calls of the app have: they wait under another.
-        self.lent: Final[set[int]] = set()
+        self.translated_serials: Final[set[int]] = set()
         # Calls to the app that wait for its reply: (caller, serial).
-        self.asked: Final[set[tuple[str, int]]] = set()
+        self.calls_to_app: Final[set[tuple[str, int]]] = set()
         self.matches: Final = Subscriptions()
         self.chores: Final = Chores()
         # Names that the app has or waits for, and the number of its last request for each.
@@ -182,10 +182,10 @@ class ConnectionState:
         self.bus_replies: Final[dict[bytes, str]] = {}
         self.app_reply_at: Final[dict[int, int]] = {}
         self.app_replies: Final[dict[bytes, str]] = {}
-        self._next_own = FIRST_GATE_SERIAL
+        self._next_gate_serial = FIRST_GATE_SERIAL
         # Who knows what to do with a reply to a Special call: by Then.kind. Each part of the connection
         # puts its own in.
-        self.finishers: Final[dict[str, ReplyHandler]] = {
+        self.reply_handlers: Final[dict[str, ReplyHandler]] = {
             "ignore": _ignore,
             "translate": self._translate,
         }
@@ -221,16 +221,18 @@ class ConnectionState:
 
     # -- serials and calls of the gate's own ------------------------------------------------------
 
-    def waits(self, serial: int) -> bool:
+    def awaits_reply(self, serial: int) -> bool:
         """Say whether a call of the app with this serial waits for its reply."""
-        return serial in (self.pending if serial < FIRST_GATE_SERIAL else self.lent)
+        return serial in (
+            self.calls_to_bus if serial < FIRST_GATE_SERIAL else self.translated_serials
+        )
 
-    def own_serial(self) -> int:
+    def next_gate_serial(self) -> int:
         """Return a serial that no waiting call has."""
         for _ in range(LAST_SERIAL - FIRST_GATE_SERIAL):
-            serial = self._next_own
-            self._next_own = FIRST_GATE_SERIAL if serial == LAST_SERIAL else serial + 1
-            if serial not in self.pending:
+            serial = self._next_gate_serial
+            self._next_gate_serial = FIRST_GATE_SERIAL if serial == LAST_SERIAL else serial + 1
+            if serial not in self.calls_to_bus:
                 return serial
         raise PeerQuotaError("too many calls wait for a reply")
 
@@ -242,8 +244,8 @@ class ConnectionState:
         then: ReplyAction,
     ) -> None:
         """Call the bus on this connection for the gate's own use."""
-        serial = self.own_serial()
-        self.pending[serial] = InterceptedCall(then, is_own=True)
+        serial = self.next_gate_serial()
+        self.calls_to_bus[serial] = InterceptedCall(then, is_own=True)
         self.to_bus.append(
             marshal.make_call(
                 serial,
@@ -288,16 +290,18 @@ class ConnectionState:
         """Pass a message to the app as it is."""
         self.to_app.append(Chunk(data, fds) if fds else data)
 
-    def finish(self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def handle_reply(
+        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
         """Do with the reply what is said."""
-        self.finishers[then.kind](then, reply, data, fds)
+        self.reply_handlers[then.kind](then, reply, data, fds)
 
     def translated(self, serial: int, after: ReplyAction | None = None) -> ReplyAction:
         """Say that the reply is to be given the app's own serial back, which no other call has meanwhile."""
         if serial < FIRST_GATE_SERIAL:
-            self.pending[serial] = NO_REPLIER
+            self.calls_to_bus[serial] = NO_REPLIER
         else:
-            self.lent.add(serial)
+            self.translated_serials.add(serial)
         return ReplyAction("translate", (serial,), after)
 
     def _translate(
@@ -306,25 +310,29 @@ class ConnectionState:
         (serial,) = then.values
         assert isinstance(serial, int)
         if serial < FIRST_GATE_SERIAL:
-            self.pending.pop(serial, None)
-        self.lent.discard(serial)
+            self.calls_to_bus.pop(serial, None)
+        self.translated_serials.discard(serial)
         at = reply.reply_serial_at
         order: Literal["little", "big"] = "little" if reply.little else "big"
         data = data[:at] + serial.to_bytes(4, order) + data[at + 4 :]
         if then.after is None:
             self.deliver(data, fds)
         else:
-            self.finish(then.after, reply, data, fds)
+            self.handle_reply(then.after, reply, data, fds)
 
     def refuse_caller(self, caller: str, serial: int, name: str, text: str) -> None:
         """Refuse a call to the app in the app's place."""
         self.to_bus.append(
             marshal.make_error(
-                self.own_serial(), reply_serial=serial, name=name, text=text, destination=caller
+                self.next_gate_serial(),
+                reply_serial=serial,
+                name=name,
+                text=text,
+                destination=caller,
             )
         )
 
-    def met(self, unique_name: str) -> None:
+    def remember_caller(self, unique_name: str) -> None:
         """Remember a caller: the app may see it as long as it lives."""
         self.callers[unique_name] = None
         self.callers.move_to_end(unique_name)
@@ -338,46 +346,44 @@ class ConnectionState:
 
         `changes_of` tells how often a name has changed its owner so far.
         """
-        plain, calls = _dump_calls(self.pending, changes_of)
+        plain, calls = _dump_calls(self.calls_to_bus, changes_of)
         return ConnectionStateDump(
             unique_name=self.unique_name,
             greeting=self.greeting,
             plain=plain,
             calls=calls,
-            lent=tuple(sorted(self.lent)),
-            asked=tuple(sorted(self.asked)),
+            translated_serials=tuple(sorted(self.translated_serials)),
+            calls_to_app=tuple(sorted(self.calls_to_app)),
             matches=tuple((rule.canonical(), count) for rule, count in self.matches.items()),
             requested_names=tuple(self.requested_names.items()),
             name_requests=self.name_requests,
             callers=tuple(self.callers),
             counts_callers=self.counts_callers,
-            next_own=self._next_own,
+            next_gate_serial=self._next_gate_serial,
         )
 
-    def load(
-        self, dump: ConnectionStateDump, since: Callable[[str, int, Collection[str]], OwnersSince]
-    ) -> None:
+    def load(self, dump: ConnectionStateDump, since: Callable[[str, int], OwnersSince]) -> None:
         """Restore the state from `dump`. `since` makes what a call knows of a name's owners."""
         self.unique_name = dump.unique_name
         self.greeting = dump.greeting
-        self.pending.update(_load_plain(dump.plain, since))
+        self.calls_to_bus.update(_load_plain(dump.plain, since))
         for call in dump.calls:
             self._check(call.then)
-            self.pending[call.serial] = _load_call(call, since)
-        self.lent.update(dump.lent)
-        self.asked.update(dump.asked)
+            self.calls_to_bus[call.serial] = _load_call(call, since)
+        self.translated_serials.update(dump.translated_serials)
+        self.calls_to_app.update(dump.calls_to_app)
         for text, count in dump.matches:
             self.matches.add(parse_match_rule(text), count)
         self.requested_names.update(dump.requested_names)
         self.name_requests = dump.name_requests
         self.callers.update(dict.fromkeys(dump.callers))
         self.counts_callers = dump.counts_callers
-        self._next_own = dump.next_own
+        self._next_gate_serial = dump.next_gate_serial
 
     def _check(self, then: ReplyAction | None) -> None:
         """Raise ValueError if nobody here knows what to do with such a reply."""
         while then is not None:
-            if then.kind not in self.finishers:
+            if then.kind not in self.reply_handlers:
                 raise ValueError(f"a reply to be dealt with as {then.kind!r}")
             then = then.after
 
@@ -393,7 +399,7 @@ def _dump_calls(
     for serial, entry in pending.items():
         if entry is not last:  # many in a row are for one peer
             last, dump = entry, _dump_target(entry, changes_of)
-            is_plain = isinstance(entry, Replier) and not dump.before
+            is_plain = isinstance(entry, Replier)
             if is_plain:
                 row = (*plain.index(dump.owner, dump.name), dump.since)
         if is_plain:
@@ -408,18 +414,15 @@ def _dump_calls(
 
 def _dump_target(entry: Replier | InterceptedCall, changes_of: Callable[[str], int]) -> ReplierDump:
     target = entry.target if isinstance(entry, InterceptedCall) else entry
-    former = target.former
-    if isinstance(former, OwnersSince):
-        since, before = former.count, former.before
+    if isinstance(target.former, OwnersSince):
+        since = target.former.count
     else:
-        since, before = changes_of(target.name) if target.name else 0, former
-    return ReplierDump(
-        owner=target.owner, name=target.name, since=since, before=tuple(sorted(before))
-    )
+        since = changes_of(target.name) if target.name else 0
+    return ReplierDump(owner=target.owner, name=target.name, since=since)
 
 
 def _load_plain(
-    dump: PlainCallsDump, since: Callable[[str, int, Collection[str]], OwnersSince]
+    dump: PlainCallsDump, since: Callable[[str, int], OwnersSince]
 ) -> Iterator[tuple[int, Replier]]:
     owners, names = dump.owners, dump.names
     made: dict[tuple[int, int, int], Replier] = {}
@@ -429,17 +432,17 @@ def _load_plain(
         if target is None:
             target = made[key] = Replier(owners[owner], names[name])
             if target.name:
-                target.former = since(target.name, count, ())
+                target.former = since(target.name, count)
         yield serial, target
 
 
 def _load_call(
-    dump: CallDump, since: Callable[[str, int, Collection[str]], OwnersSince]
+    dump: CallDump, since: Callable[[str, int], OwnersSince]
 ) -> Replier | InterceptedCall:
     its = dump.target
-    target = Replier(its.owner, its.name, frozenset(its.before))
+    target = Replier(its.owner, its.name)
     if its.name:
-        target.former = since(its.name, its.since, target.former)
+        target.former = since(its.name, its.since)
     return target if dump.then is None else InterceptedCall(dump.then, target, is_own=dump.is_own)
 
 

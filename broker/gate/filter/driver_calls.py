@@ -169,21 +169,21 @@ class BusDriverCalls:
             "ListQueuedOwners": self._list_queued,
         }
         self._methods.update(dict.fromkeys(LOOK_UPS, self._look_up))
-        core.finishers["hello"] = self._greeted
-        core.finishers["add-match"] = self._added_match
-        core.finishers["list"] = self._listed
-        core.finishers["credentials"] = self._told_credentials
-        core.finishers["request-name"] = self._requested_name
+        core.reply_handlers["hello"] = self._greeted
+        core.reply_handlers["add-match"] = self._added_match
+        core.reply_handlers["list"] = self._listed
+        core.reply_handlers["credentials"] = self._told_credentials
+        core.reply_handlers["request-name"] = self._requested_name
 
     def call(self, header: Header, data: bytes) -> bool:
         """Deal with one call. False: it must wait until the owners are known."""
         core = self._core
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
-        if wants_reply and core.waits(header.serial):
+        if wants_reply and core.awaits_reply(header.serial):
             text = f"a call with serial {header.serial} already waits"
             core.answer_error(header.serial, errors.ACCESS_DENIED, text)
             return True
-        if wants_reply and len(core.pending) >= core.sandbox.limits.pending_calls:
+        if wants_reply and len(core.calls_to_bus) >= core.sandbox.limits.pending_calls:
             text = f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already"
             core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
             return True
@@ -300,13 +300,13 @@ class BusDriverCalls:
         # under a serial of the app's, once it has said Hello, may be about anything that had it.
         is_safe = not core.unique_name or (then is None and wants_reply)
         if serial >= FIRST_GATE_SERIAL or not is_safe:
-            serial = core.own_serial()
+            serial = core.next_gate_serial()
             if wants_reply:
                 then = core.translated(header.serial, then)
         made = replace(header, serial=serial, unix_fds=0)
         core.to_bus.append(serialise_header(made) + body)
         if wants_reply:
-            core.pending[serial] = BUS_DRIVER if then is None else InterceptedCall(then)
+            core.calls_to_bus[serial] = BUS_DRIVER if then is None else InterceptedCall(then)
         return True
 
     # -- Hello --------------------------------------------------------------------------------------
@@ -328,10 +328,10 @@ class BusDriverCalls:
             raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
         core.unique_name = str(results(reply, data, "s")[0])
         core.sandbox.said_hello(core)
-        core.bus.speaks(core.unique_name, core.judge)
-        self._owners.hold(self._owners.use(core.judge.uses))
-        if not core.bus.wording_known:
-            self._owners.ask_wording()
+        core.bus.set_broadcast_judge(core.unique_name, core.judge)
+        self._owners.hold(self._owners.follow(core.judge.uses))
+        if not core.bus.knows_absent_name_errors:
+            self._owners.look_up_absent_names()
         core.deliver(data, fds)
 
     # -- match rules ------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ class BusDriverCalls:
     def _look_up(self, header: Header, data: bytes) -> bool:
         name = bus_name(header, data)
         if not self._sight.knows_enough(name):
-            self._owners.ask(name)
+            self._owners.look_up(name)
             return False
         if self._owners.waiting:
             return False
@@ -387,7 +387,7 @@ class BusDriverCalls:
             if not header.flags & Flag.NO_REPLY_EXPECTED:
                 core.answer(header.serial, "b", (False,))
             return True
-        raise CallRefusedError(*core.bus.no_such_name(header.member or "", name))
+        raise CallRefusedError(*core.bus.absent_name_error(header.member or "", name))
 
     def _told_credentials(
         self, _then: ReplyAction, _reply: Header, data: bytes, fds: tuple[int, ...]
@@ -407,7 +407,7 @@ class BusDriverCalls:
             raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
         target = self._owners.names.get(name)
         if target is None and self._core.judge.any_send:
-            self._owners.ask(name)
+            self._owners.look_up(name)
             return False
         if self._owners.waiting:
             return False
@@ -420,7 +420,7 @@ class BusDriverCalls:
                 errors.ACCESS_DENIED,
                 f"This sandbox may not start {name}: no rule allows sending to it",
             )
-        raise CallRefusedError(*core.bus.no_such_name("StartServiceByName", name))
+        raise CallRefusedError(*core.bus.absent_name_error("StartServiceByName", name))
 
     def _may_start(self, name: str, target: Replier | None) -> bool:
         core = self._core

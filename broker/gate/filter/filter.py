@@ -99,9 +99,9 @@ class Filter:
 
     # -- rules ---------------------------------------------------------------------------------------
 
-    def use(self, judge: Judge) -> None:
+    def change_rules(self, judge: Judge) -> None:
         """Judge every message from now on by these rules."""
-        self._swap.use(judge)
+        self._swap.apply(judge)
         self._resume()
         self.held = self.held or bool(self.core.chores)
 
@@ -164,17 +164,17 @@ class Filter:
         """Return all of it but the rules, descriptors as indexes. Raises HandoverError."""
         if self.core.to_app or self.core.to_bus:
             raise HandoverError("something is still to be sent")
-        told = self._swap.told
+        told = self._swap.known_to_app
         core = self.core.dump(self._owners.changes_of)
         return FilterDump(
             app_takes_fds=self.core.app_takes_fds,
             held=self.held,
             yielded=self.yielded,
             wake=self._wake,
-            core=core,
+            state=core,
             owners=self._owners.dump(core.asked_names()),
-            lately_seen=tuple(self._sight.lately_seen),
-            told=None if told is None else tuple(sorted(told)),
+            recently_visible=tuple(self._sight.recently_visible),
+            known_to_app=None if told is None else tuple(sorted(told)),
             from_app=self.from_app.dump(fds),
             from_bus=self._from_bus.dump(fds),
             stash=tuple(ChunkDump(one.data, fds.put_all(one.fds)) for one in self._stash),
@@ -184,10 +184,12 @@ class Filter:
         """Be as the one was that made the dump. Raises ValueError if it cannot be."""
         self.held, self.yielded, self._wake = dump.held, dump.yielded, dump.wake
         histories = self._owners.load(dump.owners, self._swap.tell_new)
-        self.core.load(dump.core, self._owners.since)
+        self.core.load(dump.state, self._owners.since)
         del histories  # the calls that wait have them now
-        self._sight.lately_seen.update(dict.fromkeys(dump.lately_seen))
-        self._swap.told = None if dump.told is None else frozenset(dump.told)
+        self._sight.recently_visible.update(dict.fromkeys(dump.recently_visible))
+        self._swap.known_to_app = (
+            None if dump.known_to_app is None else frozenset(dump.known_to_app)
+        )
         self.from_app.load(dump.from_app, fds)
         self._from_bus.load(dump.from_bus, fds)
         for one in dump.stash:
@@ -217,7 +219,7 @@ class Filter:
                 return
         end = len(data)
         pos = run = known = 0
-        pending = core.pending
+        pending = core.calls_to_bus
         room = core.sandbox.limits.pending_calls
         calls = core.app_calls
         tables = self.app_tables if plain or not intake.has_fds else {}
@@ -256,16 +258,16 @@ class Filter:
             self._pass_app(data, run, pos)
         self.spent += known
         if pos < end or not plain:
-            intake.consumed(data, pos)
+            intake.consume(data, pos)
 
     def _take_from_app(self, data: bytes, fds: Sequence[int]) -> bytes | None:
         """Put what arrived behind what is held; return it all if it can be looked at now."""
         core = self.core
         intake = self.from_app
-        ready = intake.take(data, fds)
+        ready = intake.feed(data, fds)
         if self.held:
             if ready is not None:
-                intake.put_back(ready)
+                intake.unread(ready)
             return None
         if ready is None:
             if core.sandbox.bytes_held <= core.sandbox.limits.bytes_held or not intake.held:
@@ -286,9 +288,9 @@ class Filter:
         if caller is None or not 0 < serial < FIRST_GATE_SERIAL:
             return 0
         key = (caller, U32.unpack_from(data, at)[0])
-        if key not in self.core.asked:
+        if key not in self.core.calls_to_app:
             return 0
-        self.core.asked.discard(key)
+        self.core.calls_to_app.discard(key)
         return start + body
 
     def _app_message(self, data: bytes, pos: int) -> int:
@@ -301,7 +303,7 @@ class Filter:
         if pos + size > len(data):
             limit = self.core.sandbox.limits.bytes_held
             if self.core.sandbox.bytes_held + size <= limit:
-                intake.need(size)
+                intake.expect(size)
                 return 0
             return self._refuse_too_large(data, pos, size)
         header = parse_from_app(self.core.sandbox.id, data, pos)
@@ -321,7 +323,7 @@ class Filter:
         intake = self.from_app
         header_size = measure_header(data, pos)
         if len(data) - pos < header_size:
-            intake.need(header_size)
+            intake.expect(header_size)
             return 0
         header = parse_header(data, pos)
         if header.unix_fds:
@@ -341,7 +343,7 @@ class Filter:
         """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         intake = self._from_bus
         plain = not fds and intake.is_idle
-        data = arrived if plain else intake.take(arrived, fds)
+        data = arrived if plain else intake.feed(arrived, fds)
         if data is None:
             return
         pos, run, end = 0, 0, len(data)
@@ -379,7 +381,7 @@ class Filter:
         if run < pos:
             self._pass_bus(data, run, pos)
         if pos < end or not plain:
-            intake.consumed(data, pos)
+            intake.consume(data, pos)
         if self._wake:
             self._resume()
         if chores:
@@ -395,19 +397,19 @@ class Filter:
             return 0
         at += pos
         sender = core.bus_replies.get(data[pos + 12 : at] + data[at + 4 : start])
-        entry = core.pending.get(asked := U32.unpack_from(data, at)[0])
+        entry = core.calls_to_bus.get(asked := U32.unpack_from(data, at)[0])
         if sender is None or entry is None or entry.owner != sender:
             return 0
-        del core.pending[asked]
-        return stop + (stop - pos) * match_reply_run(data, place, at, core.pending, sender)
+        del core.calls_to_bus[asked]
+        return stop + (stop - pos) * match_reply_run(data, place, at, core.calls_to_bus, sender)
 
     def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
         core = self.core
         if table is core.bus_calls:
-            if len(core.asked) >= core.sandbox.limits.pending_calls:
+            if len(core.calls_to_app) >= core.sandbox.limits.pending_calls:
                 return False
-            core.asked.add((caller, serial))
+            core.calls_to_app.add((caller, serial))
         if (budget := self._budgets.get(caller)) is not None:
             budget.charge(1 + size // BYTES_A_MESSAGE)
         return True
@@ -420,7 +422,7 @@ class Filter:
         if measure_header(data, pos, BUS_LIMITS) > MAX_HEADER:
             return self._leave_out(data, pos, size, TOO_LARGE)
         if pos + size > len(data):
-            intake.need(size)
+            intake.expect(size)
             return 0
         waits = self._stash or self.core.chores
         if not (waits or intake.has_fds) and self._known_refusal(data, pos, size):
@@ -436,12 +438,12 @@ class Filter:
 
     def _take_in(self, arrived: Arrived, start: float) -> None:
         """Judge a message from the bus, or queue it behind waiting ones."""
-        waiting = len(self.core.pending)
+        waiting = len(self.core.calls_to_bus)
         in_order = not (self._stash or self.core.chores) or self._cannot_wait(arrived.header)
         if not (in_order and self._hear(arrived, start)):
             self._stash.append(arrived)
             self._stashed_bytes += len(arrived.data)
-        if len(self.core.pending) < waiting:
+        if len(self.core.calls_to_bus) < waiting:
             self.answered += len(arrived.data) // BYTES_A_MESSAGE
         # One message alone may be as large as the bus allows.
         is_much = self._stashed_bytes > self.core.sandbox.limits.bytes_queued
@@ -454,7 +456,7 @@ class Filter:
         header_size = measure_header(data, pos, BUS_LIMITS)
         if pos + header_size > len(data):
             if data[pos + 1] in AWAITED:
-                intake.need(header_size)
+                intake.expect(header_size)
                 return 0
             header = skim_fixed(data, pos)  # no program waits for a signal: none of it is stored
         else:
@@ -497,7 +499,7 @@ class Filter:
 
     def _cannot_wait(self, header: Header) -> bool:
         """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
-        entry = self.core.pending.get(header.reply_serial or 0)
+        entry = self.core.calls_to_bus.get(header.reply_serial or 0)
         return isinstance(entry, InterceptedCall) and (entry.is_own or not self.core.unique_name)
 
     # -- waiting for owners ---------------------------------------------------------------------------

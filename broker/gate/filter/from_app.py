@@ -43,7 +43,7 @@ class AppMessages:
         self._owners: Final = owners
         self._sight: Final = sight
         self._driver: Final = BusDriverCalls(core, owners, sight)
-        core.finishers["refuse"] = self._refuse_now
+        core.reply_handlers["refuse"] = self._refuse_now
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
@@ -99,8 +99,8 @@ class AppMessages:
         if header.type == MessageType.METHOD_CALL:
             if not header.flags & Flag.NO_REPLY_EXPECTED:
                 core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
-        elif header.type != MessageType.SIGNAL and key in core.asked:
-            core.asked.discard(key)
+        elif header.type != MessageType.SIGNAL and key in core.calls_to_app:
+            core.calls_to_app.discard(key)
             core.refuse_caller(*key, errors.LIMITS_EXCEEDED, text)
 
     # -- calls and signals ------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class AppMessages:
             return True
         plain = self._emit(header, data, fds, target)
         if header.serial < FIRST_GATE_SERIAL:
-            core.pending[header.serial] = target
+            core.calls_to_bus[header.serial] = target
         if plain:
             core.app_calls.remember(data[12 : header.size], target, *_names(header, target))
         return True
@@ -135,9 +135,9 @@ class AppMessages:
         mute = bool(header.flags & Flag.NO_REPLY_EXPECTED)
         if len(fds) > MAX_FDS:
             problem = (errors.LIMITS_EXCEEDED, f"{len(fds)} file descriptors, {MAX_FDS} at most")
-        elif not mute and core.waits(header.serial):
+        elif not mute and core.awaits_reply(header.serial):
             problem = (errors.ACCESS_DENIED, f"a call with serial {header.serial} already waits")
-        elif not mute and len(core.pending) >= core.sandbox.limits.pending_calls:
+        elif not mute and len(core.calls_to_bus) >= core.sandbox.limits.pending_calls:
             problem = (
                 errors.LIMITS_EXCEEDED,
                 f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already",
@@ -189,9 +189,9 @@ class AppMessages:
         if target is None:
             if not self._core.judge.any_send and self._sight.knows_enough(name):
                 return Replier("", name)
-            self._owners.ask(name)
+            self._owners.look_up(name)
             return None
-        self._owners.used(name)
+        self._owners.touch(name)
         return None if self._owners.waiting else target
 
     def _other_end(self, header: Header, target: Replier) -> tuple[set[str], Identity | None]:
@@ -238,14 +238,14 @@ class AppMessages:
         if text:
             core.answer_error(serial, errors.ACCESS_DENIED, text)
         else:
-            core.answer_error(serial, *core.bus.no_such_name(question, name))
+            core.answer_error(serial, *core.bus.absent_name_error(question, name))
 
     # -- replies ----------------------------------------------------------------------------------
 
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core
         key = (header.destination or "", header.reply_serial or 0)
-        if key not in core.asked or len(fds) > MAX_FDS:
+        if key not in core.calls_to_app or len(fds) > MAX_FDS:
             core.sandbox.close_fds(fds)
             if header.destination not in (None, DRIVER):
                 core.sandbox.denied(
@@ -253,7 +253,7 @@ class AppMessages:
                     Denial("send", "reply", key[0], "", "", "", "no call waits for it", ""),
                 )
             return
-        core.asked.discard(key)
+        core.calls_to_app.discard(key)
         if self._emit(header, data, fds, Replier(key[0])):
             remember_shape(core.app_replies, core.app_reply_at, header, data, key[0])
 
@@ -295,9 +295,9 @@ def cleaned(
     )
     serial = header.serial
     if serial >= FIRST_GATE_SERIAL:
-        serial = core.own_serial()
+        serial = core.next_gate_serial()
         if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
-            core.pending[serial] = InterceptedCall(core.translated(header.serial), target)
+            core.calls_to_bus[serial] = InterceptedCall(core.translated(header.serial), target)
     elif not dirty and not extra:
         return data, True
     new = serialise_header(replace(header, serial=serial), extra=extra)
@@ -313,11 +313,11 @@ def _may_reach_who_wants_tags(
     that nobody owns may be a service's that is being started, and that asks before it takes what waits for it.
     """
     name = header.destination
-    if not core.bus.tags_headers:
+    if not core.bus.gives_instance_field:
         return False
     if name is not None and name[:1] == ":":
-        return name in core.bus.tagged
-    return bool(core.bus.tagged) or (target is not None and not target.owner)
+        return name in core.bus.wants_instance_field
+    return bool(core.bus.wants_instance_field) or (target is not None and not target.owner)
 
 
 def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denial:

@@ -52,7 +52,7 @@ class BusMessages:
         self._cause = ""
         self._cost = 0
         self._arrives = False  # the message announces the payer's own connection
-        core.finishers["count-callers"] = self._counted
+        core.reply_handlers["count-callers"] = self._counted
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
@@ -89,7 +89,7 @@ class BusMessages:
 
     def _kind_of(self, header: Header) -> str:
         """Return the kind of `ReplyAction` that a reply is waited for with; "" if it is simply passed on."""
-        entry = self._core.pending.get(header.reply_serial or 0)
+        entry = self._core.calls_to_bus.get(header.reply_serial or 0)
         if not isinstance(entry, InterceptedCall):
             return ""
         then = entry.then.after if entry.then.kind == "translate" else entry.then
@@ -98,7 +98,7 @@ class BusMessages:
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         core = self._core
         sender = header.sender or DRIVER
-        entry = core.pending.get(header.reply_serial or 0)
+        entry = core.calls_to_bus.get(header.reply_serial or 0)
         if entry is None or not self._may_answer(entry, sender):
             core.sandbox.close_fds(fds)
             if sender != DRIVER:
@@ -109,7 +109,7 @@ class BusMessages:
             return
         # The bus may add descriptors to credentials of which the app never gets any: no reason to refuse.
         app_gets_fds = self._kind_of(header) != "credentials"
-        del core.pending[header.reply_serial or 0]
+        del core.calls_to_bus[header.reply_serial or 0]
         if fds and not core.app_takes_fds and app_gets_fds:
             core.sandbox.close_fds(fds)
             fds = ()
@@ -121,7 +121,7 @@ class BusMessages:
         if isinstance(entry, InterceptedCall):
             if entry.is_own:
                 self._cost = QUESTION_COST
-            core.finish(entry.then, header, data, fds)
+            core.handle_reply(entry.then, header, data, fds)
             return
         core.deliver(data, fds)
         if untouched and not fds and header.little and header.sender:
@@ -210,7 +210,7 @@ class BusMessages:
             )
         elif fds and not core.app_takes_fds:
             problem = (errors.NOT_SUPPORTED, "The receiver takes no file descriptors")
-        elif wants_reply and len(core.asked) >= core.sandbox.limits.pending_calls:
+        elif wants_reply and len(core.calls_to_app) >= core.sandbox.limits.pending_calls:
             problem = (errors.LIMITS_EXCEEDED, "Too many calls wait for the receiver's reply")
             self._count_callers()
         if problem is not None:
@@ -220,9 +220,9 @@ class BusMessages:
             return
         core.deliver(self._clean(header, data), fds)
         if is_call:
-            core.met(sender)
+            core.remember_caller(sender)
         if wants_reply:
-            core.asked.add((sender, header.serial))
+            core.calls_to_app.add((sender, header.serial))
         if not fds and header.little and not header.has_unknown:
             self._remember(header, data[12 : header.size], sender)
 
@@ -243,10 +243,12 @@ class BusMessages:
             return verdict
         if peer is UNKNOWN:
             return NOT_KNOWN
-        speaker = core.bus.speakers.get(sender)
+        speaker = core.bus.broadcast_judges.get(sender)
         if speaker is None:
             return verdict
-        return speaker.hear(header.path, header.interface, header.member, core.sandbox.identity)
+        return speaker.judge_broadcast_receiver(
+            header.path, header.interface, header.member, core.sandbox.identity
+        )
 
     def _count_callers(self) -> None:
         """Calls of callers that are gone may never be answered: find out which these are."""
@@ -262,7 +264,7 @@ class BusMessages:
             (names,) = marshal.read_body("as", data[reply.size :], little=reply.little)
             assert isinstance(names, tuple)
             there = frozenset(names)
-            asked = self._core.asked
+            asked = self._core.calls_to_app
             asked -= {key for key in asked if key[0] not in there}
 
     def _remember(self, header: Header, key: bytes, sender: str) -> None:

@@ -66,10 +66,10 @@ class NameOwners:
         self._asking = 0
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
         self._matches: Final[set[str]] = set()
-        core.finishers["owner"] = self._told
-        core.finishers["owners"] = self._listed
-        core.finishers["wording"] = self._worded
-        core.finishers["must-work"] = self._worked
+        core.reply_handlers["owner"] = self._told
+        core.reply_handlers["owners"] = self._listed
+        core.reply_handlers["wording"] = self._worded
+        core.reply_handlers["must-work"] = self._worked
 
     @property
     def extra_count(self) -> int:
@@ -82,7 +82,7 @@ class NameOwners:
 
     # -- what to know -------------------------------------------------------------------------
 
-    def use(self, uses: NamesUsed, then: Callable[[], Work] | None = None) -> Work:
+    def follow(self, uses: NamesUsed, then: Callable[[], Work] | None = None) -> Work:
         """Follow these names from now on; when all are known do the work of `then`.
 
         All may be known at once.
@@ -90,7 +90,7 @@ class NameOwners:
         self._then = then
         self.waiting += 1  # keeps synced() from coming early
         before, self._uses = self._uses, uses
-        asked = {_target_of(entry).name for entry in self._core.pending.values()}
+        asked = {_target_of(entry).name for entry in self._core.calls_to_bus.values()}
         for name in list(self.names):
             yield NAME_WORK
             if self._relevant(name):
@@ -108,7 +108,7 @@ class NameOwners:
                 self._ask_owner(name)
         self._answered()
 
-    def ask(self, name: str) -> None:
+    def look_up(self, name: str) -> None:
         """Know one more name, which no rule names."""
         self._extra[name] = None
         while len(self._extra) > max(self._core.sandbox.limits.tracked_names, 1):
@@ -118,7 +118,7 @@ class NameOwners:
         self._set_matches()
         self._ask_owner(name)
 
-    def ask_wording(self) -> None:
+    def look_up_absent_names(self) -> None:
         """Ask the bus what it says of names that are not there, to say the same of hidden ones."""
         for question in _LOOK_UPS:
             self._ask(question, "s", (ABSENT,), ReplyAction("wording", (question, ABSENT)))
@@ -129,9 +129,9 @@ class NameOwners:
             self._ping(ABSENT_UNIQUE, flags, f"unique{question}")
 
     def _ping(self, name: str, flags: int, question: str) -> None:
-        serial = self._core.own_serial()
+        serial = self._core.next_gate_serial()
         then = ReplyAction("wording", (question, name))
-        self._core.pending[serial] = InterceptedCall(then, Replier(name), is_own=True)
+        self._core.calls_to_bus[serial] = InterceptedCall(then, Replier(name), is_own=True)
         self.waiting += 1
         self._core.to_bus.append(
             marshal.make_call(
@@ -150,15 +150,17 @@ class NameOwners:
         if header.type == MessageType.ERROR and header.signature == "s":
             (text,) = marshal.read_body("s", data[header.size :], little=header.little)
             question, asked = map(str, then.values)
-            self._core.bus.learn_wording(question, asked, header.error_name or "", str(text))
+            self._core.bus.learn_absent_name_error(
+                question, asked, header.error_name or "", str(text)
+            )
         self._answered()
 
-    def used(self, name: str) -> None:
+    def touch(self, name: str) -> None:
         """Keep a name that no rule names a while longer."""
         if name in self._extra:
             self._extra.move_to_end(name)
 
-    def changed(self, name: str, new: str) -> bool:
+    def owner_changed(self, name: str, new: str) -> bool:
         """Take note of an owner change ("" is nobody); return whether the name matters here."""
         target = self.names.get(name)
         if target is None:
@@ -205,7 +207,7 @@ class NameOwners:
         """Let the calls that wait for `target` know of all changes from now on."""
         history = self._history_of(target.name)
         if not isinstance(target.former, OwnersSince):
-            target.former = OwnersSince(history, ())
+            target.former = OwnersSince(history)
         return history
 
     def _history_of(self, name: str) -> OwnerHistory:
@@ -288,7 +290,7 @@ class NameOwners:
         if header.type == MessageType.METHOD_RETURN:
             owner = str(marshal.read_body("s", data[header.size :], little=header.little)[0])
         if name in self.names:
-            self.changed(name, owner)
+            self.owner_changed(name, owner)
         self._answered()
 
     def _listed(
@@ -372,9 +374,9 @@ class NameOwners:
         self._asking = dump.asking
         return histories
 
-    def since(self, name: str, count: int, before: Collection[str]) -> OwnersSince:
-        """Return who owned a name since it had changed so often, and whoever did before."""
-        return OwnersSince(self._history_of(name), before, count)
+    def since(self, name: str, count: int) -> OwnersSince:
+        """Return the owners of a name from its change number `count` on."""
+        return OwnersSince(self._history_of(name), count)
 
     @property
     def uses(self) -> NamesUsed:

@@ -42,22 +42,19 @@ class OwnerHistory:
 
 
 class OwnersSince(Collection[str]):
-    """Who else may answer a call: whoever has owned the name from now on, and who did `before`."""
+    """The owners of a name since a call to it: they may answer the call, too."""
 
-    __slots__ = ("_history", "before", "count")
+    __slots__ = ("_history", "count")
 
-    def __init__(
-        self, history: OwnerHistory, before: Collection[str], count: int | None = None
-    ) -> None:
+    def __init__(self, history: OwnerHistory, count: int | None = None) -> None:
         self._history: Final = history
         self.count: Final = history.count if count is None else count  # of the changes before
-        self.before: Final = before
 
     def __contains__(self, owner: object) -> bool:
-        return owner in self.before or owner in {*self._history.owners_since(self.count)}
+        return owner in {*self._history.owners_since(self.count)}
 
     def __iter__(self) -> Iterator[str]:
-        return iter({*self.before, *self._history.owners_since(self.count)})
+        return iter({*self._history.owners_since(self.count)})
 
     def __len__(self) -> int:
         return len({*self})

@@ -68,7 +68,7 @@ class ReceiveBuffer:
         """How many bytes are held."""
         return self._held
 
-    def take(self, data: bytes, fds: Sequence[int]) -> bytes | None:
+    def feed(self, data: bytes, fds: Sequence[int]) -> bytes | None:
         """Return all that is held and `data`, once it is as much as was said to be needed."""
         if self._skip and data:
             skipped = min(self._skip, len(data))
@@ -102,12 +102,12 @@ class ReceiveBuffer:
         self._count(-self._held)
         return whole
 
-    def put_back(self, data: bytes) -> None:
+    def unread(self, data: bytes) -> None:
         """Hold what `take` gave, as it was."""
         self._parts.append(data)
         self._count(len(data))
 
-    def consumed(self, data: bytes, used: int) -> None:
+    def consume(self, data: bytes, used: int) -> None:
         """Hold what is left of what `take` gave. Raises PeerProtocolError (descriptors left over)."""
         if used < len(data):
             self._parts.append(data[used:] if used else data)
@@ -122,7 +122,7 @@ class ReceiveBuffer:
         if self._batches and self._batches[0].end <= 0:
             raise PeerProtocolError("file descriptors that belong to no message")
 
-    def need(self, size: int) -> None:
+    def expect(self, size: int) -> None:
         """Say how many bytes, from the first unused one, make a whole message."""
         self._need = size
 
@@ -184,7 +184,7 @@ class ReceiveBuffer:
     def load(self, dump: ReceiveBufferDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump."""
         if dump.held:
-            self.put_back(dump.held)
+            self.unread(dump.held)
         self._need = dump.need
         self._skip = dump.skip
         self.unfinished = dump.unfinished

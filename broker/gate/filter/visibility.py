@@ -23,7 +23,7 @@ class NameVisibility:
     def __init__(self, core: ConnectionState, owners: NameOwners) -> None:
         self._core: Final = core
         self._owners: Final = owners
-        self.lately_seen: Final[OrderedDict[str, None]] = OrderedDict()
+        self.recently_visible: Final[OrderedDict[str, None]] = OrderedDict()
 
     def knows_enough(self, name: str) -> bool:
         """Return False if the owner of `name` could change what may be seen, and is not known."""
@@ -67,18 +67,22 @@ class NameVisibility:
         leave it, with all that it is called.
         """
         if name[:1] == ":":
-            told = self._core.bus.tells_unique_names or self.sees(name) or name in self.lately_seen
+            told = (
+                self._core.bus.tells_unique_names
+                or self.sees(name)
+                or name in self.recently_visible
+            )
             if not new:
                 self._core.callers.pop(name, None)
-                self.lately_seen.pop(name, None)
+                self.recently_visible.pop(name, None)
             return [(name, old, new)] if told else []
         told_old = old if self.sees(name) else ""
         old_seen, new_seen = bool(old) and self.sees(old), bool(new) and self.sees(new)
-        self._owners.changed(name, new)
+        self._owners.owner_changed(name, new)
         if old_seen:
-            self.lately_seen[old] = None
-            if len(self.lately_seen) > MAX_LATELY_SEEN:
-                self.lately_seen.popitem(last=False)
+            self.recently_visible[old] = None
+            if len(self.recently_visible) > MAX_LATELY_SEEN:
+                self.recently_visible.popitem(last=False)
         told_new = new if self.sees(name) else ""
         changes = [(name, told_old, told_new)] if told_old or told_new else []
         for owner, before in ((old, old_seen), (new, new_seen)):

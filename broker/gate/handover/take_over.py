@@ -116,7 +116,7 @@ def without_connections(
     if used != list(range(len(used))):
         raise HandoverError("the descriptors are in another order than expected")
     bare = msgspec.structs.replace(dump, links=(), lingering=(), waiting=())
-    cores = [(link.bus, link.filter.core) for link in dump.links if link.filter is not None]
+    cores = [(link.bus, link.filter.state) for link in dump.connections if link.filter is not None]
     names = [(bus, core.unique_name) for bus, core in cores if core.unique_name]
     names += [(rest.bus, rest.unique_name) for rest in dump.lingering]
     return bare, fds[: len(used)], names
@@ -150,7 +150,7 @@ def check_judgement() -> None:
     host = _NoSandbox()
     judge = Judge(rules, bus="none", me=host.identity)
     bus = BusState("none", "unix:path=/none")
-    bus.tags_headers = False  # what is passed on is to be what was sent
+    bus.gives_instance_field = False  # what is passed on is to be what was sent
     judging = Filter(bus, host, judge, app_takes_fds=True)
     judging.feed_app(_call(1, DRIVER, "Hello"))
     _answer_all(judging)

@@ -56,7 +56,7 @@ class SocketStream:
         self.queued = 0  # bytes that the other end has not taken
         self.queued_fds = 0
         self.is_behind = False  # what waits is more than one message, or was when more came
-        self.handler: Callable[[int], None] = self.event
+        self.handler: Callable[[int], None] = self.on_event
         # Read, and nothing waits on either way that has to go before what comes: see shortcut.py.
         self.is_clear = False
         self._reading = True
@@ -129,7 +129,7 @@ class SocketStream:
             self._flush()
         self.is_behind = len(self._queue) > 1 or (was_waiting and bool(self._queue))
 
-    def hand_over(self, handler: Callable[[int], None]) -> None:
+    def set_handler(self, handler: Callable[[int], None]) -> None:
         """Have the loop call somebody else, who leaves to `event` what it does not do itself."""
         self.handler = handler
         if not self._is_away:
@@ -194,7 +194,7 @@ class SocketStream:
         self._queue.clear()
         self.queued = self.queued_fds = 0
 
-    def event(self, events: int) -> None:
+    def on_event(self, events: int) -> None:
         """Do what the loop says: read, or write what is queued."""
         if events == READABLE:
             if self._reading:

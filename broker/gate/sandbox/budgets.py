@@ -106,13 +106,13 @@ class RateLimitedLog:
         self.suppressed = 0  # since the last line that told
         self.suppressed_ever = 0
 
-    def add(self, what: str, detail: str = "", *, traceback: bool = False) -> None:
+    def warning(self, what: str, detail: str = "", *, traceback: bool = False) -> None:
         """Log a line, or count it."""
         now = self._clock()
         if now - self._second >= 1.0:
             self._second = now
             self.used = 0
-            self.tell()
+            self.flush()
         if self.used >= self._most:
             self.suppressed += 1
             self.suppressed_ever += 1
@@ -122,7 +122,7 @@ class RateLimitedLog:
         text = detail if detail.isprintable() else ascii(detail)
         LOGGER.warning("%s sandbox=%s: %s", what, self._about, text, exc_info=traceback)
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         """Say how many lines were left out, if any were."""
         if self.suppressed:
             count, self.suppressed = self.suppressed, 0

@@ -76,7 +76,7 @@ class AppConnection:
         """What judges it, once both handshakes are done."""
         return self._filter
 
-    def use(self, judge: Judge) -> Work:
+    def change_rules(self, judge: Judge) -> Work:
         """Judge by other rules from now on, and be done when the app has been told what that takes."""
         self._new_judge = judge
         self._apply()
@@ -86,7 +86,7 @@ class AppConnection:
     @ends_connection_on_error
     def _apply(self) -> None:
         if self._filter is not None and self._new_judge is not None:
-            self._filter.use(self._new_judge)
+            self._filter.change_rules(self._new_judge)
             self._send()
 
     @property
@@ -117,7 +117,7 @@ class AppConnection:
             self.sandbox.linger(self.bus, unique_name, self._upstream.release())
         else:  # it cannot have sent anything that the bus would deliver
             self._upstream.close()
-        self.sandbox.link_closed(self)
+        self.sandbox.connection_closed(self)
 
     def _filter_closed(self, closing: Filter) -> None:
         core = closing.core
@@ -125,7 +125,7 @@ class AppConnection:
         close_fds(closing.close())
         close_output([*core.to_bus, *core.to_app])
         self.bus.members.discard(core)
-        self.bus.links.discard(self)
+        self.bus.connections.discard(self)
 
     @ends_connection_on_error
     def ask_if_read(self, number: int) -> None:
@@ -142,7 +142,9 @@ class AppConnection:
 
     def _too_slow(self) -> None:
         seconds = self.sandbox.limits.handshake_seconds
-        self.sandbox.complaints.add("peer-violation", f"no Hello in handshake_seconds={seconds}")
+        self.sandbox.limited_log.warning(
+            "peer-violation", f"no Hello in handshake_seconds={seconds}"
+        )
         self.close("no Hello in time")
 
     def said_hello(self) -> None:
@@ -173,7 +175,7 @@ class AppConnection:
         if not self.sandbox.has_rules(self.bus.name):
             self.sandbox.prepare()  # and `resume` comes then
             return
-        server = spec.upstreams.get(self.bus.name)
+        server = spec.container_servers.get(self.bus.name)
         if server is None or server.instance:  # else the bus is being asked for another
             address = self.bus.address if server is None else server.address
             self.bus.connect(self._loop, address, spec.uid, self._connected)
@@ -184,7 +186,7 @@ class AppConnection:
                 sock.close()
             return
         if sock is None:
-            self.sandbox.complaints.add("bus-unreachable", self.bus.name)
+            self.sandbox.limited_log.warning("bus-unreachable", self.bus.name)
             self.close("the bus cannot be reached")
             return
         self._bus_sock = sock
@@ -212,8 +214,8 @@ class AppConnection:
             return
         # What the bus does not take we cannot pass on.
         takes_fds = self._server.unix_fds and self._client.unix_fds
-        if self.bus.name not in self.sandbox.spec.upstreams:  # whose guids are their own
-            self.bus.met(self._client.guid)
+        if self.bus.name not in self.sandbox.spec.container_servers:  # whose guids are their own
+            self.bus.authenticated(self._client.guid)
         judging = self._judge_with(self._upstream, app_takes_fds=takes_fds)
         self._said = self._bus_said = b""
         if self._client.leftover:
@@ -226,11 +228,11 @@ class AppConnection:
         """Have messages judged from now on."""
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
         self.bus.members.add(judging.core)
-        self.bus.links.add(self)
+        self.bus.connections.add(self)
         self._app.readable = self._judge_app
         upstream.readable = self._judge_bus
         self._meter = Meter(judging, budget := self.sandbox.messages)
-        judging.core.finishers[KIND] = self._has_read
+        judging.core.reply_handlers[KIND] = self._has_read
         install_fast_path(self, Accounting(judging, budget, self._meter), self._app, upstream)
         return judging
 
@@ -289,7 +291,7 @@ class AppConnection:
         if core.to_app:
             self._app.write(core.to_app)
             if self._app.queued:
-                end_slowest_reader(self, self.sandbox.links, self.sandbox.limits.bytes_queued)
+                end_slowest_reader(self, self.sandbox.connections, self.sandbox.limits.bytes_queued)
         if core.to_bus:
             upstream.write(core.to_bus)
         if judging.spent:
@@ -320,7 +322,7 @@ class AppConnection:
 
     # -- budgets --------------------------------------------------------------------------------------
 
-    def taken(self) -> Usage:
+    def usage(self) -> Usage:
         """Return what this connection takes of the sandbox's budgets."""
         return connection_usage(self._filter, queued=self._app.queued, fds=self.fds)
 
@@ -396,7 +398,7 @@ class AppConnection:
         if judging.from_app.unfinished == number and not paused:
             seconds = self.sandbox.limits.message_seconds
             text = f"a message half sent for message_seconds={seconds}"
-            self.sandbox.complaints.add("peer-violation", text)
+            self.sandbox.limited_log.warning("peer-violation", text)
             self.close(text)
         elif judging.from_app.unfinished:
             self._watch_message(judging.from_app.unfinished)
@@ -408,9 +410,9 @@ class AppConnection:
         return AppConnectionDump(
             bus=self.bus.name,
             guid=self._guid,
-            app=self._app.dump(fds),
+            app_side=self._app.dump(fds),
             said=self._said,
-            upstream=self._upstream.dump(fds) if self._upstream is not None else None,
+            bus_side=self._upstream.dump(fds) if self._upstream is not None else None,
             bus_said=self._bus_said,
             filter=self._filter.dump(fds) if self._filter is not None else None,
             deadline=self._deadline.when if self._deadline is not None else None,
@@ -421,19 +423,19 @@ class AppConnection:
 
     def load(self, dump: AppConnectionDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump, but for going on: `resume` does that."""
-        self._app.load(dump.app, fds)
+        self._app.load(dump.app_side, fds)
         self._said, self._bus_said = dump.said, dump.bus_said
         self._was_unfinished, self._is_throttled = dump.was_unfinished, dump.is_throttled
         self._load_deadline(dump)
-        if dump.upstream is not None:
-            sock = self._bus_sock = stream_socket_from_fd(fds[dump.upstream.fd])
+        if dump.bus_side is not None:
+            sock = self._bus_sock = stream_socket_from_fd(fds[dump.bus_side.fd])
             self._upstream = SocketStream(self._loop, sock, self._greet_bus, self._bus_drained)
-            self._upstream.load(dump.upstream, fds)
+            self._upstream.load(dump.bus_side, fds)
             if dump.filter is not None:
                 judging = self._judge_with(self._upstream, app_takes_fds=dump.filter.app_takes_fds)
                 judging.load(dump.filter, fds)
                 if unique_name := judging.core.unique_name:
-                    self.bus.speaks(unique_name, judging.core.judge)
+                    self.bus.set_broadcast_judge(unique_name, judging.core.judge)
                     self.bus.payers.joined(unique_name, self.sandbox.messages)
                 return
             self.sandbox.judge(self.bus.name)  # is needed in the middle of a read
@@ -452,10 +454,10 @@ class AppConnection:
             self._upstream.leave()
         elif self._bus_sock is not None:
             self._bus_sock.detach()
-        self.bus.links.discard(self)
+        self.bus.connections.discard(self)
         if self._filter is not None:
             self.bus.members.discard(self._filter.core)
-            self.bus.speakers.pop(self._filter.core.unique_name, None)
+            self.bus.broadcast_judges.pop(self._filter.core.unique_name, None)
 
     def _load_deadline(self, dump: AppConnectionDump) -> None:
         assert self._deadline is not None
@@ -473,7 +475,7 @@ class AppConnection:
         judging = self._filter
         if judging is not None:
             if not judging.fits_rules:
-                judging.use(judging.core.judge)
+                judging.change_rules(judging.core.judge)
             self._send()
         elif self._server.done and self._upstream is None:
             self._connect()

@@ -58,9 +58,9 @@ class DenialReports:
 
     def _refill(self) -> None:
         self.left = REPORTS_PER_SECOND
-        self.tell_rest()
+        self.flush()
 
-    def tell_rest(self) -> None:
+    def flush(self) -> None:
         """Say how many were left out, if any were."""
         if self.unreported:
             more, self.unreported = self.unreported, 0

@@ -30,16 +30,16 @@ def ends_connection_on_error(
         except StreamClosedError:
             self.close("closed")
         except (PeerProtocolError, PeerQuotaError) as exc:
-            self.sandbox.complaints.add("peer-violation", str(exc))
+            self.sandbox.limited_log.warning("peer-violation", str(exc))
             self.close(str(exc))
         except (OSError, BrokerError) as exc:
-            self.sandbox.complaints.add("peer-lost", str(exc))
+            self.sandbox.limited_log.warning("peer-lost", str(exc))
             self.close(str(exc))
         except MemoryError:
-            self.sandbox.complaints.add("peer-lost", "no memory for what it sent")
+            self.sandbox.limited_log.warning("peer-lost", "no memory for what it sent")
             self.close("no memory")
         except Exception:  # noqa: BLE001 - one sandbox's bytes must not end the gate, whatever we did wrong
-            self.sandbox.complaints.add("peer-defect", traceback=True)
+            self.sandbox.limited_log.warning("peer-defect", traceback=True)
             self.close("defect")
 
     return guarded
@@ -55,10 +55,10 @@ def ends_sandbox_on_error(
         try:
             method(self, *args, **kwargs)
         except Exception:  # noqa: BLE001 - as above
-            self.complaints.add("sandbox-defect", traceback=True)
+            self.limited_log.warning("sandbox-defect", traceback=True)
             try:
                 self.stop("stopped")
             except Exception:  # noqa: BLE001
-                self.complaints.add("sandbox-defect", traceback=True)
+                self.limited_log.warning("sandbox-defect", traceback=True)
 
     return guarded

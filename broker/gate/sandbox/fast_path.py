@@ -67,8 +67,8 @@ def install_fast_path(
     link: SlowPath, payers: Accounting, app: SocketStream, bus: SocketStream
 ) -> None:
     """Have known messages of an established connection passed on without the link."""
-    app.hand_over(_make_handler(link, app, bus, _make_app_note(payers), link.app_sent))
-    bus.hand_over(_make_handler(link, bus, app, _make_bus_note(payers), link.bus_sent))
+    app.set_handler(_make_handler(link, app, bus, _make_app_note(payers), link.app_sent))
+    bus.set_handler(_make_handler(link, bus, app, _make_bus_note(payers), link.bus_sent))
 
 
 def _make_handler(
@@ -78,7 +78,7 @@ def _make_handler(
 
     def handle(events: int) -> None:
         if events != READABLE or not source.is_clear:
-            source.event(events)
+            source.on_event(events)
             return
         try:
             data, ancillary, flags, _ = receive(READ_SIZE, ANCILLARY, RECEIVE)
@@ -111,7 +111,7 @@ def _count_as_sent(exc: OSError, size: int) -> int:
 def _make_app_note(payers: Accounting) -> TryForward:
     judging, budget, meter = payers.judging, payers.budget, payers.meter
     core = judging.core
-    pending, calls, tables = core.pending, core.app_calls, judging.app_tables
+    pending, calls, tables = core.calls_to_bus, core.app_calls, judging.app_tables
     room = core.sandbox.limits.pending_calls
     unpack = FIXED.unpack_from
     trace = make_known_note(core.sandbox.id, FROM_APP)
@@ -147,7 +147,7 @@ def _make_app_note(payers: Accounting) -> TryForward:
 def _make_bus_note(payers: Accounting) -> TryForward:
     judging, meter = payers.judging, payers.meter
     core = judging.core
-    pending, tables = core.pending, judging.bus_tables
+    pending, tables = core.calls_to_bus, judging.bus_tables
     reply_at, shapes = core.bus_reply_at, core.bus_replies
     unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
     trace = make_known_note(core.sandbox.id, FROM_BUS)

@@ -38,8 +38,8 @@ class Meter:
         self._clock: Final = clock
         self._asked: tuple[float, int] | None = None  # when, and what had been paid
         # Who has none passes all answers on, those to calls of the gate's own as well.
-        self._asks: Final = bool(judging.core.finishers)
-        judging.core.finishers[KIND] = self._answered
+        self._asks: Final = bool(judging.core.reply_handlers)
+        judging.core.reply_handlers[KIND] = self._answered
         self.counted = self.answered = 0  # since the last question
         self.ask_from = EVERY if self._asks else sys.maxsize
 

@@ -70,13 +70,13 @@ class Sandbox:
         self.limits: Final = spec.limits
         self.bytes_held = 0
         self.messages: Final = MessageBudget(spec.limits.messages_per_second)
-        self.complaints: Final = RateLimitedLog(spec.id, spec.limits.log_lines_per_second)
+        self.limited_log: Final = RateLimitedLog(spec.id, spec.limits.log_lines_per_second)
         self.is_throttled = False
         self._throttled_count = 0
         # Who may go on when the budget has filled up, in the order in which they came.
         self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
         self.denied_count = 0
-        self.links: Final[dict[AppConnection, None]] = {}  # a set with an order
+        self.connections: Final[dict[AppConnection, None]] = {}  # a set with an order
         self.lingering: Final[
             dict[LingeringConnection, None]
         ] = {}  # connections that the app has closed and the bus has not
@@ -89,7 +89,9 @@ class Sandbox:
         self._reports: Final = DenialReports(loop, spec.id, emit)
         self._guid = GUID
         self._reason = ""  # of its end, once that is decided
-        self.asked: Final[list[int]] = []  # requests of the supervisor that wait for its end
+        self.waiting_requests: Final[
+            list[int]
+        ] = []  # requests of the supervisor that wait for its end
         self.is_over = self._is_preparing = False
         # Connections of the former gate, by bus and unique name, that this one could not take over.
         self.lost: Final[list[tuple[str, str]]] = []
@@ -136,7 +138,7 @@ class Sandbox:
         self._reason = reason
         for fd in list(self._listening):
             self._close_listener(fd)
-        for link in list(self.links):
+        for link in list(self.connections):
             link.close(reason)
         if self._close_pipe >= 0:
             self._loop.remove(self._close_pipe)
@@ -159,8 +161,8 @@ class Sandbox:
         if self.is_over:
             return
         self.is_over = True
-        self._reports.tell_rest()
-        self.complaints.tell()
+        self._reports.flush()
+        self.limited_log.flush()
         self._emit(Ended(self.id, self._reason))
         self._changed(self)
 
@@ -173,9 +175,9 @@ class Sandbox:
         if self.is_over:
             return
         if self._reason:
-            if not (self.links or self.lingering):
+            if not (self.connections or self.lingering):
                 self.finish()
-        elif not (self._listening or self.links or self.lingering):
+        elif not (self._listening or self.connections or self.lingering):
             self.stop("last-connection")
         else:
             self._changed(self)
@@ -212,9 +214,9 @@ class Sandbox:
 
     def _prepared(self, refused: CallRefusedError | None) -> None:
         self._is_preparing = False
-        for link in [one for one in self.links if one.filter is None]:
+        for link in [one for one in self.connections if one.filter is None]:
             if refused is not None:
-                self.complaints.add("rules", str(refused))
+                self.limited_log.warning("rules", str(refused))
                 link.close("its rules are not understood")
             else:
                 link.resume()
@@ -226,10 +228,10 @@ class Sandbox:
             raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
         self.spec = msgspec.structs.replace(self.spec, access=access)
         self._judges = judges
-        for link in list(self.links):
+        for link in list(self.connections):
             judging = link.filter
-            if judging is not None and link in self.links:
-                yield from link.use(self.judge(judging.core.bus.name))
+            if judging is not None and link in self.connections:
+                yield from link.change_rules(self.judge(judging.core.bus.name))
                 yield CHANGE_WORK
 
     def _compiled(
@@ -249,15 +251,15 @@ class Sandbox:
 
     def settle(self) -> None:
         """Do now what connections would do in later turns."""
-        for link in list(self.links):
+        for link in list(self.connections):
             link.settle()
 
-    def set_upstream(self, bus: str, upstream: ContainerServer | None) -> None:
+    def set_container_server(self, bus: str, upstream: ContainerServer | None) -> None:
         """Make connections to that bus there from now on, those that wait for it included."""
-        upstreams = {b: u for b, u in self.spec.upstreams.items() if b != bus}
+        upstreams = {b: u for b, u in self.spec.container_servers.items() if b != bus}
         upstreams |= {bus: upstream} if upstream is not None else {}
         self.spec = msgspec.structs.replace(self.spec, upstreams=upstreams)
-        for link in [one for one in self.links if one.filter is None and one.bus.name == bus]:
+        for link in [one for one in self.connections if one.filter is None and one.bus.name == bus]:
             link.resume()
 
     # -- connections -------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ class Sandbox:
     @property
     def cores(self) -> list[ConnectionState]:
         """Its connections, those in their handshakes left out."""
-        return [link.filter.core for link in self.links if link.filter is not None]
+        return [link.filter.core for link in self.connections if link.filter is not None]
 
     @property
     def is_listening(self) -> bool:
@@ -291,7 +293,7 @@ class Sandbox:
                 self._take(connection, listener)
             except (OSError, MemoryError) as exc:  # e.g. no room in the loop
                 connection.close()
-                self.complaints.add("accept", str(exc))
+                self.limited_log.warning("accept", str(exc))
             if self.charge(CONNECTION_COST, self._listen_on):
                 for listening in self._listening:
                     self._loop.change(listening, 0)
@@ -300,7 +302,7 @@ class Sandbox:
     def _waits_for_bus(self) -> bool:
         """Take no connection that would be one too many only until the bus has let go of others."""
         most = self.limits.connections
-        if not len(self.links) < most <= len(self.links) + len(self.lingering):
+        if not len(self.connections) < most <= len(self.connections) + len(self.lingering):
             return False
         for listening in self._listening:
             self._loop.change(listening, 0)
@@ -308,14 +310,14 @@ class Sandbox:
 
     def _cannot_accept(self, fd: int, exc: OSError) -> None:
         if exc.errno in accept.SCARCE:
-            self.complaints.add("accept", exc.strerror or "")
+            self.limited_log.warning("accept", exc.strerror or "")
             self._loop.change(fd, 0)
             self._loop.call_later(accept.PAUSE, partial(self._accept_again, fd))
         else:  # and it would be readable for ever
             self._lose_listener(fd, exc.strerror or "")
 
     def _lose_listener(self, fd: int, why: str) -> None:
-        self.complaints.add("listener-lost", why)
+        self.limited_log.warning("listener-lost", why)
         self._close_listener(fd)
         self._end_if_done()
 
@@ -329,17 +331,19 @@ class Sandbox:
 
     def _take(self, connection: socket.socket, listener: Listener) -> None:
         if (uid := accept.peer_uid(connection)) != self.spec.uid:
-            self.complaints.add("wrong-uid", f"uid={uid}")
+            self.limited_log.warning("wrong-uid", f"uid={uid}")
             connection.close()
             return
-        if len(self.links) >= self.limits.connections:
+        if len(self.connections) >= self.limits.connections:
             most = self.limits.connections
-            self.complaints.add("too-many-connections", f"max_connections_per_container={most}")
+            self.limited_log.warning(
+                "too-many-connections", f"max_connections_per_container={most}"
+            )
             connection.close()
             return
         connection.setblocking(False)
         bus = self._buses[listener.bus]
-        self.links[
+        self.connections[
             AppConnection(self._loop, self, bus, connection, listener.guid or self._guid)
         ] = None
 
@@ -358,14 +362,14 @@ class Sandbox:
         core.bus.connected(core.unique_name, self.id, self.identity)
         core.bus.payers.joined(core.unique_name, self.messages)
         self._emit(Connected(self.id, core.bus.name, core.unique_name))
-        for link in self.links:
+        for link in self.connections:
             if link.filter is not None and link.filter.core is core:
                 link.said_hello()
         self._changed(self)
 
-    def link_closed(self, link: AppConnection) -> None:
+    def connection_closed(self, link: AppConnection) -> None:
         """Forget a connection."""
-        self.links.pop(link, None)
+        self.connections.pop(link, None)
         self._waiting.pop(link.read_on, None)
         core = link.filter.core if link.filter is not None else None
         if core is not None and core.unique_name:
@@ -428,22 +432,22 @@ class Sandbox:
     @property
     def fds(self) -> int:
         """How many descriptors of messages are here."""
-        return sum(link.fds for link in self.links)
+        return sum(link.fds for link in self.connections)
 
-    def taken(self) -> Usage:
+    def usage(self) -> Usage:
         """Return what is taken of the limits."""
         mine = Usage(
             bytes_held=self.bytes_held,
             rule_steps=max((judge.cost.steps for judge in self._judges.values()), default=0),
             messages_per_second=self.messages.used,
-            log_lines_per_second=self.complaints.used,
+            log_lines_per_second=self.limited_log.used,
             throttled=self._throttled_count,
-            suppressed=self.complaints.suppressed_ever,
+            suppressed=self.limited_log.suppressed_ever,
             caused=self.messages.caused,
             connections=len(self.lingering),
             lingering=len(self.lingering),
         )
-        return sum((link.taken() for link in self.links), mine)
+        return sum((link.usage() for link in self.connections), mine)
 
     def close_fds(self, fds: Sequence[int]) -> None:
         """Close what a refused message brought."""
@@ -466,16 +470,16 @@ class Sandbox:
             spec=self.spec,
             listening=bool(self._listening),
             connections=tuple(sorted([*named, *gone])),
-            opening=len(self.links) - len(named),
+            opening=len(self.connections) - len(named),
             denied=self.denied_count - self._reports.unreported,  # these are told later
-            use=self.taken(),
+            usage=self.usage(),
         )
 
     # -- handing over ------------------------------------------------------------------------------
 
     def dump(self, fds: Fds) -> SandboxDump:
         """Return all of it, descriptors as indexes."""
-        places = {link.read_on: place for place, link in enumerate(self.links)}
+        places = {link.read_on: place for place, link in enumerate(self.connections)}
         listeners = self.spec.listeners
         return SandboxDump(
             spec=self.spec,
@@ -485,12 +489,12 @@ class Sandbox:
                 for fd, (_, listener) in self._listening.items()
             ),
             close_pipe=fds.put(self._close_pipe) if self._close_pipe >= 0 else -1,
-            links=tuple(link.dump(fds) for link in self.links),
+            connections=tuple(link.dump(fds) for link in self.connections),
             lingering=tuple(rest.dump(fds) for rest in self.lingering),
             reason=self._reason,
-            asked=tuple(self.asked),
+            waiting_requests=tuple(self.waiting_requests),
             messages=self.messages.dump(),
-            complaints=self.complaints.dump(),
+            limited_log=self.limited_log.dump(),
             is_throttled=self.is_throttled,
             throttled_count=self._throttled_count,
             waiting=tuple(places.get(go_on, -1) for go_on in self._waiting),
@@ -507,29 +511,29 @@ class Sandbox:
             self._listen(fds[at], self.spec.listeners[place])
         if dump.close_pipe >= 0:
             self._watch_pipe(fds[dump.close_pipe])
-        for one in dump.links:
+        for one in dump.connections:
             link = AppConnection(
                 self._loop,
                 self,
                 self._buses[one.bus],
-                stream_socket_from_fd(fds[one.app.fd]),
+                stream_socket_from_fd(fds[one.app_side.fd]),
                 one.guid,
             )
-            self.links[link] = None
+            self.connections[link] = None
             link.load(one, fds)
         for rest in dump.lingering:
             self.linger(
                 self._buses[rest.bus], rest.unique_name, stream_socket_from_fd(fds[rest.fd])
             )
         self._reason = dump.reason
-        self.asked.extend(dump.asked)
-        readers = [link.read_on for link in self.links]
+        self.waiting_requests.extend(dump.waiting_requests)
+        readers = [link.read_on for link in self.connections]
         for place in dump.waiting:
             self._waiting[readers[place] if place >= 0 else self._listen_on] = None
         self.messages.load(dump.messages)
         for bus in self._buses.values():
             bus.payers.adopt(self.id, self.messages)
-        self.complaints.load(dump.complaints)
+        self.limited_log.load(dump.limited_log)
         self.is_throttled, self._throttled_count = dump.is_throttled, dump.throttled_count
         self.denied_count = dump.denied_count
         self._reports.load(dump.reports_left, dump.unreported)
@@ -541,7 +545,7 @@ class Sandbox:
             self._loop.remove(fd)
             sock.detach()
         self._loop.remove(self._close_pipe)
-        for link in self.links:
+        for link in self.connections:
             link.discard()
         for rest in self.lingering:
             rest.leave()
@@ -550,7 +554,9 @@ class Sandbox:
     def resume(self) -> None:
         """Continue after `load`."""
         for bus, unique_name in self.lost:
-            self.complaints.add("connection-lost", f"{unique_name}: the next gate cannot read it")
+            self.limited_log.warning(
+                "connection-lost", f"{unique_name}: the next gate cannot read it"
+            )
             self._buses[bus].gone(unique_name)
             self._emit(Gone(self.id, bus, unique_name))
         self.lost.clear()
@@ -560,7 +566,7 @@ class Sandbox:
                 self._loop.change(listening, 0)
         if self.is_throttled:
             self._loop.next_turn(self._waited)
-        for link in list(self.links):
+        for link in list(self.connections):
             link.resume()
         if self._reason:
             self._loop.call_later(LINGER_SECONDS, self.finish)

@@ -56,7 +56,7 @@ def connection_usage(judging: Filter | None, *, queued: int, fds: int) -> Usage:
     return Usage(
         connections=1,
         bytes_queued=queued,
-        pending_calls=len(core.pending) + len(core.asked),
+        pending_calls=len(core.calls_to_bus) + len(core.calls_to_app),
         match_rules=core.matches.count,
         names=len(core.requested_names),
         tracked_names=judging.tracked_names,

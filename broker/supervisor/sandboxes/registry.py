@@ -283,20 +283,20 @@ class Registry:
 
     def withdraw(self, id_: SandboxId) -> None:
         """Forget a sandbox that did not come about."""
-        step = self.happen(id_, Event.WITHDRAWN)
+        step = self.apply(id_, Event.WITHDRAWN)
         assert Effect.FORGET in step.effects
 
     def announce(self, id_: SandboxId) -> Removed | None:
         """The creator is told now: return the end, if that came first."""
-        return self.happen(id_, Event.ANNOUNCED).removed
+        return self.apply(id_, Event.ANNOUNCED).removed
 
     def end(self, id_: str, reason: str) -> Removed | None:
         """The gate ended it. Unknown ones are ignored: they were withdrawn."""
         if (decided := DECIDED.get(reason)) is not None:
-            self.happen(id_, decided)
-        return self.happen(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
+            self.apply(id_, decided)
+        return self.apply(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
 
-    def happen(self, id_: str, event: Event) -> Step:
+    def apply(self, id_: str, event: Event) -> Step:
         """Go by the table; what means nothing changes nothing."""
         sandbox = self._sandboxes.get(SandboxId(id_))
         row = TRANSITIONS.get((sandbox.phase, event)) if sandbox is not None else None
@@ -390,7 +390,7 @@ class Registry:
         # One that took no more connections has lost its last one.
         closing = sandbox.phase is Phase.CLOSING
         event = Event.LAST_CONNECTION if closing else Event.GATE_LOST
-        return self.happen(sandbox.record.id, event).removed
+        return self.apply(sandbox.record.id, event).removed
 
     def _adopt(
         self, sandbox: SandboxEntry, state: SandboxState, differences: list[str]
@@ -399,7 +399,7 @@ class Registry:
         sandbox.denied = state.denied
         if sandbox.record.listening and not state.listening:
             differences.append(f"{sandbox.record.id}: the gate has stopped listening")
-            self.happen(sandbox.record.id, Event.CLOSE_ASKED)
+            self.apply(sandbox.record.id, Event.CLOSE_ASKED)
             sandbox.record = msgspec.structs.replace(sandbox.record, listening=False)
             yield sandbox.record
 

@@ -90,8 +90,8 @@ def check_cost(
 def over_limit(snapshot: Snapshot, rule_steps: int) -> list[str]:
     """Say which sandboxes have rules that cost more than new ones may: they were taken before the limit was set."""
     return [
-        f"{state.spec.id}: a message takes {state.use.rule_steps} steps, over rule_steps={rule_steps}: its rules stay"
+        f"{state.spec.id}: a message takes {state.usage.rule_steps} steps, over rule_steps={rule_steps}: its rules stay"
         f" as long as this gate runs, and the next one ends it; {WHAT_TO_DO}"
         for state in snapshot.sandboxes
-        if state.use.rule_steps > rule_steps
+        if state.usage.rule_steps > rule_steps
     ]

@@ -83,17 +83,17 @@ def test_attack_i1_flood_of_others_makes_nobody_a_host() -> None:
 
 def test_attack_i1_next_gate_knows_whom_the_one_that_died_had(tmp_path: Path) -> None:
     bus = BusState("session", "unix:path=/x", tmp_path)
-    bus.met("a" * 32)
+    bus.authenticated("a" * 32)
     bus.connected(":1.5", "c1", APP)
     after = BusState("session", "unix:path=/x", tmp_path)
     assert after.who(":1.5") is None  # nobody may rely on that:
     assert after.ledger.is_doubtful(":1.5")
     assert not after.ledger.is_doubtful(":1.6")
-    after.met("a" * 32)
+    after.authenticated("a" * 32)
     assert (after.peer(":1.5"), after.who(":1.5")) == (UNKNOWN, "")
     assert after.peer(":1.6") is None
     another = BusState("session", "unix:path=/x", tmp_path)
-    another.met("b" * 32)
+    another.authenticated("b" * 32)
     assert not another.ledger.is_doubtful(":1.5")
     assert another.peer(":1.5") is None
 
@@ -106,13 +106,13 @@ def make_speaker(rules: int) -> Judge:
 def leave(bus: BusState, judge: Judge, *names: str) -> None:
     for name in names:
         bus.connected(name, "c1", APP)
-        bus.speaks(name, judge)
+        bus.set_broadcast_judge(name, judge)
     for name in names:
         bus.gone(name)
 
 
 def kept_rules(bus: BusState) -> int:
-    return sum(len(judge.access.rules) for judge in set(bus.speakers.values()))
+    return sum(len(judge.access.rules) for judge in set(bus.broadcast_judges.values()))
 
 
 def test_attack_i1_lists_of_those_who_left_do_not_pile_up() -> None:
@@ -141,20 +141,20 @@ def test_newest_list_is_kept_however_long_it_is() -> None:
     for n in range(10, 10 + MAX_LATE):
         bus.connected(f":1.{n}", "c1", APP)
         bus.gone(f":1.{n}")
-    assert not bus.speakers
+    assert not bus.broadcast_judges
     leave(bus, make_speaker(1), ":1.9999")
     assert kept_rules(bus) == 1
 
 
 def test_names_of_a_gate_that_wrote_none_down_are_written_down(tmp_path: Path) -> None:
     old = make_bus()
-    old.met("a" * 32)
+    old.authenticated("a" * 32)
     old.connected(":1.5", "c1", APP)
     new = BusState("session", "unix:path=/x", tmp_path)
     new.load(msgspec.structs.replace(old.dump(), spans=()))
     new.resume()
     after = BusState("session", "unix:path=/x", tmp_path)
-    after.met("a" * 32)
+    after.authenticated("a" * 32)
     assert after.peer(":1.5") is UNKNOWN
 
 
@@ -169,10 +169,10 @@ class Rest:
 
 def test_attack_i1_name_of_a_bus_that_was_is_not_what_a_lingering_one_makes_it() -> None:
     bus = make_bus()
-    bus.met("a" * 32)
+    bus.authenticated("a" * 32)
     bus.connected(":1.5", "c1", APP)
     bus.lingering[":1.5"] = Rest(bus, ":1.5")
-    bus.met("b" * 32)
+    bus.authenticated("b" * 32)
     assert not bus.lingering
     assert bus.peer(":1.5") is None
     bus.gone(":1.5")
@@ -223,8 +223,8 @@ def test_bus_that_nobody_has_sent_anything_has_read_it() -> None:
 @pytest.mark.parametrize("question", ["call", "unique", "call-no-start", "GetNameOwner", "Other"])
 def test_it_words_as_dbus_daemon_until_it_was_heard(question: str) -> None:
     bus = make_bus()
-    assert not bus.wording_known
-    error, text = bus.no_such_name(question, "org.x")
+    assert not bus.knows_absent_name_errors
+    error, text = bus.absent_name_error(question, "org.x")
     assert error in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER)
     assert "org.x" in text
     assert "\0" not in text
@@ -233,15 +233,18 @@ def test_it_words_as_dbus_daemon_until_it_was_heard(question: str) -> None:
 @pytest.mark.parametrize("asked", [ABSENT, ABSENT_UNIQUE], ids=["name", "unique"])
 def test_it_words_as_it_was_heard(asked: str) -> None:
     bus = make_bus()
-    bus.learn_wording("call", asked, errors.SERVICE_UNKNOWN, f"nobody is {asked}, sorry")
-    assert bus.wording_known
-    assert bus.no_such_name("call", "org.x") == (errors.SERVICE_UNKNOWN, "nobody is org.x, sorry")
+    bus.learn_absent_name_error("call", asked, errors.SERVICE_UNKNOWN, f"nobody is {asked}, sorry")
+    assert bus.knows_absent_name_errors
+    assert bus.absent_name_error("call", "org.x") == (
+        errors.SERVICE_UNKNOWN,
+        "nobody is org.x, sorry",
+    )
 
 
 def test_answer_that_says_something_else_is_not_learned() -> None:
     bus = make_bus()
-    bus.learn_wording("call", ABSENT, errors.ACCESS_DENIED, "no")
-    assert not bus.wording_known
+    bus.learn_absent_name_error("call", ABSENT, errors.ACCESS_DENIED, "no")
+    assert not bus.knows_absent_name_errors
 
 
 class _Link:
@@ -258,13 +261,13 @@ class _Link:
 def test_nobody_of_a_bus_that_was_is_known_on_the_one_that_took_its_place() -> None:
     bus = BusState("session", "unix:path=/x")
     link = _Link()
-    bus.met("a" * 32)
-    bus.links.add(link)
+    bus.authenticated("a" * 32)
+    bus.connections.add(link)
     bus.connected(":1.5", "c0", Identity(type="a.b", app="c"))
-    bus.met("a" * 32)
+    bus.authenticated("a" * 32)
     assert not link.closed
     assert bus.identities
-    bus.met("b" * 32)
+    bus.authenticated("b" * 32)
     assert link.closed
     assert not bus.identities
     assert not bus.sandboxes

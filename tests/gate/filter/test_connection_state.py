@@ -25,8 +25,8 @@ def make_core() -> ConnectionState:
 
 def test_own_serials_are_those_that_no_call_waits_with() -> None:
     core = make_core()
-    core.pending[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
-    assert [core.own_serial() for _ in range(3)] == [
+    core.calls_to_bus[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
+    assert [core.next_gate_serial() for _ in range(3)] == [
         FIRST_GATE_SERIAL,
         FIRST_GATE_SERIAL + 2,
         FIRST_GATE_SERIAL + 3,
@@ -35,8 +35,8 @@ def test_own_serials_are_those_that_no_call_waits_with() -> None:
 
 def test_own_serials_begin_again_at_their_end() -> None:
     core = make_core()
-    core._next_own = LAST_SERIAL
-    assert [core.own_serial(), core.own_serial()] == [LAST_SERIAL, FIRST_GATE_SERIAL]
+    core._next_gate_serial = LAST_SERIAL
+    assert [core.next_gate_serial(), core.next_gate_serial()] == [LAST_SERIAL, FIRST_GATE_SERIAL]
 
 
 def test_own_serials_that_are_all_in_use_end_the_connection(
@@ -44,17 +44,21 @@ def test_own_serials_that_are_all_in_use_end_the_connection(
 ) -> None:
     monkeypatch.setattr("broker.gate.filter.connection_state.LAST_SERIAL", FIRST_GATE_SERIAL + 2)
     core = make_core()
-    core.pending.update(
+    core.calls_to_bus.update(
         dict.fromkeys(range(FIRST_GATE_SERIAL, FIRST_GATE_SERIAL + 3), Replier(":1.2"))
     )
     with pytest.raises(PeerQuotaError, match="too many"):
-        core.own_serial()
+        core.next_gate_serial()
 
 
 def test_only_serials_of_the_app_wait_for_the_app() -> None:
     core = make_core()
-    core.pending.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
-    assert [core.waits(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [True, False, False]
+    core.calls_to_bus.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
+    assert [core.awaits_reply(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def shaped(path: str, serial: int = 7) -> bytes:

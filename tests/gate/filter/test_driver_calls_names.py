@@ -97,7 +97,7 @@ def test_hidden_name_is_worded_as_this_bus_words_it() -> None:
 
 def test_bus_is_asked_for_its_words_once() -> None:
     first = Dialogue()
-    assert first.bus.wording_known
+    assert first.bus.knows_absent_name_errors
     second = Dialogue(shared=first.bus, me=":1.8", hello=False)
     second.app(driver_call(1, "Hello"))
     assert names(second.model.seen) == ["call Hello"]

@@ -140,7 +140,7 @@ def test_reply_to_a_waiting_call_of_the_gate_does_not_come_from_a_peer() -> None
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     talk.paused = True
     talk.use(access("send:org.a", "send:org.b"))
-    for serial in talk.core.pending:
+    for serial in talk.core.calls_to_bus:
         forged = make_return(
             9, reply_serial=serial, sender=":1.2", destination=ME, signature="s", values=(":1.2",)
         )
@@ -169,7 +169,7 @@ def test_reply_of_the_bus_in_another_form_ends_the_connection() -> None:
     talk = Dialogue()
     talk.paused = True
     talk.app(driver_call(2, "ListNames"))
-    serial = max(talk.core.pending)
+    serial = max(talk.core.calls_to_bus)
     with pytest.raises(PeerProtocolError, match="instead of"):
         talk.deliver(make_return(9, reply_serial=serial, sender=DRIVER, destination=ME))
 

@@ -82,7 +82,7 @@ def test_attack_c7_a_call_is_refused_towards_its_caller(talk: Dialogue, how: str
     (error,) = [m.header for m in talk.model.seen]
     assert (error.error_name, error.reply_serial, error.destination) == (LIMITS_EXCEEDED, 3, ":1.9")
     assert len(talk.host.denials) == 2
-    assert talk.core.asked == set()
+    assert talk.core.calls_to_app == set()
 
 
 @pytest.mark.parametrize("how", UNREADABLE)
@@ -100,14 +100,14 @@ def test_attack_c7_a_reply_is_replaced(talk: Dialogue, how: str, type_: int) -> 
     (error,) = [m for piece in pieces(bad) for m in talk.deliver(piece)]
     assert (error.header.error_name, error.header.reply_serial) == (LIMITS_EXCEEDED, 7)
     assert error.header.sender == ":1.2"
-    assert not talk.core.pending
+    assert not talk.core.calls_to_bus
 
 
 def test_attack_c7_a_forged_reply_is_none_for_being_long(talk: Dialogue) -> None:
     talk.app(call(7, "org.a"))
     reply = changed(call(9, ME), sender=":1.66", type=2, reply_serial=talk.arrived[0].header.serial)
     assert talk.deliver(misplaced(reply, LONG)) == []
-    assert 7 in talk.core.pending
+    assert 7 in talk.core.calls_to_bus
 
 
 def test_attack_c7_a_header_of_many_values_ends_nothing(talk: Dialogue) -> None:

@@ -154,7 +154,7 @@ def test_lately_seen_connections_are_bounded() -> None:
     talk.subscribe()
     for n in range(MAX_LATELY_SEEN + 10):
         talk.change("org.a", f":2.{n}")
-    assert len(talk.filter._sight.lately_seen) == MAX_LATELY_SEEN
+    assert len(talk.filter._sight.recently_visible) == MAX_LATELY_SEEN
 
 
 # -- changes of rules -----------------------------------------------------------------------------------------

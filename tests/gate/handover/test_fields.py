@@ -13,11 +13,11 @@ GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
 _about _account _app _budgets _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _least _loop _methods _most
-_outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd finishers
+_outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd reply_handlers
 from_app id identity limits sandbox sock
 """
 CORE: Final = """
-_next_own app_takes_fds asked callers counts_callers greeting lent matches name_requests pending requested_names
+_next_gate_serial app_takes_fds calls_to_app callers counts_callers greeting translated_serials matches name_requests calls_to_bus requested_names
 unique_name
 """
 CORE_AGAIN: Final = """
@@ -28,23 +28,23 @@ LINK: Final = """
 bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
 """
 SANDBOX: Final = """
-_close_pipe _guid _listening _reason _throttled_count _waiting asked complaints denied_count is_throttled lingering
-links messages spec
+_close_pipe _guid _listening _reason _throttled_count _waiting waiting_requests limited_log denied_count is_throttled lingering
+connections messages spec
 """
 # File and class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
 FIELDS: Final = {
-    "filter/connection_state.py:Core": (CORE, CORE_AGAIN),
+    "filter/connection_state.py:ConnectionState": (CORE, CORE_AGAIN),
     "filter/subscriptions.py:Subscriptions": ("", "_counts _filed _spaces count"),
-    "filter/name_owners.py:Owners": (
+    "filter/name_owners.py:NameOwners": (
         "_asking _extra _matches _then _unasked _uses names waiting",
         "_histories views",
     ),
     "filter/owner_views.py:Views": ("", "_by_owner _bus _views"),
-    "filter/visibility.py:Sight": ("lately_seen", ""),
-    "filter/access_change.py:Swap": ("told", "changing"),
+    "filter/visibility.py:NameVisibility": ("recently_visible", ""),
+    "filter/access_change.py:AccessChange": ("known_to_app", "changing"),
     # All are done before anything is handed over.
     "filter/chores.py:Chores": ("", "_is_working _works room"),
-    "filter/receive_buffer.py:Intake": (
+    "filter/receive_buffer.py:ReceiveBuffer": (
         "_batches _fds _need _number _parts _skip unfinished",
         "_held",
     ),
@@ -52,29 +52,29 @@ FIELDS: Final = {
         "_from_bus _stash _wake held yielded",
         "_note_refusal _pass_app _pass_bus _stashed_bytes answered billed spent",
     ),
-    "filter/from_bus.py:Incoming": ("", "_arrives _cause _cost"),
-    "filter/from_app.py:Outgoing": ("", ""),
-    "filter/driver_calls.py:Driver": ("", ""),
-    "filter/bus_state.py:Bus": (
-        "_guid _late _wording address identities ledger name sandboxes speakers tagged",
-        "_late_lists _late_rules barriers judges_names_alone lingering links members payers tags_headers takes_fds tells_unique_names",
+    "filter/from_bus.py:BusMessages": ("", "_arrives _cause _cost"),
+    "filter/from_app.py:AppMessages": ("", ""),
+    "filter/driver_calls.py:BusDriverCalls": ("", ""),
+    "filter/bus_state.py:BusState": (
+        "_guid _closed_recently _absent_name_errors address identities ledger name sandboxes broadcast_judges wants_instance_field",
+        "_late_lists _late_rules barriers judges_names_alone lingering connections members payers gives_instance_field takes_fds tells_unique_names",
     ),
     "filter/payers.py:Payers": ("_arriving _late _movers", "_orphans budgets"),
     # As long as it is not known which bus it is, nobody has a name there: the file says the rest.
-    "name_ledger.py:Ledger": ("_path _spans", "_fd _folder _last_line _rumours _size _surplus"),
-    "sandbox/lingering.py:Linger": ("_sock unique_name", "_ended _is_over"),
-    "io/stream.py:Pipe": (
+    "name_ledger.py:NameLedger": ("_path _spans", "_fd _folder _last_line _rumours _size _surplus"),
+    "sandbox/lingering.py:LingeringConnection": ("_sock unique_name", "_ended _is_over"),
+    "io/stream.py:SocketStream": (
         "_queue _reading",
         "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
     ),
-    "sandbox/connection.py:Link": (
+    "sandbox/connection.py:AppConnection": (
         LINK,
         "_bus_sock _client _closed _goes_on _meter _new_judge _server _works",
     ),
     "sandbox/meter.py:Meter": ("", "_asked _asks _budget answered ask_from counted"),
     "sandbox/budgets.py:MessageBudget": ("_filled caused left", ""),
-    "sandbox/budgets.py:Complaints": ("_second suppressed suppressed_ever used", ""),
-    "sandbox/denial_reports.py:Reports": ("left unreported", ""),
+    "sandbox/budgets.py:RateLimitedLog": ("_second suppressed suppressed_ever used", ""),
+    "sandbox/denial_reports.py:DenialReports": ("left unreported", ""),
     "sandbox/sandbox.py:Sandbox": (SANDBOX, "_is_preparing _judges bytes_held is_over lost"),
     "server.py:Gate": (
         "_asked _control _kept _own _reader _sandboxes _supervisor",

@@ -251,7 +251,7 @@ def test_who_has_used_up_its_budget_has_to_wait_on(supervisor: Supervisor, tmp_p
     sandbox = vars(supervisor.gate)["_sandboxes"]["c0"]
     assert sandbox.charge(10_000_000, sandbox._listen_on)
     sandbox.complaints.add("test", "of the log")
-    before = snapshot(supervisor).sandboxes[0].use
+    before = snapshot(supervisor).sandboxes[0].usage
     assert before.messages_per_second > 9_000_000
     assert hand_over(supervisor) == ""
     with socket.socket(socket.AF_UNIX) as client:
@@ -260,8 +260,8 @@ def test_who_has_used_up_its_budget_has_to_wait_on(supervisor: Supervisor, tmp_p
         supervisor.take()
         (state,) = snapshot(supervisor).sandboxes
         assert state.opening == 0
-        assert state.use.messages_per_second > 9_000_000
-        assert state.use.throttled == before.throttled == 1
+        assert state.usage.messages_per_second > 9_000_000
+        assert state.usage.throttled == before.throttled == 1
 
 
 def test_a_bus_that_was_too_busy_is_connected_to_by_the_new_gate(
@@ -378,13 +378,13 @@ def test_a_dump_without_connections_has_its_own_descriptors_alone() -> None:
             guid="0",
             listening=listening,
             close_pipe=close_pipe,
-            links=(AppConnectionDump(bus="session", guid="0", app=StreamDump(fd=2)),),
+            connections=(AppConnectionDump(bus="session", guid="0", app_side=StreamDump(fd=2)),),
             messages=BudgetDump(left=1, filled=0.0),
-            complaints=RateLimitedLogDump(second=0.0),
+            limited_log=RateLimitedLogDump(second=0.0),
             reports_left=1,
         )
 
     bare, fds, names = without_connections(dumped(listening=((0, 0),), close_pipe=1), [5, 6, 7])
-    assert (bare.links, fds, names) == ((), [5, 6], [])
+    assert (bare.connections, fds, names) == ((), [5, 6], [])
     with pytest.raises(HandoverError, match="another order"):
         without_connections(dumped(listening=((0, 1),), close_pipe=-1), [5, 6, 7])

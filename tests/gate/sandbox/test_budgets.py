@@ -74,7 +74,7 @@ def test_lines_are_counted_when_there_are_too_many(
 ) -> None:
     complaints = RateLimitedLog("c7", 3, clock)
     for index in range(10):
-        complaints.add("what", str(index))
+        complaints.warning("what", str(index))
     assert [record.getMessage() for record in caplog.records] == [
         "what sandbox=c7: 0",
         "what sandbox=c7: 1",
@@ -83,8 +83,8 @@ def test_lines_are_counted_when_there_are_too_many(
     assert (complaints.used, complaints.suppressed_ever) == (3, 7)
     caplog.clear()
     clock.now += 1
-    complaints.add("what", "next")
-    complaints.tell()
+    complaints.warning("what", "next")
+    complaints.flush()
     assert [record.getMessage() for record in caplog.records] == [
         "log sandbox=c7: 7 suppressed",
         "what sandbox=c7: next",
@@ -92,7 +92,7 @@ def test_lines_are_counted_when_there_are_too_many(
 
 
 def test_no_line_is_of_an_apps_making(caplog: pytest.LogCaptureFixture) -> None:
-    RateLimitedLog("c7", 3).add("what", "a\nERROR gate all is well\x1b[2J\u202e")
+    RateLimitedLog("c7", 3).warning("what", "a\nERROR gate all is well\x1b[2J\u202e")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().isprintable()

@@ -105,7 +105,7 @@ class World:
         return before - self.sandbox.messages.left
 
     def is_open(self) -> bool:
-        return bool(self.sandbox.links)
+        return bool(self.sandbox.connections)
 
     def let_in(self) -> None:
         """Have the bus answer the gate's handshake."""
@@ -198,16 +198,16 @@ def test_app_that_leaves_stays_known_until_the_bus_hangs_up(world: World) -> Non
     world.app.close()
     world.turn()
     read_to_the_end(end)  # the bus gets the end of the file
-    assert not world.sandbox.links
+    assert not world.sandbox.connections
     assert world.bus.who(":1.7") == "c0"
-    use, state = world.sandbox.taken(), world.sandbox.state()
+    use, state = world.sandbox.usage(), world.sandbox.state()
     assert (use.connections, use.lingering, state.opening) == (1, 1, 0)
     assert state.connections == (("session", ":1.7"),)
     assert world.events == [Connected("c0", "session", ":1.7")]
     end.close()
     world.turn()
     assert world.events[1:] == [Gone("c0", "session", ":1.7")]
-    assert world.sandbox.taken().connections == 0
+    assert world.sandbox.usage().connections == 0
     assert world.bus.who(":1.7") == "c0"  # its messages may come
 
 
@@ -251,12 +251,12 @@ def test_connection_without_a_name_does_not_linger(world: World) -> None:
     world.let_in()
     world.app.close()
     world.turn()
-    assert world.sandbox.taken().connections == 0
+    assert world.sandbox.usage().connections == 0
     assert not world.bus.lingering
 
 
 def test_name_that_cannot_be_written_down_is_not_used(world: World, tmp_path: Path) -> None:
-    world.bus.met("0" * 32)
+    world.bus.authenticated("0" * 32)
     world.bus.ledger._path = tmp_path / "missing" / "file"
     world.be_called(":1.7")
     assert not world.is_open()
@@ -276,7 +276,7 @@ class Served:
         self.end.setblocking(False)
         _hello, *messages = split(self.end.recv(65536).partition(b"BEGIN\r\n")[2])
         self._rest = b"".join(messages)
-        (link,) = world.sandbox.links
+        (link,) = world.sandbox.connections
         assert link.filter is not None
         self.link, self.judging = link, link.filter
 
@@ -326,7 +326,7 @@ def test_attack_c4_rules_are_in_force_at_once_and_done_when_the_app_has_been_tol
         turns += 1
     assert turns > MANY * NAME_WORK // SLICE
     served.go_on(lambda: served.model.seen[-1].header.serial == 5)
-    assert link in world.sandbox.links
+    assert link in world.sandbox.connections
 
 
 def test_a_connection_that_ends_while_its_rules_change_holds_nobody(world: World) -> None:
@@ -367,7 +367,7 @@ def test_attack_c4_rules_that_were_handed_over_are_compiled_in_turns(world: Worl
         turns += 1
     assert turns > 5
     world.let_in()
-    (link,) = world.sandbox.links
+    (link,) = world.sandbox.connections
     assert link.filter is not None
     assert link.filter.core.judge.access is rules
     assert len(world.bus.ends) == 1
@@ -384,7 +384,7 @@ def test_rules_that_are_set_meanwhile_are_those_in_force(world: World) -> None:
     assert ended == [None]
     world.turn(times=40)
     world.let_in()
-    (link,) = world.sandbox.links
+    (link,) = world.sandbox.connections
     assert link.filter is not None
     assert link.filter.core.judge.access is newer
     assert world.sandbox.judge("session").access is newer

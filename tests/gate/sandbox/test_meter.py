@@ -63,13 +63,13 @@ class World:
 
     def asks(self) -> bool:
         """Whether there is a question to the bus that waits for its answer."""
-        return bool(self.filter.core.pending)
+        return bool(self.filter.core.calls_to_bus)
 
     def answer(self) -> None:
         """Have the bus answer the question."""
-        (entry,) = self.filter.core.pending.values()
-        self.filter.core.pending.clear()
-        self.filter.core.finish(entry.then, None, b"", ())  # type: ignore[union-attr, arg-type]
+        (entry,) = self.filter.core.calls_to_bus.values()
+        self.filter.core.calls_to_bus.clear()
+        self.filter.core.handle_reply(entry.then, None, b"", ())  # type: ignore[union-attr, arg-type]
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_no_answer_costs_more_than_a_second(world: World) -> None:
 
 
 def test_bus_is_not_asked_where_the_app_would_get_the_answer(world: World) -> None:
-    world.filter.core.finishers.clear()
+    world.filter.core.reply_handlers.clear()
     world.meter = Meter(world.filter, world.budget, world.clock)
     assert world.send(EVERY) == []
 

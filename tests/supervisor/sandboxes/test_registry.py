@@ -204,7 +204,7 @@ def test_what_is_held_is_served_again() -> None:
     records = [make_record(number) for number in range(3)]
     registry = Registry(ConfiguredLimits(), records, next_number=3)
     registry.connect("c1", "session", ":1.9")
-    registry.happen("c2", Event.STOP_ASKED)
+    registry.apply("c2", Event.STOP_ASKED)
     result = registry.reconcile(make_snapshot(), is_held=lambda record: record.number > 0)
     assert result.missing == ("c1",)
     assert [(one.record.id, one.reason) for one in result.lost] == [
@@ -333,7 +333,7 @@ class Lives(RuleBasedStateMachine):
     @rule(id_=st.one_of(known, starting), event=st.sampled_from([*DECIDED, *OVER, *CLOSED]))
     def happen(self, id_: str, event: Event) -> None:
         is_there = self.registry.get(id_) is not None
-        step = self.registry.happen(id_, event)
+        step = self.registry.apply(id_, event)
         if id_ not in self.announced:
             assert step.removed is None
             if is_there and event in OVER and event is not Event.GATE_LOST:
@@ -402,7 +402,7 @@ TestLives = Lives.TestCase
 def test_what_closed_it_is_known_after_a_restart() -> None:
     registry = Registry(ConfiguredLimits())
     record = running(registry)
-    closing = registry.happen(record.id, Event.CREATOR_LEFT).record
+    closing = registry.apply(record.id, Event.CREATOR_LEFT).record
     assert closing is not None
     again = Registry(ConfiguredLimits(), [closing], next_number=1)
     assert again.find("c0").phase is Phase.CLOSING
