@@ -105,7 +105,7 @@ class Containers1Engine(GateEngine):
                 upstream = await self._make_or_do_without(spec, listener.bus)
                 if upstream is not None:
                     upstreams[listener.bus] = upstream
-            whole = msgspec.structs.replace(spec, upstreams=upstreams)
+            whole = msgspec.structs.replace(spec, container_servers=upstreams)
             self._upkeep.keep(whole)
             await super().add(whole, fds)
         except BaseException:
@@ -196,7 +196,7 @@ class Containers1Engine(GateEngine):
         buses = [listener.bus for listener in spec.listeners]
         may_label = partial(self._labels.may_label, uid=spec.uid)
         upstreams = {bus: LOST for bus in buses if self._is_required or may_label(bus)}
-        spec = msgspec.structs.replace(spec, upstreams=upstreams)
+        spec = msgspec.structs.replace(spec, container_servers=upstreams)
         self._upkeep.keep(spec)
         return spec
 

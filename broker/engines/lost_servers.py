@@ -77,7 +77,7 @@ class ContainerServerTable:
             return
         upstreams = {name: one for name, one in spec.container_servers.items() if name != bus}
         upstreams |= {bus: upstream} if upstream is not None else {}
-        self._specs[sandbox] = msgspec.structs.replace(spec, upstreams=upstreams)
+        self._specs[sandbox] = msgspec.structs.replace(spec, container_servers=upstreams)
         self._see_to(sandbox, bus)
 
     def change_access(self, sandbox: str, access: AccessList) -> SandboxSpec | None:

@@ -40,7 +40,7 @@ def main() -> int:
         vars(take_over)["Judge"] = _never_allows
         return gate_main.main(argv)
     if how == "corrupt":
-        vars(take_over)["same"] = lambda *_: False
+        vars(take_over)["dump_equals"] = lambda *_: False
         return gate_main.main(argv)
     channel = Channel(int(argv[argv.index("--take-over") + 1]), LONG)
     os.write(int(argv[argv.index("--ready-fd") + 1]), b"x")

@@ -113,7 +113,7 @@ async def test_a_bus_that_started_anew_is_asked_at_once(mode: str, fd: int) -> N
     engine.drivers["session"] = FakeDriver()
     engine.bus_restarted("other")
     await engine.add(make_spec(1), [fd])
-    assert engine.requests(AddSandbox)[-1].spec.upstreams == {}
+    assert engine.requests(AddSandbox)[-1].spec.container_servers == {}
     engine.bus_restarted("session")
     await engine.add(make_spec(2), [fd])
     assert set(engine.instances("c2")) == {"session"}

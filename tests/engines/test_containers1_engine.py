@@ -45,7 +45,7 @@ async def test_a_sandbox_gets_a_server_of_the_bus(fd: int) -> None:
     component = {"k": Variant("s", "v"), "org.buswarden.Component": Variant("s", "part")}
     assert made == ("org.example.T", "a", component, {})
     (added,) = engine.requests(AddSandbox)
-    assert added.spec.upstreams["session"].instance == path
+    assert added.spec.container_servers["session"].instance == path
     assert (engine.name, engine.serving("session"), engine.serving("other")) == (
         "containers1",
         "containers1",
@@ -81,7 +81,7 @@ async def test_methods_are_called_by_the_names_that_the_bus_has(
     engine = Engine(is_required=True, session=driver)
     await engine.add(make_spec(), [fd])
     (added,) = engine.requests(AddSandbox)
-    upstream = added.spec.upstreams["session"]
+    upstream = added.spec.container_servers["session"]
     assert (upstream.stop, upstream.stop_listening) == (driver.stop, driver.stop_listening)
     engine.refuse = CallRefusedError(ACCESS_DENIED, "no")
     with pytest.raises(CallRefusedError, match="no"):
@@ -110,7 +110,7 @@ async def test_a_bus_that_does_not_work_is_done_without_only_if_nobody_chose_it(
         await engine.add(make_spec(), [fd])
     assert "the gate alone serves it on bus session" in caplog.text
     assert why in caplog.text
-    assert engine.requests(AddSandbox)[0].spec.upstreams == {}
+    assert engine.requests(AddSandbox)[0].spec.container_servers == {}
     assert engine.instances("c0") == {}
     assert engine.drivers["session"].instances == {}
     engine.held.close()
@@ -211,7 +211,7 @@ async def test_a_supervisor_that_is_new_tells_a_bus_of_rules_for_any_user() -> N
     driver = FakeDriver(arguments=("Allow",), set_access="SetContainerAccess")
     engine = Engine(session=driver)
     upstream = ContainerServer(instance="/i", address="unix:path=/i")
-    spec = make_spec(uid=4711, upstreams={"session": upstream})
+    spec = make_spec(uid=4711, container_servers={"session": upstream})
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     engine.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
     await engine.set_access("c0", RULES)

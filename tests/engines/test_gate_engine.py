@@ -105,7 +105,7 @@ async def test_a_gate_outlives_us_and_is_found_again(tmp_path: Path) -> None:
 async def test_what_another_engine_left_is_known_or_given_up(
     tmp_path: Path, upstream: ContainerServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = msgspec.structs.replace(SPEC, upstreams={"session": upstream})
+    spec = msgspec.structs.replace(SPEC, container_servers={"session": upstream})
     async with kept(make_engine(tmp_path)) as engine:
         await engine.add(spec, [])
     async with kept(make_engine(tmp_path)) as engine:
@@ -146,7 +146,7 @@ async def test_a_server_that_is_lost_is_given_up(
     engine, told = Asked(), Told()
     ears = _ListenerTee(engine, told)
     server = ContainerServer(instance="/i", address="unix:path=/i")
-    spec = msgspec.structs.replace(SPEC, upstreams={"session": server})
+    spec = msgspec.structs.replace(SPEC, container_servers={"session": server})
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     ears.take_snapshot(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
     async with trio.open_nursery() as nursery:

@@ -14,7 +14,7 @@ SERVER = ContainerServer(instance="/i", address="unix:path=/i")
 
 def make_spec(number: int = 0, **upstreams: ContainerServer) -> SandboxSpec:
     spec = make_state(make_record(number=number)).spec
-    return msgspec.structs.replace(spec, upstreams=upstreams)
+    return msgspec.structs.replace(spec, container_servers=upstreams)
 
 
 def test_a_sandbox_without_servers_is_not_known() -> None:

@@ -36,7 +36,7 @@ def test_the_snapshot_brings_back_what_belongs_together() -> None:
     engine, told = Engine(session=FakeDriver()), Told()
     upstream = ContainerServer(instance="/i", address="unix:path=/i")
     state = msgspec.structs.replace(
-        make_state(make_record()), spec=make_spec(upstreams={"session": upstream})
+        make_state(make_record()), spec=make_spec(container_servers={"session": upstream})
     )
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
     ears = _ListenerTee(engine, told)
@@ -57,7 +57,7 @@ async def test_a_server_that_is_lost_is_made_again(fd: int) -> None:
         assert engine.instances("c0") == {"session": ""}
         assert (engine.name, engine.serving("session")) == ("containers1", "containers1")
     (request,) = engine.requests(SetContainerServer)
-    assert request.upstream.instance == engine.instances("c0")["session"]
+    assert request.server.instance == engine.instances("c0")["session"]
     assert engine.instances("c0") != before
     assert told.order == []
     engine.held.close()
@@ -81,7 +81,9 @@ async def test_a_snapshot_while_a_bus_is_waited_for(
     engine = Engine(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     state = make_state(make_record())
-    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": ContainerServer()}))
+    lost = msgspec.structs.replace(
+        state, spec=make_spec(container_servers={"session": ContainerServer()})
+    )
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,))
     engine.gone = True
     async with trio.open_nursery() as nursery:
@@ -173,8 +175,8 @@ async def test_a_server_that_is_lost_again_at_once_is_made_again_at_once(fd: int
     async with remaking(engine):
         engine.lose(ContainerServerLost("c0", "session"))
     first, second = engine.requests(SetContainerServer)
-    assert engine.instances("c0") == {"session": second.upstream.instance}
-    assert first.upstream.instance != second.upstream.instance
+    assert engine.instances("c0") == {"session": second.server.instance}
+    assert first.server.instance != second.server.instance
     engine.held.close()
 
 
@@ -193,8 +195,8 @@ async def test_a_server_that_the_gate_refuses_is_ended_and_made_again(
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
     first, second = engine.requests(SetContainerServer)
-    assert engine.instances("c0") == {"session": second.upstream.instance}
-    assert first.upstream.instance not in engine.drivers["session"].instances
+    assert engine.instances("c0") == {"session": second.server.instance}
+    assert first.server.instance not in engine.drivers["session"].instances
     engine.held.close()
 
 
@@ -218,7 +220,7 @@ async def test_a_server_that_a_snapshot_has_is_in_use(fd: int) -> None:
     class Asking(Interrupted):
         def happen(self, request: SetContainerServer) -> None:
             assert request.server is not None
-            spec = make_spec(upstreams={"session": msgspec.structs.replace(request.server)})
+            spec = make_spec(container_servers={"session": msgspec.structs.replace(request.server)})
             state = msgspec.structs.replace(make_state(make_record()), spec=spec)
             self.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
             raise CallRefusedError(DISCONNECTED, "somebody has that already")
@@ -228,8 +230,8 @@ async def test_a_server_that_a_snapshot_has_is_in_use(fd: int) -> None:
     async with remaking(engine):
         engine.lose(ContainerServerLost("c0", "session"))
     (request,) = engine.requests(SetContainerServer)
-    assert engine.instances("c0") == {"session": request.upstream.instance}
-    assert request.upstream.instance in engine.drivers["session"].instances
+    assert engine.instances("c0") == {"session": request.server.instance}
+    assert request.server.instance in engine.drivers["session"].instances
     engine.held.close()
 
 
@@ -317,7 +319,7 @@ async def test_a_bus_that_comes_back_and_hangs(
         await trio.sleep(300)
         nursery.cancel_scope.cancel()
     # Who must have labels waits; else connections are not to wait.
-    assert [one.upstream is not None for one in engine.requests(SetContainerServer)] == [
+    assert [one.server is not None for one in engine.requests(SetContainerServer)] == [
         is_required
     ]
     engine.held.close()
@@ -326,7 +328,9 @@ async def test_a_bus_that_comes_back_and_hangs(
 def test_a_bus_that_was_not_there_yet_is_to_label() -> None:
     engine = Engine(session=FakeDriver())
     state = make_state(make_record())
-    lost = msgspec.structs.replace(state, spec=make_spec(upstreams={"session": ContainerServer()}))
+    lost = msgspec.structs.replace(
+        state, spec=make_spec(container_servers={"session": ContainerServer()})
+    )
     engine.learn(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,)))
     assert engine.name == "containers1"
     assert (engine.serving("session"), engine.serving("other")) == ("containers1", "gate")
@@ -338,7 +342,7 @@ def test_who_must_have_labels_is_told_of_sandboxes_without(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     upstream = ContainerServer(instance="/i", address="unix:path=/i")
-    spec = make_spec(0, "session", "other", upstreams={"session": upstream})
+    spec = make_spec(0, "session", "other", container_servers={"session": upstream})
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,))
     Engine(session=FakeDriver()).learn(snapshot)

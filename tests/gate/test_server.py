@@ -418,7 +418,7 @@ def add_long(supervisor: Supervisor, count: int) -> list[str]:
 def test_a_snapshot_that_is_long_comes_in_parts(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "PART", 1_000_000)
+    monkeypatch.setattr(server, "MAX_PART_BYTES", 1_000_000)
     ids = add_long(supervisor, 12)
     parts = ask_in_parts(supervisor)
     assert [part.more for part in parts] == [True, True, False]
@@ -431,7 +431,7 @@ def test_a_snapshot_that_is_long_comes_in_parts(
 def test_a_snapshot_may_be_longer_than_what_a_supervisor_leaves_unread(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "PART", 100_000)
+    monkeypatch.setattr(server, "MAX_PART_BYTES", 100_000)
     monkeypatch.setattr(server, "MAX_UNREAD", 100_000)
     supervisor.gate._bound_unread()
     ids = add_long(supervisor, 12)

@@ -80,7 +80,7 @@ class FakeGate:
                 return [], Listeners(())
             case SetContainerServer(sandbox, bus, upstream):
                 upstreams = {bus: upstream} if upstream is not None else {}
-                spec = msgspec.structs.replace(self.sandboxes[sandbox], upstreams=upstreams)
+                spec = msgspec.structs.replace(self.sandboxes[sandbox], container_servers=upstreams)
                 self.sandboxes[sandbox] = spec
                 return [], Done()
             case _:

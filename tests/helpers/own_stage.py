@@ -136,7 +136,7 @@ class Stage(Supervisor):
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     bus = OwnBus()
-    monkeypatch.setattr(bus_client, "connect", bus.connect)
+    monkeypatch.setattr(bus_client, "connect_unix", bus.connect)
     stage = Stage(tmp_path, bus)
     assert stage.ask(SetBuses((BUS, OTHER))) == Done()
     yield stage

@@ -393,7 +393,7 @@ async def test_attack_c4_rules_over_a_limit_that_was_lowered_stay_and_are_told(
     lines: list[str] = []
     for steps, told in ((most, 0), (most + 1, 1)):
         caplog.clear()
-        slow = msgspec.structs.replace(state, use=Usage(rule_steps=steps))
+        slow = msgspec.structs.replace(state, usage=Usage(rule_steps=steps))
         supervisor.take_snapshot(make_snapshot(slow))
         await world.do_jobs()
         lines = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]

@@ -115,7 +115,7 @@ def without_connections(
     used = [at for _, at in dump.listening] + [dump.close_pipe] * (dump.close_pipe >= 0)
     if used != list(range(len(used))):
         raise HandoverError("the descriptors are in another order than expected")
-    bare = msgspec.structs.replace(dump, links=(), lingering=(), waiting=())
+    bare = msgspec.structs.replace(dump, connections=(), lingering=(), waiting=())
     cores = [(link.bus, link.filter.state) for link in dump.connections if link.filter is not None]
     names = [(bus, core.unique_name) for bus, core in cores if core.unique_name]
     names += [(rest.bus, rest.unique_name) for rest in dump.lingering]

@@ -258,7 +258,7 @@ class Sandbox:
         """Make connections to that bus there from now on, those that wait for it included."""
         upstreams = {b: u for b, u in self.spec.container_servers.items() if b != bus}
         upstreams |= {bus: upstream} if upstream is not None else {}
-        self.spec = msgspec.structs.replace(self.spec, upstreams=upstreams)
+        self.spec = msgspec.structs.replace(self.spec, container_servers=upstreams)
         for link in [one for one in self.connections if one.filter is None and one.bus.name == bus]:
             link.resume()
 

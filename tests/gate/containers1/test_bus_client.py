@@ -242,7 +242,7 @@ def test_a_user_that_is_none_is_no_reason_to_fall(
     def connect(*_: object) -> None:
         raise KeyError("getpwuid(): uid not found: 77")
 
-    monkeypatch.setattr(bus_client, "connect", connect)
+    monkeypatch.setattr(bus_client, "connect_unix", connect)
     answer = stage.call(PING)
     assert isinstance(answer, Refused)
     assert answer.error == DISCONNECTED

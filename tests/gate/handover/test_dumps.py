@@ -261,7 +261,7 @@ def test_a_reply_that_nobody_here_knows_to_deal_with_is_refused() -> None:
     ):
         calls = CallDump(serial=5, target=ReplierDump(owner=":1.2"), then=then)
         strange = msgspec.structs.replace(
-            dump, core=msgspec.structs.replace(dump.state, calls=(calls,))
+            dump, state=msgspec.structs.replace(dump.state, calls=(calls,))
         )
         new = Filter(talk.bus, FakeHost(), talk.core.judge, app_takes_fds=True)
         with pytest.raises(ValueError, match="of-the-future"):

@@ -65,7 +65,7 @@ def _leave(_last: object) -> NoReturn:
 
 @pytest.fixture
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
-    monkeypatch.setattr(server_module, "leave", _leave)
+    monkeypatch.setattr(server_module, "exit_now", _leave)
     supervisor = Supervisor(tmp_path)
     assert supervisor.ask(SetBuses((BUS,))) == Done()
     yield supervisor
@@ -139,7 +139,7 @@ def test_the_new_gate_answers_what_was_asked_and_what_was_behind_it(
     after = snapshot(supervisor)
     assert [one.spec for one in after.sandboxes] == [one.spec for one in before.sandboxes]
     assert after.buses == before.buses
-    assert vars(supervisor.gate)["_buses"]["session"].tagged == {":1.5"}
+    assert vars(supervisor.gate)["_buses"]["session"].wants_instance_field == {":1.5"}
 
 
 def test_a_sandbox_that_was_being_added_is_added_by_the_new_gate(
@@ -214,7 +214,7 @@ def test_what_differs_is_not_served(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     supervisor.add("c0")
-    monkeypatch.setattr(successor, "same", lambda *_: False)
+    monkeypatch.setattr(successor, "dump_equals", lambda *_: False)
     assert "differs" in hand_over(supervisor)
     (answer,) = supervisor.take()
     assert isinstance(answer.body, Refused)
@@ -250,7 +250,7 @@ def test_who_has_used_up_its_budget_has_to_wait_on(supervisor: Supervisor, tmp_p
     supervisor.add("c0")
     sandbox = vars(supervisor.gate)["_sandboxes"]["c0"]
     assert sandbox.charge(10_000_000, sandbox._listen_on)
-    sandbox.complaints.add("test", "of the log")
+    sandbox.limited_log.warning("test", "of the log")
     before = snapshot(supervisor).sandboxes[0].usage
     assert before.messages_per_second > 9_000_000
     assert hand_over(supervisor) == ""

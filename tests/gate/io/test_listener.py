@@ -221,7 +221,7 @@ def test_attack_c5_who_keeps_us_waiting_loses_its_socket(
         assert shared
         raise accept.KeptWaitingError(errno.EAGAIN, "its creator makes it block")
 
-    monkeypatch.setattr(accept, "take", wait)
+    monkeypatch.setattr(accept, "accept_nowait", wait)
     with socket.socket(socket.AF_UNIX) as app:
         app.connect(given.getsockname())
         supervisor.turn(5)
@@ -261,7 +261,7 @@ def test_an_error_that_lasts_ends_the_listener_and_is_logged_once(
         assert shared
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(accept, "take", fail)
+    monkeypatch.setattr(accept, "accept_nowait", fail)
     with socket.socket(socket.AF_UNIX) as app:
         app.connect(given.getsockname())
         supervisor.turn(5)
@@ -285,7 +285,7 @@ def test_a_defect_ends_its_sandbox_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     supervisor.add()
-    monkeypatch.setattr(accept, "take", fail_always)
+    monkeypatch.setattr(accept, "accept_nowait", fail_always)
     with socket.socket(socket.AF_UNIX) as app:
         app.connect(given.getsockname())
         supervisor.turn()

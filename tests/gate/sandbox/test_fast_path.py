@@ -202,7 +202,7 @@ def test_anything_else_goes_the_long_way(way: Way, data: bytes) -> None:
         way.app.shutdown(socket.SHUT_WR)
         way.bus_pipe.is_clear = False
         way.turn()
-        assert [type(exc).__name__ for exc in way.failures] == ["Closed"]
+        assert [type(exc).__name__ for exc in way.failures] == ["StreamClosedError"]
         return
     assert way.sent == [("app", data, 0)]
 
