@@ -16,11 +16,11 @@ from typing import Final
 
 import pytest
 
-from integration.buses import Bus
-from integration.clients import run
-from integration.processes import PYTHON, running, wait_until
-from integration.supervised import Sandbox, Warden, open_warden, wait_for
-from tests.dbus_page import SECTIONS, Block
+from integration.harness.buses import Bus
+from integration.harness.clients import run
+from integration.harness.processes import PYTHON, running, wait_until
+from integration.harness.supervised import Sandbox, Warden, open_warden, wait_for
+from tests.helpers.dbus_page import SECTIONS, Block
 
 ANY: Final = "..."
 TITLES: Final = [one.title for one in SECTIONS if one.level == 2]

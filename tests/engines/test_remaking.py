@@ -319,9 +319,7 @@ async def test_a_bus_that_comes_back_and_hangs(
         await trio.sleep(300)
         nursery.cancel_scope.cancel()
     # Who must have labels waits; else connections are not to wait.
-    assert [one.server is not None for one in engine.requests(SetContainerServer)] == [
-        is_required
-    ]
+    assert [one.server is not None for one in engine.requests(SetContainerServer)] == [is_required]
     engine.held.close()
 
 

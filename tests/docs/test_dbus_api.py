@@ -22,16 +22,16 @@ from broker.api.subscribers import MAX_SUBSCRIBERS, MAX_SUBSCRIBERS_OF_USER, SIG
 from broker.bus import callers
 from broker.bus.codec import MAX_BODY, MAX_STEPS
 from broker.bus.connection import MAX_CALL_FDS
-from broker.bus.intake import MAX_HEAD
-from broker.engines.gate import GAP_TIMEOUT
-from broker.supervisor.ends import TABLE
-from broker.supervisor.registry import MAX_DENIAL_TEXT, MAX_DENIALS
-from broker.supervisor.rules import MAX_RULES, MAX_RULES_BYTES
-from broker.supervisor.service import MAX_BACKLOG, NAME
+from broker.bus.message_intake import MAX_HEAD
+from broker.daemon import MAX_BACKLOG, NAME
+from broker.engines.gate_engine import GAP_TIMEOUT
+from broker.supervisor.sandboxes.lifecycle import TRANSITIONS
+from broker.supervisor.sandboxes.registry import MAX_DENIAL_TEXT, MAX_DENIALS
+from broker.supervisor.sandboxes.rule_limits import MAX_RULES, MAX_RULES_BYTES
 from broker.wire import errors
-from tests.dbus_interfaces import FOLDER, PROJECT, fill_page, interfaces, make_file
-from tests.dbus_page import PAGE, SECTIONS, Row, method_section, section
-from tests.fakes import FakeBus, make_call
+from tests.helpers.dbus_interfaces import FOLDER, PROJECT, fill_page, interfaces, make_file
+from tests.helpers.dbus_page import PAGE, SECTIONS, Row, method_section, section
+from tests.helpers.fakes import FakeBus, make_call
 
 INTERFACES: Final = interfaces()
 STANDARD: Final = tuple(
@@ -69,7 +69,7 @@ async def introspect(path: str, tables: Sequence[Interface]) -> dict[str, ET.Ele
 def test_there_is_a_file_for_each_interface() -> None:
     files = {path.name: path.read_text() for path in FOLDER.glob("*.xml")}
     made = {f"{name}.xml": make_file(table) for name, (_, table) in INTERFACES.items()}
-    assert files == made, "run python -m tests.dbus_interfaces"
+    assert files == made, "run python -m tests.helpers.dbus_interfaces"
 
 
 @pytest.mark.parametrize("name", INTERFACES)
@@ -113,7 +113,7 @@ def test_the_page_has_every_member_and_no_other() -> None:
 
 def test_synopses_are_those_of_the_tables() -> None:
     page = PAGE.read_text()
-    assert fill_page(page) == page, "run python -m tests.dbus_interfaces"
+    assert fill_page(page) == page, "run python -m tests.helpers.dbus_interfaces"
 
 
 def typed(arguments: Sequence[Arg], *direction: str) -> list[Row]:
@@ -209,7 +209,7 @@ def test_numbers_about_refusals_are_those_of_the_code() -> None:
 
 def test_reasons_are_those_of_the_table_of_ends() -> None:
     rows = section("Signal SandboxEnded", management.NAME).table("reason")
-    assert {row[0] for row in rows} == {row.reason for row in TABLE.values() if row.reason}
+    assert {row[0] for row in rows} == {row.reason for row in TRANSITIONS.values() if row.reason}
 
 
 # -- errors and limits -----------------------------------------------------------------------------------

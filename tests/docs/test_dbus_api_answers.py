@@ -9,22 +9,22 @@ from typing import Final, cast
 import pytest
 
 from broker.api import containers1, management, policy
-from broker.api.caller import Door
+from broker.api.caller import BusContext
 from broker.api.dispatch import Method, Objects
 from broker.api.management import describe_denial
 from broker.api.subscribers import Subscribers
 from broker.bus.values import Variant
-from broker.gate.control import BusSpec, Denied, SandboxSpec, Use
-from broker.supervisor.config import Config, Limits
-from broker.supervisor.salvage import open_state
-from broker.supervisor.supervisor import Outside, Supervisor
-from policy.explain import Explanation
-from policy.library import Library
+from broker.control_protocol.messages import BusSpec, Denied, SandboxSpec, Usage
+from broker.supervisor.config import Config, ConfiguredLimits
+from broker.supervisor.storage.recovery import open_state
+from broker.supervisor.supervisor import Environment, Supervisor
 from policy.match import Verdict
-from tests.dbus_interfaces import interfaces
-from tests.dbus_page import keys, method_section, section
-from tests.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch, make_call
-from tests.records import make_record
+from policy.snaps.explain import Explanation
+from policy.snaps.library import Library
+from tests.helpers.dbus_interfaces import interfaces
+from tests.helpers.dbus_page import keys, method_section, section
+from tests.helpers.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch, make_call
+from tests.helpers.records import make_record
 
 ROOT, OURS = 0, os.geteuid()
 USER, STRANGER = OURS + 1, OURS + 2
@@ -58,16 +58,16 @@ METHODS: Final = [
 class World:
     """The three interfaces on one bus, sandbox c0 with a connection, and a gate that does what it is asked for."""
 
-    def __init__(self, outside: Outside, engine: FakeEngine, folder: Path) -> None:
-        supervisor = Supervisor(outside, Limits())
+    def __init__(self, outside: Environment, engine: FakeEngine, folder: Path) -> None:
+        supervisor = Supervisor(outside, ConfiguredLimits())
         self.bus: Final = FakeBus(users=dict(CALLERS))
         config = Config(
             scope="user",
             buses=(BusSpec(name="session", address="unix:path=/bus"),),
             runtime_dir=folder,
-            limits=Limits(),
+            limits=ConfiguredLimits(),
         )
-        door = Door(name="session", bus=self.bus, supervisor=supervisor, buses=("session",))
+        door = BusContext(name="session", bus=self.bus, supervisor=supervisor, buses=("session",))
         watch = FakeWatch(list(CALLERS))
         subscribers = Subscribers(lambda: 0.0)
         manager = management.Management(door, engine, config, subscribers, watch)
@@ -105,7 +105,7 @@ class World:
 def open_world(folder: Path) -> Iterator[World]:
     engine = FakeEngine()
     with open_state(folder / "state.db") as state:
-        outside = Outside(
+        outside = Environment(
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),
@@ -151,9 +151,9 @@ async def test_keys_of_use_are_those_that_are_answered(tmp_path: Path) -> None:
         shown = await world.answer("Show")
     use = [row[0] for row in method_section(management.NAME, "Show").table("key of use")]
     assert use == list(cast("dict[str, int]", shown["use"].value))
-    assert len(use) == len(Use.__struct_fields__)
+    assert len(use) == len(Usage.__struct_fields__)
     # The page says how many of them are named after limits.
-    limits = Limits.__struct_fields__
+    limits = ConfiguredLimits.__struct_fields__
     assert [name in limits for name in use] == [True] * 13 + [False] * (len(use) - 13)
 
 

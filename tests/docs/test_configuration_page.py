@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from broker.supervisor import config
-from broker.supervisor.config import SYSTEM_LIMITS, Limits, load_config
+from broker.supervisor.config import SYSTEM_LIMITS, ConfiguredLimits, load_config
 from broker.wire.errors import ConfigError
-from tests.dbus_page import PROJECT, Section, read_sections
+from tests.helpers.dbus_page import PROJECT, Section, read_sections
 
 PAGE: Final = PROJECT / "docs" / "configuration.md"
 SECTIONS: Final = {one.title: one for one in read_sections(PAGE)}
@@ -68,16 +68,16 @@ def test_defaults_are_those_of_the_code() -> None:
 
 
 def test_limits_are_those_of_the_code() -> None:
-    shown = rows("Limits")
-    assert list(shown) == list(Limits.__struct_fields__)
-    user, system = msgspec.structs.asdict(Limits()), msgspec.structs.asdict(SYSTEM_LIMITS)
+    shown = rows("ConfiguredLimits")
+    assert list(shown) == list(ConfiguredLimits.__struct_fields__)
+    user, system = msgspec.structs.asdict(ConfiguredLimits()), msgspec.structs.asdict(SYSTEM_LIMITS)
     for name, (default, of_system, _) in shown.items():
         assert (default, of_system) == (str(user[name]), str(system[name])), name
 
 
-@pytest.mark.parametrize("name", Limits.__struct_fields__)
+@pytest.mark.parametrize("name", ConfiguredLimits.__struct_fields__)
 def test_range_of_a_limit_is_that_of_the_code(name: str, tmp_path: Path) -> None:
-    least, most = map(int, rows("Limits")[name][2].split(" to "))
+    least, most = map(int, rows("ConfiguredLimits")[name][2].split(" to "))
     for value in (least, most):
         limits = load(tmp_path, f"[limits]\n{name} = {value}\n").limits
         assert getattr(limits, name) == value
@@ -117,19 +117,19 @@ def parts(section: Section) -> dict[str, str]:
 
 def test_every_limit_has_a_paragraph() -> None:
     supervisor, gate = (
-        parts(SECTIONS["Limits of the supervisor"]),
-        parts(SECTIONS["Limits of the gate"]),
+        parts(SECTIONS["ConfiguredLimits of the supervisor"]),
+        parts(SECTIONS["ConfiguredLimits of the gate"]),
     )
     assert not supervisor.keys() & gate.keys()
-    assert {*supervisor, *gate} == set(Limits.__struct_fields__)
-    of_gate = msgspec.structs.asdict(Limits().for_sandbox())
+    assert {*supervisor, *gate} == set(ConfiguredLimits.__struct_fields__)
+    of_gate = msgspec.structs.asdict(ConfiguredLimits().for_sandbox())
     of_gate["max_connections_per_container"] = of_gate.pop("connections")
     assert set(gate) == set(of_gate)
 
 
 def test_every_key_says_what_a_change_does() -> None:
     keys = [f"`{name}`" for name in config._File.__struct_fields__ if name != "limits"]
-    for title in (*keys, "Limits"):
+    for title in (*keys, "ConfiguredLimits"):
         assert "\nChanged live: " in SECTIONS[title].text, title
 
 

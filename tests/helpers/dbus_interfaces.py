@@ -1,4 +1,4 @@
-"""Writes the interface files and the synopses of docs/dbus-api.md: `python -m tests.dbus_interfaces`.
+"""Writes the interface files and the synopses of docs/dbus-api.md: `python -m tests.helpers.dbus_interfaces`.
 
 Both are made from the tables that the service is made of (`broker.api`), so they say what the service says of itself.
 """
@@ -9,14 +9,14 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from broker.api import containers1, management, policy
-from broker.api.caller import Door
+from broker.api.caller import BusContext
 from broker.api.dispatch import DOCTYPE, Arg, Interface, describe_interface
-from tests.fakes import FakeBus
+from tests.helpers.fakes import FakeBus
 
-PROJECT: Final = Path(__file__).resolve().parent.parent
+PROJECT: Final = Path(__file__).resolve().parents[2]
 FOLDER: Final = PROJECT / "broker" / "api" / "interfaces"
 PAGE: Final = PROJECT / "docs" / "dbus-api.md"
-BEGIN: Final = "<!-- made by python -m tests.dbus_interfaces: {} -->\n"
+BEGIN: Final = "<!-- made by python -m tests.helpers.dbus_interfaces: {} -->\n"
 END: Final = "<!-- end of what is made -->\n"
 
 
@@ -24,7 +24,7 @@ def interfaces() -> dict[str, tuple[str, Interface]]:
     """Return the object path and the table of each interface, by the interface's name."""
     anything: Any = None
     supervisor: Any = SimpleNamespace(registry=None, snaps=None, policy=None)
-    door = Door(name="session", bus=FakeBus(), supervisor=supervisor, buses=("session",))
+    door = BusContext(name="session", bus=FakeBus(), supervisor=supervisor, buses=("session",))
     manager = management.Management(door, anything, anything, anything, anything)
     tables = (
         (containers1.PATH, containers1.Containers1(door, anything).interface()),
