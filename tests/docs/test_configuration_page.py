@@ -68,7 +68,7 @@ def test_defaults_are_those_of_the_code() -> None:
 
 
 def test_limits_are_those_of_the_code() -> None:
-    shown = rows("ConfiguredLimits")
+    shown = rows("Limits")
     assert list(shown) == list(ConfiguredLimits.__struct_fields__)
     user, system = msgspec.structs.asdict(ConfiguredLimits()), msgspec.structs.asdict(SYSTEM_LIMITS)
     for name, (default, of_system, _) in shown.items():
@@ -77,7 +77,7 @@ def test_limits_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("name", ConfiguredLimits.__struct_fields__)
 def test_range_of_a_limit_is_that_of_the_code(name: str, tmp_path: Path) -> None:
-    least, most = map(int, rows("ConfiguredLimits")[name][2].split(" to "))
+    least, most = map(int, rows("Limits")[name][2].split(" to "))
     for value in (least, most):
         limits = load(tmp_path, f"[limits]\n{name} = {value}\n").limits
         assert getattr(limits, name) == value
@@ -117,8 +117,8 @@ def parts(section: Section) -> dict[str, str]:
 
 def test_every_limit_has_a_paragraph() -> None:
     supervisor, gate = (
-        parts(SECTIONS["ConfiguredLimits of the supervisor"]),
-        parts(SECTIONS["ConfiguredLimits of the gate"]),
+        parts(SECTIONS["Limits of the supervisor"]),
+        parts(SECTIONS["Limits of the gate"]),
     )
     assert not supervisor.keys() & gate.keys()
     assert {*supervisor, *gate} == set(ConfiguredLimits.__struct_fields__)
@@ -129,7 +129,7 @@ def test_every_limit_has_a_paragraph() -> None:
 
 def test_every_key_says_what_a_change_does() -> None:
     keys = [f"`{name}`" for name in config._File.__struct_fields__ if name != "limits"]
-    for title in (*keys, "ConfiguredLimits"):
+    for title in (*keys, "Limits"):
         assert "\nChanged live: " in SECTIONS[title].text, title
 
 
