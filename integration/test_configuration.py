@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from integration.buses import DAEMON, Bus, open_bus
-from integration.processes import is_running, wait_gone
-from integration.rawclient import CallError
-from integration.supervised import Sandbox, Warden, open_warden, wait_for
-from integration.values import Variant
+from integration.harness.buses import DAEMON, Bus, open_bus
+from integration.harness.processes import is_running, wait_gone
+from integration.harness.rawclient import CallError
+from integration.harness.supervised import Sandbox, Warden, open_warden, wait_for
+from integration.harness.values import Variant
 
 ERROR = "org.freedesktop.DBus.Error."
 KEEP = Variant("b", True)
