@@ -39,9 +39,9 @@ from broker.supervisor.watches.processes import Processes
 from broker.systemd.fd_store import restore_and_store, stay_alive
 from broker.systemd.notify import Notifier, take_descriptors, take_notifier
 from broker.wire.errors import BrokerError, ConfigError
+from broker.wire.interfaces import BROKER, BROKER_PATH, CONTAINERS1, DRIVER_PATH
 
 LOGGER: Final = logging.getLogger(__name__)
-NAME: Final = "org.buswarden.Broker1"
 NOBODY: Final = ":0.0"  # a unique name that no bus gives
 # Signals about refusals are worth less than the memory they would take on a bus that does not read.
 MAX_BACKLOG: Final = 1000
@@ -85,7 +85,7 @@ async def _serve(config: Config) -> None:
         stack.enter_context(_locked_folder(config))
         state = stack.enter_context(open_state(folder / "state.db"))
         gone_after = config.bus_gone_seconds or math.inf
-        lines = {spec.name: ReconnectingBus(spec, NAME, gone_after) for spec in config.buses}
+        lines = {spec.name: ReconnectingBus(spec, BROKER, gone_after) for spec in config.buses}
         async with open_loop(), trio.open_nursery() as nursery:
             told = _SignalListener()
             nursery.start_soon(told.listen, signals, nursery.cancel_scope)
@@ -275,8 +275,8 @@ def _make_objects(parts: _Components, name: str, bus: BusConnection) -> Objects:
     door = BusContext(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.lines))
     return Objects(
         {
-            containers1.PATH: [containers1.Containers1(door, watch).interface()],
-            management.PATH: [
+            DRIVER_PATH: [containers1.Containers1(door, watch).interface()],
+            BROKER_PATH: [
                 management.Management(
                     door, parts.engine, parts.config, parts.subscribers, watch
                 ).interface(),
@@ -295,9 +295,9 @@ class _Announcer:
 
     def removed(self, record: Record, reason: str) -> None:
         for bus in [line.bus for line in self._lines.values() if line.bus is not None]:
-            bus.emit(containers1.PATH, containers1.NAME, "InstanceRemoved", "o", [record.path])
+            bus.emit(DRIVER_PATH, CONTAINERS1, "InstanceRemoved", "o", [record.path])
             ended = [record.path, reason]
-            bus.emit(management.PATH, management.NAME, "SandboxEnded", "os", ended)
+            bus.emit(BROKER_PATH, BROKER, "SandboxEnded", "os", ended)
 
     def denied(self, record: Record, event: Denied) -> None:
         what = None
@@ -308,8 +308,8 @@ class _Announcer:
                 continue
             what = what or management.describe_denial(shorten(event))
             bus.emit(
-                management.PATH,
-                management.NAME,
+                BROKER_PATH,
+                BROKER,
                 "Denied",
                 "oa{sv}",
                 [record.path, what],

@@ -17,20 +17,21 @@ from broker.bus.connection import BusConnection, Destination, Signal, open_bus
 from broker.bus.message_bus import BusLostError
 from broker.bus.values import Variant
 from broker.control_protocol.messages import BusSpec
-from broker.daemon import NAME, serve
+from broker.daemon import serve
 from broker.engines import gate_engine as gate_module
 from broker.engines.gate_process import GateError
 from broker.supervisor.bus_connections import StartError
 from broker.supervisor.config import Config, ConfiguredLimits
 from broker.wire.errors import CallRefusedError, ConfigError
+from broker.wire.interfaces import BROKER, BROKER_PATH
 from tests.engines.test_control_connection import start_all
 from tests.helpers import fake_gate
 from tests.helpers.fake_bus import FakeBus, open_fake_bus
 
 CONTAINERS = Destination(
-    destination=NAME, path="/org/freedesktop/DBus", interface="org.freedesktop.DBus.Containers1"
+    destination=BROKER, path="/org/freedesktop/DBus", interface="org.freedesktop.DBus.Containers1"
 )
-MANAGER = Destination(destination=NAME, path="/org/buswarden/Broker1", interface=NAME)
+MANAGER = Destination(destination=BROKER, path=BROKER_PATH, interface=BROKER)
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +118,7 @@ async def test_a_second_one_is_refused_and_disturbs_nothing(tmp_path: Path) -> N
         path = await add(client)
         with pytest.raises(StartError, match="another supervisor"):
             await serve(make_config(tmp_path, fake.address))
-        fake.taken.add(NAME)
+        fake.taken.add(BROKER)
         other = tmp_path / "other"
         other.mkdir()
         with pytest.raises(StartError, match="another program"):
@@ -187,11 +188,11 @@ async def test_a_reload_replaces_the_gate_or_says_why_not(
 async def test_a_bus_that_drops_us_is_connected_to_again(tmp_path: Path) -> None:
     async with served(tmp_path) as (fake, client):
         path = await add(client)
-        first = fake.owners[NAME]
+        first = fake.owners[BROKER]
         fake.clients[first].close()
         with trio.fail_after(10):
             await trio.sleep(0.01)
-            while fake.owners[NAME] == first:  # noqa: ASYNC110
+            while fake.owners[BROKER] == first:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         await ask_until_answered(client)
         (shown,) = await client.call(MANAGER, "Show", "s", [path])
@@ -203,7 +204,7 @@ async def test_creators_are_gone_with_their_bus(tmp_path: Path) -> None:
     async with served(tmp_path) as (fake, client):
         followed, kept = await add(client), await add(client, KeepAfterCreator=Variant("b", True))
         fake.id = "f" * 32  # another bus at the same address
-        fake.clients[fake.owners[NAME]].close()
+        fake.clients[fake.owners[BROKER]].close()
         with trio.fail_after(10):
             while not await is_ended(client, followed):  # noqa: ASYNC110
                 await trio.sleep(0.01)
@@ -229,7 +230,7 @@ async def test_without_any_bus_it_ends_and_its_gate_with_it(tmp_path: Path) -> N
                 async with open_bus(fake.address) as client:
                     await ask_until_answered(client)
                 (tmp_path / "bus").unlink()
-                fake.clients[fake.owners[NAME]].close()
+                fake.clients[fake.owners[BROKER]].close()
     assert not list((tmp_path / "run").glob("gate*"))
 
 

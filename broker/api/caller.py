@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from broker.bus.connection import DRIVER, Call, Destination
+from broker.bus.connection import BUS_DRIVER, Call, Destination
 from broker.bus.values import Variant, holds_descriptor, pack
 from broker.supervisor.sandboxes.specs import Caller
 from broker.supervisor.supervisor import Supervisor
@@ -38,7 +38,9 @@ class BusContext:
             raise CallRefusedError(
                 ACCESS_DENIED, f"{call.member} is not for callers in a container"
             )
-        (credentials,) = await self.bus.call(DRIVER, "GetConnectionCredentials", "s", [call.sender])
+        (credentials,) = await self.bus.call(
+            BUS_DRIVER, "GetConnectionCredentials", "s", [call.sender]
+        )
         uid = credentials.get("UnixUserID")
         if not isinstance(uid, Variant) or not isinstance(uid.value, int):
             raise CallRefusedError(ACCESS_DENIED, "the bus does not know which user calls")

@@ -6,9 +6,9 @@ from broker.api.arguments import NAMED, Context, reading_allow, reading_request
 from broker.api.caller import BusContext
 from broker.api.dispatch import Interface, Method, Property, ReturnValues, SignalSpec, args
 from broker.bus.codec import MAX_BODY
-from broker.bus.connection import DRIVER, Call
+from broker.bus.connection import BUS_DRIVER, Call
 from broker.bus.values import Variant, unpack
-from broker.supervisor.sandboxes.registry import INSTANCE_PREFIX, Record
+from broker.supervisor.sandboxes.registry import Record
 from broker.supervisor.sandboxes.rule_limits import in_slices
 from broker.supervisor.watches.watches import Watch
 from broker.wire.errors import (
@@ -19,10 +19,9 @@ from broker.wire.errors import (
     NOT_SUPPORTED,
     CallRefusedError,
 )
+from broker.wire.interfaces import CONTAINERS1, DRIVER, INSTANCE_PREFIX
 from broker.wire.names import is_bus_name, is_unique_name
 
-PATH: Final = "/org/freedesktop/DBus"
-NAME: Final = "org.freedesktop.DBus.Containers1"
 NOBODY: Final = -1  # no user has that number
 _ADD_TAKES: Final = args(
     "container_type:s", "container_name:s", "metadata:a{sv}", "named_arguments:a{sv}"
@@ -44,7 +43,7 @@ class Containers1:
         """Return its description."""
         rules = args("container_instance:s", "rules:a(usos)")
         return Interface(
-            name=NAME,
+            name=CONTAINERS1,
             methods=(
                 *(
                     Method(
@@ -165,15 +164,15 @@ class Containers1:
     async def _find_owner(self, name: str) -> str:
         if not is_bus_name(name):
             raise CallRefusedError(INVALID_ARGS, f"{name[:100]!r} is not a bus name")
-        if name == DRIVER.destination:
+        if name == DRIVER:
             raise CallRefusedError(NOT_CONTAINER, "the bus itself is in no container")
         if is_unique_name(name):
             return name
-        (owner,) = await self._door.bus.call(DRIVER, "GetNameOwner", "s", [name])
+        (owner,) = await self._door.bus.call(BUS_DRIVER, "GetNameOwner", "s", [name])
         return str(owner)
 
     async def _is_there(self, unique_name: str) -> bool:
-        (there,) = await self._door.bus.call(DRIVER, "NameHasOwner", "s", [unique_name])
+        (there,) = await self._door.bus.call(BUS_DRIVER, "NameHasOwner", "s", [unique_name])
         return bool(there)
 
 

@@ -27,13 +27,11 @@ from broker.wire.errors import (
     CallRefusedError,
 )
 from broker.wire.header import Header
+from broker.wire.interfaces import INTROSPECTABLE, PEER, PROPERTIES
 
 LOGGER: Final = logging.getLogger(__name__)
 UNKNOWN_OBJECT: Final = "org.freedesktop.DBus.Error.UnknownObject"
 PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
-PEER: Final = "org.freedesktop.DBus.Peer"
-INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 # Bytes of arguments, unless a method says otherwise: some texts of the longest that are taken.
 MAX_ARGUMENTS: Final = 64 * 1024
 _MACHINE_ID: Final = Path("/etc/machine-id")

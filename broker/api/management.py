@@ -21,11 +21,10 @@ from broker.supervisor.sandboxes.registry import SandboxEntry
 from broker.supervisor.sandboxes.rule_limits import in_slices
 from broker.supervisor.watches.watches import Watch
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
+from broker.wire.interfaces import BROKER
 from policy.rules import Rule
 from policy.text import format_rule
 
-PATH: Final = "/org/buswarden/Broker1"
-NAME: Final = "org.buswarden.Broker1"
 ENDED: Final = SignalSpec(name="SandboxEnded", args=args("sandbox:o", "reason:s"))
 DENIED: Final = SignalSpec(name="Denied", args=args("sandbox:o", "what:a{sv}"))
 Dict = dict[str, Variant]
@@ -53,7 +52,7 @@ class Management:
         """Return its description."""
         change_takes = args("sandbox:s", "rules:a(bs)", "replace:b")
         return Interface(
-            name=NAME,
+            name=BROKER,
             methods=(
                 Method(name="List", gives=args("sandboxes:aa{sv}"), run=self._list),
                 Method(

@@ -15,14 +15,13 @@ from broker.bus.connection import Call
 from broker.bus.values import Variant
 from broker.supervisor.snaps.catalogue import world_of
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
+from broker.wire.interfaces import BROKER_POLICY
 from broker.wire.names import is_bus_name, is_interface, is_member, is_object_path
 from policy.rules import Access, Identity
 from policy.snaps.compiler import Change
 from policy.snaps.explain import Explanation, Question, Remedy
 from policy.text import format_rule, parse_rule
 
-PATH: Final = "/org/buswarden/Broker1"
-NAME: Final = "org.buswarden.Broker1.Policy"
 _CONNECTION: Final = args("plug:s", "slot:s")
 _CHANGED: Final = args("changed:as")
 
@@ -51,7 +50,7 @@ class PolicyInterface:
         what = args("sandbox_or_app:s", "message:a{sv}")
         connections = args("connections:a(sss)")
         return Interface(
-            name=NAME,
+            name=BROKER_POLICY,
             methods=(
                 Method(name="LoadSnaps", takes=args("snaps:s"), longest=MAX_BODY, run=self._load),
                 Method(name="Snaps", gives=args("snaps:s"), run=self._list_snaps),

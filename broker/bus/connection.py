@@ -32,6 +32,7 @@ from broker.wire.errors import (
     PeerProtocolError,
 )
 from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.interfaces import DRIVER, DRIVER_PATH, INSTANCE_FIELD
 from broker.wire.sasl import SaslClient
 
 # Descriptors of one call: twice what AddServer understands.
@@ -41,8 +42,6 @@ MAX_OWNER_CHANGE: Final = 1024
 CONNECT_TIMEOUT: Final = 10.0  # seconds, from connect to the answer to Hello
 # Seconds that the bus has at the end to take what was answered and told last.
 CLOSE_TIMEOUT: Final = 0.5
-# A message field that D-Bus does not define and this project uses: the sender's instance path.
-INSTANCE_FIELD: Final = 10
 _PROBE: Final = ("/org/buswarden/Probe", "org.buswarden.Probe", "Probe")
 
 
@@ -55,11 +54,7 @@ class Destination:
     interface: str
 
 
-DRIVER: Final = Destination(
-    destination="org.freedesktop.DBus",
-    path="/org/freedesktop/DBus",
-    interface="org.freedesktop.DBus",
-)
+BUS_DRIVER: Final = Destination(destination=DRIVER, path=DRIVER_PATH, interface=DRIVER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +263,7 @@ class BusConnection:
     async def request_name(self, name: str) -> bool:
         """Take a well-known name; say whether it is ours now. Never waits for it."""
         do_not_queue, primary_owner, already_owner = 4, 1, 4
-        (result,) = await self.call(DRIVER, "RequestName", "su", [name, do_not_queue])
+        (result,) = await self.call(BUS_DRIVER, "RequestName", "su", [name, do_not_queue])
         return result in (primary_owner, already_owner)
 
     async def forwards_instance_field(self) -> bool:
@@ -298,9 +293,9 @@ class BusConnection:
 
         link = self._open_link()
         serial = link.next_serial()
-        link.expect(serial, DRIVER.destination, take)
+        link.expect(serial, DRIVER, take)
         body = pack("s", [sender])
-        link.put_raw(_make_call(serial, DRIVER, "GetConnectionUnixUser", body, "s"))
+        link.put_raw(_make_call(serial, BUS_DRIVER, "GetConnectionUnixUser", body, "s"))
 
     def _send_probe(self) -> None:
         path, interface, member = _PROBE
@@ -543,10 +538,9 @@ def _read_reply(reply: Reply | None, error: Exception | None) -> list[Any]:
 
 def is_owner_change(header: Header) -> bool:
     """Return whether a signal is the bus's own NameOwnerChanged."""
-    driver = DRIVER.destination
     return (
-        header.sender == driver
-        and header.interface == driver
+        header.sender == DRIVER
+        and header.interface == DRIVER
         and header.member == "NameOwnerChanged"
         and header.signature == "sss"
         and header.body_length <= MAX_OWNER_CHANGE

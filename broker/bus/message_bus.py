@@ -29,6 +29,7 @@ from broker.bus.message_intake import ArrivedMessage, Dropped, MessageIntake, Ov
 from broker.bus.values import unpack
 from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_error
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ _INT: Final = array.array("i").itemsize
 _ANCILLARY: Final = socket.CMSG_SPACE(253 * _INT)  # as many as the kernel lets through at once
 # Bytes that wait to be sent, beyond which refusals are dropped: callers make them faster than the bus reads.
 MAX_UNSENT: Final = 4 * 1024 * 1024
-DRIVER_NAME: Final = "org.freedesktop.DBus"
 
 
 class BusLostError(BrokerError):
@@ -185,7 +185,7 @@ class PatchedMessageBus(MessageBus):
         if expected is None or not _may_answer(expected.destination, header.sender):
             # The handler of Hello is dbus-next's, and its answer the first message that there is.
             is_hello = header.reply_serial in self._method_return_handlers
-            return is_hello and header.sender in (None, DRIVER_NAME)
+            return is_hello and header.sender in (None, DRIVER)
         if header.body_length > MAX_BODY:
             self._answered(header, None, f"a reply of more than {MAX_BODY} bytes")
             return False
@@ -326,9 +326,9 @@ def _may_answer(destination: str, sender: str | None) -> bool:
 
     Who has a well-known name is not known here. Only the command line calls one.
     """
-    if sender in (None, DRIVER_NAME, destination):
+    if sender in (None, DRIVER, destination):
         return True
-    return destination != DRIVER_NAME and not destination.startswith(":")
+    return destination != DRIVER and not destination.startswith(":")
 
 
 def _take_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from broker.bus.connection import DRIVER, Destination, Signal
+from broker.bus.connection import BUS_DRIVER, Destination, Signal
 from broker.bus.message_bus import BusLostError
+from broker.wire.interfaces import DRIVER
 
 
 class Caller(Protocol):
@@ -55,7 +56,7 @@ class NameWatch:
     def take(self, signal: Signal) -> None:
         """Look at a signal."""
         if (
-            signal.sender != DRIVER.destination
+            signal.sender != DRIVER
             or signal.member != "NameOwnerChanged"
             or signal.signature != "sss"
         ):
@@ -67,7 +68,7 @@ class NameWatch:
     async def check(self) -> None:
         """Find out which names were gone already when they were added."""
         for name in list(self._counts):
-            (has_owner,) = await self._bus.call(DRIVER, "NameHasOwner", "s", [name])
+            (has_owner,) = await self._bus.call(BUS_DRIVER, "NameHasOwner", "s", [name])
             if not has_owner:
                 self._gone(name)
 
@@ -80,7 +81,7 @@ class NameWatch:
     def _send(self, member: str, name: str) -> None:
         # A bus that is lost tells nothing any more: there will be another watch on another connection.
         with contextlib.suppress(BusLostError):
-            self._bus.send(DRIVER, member, "s", [_match(name)])
+            self._bus.send(BUS_DRIVER, member, "s", [_match(name)])
 
 
 def _ignore(_name: str) -> None:
@@ -88,8 +89,7 @@ def _ignore(_name: str) -> None:
 
 
 def _match(name: str) -> str:
-    driver = DRIVER.destination
     return (
-        f"type='signal',sender='{driver}',interface='{driver}',member='NameOwnerChanged',"
+        f"type='signal',sender='{DRIVER}',interface='{DRIVER}',member='NameOwnerChanged',"
         f"arg0='{name}',arg2=''"
     )

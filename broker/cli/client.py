@@ -19,18 +19,18 @@ from broker.cli.options import Settings
 from broker.posix.files import read_small
 from broker.wire.address import parse_address
 from broker.wire.errors import SERVICE_UNKNOWN, BrokerError, CallRefusedError, ConfigError
+from broker.wire.interfaces import (
+    BROKER,
+    BROKER_PATH,
+    BROKER_POLICY,
+    CONTAINERS1,
+    DRIVER_PATH,
+    INSTANCE_PREFIX,
+)
 
-NAME: Final = "org.buswarden.Broker1"
-MANAGER: Final = Destination(
-    destination=NAME, path="/org/buswarden/Broker1", interface="org.buswarden.Broker1"
-)
-POLICY: Final = Destination(
-    destination=NAME, path="/org/buswarden/Broker1", interface="org.buswarden.Broker1.Policy"
-)
-CONTAINERS: Final = Destination(
-    destination=NAME, path="/org/freedesktop/DBus", interface="org.freedesktop.DBus.Containers1"
-)
-INSTANCE_PREFIX: Final = "/org/freedesktop/DBus/Containers1/"
+MANAGER: Final = Destination(destination=BROKER, path=BROKER_PATH, interface=BROKER)
+POLICY: Final = Destination(destination=BROKER, path=BROKER_PATH, interface=BROKER_POLICY)
+CONTAINERS: Final = Destination(destination=BROKER, path=DRIVER_PATH, interface=CONTAINERS1)
 SYSTEM_RUNTIME_DIR: Final = Path("/run/buswarden")
 ADDRESS_FILE: Final = "bus-address"
 # Seconds for a whole command: far more than any answer takes, far less than a person waits.

@@ -23,8 +23,6 @@ import msgspec
 from broker.wire.errors import PeerProtocolError
 from policy.rules import AccessList, Identity
 
-CONTAINERS1: Final = "org.freedesktop.DBus.Containers1"
-
 
 class ContainerServer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A bus's own server for one sandbox: the sandbox's connections to the bus are made there."""

@@ -15,13 +15,7 @@ import msgspec
 import trio
 
 from broker.bus.values import pack
-from broker.control_protocol.messages import (
-    CONTAINERS1,
-    CallBus,
-    Called,
-    ContainerServer,
-    SandboxSpec,
-)
+from broker.control_protocol.messages import CallBus, Called, ContainerServer, SandboxSpec
 from broker.engines.base import EngineLostError
 from broker.engines.containers1_dialect import (
     ACCESS_TAKES,
@@ -46,11 +40,9 @@ from broker.wire.errors import (
     CallRefusedError,
     ConfigError,
 )
+from broker.wire.interfaces import CONTAINERS1, INTROSPECTABLE, PEER, PROPERTIES
 
 LOGGER: Final = logging.getLogger(__name__)
-INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-PEER: Final = "org.freedesktop.DBus.Peer"
 UNDO_TIMEOUT: Final = 2.0  # seconds
 # Before a bus that did not answer is asked again: each time is CALL_SECONDS for who waits for it.
 FIRST_PAUSE: Final = 5.0  # seconds; it doubles

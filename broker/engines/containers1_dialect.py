@@ -11,8 +11,9 @@ from xml.parsers import expat
 import msgspec
 
 from broker.bus.values import Variant, pack, unpack
-from broker.control_protocol.messages import CONTAINERS1, Called, ContainerServer, SandboxSpec
+from broker.control_protocol.messages import Called, ContainerServer, SandboxSpec
 from broker.wire.errors import FAILED, CallRefusedError
+from broker.wire.interfaces import CONTAINERS1
 from policy.usos.convert import make_superset
 
 # Where the component of an app stands in the metadata, which is the one place that a bus has for it.

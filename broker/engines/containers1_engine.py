@@ -21,7 +21,6 @@ import msgspec
 import trio
 
 from broker.control_protocol.messages import (
-    CONTAINERS1,
     BusSpec,
     CallBus,
     Called,
@@ -44,6 +43,7 @@ from broker.wire.errors import (
     NOT_SUPPORTED,
     CallRefusedError,
 )
+from broker.wire.interfaces import CONTAINERS1
 from policy.rules import AccessList
 
 LOGGER: Final = logging.getLogger(__name__)

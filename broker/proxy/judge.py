@@ -4,12 +4,12 @@ import copy
 from collections.abc import Collection
 from typing import Final
 
+from broker.wire.interfaces import PEER
 from policy.match import BUS_NAME, Judge, Verdict
 from policy.rules import Identity
 
 TO_ITSELF: Final = Verdict(allowed=True, rule=None, reason="an app may talk to itself")
 MACHINE_ID: Final = Verdict(allowed=True, rule=None, reason="GetMachineId is let through")
-_PEER: Final = "org.freedesktop.DBus.Peer"
 
 
 class ProxyJudge(Judge):
@@ -28,7 +28,7 @@ class ProxyJudge(Judge):
         """Judge a call or unicast signal out of the sandbox."""
         if self.unique_name and self.unique_name in names:
             return TO_ITSELF
-        if member == "GetMachineId" and BUS_NAME in names and interface in (None, _PEER):
+        if member == "GetMachineId" and BUS_NAME in names and interface in (None, PEER):
             return MACHINE_ID
         return super().send(names, path, interface, member, peer)
 

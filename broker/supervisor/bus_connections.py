@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import trio
 
-from broker.bus.connection import DRIVER, BusConnection, Call, open_bus
+from broker.bus.connection import BUS_DRIVER, BusConnection, Call, open_bus
 from broker.control_protocol.messages import BusSpec
 from broker.supervisor.storage.state_file import StateFile
 from broker.wire.errors import BrokerError, CallRefusedError
@@ -129,7 +129,7 @@ class ReconnectingBus:
         async with opening as bus:
             if not await bus.request_name(self._wanted):
                 raise StartError(f"another program there is {self._wanted} already")
-            (id_,) = await bus.call(DRIVER, "GetId")
+            (id_,) = await bus.call(BUS_DRIVER, "GetId")
             self.id = str(id_)
             if ready is not None:
                 ready(bus)

@@ -21,10 +21,10 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire.errors import NAME_HAS_NO_OWNER
 from broker.wire.header import Flag, MessageType, parse_header
+from broker.wire.interfaces import DRIVER
 from integration.fuzz.pieces import cut
 from integration.fuzz.runs import WORK
 from integration.fuzz.vocabulary import (

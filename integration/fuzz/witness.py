@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Final
 
-from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, DRIVER, BusState
+from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, BusState
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, REPLY_SERIAL
 from broker.gate.filter.driver_calls import NEVER_INTERFACES, NEVER_MEMBERS
-from broker.gate.filter.from_app import CONTAINER_INSTANCE, INSTANCE_PATH
 from broker.wire.header import Field, Flag, Header, MessageType
+from broker.wire.interfaces import DRIVER, INSTANCE_FIELD, INSTANCE_PREFIX
 from broker.wire.matchrule import parse_match_rule
 from integration.fuzz.header import read_fields
 from policy.match import Judge
@@ -175,7 +175,7 @@ class Witness:
         # A name that nobody owns may be of a service that is being started; the gate may not know yet that it is so.
         may = wanted or (name is not None and not is_exact)
         fields = dict(read_fields(message.raw[: header.size], little=header.little))
-        stamp = {CONTAINER_INSTANCE: INSTANCE_PATH + SANDBOX} if may else {}
+        stamp = {INSTANCE_FIELD: INSTANCE_PREFIX + SANDBOX} if may else {}
         return {code: value for code, value in fields.items() if code > Field.UNIX_FDS} == stamp
 
     def _expect_reply(self, message: Message) -> None:

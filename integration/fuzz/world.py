@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.chores import NAME_WORK
 from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
@@ -21,6 +21,7 @@ from broker.gate.sandbox.budgets import MessageBudget
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import FIXED_SIZE, Flag, MessageType, measure, parse_header
+from broker.wire.interfaces import DRIVER
 from broker.wire.skim import skim_header
 from integration.fuzz.witness import Witness
 from policy.match import Judge

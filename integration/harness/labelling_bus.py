@@ -17,9 +17,9 @@ from typing import Any, Final
 import trio
 
 from broker.bus.values import pack, plain
-from broker.control_protocol.messages import CONTAINERS1
 from broker.wire.errors import CallRefusedError
 from broker.wire.header import Header, MessageType, serialise_header
+from broker.wire.interfaces import CONTAINERS1
 from integration.harness.buses import DAEMON, Bus
 from integration.harness.processes import PROJECT, PYTHON, Process, running
 from tests.helpers.fake_bus import DRIVER, FakeBus, send

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from broker.bus import callers, connection, message_bus
-from broker.bus.connection import DRIVER, BusConnection, Destination, Signal, open_bus
+from broker.bus.connection import BUS_DRIVER, BusConnection, Destination, Signal, open_bus
 from broker.bus.message_bus import BusLostError
 from broker.bus.values import Variant
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, CallRefusedError, ConfigError
@@ -121,8 +121,8 @@ async def test_signals_and_calls_without_reply_go_out(tmp_path: Path) -> None:
         client.on_signal = got.append
         client.wants_signal = lambda _header: True
         service.emit("/a", "org.example.I", "Happened", "s", ["x"])
-        client.send(DRIVER, "AddMatch", "s", ["rule"])
-        await client.call(DRIVER, "GetId")
+        client.send(BUS_DRIVER, "AddMatch", "s", ["rule"])
+        await client.call(BUS_DRIVER, "GetId")
         assert ("AddMatch", ["rule"]) in fake.calls
         await client.call(SERVICE, "Echo")
         assert [(one.sender, one.member, one.values) for one in got if one.path == "/a"] == [
@@ -343,4 +343,4 @@ async def test_a_reply_of_somebody_else_is_none(tmp_path: Path) -> None:
 
 
 async def is_false(client: BusConnection, name: str) -> None:
-    assert await client.call(DRIVER, "NameHasOwner", "s", [name]) == [False]
+    assert await client.call(BUS_DRIVER, "NameHasOwner", "s", [name]) == [False]

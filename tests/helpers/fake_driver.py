@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.bus.values import Variant
-from broker.control_protocol.messages import CONTAINERS1
 from broker.wire.errors import (
     ACCESS_DENIED,
     LIMITS_EXCEEDED,
@@ -13,6 +12,7 @@ from broker.wire.errors import (
     UNKNOWN_METHOD,
     CallRefusedError,
 )
+from broker.wire.interfaces import CONTAINERS1
 
 INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
 PREFIX = "/org/freedesktop/DBus/Containers1/"

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.bus.values import pack, unpack
-from broker.control_protocol.messages import CONTAINERS1
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH
 from broker.wire.errors import CallRefusedError
 from broker.wire.header import (
     FIXED_SIZE,
@@ -17,6 +15,7 @@ from broker.wire.header import (
     parse_header,
     serialise_header,
 )
+from broker.wire.interfaces import CONTAINERS1, DRIVER, DRIVER_PATH
 from broker.wire.sasl import SaslServer
 from tests.helpers.fake_driver import FakeDriver
 

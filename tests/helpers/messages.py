@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH
 from broker.wire import marshal
 from broker.wire.header import Flag, Header, MessageType, measure, parse_header, serialise_header
+from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from broker.wire.marshal import Value
 from policy.rules import AccessList
 from policy.text import parse_rule

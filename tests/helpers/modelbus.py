@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
     Chunk,
@@ -27,6 +27,7 @@ from broker.wire.header import (
     MessageType,
     parse_header,
 )
+from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from broker.wire.marshal import Value
 from broker.wire.matchrule import parse_match_rule
 from policy.match import Judge

@@ -10,7 +10,6 @@ import pytest
 
 from broker.bus.values import pack, unpack
 from broker.control_protocol.messages import (
-    CONTAINERS1,
     AddSandbox,
     Answer,
     BusSpec,
@@ -29,6 +28,7 @@ from broker.control_protocol.messages import (
 )
 from broker.engines.containers1_dialect import ADD_TAKES
 from broker.gate.containers1 import bus_client
+from broker.wire.interfaces import CONTAINERS1
 from policy.rules import AccessList
 from tests.gate.test_server import APP, BUS, Supervisor
 from tests.helpers.fake_own_bus import OwnBus

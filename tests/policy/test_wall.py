@@ -2,9 +2,10 @@
 
 import pytest
 
-from broker.api.containers1 import NAME as CONTAINERS1, PATH, Containers1
-from broker.api.management import NAME as MANAGE, PATH as MANAGE_PATH, Management
-from broker.api.policy import NAME as POLICY, PolicyInterface
+from broker.api.containers1 import Containers1
+from broker.api.management import Management
+from broker.api.policy import PolicyInterface
+from broker.wire.interfaces import BROKER_PATH, BROKER_POLICY, CONTAINERS1, DRIVER_PATH
 from policy.match import Judge
 from policy.rules import Access, AccessList, Identity, Rule
 from policy.snaps.explain import Question, explain_list
@@ -37,26 +38,28 @@ def bare(kind: type) -> object:
 def test_of_containers1_one_question_is_left() -> None:
     all_of_it = members(bare(Containers1))
     assert set(all_of_it) > OPEN
-    assert {m for m in all_of_it if may_send(PATH, CONTAINERS1, m)} == OPEN
+    assert {m for m in all_of_it if may_send(DRIVER_PATH, CONTAINERS1, m)} == OPEN
     # One that names no interface could be any of them.
-    assert not any(may_send(PATH, None, m) for m in all_of_it)
-    assert may_send(PATH, "org.freedesktop.DBus.Peer", "Ping")
-    assert may_send(PATH, "org.freedesktop.DBus.Properties", "Get")
+    assert not any(may_send(DRIVER_PATH, None, m) for m in all_of_it)
+    assert may_send(DRIVER_PATH, "org.freedesktop.DBus.Peer", "Ping")
+    assert may_send(DRIVER_PATH, "org.freedesktop.DBus.Properties", "Get")
 
 
-@pytest.mark.parametrize(("kind", "interface"), [(Management, MANAGE), (PolicyInterface, POLICY)])
+@pytest.mark.parametrize(
+    ("kind", "interface"), [(Management, BROKER), (PolicyInterface, BROKER_POLICY)]
+)
 def test_of_management_nothing_is_left(kind: type, interface: str) -> None:
     for member in members(bare(kind)):
-        for path in (MANAGE_PATH, PATH, "/"):
+        for path in (BROKER_PATH, DRIVER_PATH, "/"):
             assert not may_send(path, interface, member)
             assert not may_send(path, interface, member, (":1.1", BROKER, "org.example.Alias"))
-        assert not may_send(MANAGE_PATH, None, member)
-    assert not may_send(MANAGE_PATH, "org.freedesktop.DBus.Properties", "GetAll")
-    assert not may_send(MANAGE_PATH, "org.freedesktop.DBus.Introspectable", "Introspect")
+        assert not may_send(BROKER_PATH, None, member)
+    assert not may_send(BROKER_PATH, "org.freedesktop.DBus.Properties", "GetAll")
+    assert not may_send(BROKER_PATH, "org.freedesktop.DBus.Introspectable", "Introspect")
 
 
 def test_others_are_not_behind_it() -> None:
-    assert may_send(MANAGE_PATH, MANAGE, "List", (":1.2", "org.example.Other"))
+    assert may_send(BROKER_PATH, BROKER, "List", (":1.2", "org.example.Other"))
 
 
 def test_nobody_takes_the_brokers_name() -> None:
@@ -70,8 +73,8 @@ def test_explanation_says_that_it_is_built_in() -> None:
         access=Access.SEND,
         bus="session",
         names=(BROKER,),
-        path=MANAGE_PATH,
-        interface=MANAGE,
+        path=BROKER_PATH,
+        interface=BROKER,
         member="ChangeAccess",
     )
     found = explain_list(EVERYTHING, ME, question)

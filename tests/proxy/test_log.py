@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, Chunk, Denial
 from broker.proxy import log
 from broker.proxy.log import MAX_LINE, Printer, Tap, describe, split_messages
 from broker.wire import marshal
 from broker.wire.header import parse_header
+from broker.wire.interfaces import DRIVER
 from tests.helpers.messages import access, call, changed, driver_call, signal
 from tests.helpers.modelbus import ME, Dialogue
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import Chunk
 from broker.gate.sandbox.budgets import JUDGED_COST
 from broker.proxy import passthrough
@@ -14,6 +14,7 @@ from broker.proxy.passthrough import PassthroughFilter
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import parse_header
+from broker.wire.interfaces import DRIVER
 from policy.importers.xdg_dbus_proxy import everything
 from policy.match import Judge
 from policy.rules import AccessList

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol
 
-from broker.control_protocol.messages import CONTAINERS1, CallBus, Called, ContainerServer, Refused
+from broker.control_protocol.messages import CallBus, Called, ContainerServer, Refused
 from broker.gate.dumps import BusClientCallDump, BusClientDump, Fds
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.io.connect import connect_unix
 from broker.gate.io.loop import Loop
 from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds, stream_socket_from_fd
@@ -37,6 +37,7 @@ from broker.wire.header import (
     parse_header,
     serialise_header,
 )
+from broker.wire.interfaces import CONTAINERS1, DRIVER, DRIVER_PATH, PEER
 from broker.wire.reader import Reader
 from broker.wire.sasl import SaslClient
 from broker.wire.skim import skim_fixed, skim_header
@@ -51,7 +52,6 @@ MAX_WAITING: Final = 1024
 # The most bytes of a reply, and of what the bus leaves unread. Longer messages are skipped, because any program on the bus
 # may send one here.
 MAX_BYTES: Final = 16 * 1024 * 1024
-PEER: Final = "org.freedesktop.DBus.Peer"
 _HELLO: Final = 1
 _ADD_MATCH: Final = 2
 _FIRST_CALL: Final = 3

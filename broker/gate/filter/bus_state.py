@@ -33,8 +33,6 @@ from policy.match import Judge
 from policy.rules import Identity
 
 LOGGER: Final = logging.getLogger(__name__)
-DRIVER: Final = "org.freedesktop.DBus"
-DRIVER_PATH: Final = "/org/freedesktop/DBus"
 
 # A name that nobody owns and that no service file gives: what a bus says of it is what it says of
 # every name that is not there.

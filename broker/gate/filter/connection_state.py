@@ -27,7 +27,7 @@ from broker.gate.dumps import (
     ReplyAction,
     unpack_rows,
 )
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.chores import Chores
 from broker.gate.filter.pending_calls import OwnersSince
 from broker.gate.filter.subscriptions import Subscriptions
@@ -35,6 +35,7 @@ from broker.gate.filter.verdict_cache import VerdictTable
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Header
+from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from broker.wire.marshal import Value
 from broker.wire.matchrule import parse_match_rule
 from policy.match import Judge

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Final, Literal
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH
 from broker.gate.filter.chores import NAME_WORK, STEP_WORK
 from broker.gate.filter.connection_state import (
     BUS_DRIVER,
@@ -24,6 +23,14 @@ from broker.gate.io.slices import Work
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
+from broker.wire.interfaces import (
+    CONTAINERS1,
+    DRIVER,
+    DRIVER_PATH,
+    INTROSPECTABLE,
+    PEER,
+    PROPERTIES,
+)
 from broker.wire.marshal import Value
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from broker.wire.names import is_bus_name, is_well_known_name
@@ -86,16 +93,12 @@ def without_descriptors(data: bytes) -> bytes:
     return serialise_header(header, sender=True) + new
 
 
-PEER: Final = "org.freedesktop.DBus.Peer"
-INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-
 # No rule allows these: they reach beyond one connection (the stock session buses would let them through).
 NEVER_INTERFACES: Final = frozenset(
     {
         "org.freedesktop.DBus.Monitoring",
         "org.freedesktop.DBus.Debug.Stats",
-        "org.freedesktop.DBus.Containers1",
+        CONTAINERS1,
     }
 )
 # The bus takes calls without an interface, so their members count too.

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Final
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
     Chunk,
@@ -24,6 +23,7 @@ from broker.gate.filter.visibility import NameVisibility
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.interfaces import DRIVER, INSTANCE_FIELD, INSTANCE_PREFIX
 from policy.match import Verdict
 from policy.rules import Identity
 from policy.tables import MAX_PATH
@@ -31,8 +31,6 @@ from policy.tables import MAX_PATH
 # dbus-daemon takes 16 and ends a connection that sends more (max_message_unix_fds).
 MAX_FDS: Final = 16
 KNOWN_FLAGS: Final = 7
-CONTAINER_INSTANCE: Final = 10
-INSTANCE_PATH: Final = "/org/freedesktop/DBus/Containers1/"
 
 
 class AppMessages:
@@ -286,7 +284,7 @@ def cleaned(
     """
     extra = {}
     if _may_reach_who_wants_tags(core, header, target):
-        extra[CONTAINER_INSTANCE] = ("o", INSTANCE_PATH + core.sandbox.id)
+        extra[INSTANCE_FIELD] = ("o", INSTANCE_PREFIX + core.sandbox.id)
     dirty = (
         header.has_unknown
         or header.has_misplaced  # a path in a reply would only be in its receiver's way

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.bus_state import DRIVER, UNKNOWN
+from broker.gate.filter.bus_state import UNKNOWN
 from broker.gate.filter.connection_state import ConnectionState, Denial, InterceptedCall, Replier
 from broker.gate.filter.from_app import denial
 from broker.gate.filter.name_owners import NameOwners
@@ -23,6 +23,7 @@ from broker.wire.header import (
     parse_header,
     serialise_header,
 )
+from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from policy.match import Verdict
 
 # The sender's own rules restrict its hearers, and those rules are not known any more.
@@ -180,7 +181,7 @@ class BusMessages:
             self._core.deliver(
                 marshal.make_signal(
                     0xFFFFFFFF,
-                    path="/org/freedesktop/DBus",
+                    path=DRIVER_PATH,
                     interface=DRIVER,
                     member="NameOwnerChanged",
                     sender=DRIVER,

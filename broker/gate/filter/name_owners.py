@@ -11,7 +11,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from broker.gate.dumps import HistoryDump, OwnersDump, ReplyAction
-from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, DRIVER
+from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE
 from broker.gate.filter.chores import NAME_WORK
 from broker.gate.filter.connection_state import (
     MAX_FORMER_OWNERS,
@@ -25,13 +25,14 @@ from broker.gate.io.slices import Work
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
+from broker.wire.interfaces import DRIVER, DRIVER_PATH, PEER
 from broker.wire.marshal import Value
 from policy.match import NamesUsed
 
 # With a path_namespace, where no rule of an app has one: see driver.py. As canonical() would write it.
 _OWNER_CHANGED: Final = (
-    "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
-    "member='NameOwnerChanged',path_namespace='/org/freedesktop/DBus'"
+    f"type='signal',sender='{DRIVER}',interface='{DRIVER}',"
+    f"member='NameOwnerChanged',path_namespace='{DRIVER_PATH}'"
 )
 _LOOK_UPS: Final = (
     "GetNameOwner",
@@ -138,7 +139,7 @@ class NameOwners:
                 serial,
                 destination=name,
                 path="/",
-                interface="org.freedesktop.DBus.Peer",
+                interface=PEER,
                 member="Ping",
                 flags=flags,
             )

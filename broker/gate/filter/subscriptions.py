@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import ItemsView, Iterator
 from typing import Final, TypeVar
 
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH
+from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from broker.wire.matchrule import MatchRule
 
 _OWNER_CHANGED: Final = "NameOwnerChanged"

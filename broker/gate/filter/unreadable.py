@@ -7,11 +7,11 @@ left out alone: it is reported, the caller of a call is refused, and a reply is 
 
 from typing import Final
 
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import FIXED_SIZE, READ_LIMITS, Flag, Header, MessageType
+from broker.wire.interfaces import DRIVER
 
 # Of a header that is read.
 MAX_HEADER: Final = FIXED_SIZE + READ_LIMITS.fields

@@ -7,9 +7,9 @@ called it as long as that caller lives.
 from collections import OrderedDict
 from typing import Final
 
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.connection_state import ConnectionState
 from broker.gate.filter.name_owners import NameOwners
+from broker.wire.interfaces import DRIVER
 from policy.match import Judge
 
 # Connections that lost the last name by which they were seen. Their end is still told, because a client that

@@ -18,7 +18,7 @@ from broker.gate.dumps import (
     decode_opening,
     decode_sandbox,
 )
-from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.gate.filter.filter import Filter
 from broker.gate.handover.channel import Channel, dump_equals
@@ -27,6 +27,7 @@ from broker.gate.sandbox.sandbox import Sandbox
 from broker.gate.server import Gate
 from broker.wire import errors, marshal
 from broker.wire.header import MessageType, measure, parse_header
+from broker.wire.interfaces import DRIVER
 from policy.match import Judge
 from policy.rules import Access, AccessList, Identity, Rule
 

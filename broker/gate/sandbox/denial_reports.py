@@ -7,6 +7,7 @@ from broker.control_protocol.messages import Denied, Event
 from broker.gate.event_journal import summarise
 from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.gate.io.loop import Loop
+from broker.wire.interfaces import CONTAINERS1
 
 # Refusals that are reported one by one, a sandbox; the others are counted.
 REPORTS_PER_SECOND: Final = 50
@@ -16,7 +17,7 @@ MAX_TEXT: Final = 255
 _CUT: Final = "…"
 # The interfaces of the broker's own signals. Their refusal is not reported, because a report would make the supervisor send
 # more of them.
-_OWN_SIGNALS: Final = ("org.buswarden.", "org.freedesktop.DBus.Containers1")
+_OWN_SIGNALS: Final = ("org.buswarden.", CONTAINERS1)
 
 
 def is_news(core: ConnectionState, denial: Denial) -> bool:

@@ -28,12 +28,12 @@ from broker.supervisor.sandboxes.lifecycle import (
     Process,
 )
 from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
+from broker.wire.interfaces import DRIVER, INSTANCE_PREFIX
 from policy.rules import NO_ACCESS, Access, AccessList, Identity, Rule
 from policy.wall import WALL
 
 SandboxId = NewType("SandboxId", str)
 
-INSTANCE_PREFIX: Final = "/org/freedesktop/DBus/Containers1/"
 # Refusals that are remembered for each sandbox, and of each of their texts.
 MAX_DENIALS: Final = 50
 MAX_DENIAL_TEXT: Final = 255
@@ -54,7 +54,6 @@ PORTAL_RULES: Final = tuple(
 BUILT_IN: Final = (*PORTAL_RULES, *WALL)
 
 
-DRIVER: Final = "org.freedesktop.DBus"
 # The origin of a rule that a caller's `own` rule brings where calls to the bus need rules, too.
 OWN_CALLS: Final = "built in: a rule for owning a name lets it be asked for"
 

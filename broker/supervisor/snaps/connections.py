@@ -16,11 +16,12 @@ import msgspec
 import trio
 
 from broker.engines.base import Engine, EngineLostError
-from broker.supervisor.sandboxes.registry import INSTANCE_PREFIX, Record, Registry
+from broker.supervisor.sandboxes.registry import Record, Registry
 from broker.supervisor.sandboxes.rule_limits import check_cost, check_list, in_slices
 from broker.supervisor.snaps.catalogue import Snaps, decode_world, is_snap, world_of
 from broker.supervisor.storage.state_file import StateFile
 from broker.wire.errors import ACCESS_DENIED, INVALID_ARGS, NOT_CONTAINER, CallRefusedError
+from broker.wire.interfaces import INSTANCE_PREFIX
 from policy.rules import AccessList
 from policy.snaps.compiler import Change, Compiler
 from policy.snaps.explain import Explanation, Question, explaining, explaining_list

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
+from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import Value
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, driver_call, names
 from tests.helpers.modelbus import Dialogue

@@ -3,8 +3,8 @@
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER
 from broker.wire import errors
+from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_error
 from broker.wire.matchrule import parse_match_rule
 from tests.helpers.messages import NO_REPLY, access, call, driver_call

@@ -9,11 +9,11 @@ import pytest
 
 from broker.bus.values import Variant, pack, unpack
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.driver_calls import without_descriptors
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag, measure, parse_header, serialise_header
+from broker.wire.interfaces import DRIVER
 from tests.helpers.messages import (
     NO_REPLY,
     Message,

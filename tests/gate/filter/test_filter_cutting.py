@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from broker.gate.filter.bus_state import DRIVER
+from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_error, make_return
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, driver_call, signal, split
 from tests.helpers.modelbus import ME, Dialogue

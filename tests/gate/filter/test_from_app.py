@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, REPLY_SERIAL
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag
+from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_return
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, driver_call, names, signal
 from tests.helpers.modelbus import APP, ME, OTHER_APP, Dialogue

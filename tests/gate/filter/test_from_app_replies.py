@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire.header import MessageType
+from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_error, make_return
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, names
 from tests.helpers.modelbus import ME, Dialogue

@@ -2,8 +2,8 @@
 
 from hypothesis import given, strategies as st
 
-from broker.gate.filter.bus_state import DRIVER, DRIVER_PATH
 from broker.gate.filter.subscriptions import Subscriptions
+from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from broker.wire.matchrule import MatchRule, parse_match_rule
 
 NAMES = st.sampled_from(["org.a", "org.a.b", "org.ab", "org.a.b.c", "org", ":1.2"])

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from broker.gate.dumps import Fds, FilterDump, encode
-from broker.gate.filter.bus_state import DRIVER
 from broker.gate.filter.filter import Filter
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import MAX_FIELDS, MessageType, parse_header
+from broker.wire.interfaces import DRIVER
 from broker.wire.reader import MAX_STEPS
 from policy.tables import MAX_PATH
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, misplaced, signal

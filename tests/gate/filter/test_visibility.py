@@ -2,9 +2,10 @@
 
 import pytest
 
-from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import MAX_CALLERS
 from broker.gate.filter.visibility import MAX_LATELY_SEEN
+from broker.wire.interfaces import DRIVER
 from tests.helpers.messages import Message, access, call, changed, driver_call, names
 from tests.helpers.modelbus import APP, ME, OTHER_APP, Dialogue
 

@@ -31,12 +31,13 @@ from broker.gate.dumps import (
     encode,
     unpack_rows,
 )
-from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.filter import Filter
 from broker.gate.handover.take_over import check_judgement
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import parse_header
+from broker.wire.interfaces import DRIVER
 from tests.helpers.messages import (
     NO_REPLY,
     access,

@@ -19,7 +19,7 @@ from broker.control_protocol.messages import (
     SandboxSpec,
 )
 from broker.gate.dumps import Fds
-from broker.gate.filter.bus_state import DRIVER, BusState
+from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.chores import NAME_WORK
 from broker.gate.io.connect import OnConnected
 from broker.gate.io.loop import Loop
@@ -28,6 +28,7 @@ from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, CONNECTION_COST
 from broker.gate.sandbox.sandbox import LINGER_SECONDS, Sandbox
 from broker.wire import marshal
 from broker.wire.header import measure, parse_header
+from broker.wire.interfaces import DRIVER
 from policy.rules import Access, AccessList, Identity, Rule
 from tests.helpers.messages import Message, access, driver_call, split
 from tests.helpers.modelbus import ME, ModelBus
