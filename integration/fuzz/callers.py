@@ -29,6 +29,7 @@ from broker.supervisor.storage.recovery import open_state
 from broker.supervisor.supervisor import Environment, Supervisor
 from broker.wire.errors import CallRefusedError
 from broker.wire.header import Header, MessageType, serialise_header
+from broker.wire.interfaces import BROKER_PATH, CONTAINERS1, DRIVER_PATH
 from integration.fuzz.pieces import Choices, cut
 from tests.helpers.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch
 
@@ -96,8 +97,8 @@ def _world() -> _World:
     door = BusContext(name="session", bus=bus, supervisor=supervisor, buses=("session",))
     subscribers = Subscribers(lambda: 0.0)
     made = {
-        containers1.PATH: [containers1.Containers1(door, watch).interface()],
-        management.PATH: [
+        DRIVER_PATH: [containers1.Containers1(door, watch).interface()],
+        BROKER_PATH: [
             management.Management(door, engine, config, subscribers, watch).interface(),
             policy.PolicyInterface(door).interface(),
         ],
@@ -193,7 +194,7 @@ async def _serve(world: _World, arrived: ArrivedMessage) -> None:
         assert "internal error" not in text, name
         assert world.state() == before
         return
-    assert header.sender != _INSIDE or header.interface == containers1.NAME
+    assert header.sender != _INSIDE or header.interface == CONTAINERS1
     for sandbox in world.supervisor.registry:
         await world.engine.stop(SandboxId(sandbox.record.id))
 

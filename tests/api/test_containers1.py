@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from broker.api import containers1
 from broker.api.caller import BusContext
 from broker.api.containers1 import Containers1
 from broker.api.dispatch import Objects
@@ -13,6 +12,7 @@ from broker.bus.values import Variant
 from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.storage.recovery import open_state
 from broker.supervisor.supervisor import Environment, Supervisor
+from broker.wire.interfaces import CONTAINERS1, DRIVER_PATH
 from policy.rules import Access, Rule
 from tests.helpers.fakes import FakeAnnouncer, FakeBus, FakeEngine, FakeWatch, make_call
 
@@ -36,7 +36,7 @@ class World:
             buses=("session", "system"),
         )
         interface = Containers1(door, watch).interface()
-        self.objects = Objects({containers1.PATH: [interface]})
+        self.objects = Objects({DRIVER_PATH: [interface]})
 
     async def ask(self, member: str, signature: str = "", *values: Any, **fields: Any) -> Any:
         """Return the values of the answer, or the name of the error."""
@@ -214,7 +214,7 @@ async def test_headers_are_tagged_only_where_they_get_through(world: World) -> N
 
 
 async def test_supported_arguments_are_a_property(world: World) -> None:
-    ((name, value),) = (await world.ask("GetAll", "s", containers1.NAME))[0].items()
+    ((name, value),) = (await world.ask("GetAll", "s", CONTAINERS1))[0].items()
     assert (name, value.signature) == ("SupportedArguments", "as")
     assert "CloseNotify" in value.value
 

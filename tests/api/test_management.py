@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from broker.api import management
 from broker.api.caller import BusContext
 from broker.api.dispatch import Objects
 from broker.api.management import Management, describe_denial
@@ -19,6 +18,7 @@ from broker.supervisor.sandboxes.registry import SandboxId
 from broker.supervisor.sandboxes.specs import AddRequest, Caller
 from broker.supervisor.storage.recovery import open_state
 from broker.supervisor.supervisor import Environment, Supervisor
+from broker.wire.interfaces import BROKER_PATH
 from policy.rules import AccessList
 from policy.text import format_rule, parse_rule
 from policy.wall import WALL
@@ -57,7 +57,7 @@ class World:
         self.subscribers = Subscribers(lambda: 0.0)
         management_ = Management(door, engine, config, self.subscribers, self.watch)
         interface = management_.interface()
-        self.objects = Objects({management.PATH: [interface]})
+        self.objects = Objects({BROKER_PATH: [interface]})
 
     async def add(self, **fields: Any) -> None:
         request = AddRequest(
@@ -74,7 +74,7 @@ class World:
         """Return the plain value of the answer, or the name of the error."""
         self.bus.answers.clear()
         self.bus.errors.clear()
-        call = make_call(member, signature, *values, path=management.PATH, **fields)
+        call = make_call(member, signature, *values, path=BROKER_PATH, **fields)
         await self.objects.serve(self.bus, call)
         if self.bus.errors:
             return self.bus.errors[0][0].rpartition(".")[2]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from broker.api import policy as policy_module
 from broker.api.caller import BusContext
 from broker.api.dispatch import Objects
 from broker.api.policy import PolicyInterface, describe_change, parse_question
 from broker.bus.values import Variant, plain
 from broker.supervisor.storage.recovery import open_state
 from broker.wire.errors import CallRefusedError
+from broker.wire.interfaces import BROKER_PATH
 from policy.rules import Access, Identity
 from policy.snaps.compiler import Change
 from policy.text import parse_rule
@@ -50,13 +50,13 @@ class Service:
         door = BusContext(
             name="session", bus=self.bus, supervisor=stage.supervisor, buses=("session",)
         )
-        self.objects = Objects({policy_module.PATH: [PolicyInterface(door).interface()]})
+        self.objects = Objects({BROKER_PATH: [PolicyInterface(door).interface()]})
 
     async def ask(self, member: str, signature: str = "", *values: Any, **fields: Any) -> Any:
         """Return the plain value of the answer, None if there is none, or the name of the error."""
         self.bus.answers.clear()
         self.bus.errors.clear()
-        call = make_call(member, signature, *values, path=policy_module.PATH, **fields)
+        call = make_call(member, signature, *values, path=BROKER_PATH, **fields)
         await self.objects.serve(self.bus, call)
         if self.bus.errors:
             return self.bus.errors[0][0].rpartition(".")[2]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from broker.api import containers1, management
+from broker.api import management
 from broker.api.arguments import (
     MAX_METADATA_NESTING,
     MAX_PLUGS,
@@ -23,12 +23,13 @@ from broker.bus import callers
 from broker.bus.codec import MAX_BODY, MAX_STEPS
 from broker.bus.connection import MAX_CALL_FDS
 from broker.bus.message_intake import MAX_HEAD
-from broker.daemon import MAX_BACKLOG, NAME
+from broker.daemon import MAX_BACKLOG
 from broker.engines.gate_engine import GAP_TIMEOUT
 from broker.supervisor.sandboxes.lifecycle import TRANSITIONS
 from broker.supervisor.sandboxes.registry import MAX_DENIAL_TEXT, MAX_DENIALS
 from broker.supervisor.sandboxes.rule_limits import MAX_RULES, MAX_RULES_BYTES
 from broker.wire import errors
+from broker.wire.interfaces import BROKER, CONTAINERS1
 from tests.helpers.dbus_interfaces import FOLDER, PROJECT, fill_page, interfaces, make_file
 from tests.helpers.dbus_page import PAGE, SECTIONS, Row, method_section, section
 from tests.helpers.fakes import FakeBus, make_call
@@ -141,7 +142,7 @@ def test_every_member_has_an_example(table: Interface, kind: str, member: Any) -
         assert [block.language for block in part.blocks] == ["python", "console", "text"]
         return
     path, _ = INTERFACES[table.name]
-    to = f"--session --dest {NAME} --object-path {path}"
+    to = f"--session --dest {BROKER} --object-path {path}"
     by_property = f"--method {STANDARD[2]}.Get {table.name} {member.name}"
     wanted = {
         "Method": ("gdbus call", f"--method {table.name}.{member.name}"),
@@ -162,9 +163,9 @@ def test_every_member_has_an_example(table: Interface, kind: str, member: Any) -
 
 @pytest.mark.parametrize("name", STANDARD)
 async def test_standard_interfaces_are_those_of_every_object(name: str) -> None:
-    path, table = INTERFACES[containers1.NAME]
+    path, table = INTERFACES[CONTAINERS1]
     described = await introspect(path, [table])
-    assert set(described) == {containers1.NAME, *STANDARD}
+    assert set(described) == {CONTAINERS1, *STANDARD}
     part = section(name, "Standard interfaces")
     rows = part.table("method", "in", "out")
     for method, row in zip(described[name].iter("method"), rows, strict=True):
@@ -185,7 +186,7 @@ async def test_standard_interfaces_are_those_of_every_object(name: str) -> None:
 
 
 def test_named_arguments_are_those_that_add_server_takes() -> None:
-    part = method_section(containers1.NAME, "AddServer")
+    part = method_section(CONTAINERS1, "AddServer")
     rows = part.table("named argument", "type", "default", "meaning")
     assert {row[0]: row[1] for row in rows} == NAMED
     assert all(len(row) == 4 and all(row) for row in rows)
@@ -193,22 +194,22 @@ def test_named_arguments_are_those_that_add_server_takes() -> None:
         assert f"\n- **{name}.** " in part.text, f"no paragraph about {name}"
     for number in (MAX_TEXT, MAX_PLUGS, MAX_METADATA_NESTING, MAX_TIME_LIMIT):
         assert re.search(rf"\b{number}\b", part.text)
-    used = section("Property SupportedArguments", containers1.NAME).blocks[0].output
+    used = section("Property SupportedArguments", CONTAINERS1).blocks[0].output
     assert re.findall(r"'(\w+)'", used) == sorted(NAMED)
 
 
 def test_numbers_about_refusals_are_those_of_the_code() -> None:
-    text = section("Signal Denied", management.NAME).text
+    text = section("Signal Denied", BROKER).text
     for number in (SIGNALS_PER_SECOND, MAX_BACKLOG, MAX_DENIAL_TEXT):
         assert re.search(rf"\b{number}\b", text)
-    assert f"the last {MAX_DENIALS} refusals" in method_section(management.NAME, "Show").words
+    assert f"the last {MAX_DENIALS} refusals" in method_section(BROKER, "Show").words
     of_user, of_all = MAX_SUBSCRIBERS_OF_USER, MAX_SUBSCRIBERS
-    subscribe = method_section(management.NAME, "Subscribe").words
+    subscribe = method_section(BROKER, "Subscribe").words
     assert f"{of_user} subscribers of one user and {of_all} in all" in subscribe
 
 
 def test_reasons_are_those_of_the_table_of_ends() -> None:
-    rows = section("Signal SandboxEnded", management.NAME).table("reason")
+    rows = section("Signal SandboxEnded", BROKER).table("reason")
     assert {row[0] for row in rows} == {row.reason for row in TRANSITIONS.values() if row.reason}
 
 

@@ -18,6 +18,7 @@ from broker.control_protocol.messages import BusSpec, Denied, SandboxSpec, Usage
 from broker.supervisor.config import Config, ConfiguredLimits
 from broker.supervisor.storage.recovery import open_state
 from broker.supervisor.supervisor import Environment, Supervisor
+from broker.wire.interfaces import BROKER, BROKER_PATH, BROKER_POLICY, DRIVER_PATH
 from policy.match import Verdict
 from policy.snaps.explain import Explanation
 from policy.snaps.library import Library
@@ -74,8 +75,8 @@ class World:
         policies = policy.PolicyInterface(door)
         self._objects: Final = Objects(
             {
-                containers1.PATH: [containers1.Containers1(door, watch).interface()],
-                management.PATH: [manager.interface(), policies.interface()],
+                DRIVER_PATH: [containers1.Containers1(door, watch).interface()],
+                BROKER_PATH: [manager.interface(), policies.interface()],
             }
         )
         engine.listener = supervisor
@@ -94,8 +95,8 @@ class World:
 
     async def answer(self, member: str) -> dict[str, Variant]:
         """Return the dictionary that a method of the management answers with; of a list, the first."""
-        (method,) = [one for path, one in METHODS if (path, one.name) == (management.PATH, member)]
-        assert not await self.call(management.PATH, method, ":1.1")
+        (method,) = [one for path, one in METHODS if (path, one.name) == (BROKER_PATH, member)]
+        assert not await self.call(BROKER_PATH, method, ":1.1")
         ((_, (value,)),) = self.bus.answers
         self.bus.answers.clear()
         return cast("dict[str, Variant]", value[0] if isinstance(value, list) else value)
@@ -130,15 +131,15 @@ def kinds(values: Mapping[str, Variant]) -> dict[str, str]:
 async def test_keys_of_sandboxes_are_those_that_are_answered(tmp_path: Path) -> None:
     with open_world(tmp_path) as world:
         listed, shown = await world.answer("List"), await world.answer("Show")
-    assert keys(method_section(management.NAME, "List"), "sandboxes") == kinds(listed)
+    assert keys(method_section(BROKER, "List"), "sandboxes") == kinds(listed)
     more = {key: kind for key, kind in kinds(shown).items() if key not in listed}
-    assert keys(method_section(management.NAME, "Show"), "what") == more
+    assert keys(method_section(BROKER, "Show"), "what") == more
 
 
 async def test_keys_of_status_are_those_that_are_answered(tmp_path: Path) -> None:
     with open_world(tmp_path) as world:
         status, shown = await world.answer("Status"), await world.answer("Show")
-    part = method_section(management.NAME, "Status")
+    part = method_section(BROKER, "Status")
     assert keys(part, "status") == kinds(status)
     watched = cast("dict[str, str]", status["watched"].value)
     assert all(f"`{key}`" in part.text for key in watched)
@@ -149,7 +150,7 @@ async def test_keys_of_status_are_those_that_are_answered(tmp_path: Path) -> Non
 async def test_keys_of_use_are_those_that_are_answered(tmp_path: Path) -> None:
     with open_world(tmp_path) as world:
         shown = await world.answer("Show")
-    use = [row[0] for row in method_section(management.NAME, "Show").table("key of use")]
+    use = [row[0] for row in method_section(BROKER, "Show").table("key of use")]
     assert use == list(cast("dict[str, int]", shown["use"].value))
     assert len(use) == len(Usage.__struct_fields__)
     # The page says how many of them are named after limits.
@@ -159,12 +160,12 @@ async def test_keys_of_use_are_those_that_are_answered(tmp_path: Path) -> None:
 
 def test_keys_of_denied_are_those_that_are_told() -> None:
     event = Denied(sandbox="c0", bus="b", direction="send", kind="call", peer="x")
-    part = section("Signal Denied", management.NAME)
+    part = section("Signal Denied", BROKER)
     assert keys(part, "what") == kinds(describe_denial(event))
 
 
 def test_keys_of_explain_are_those_of_question_and_answer() -> None:
-    part = method_section(policy.NAME, "Explain")
+    part = method_section(BROKER_POLICY, "Explain")
     assert keys(part, "message") == dict.fromkeys(policy.MESSAGE_KEYS, "s")
     explanation = Explanation(verdict=Verdict(allowed=False, rule=None, reason=""))
     assert keys(part, "why") == kinds(policy.describe(explanation))

@@ -11,6 +11,7 @@ from typing import Any, Final
 from broker.api import containers1, management, policy
 from broker.api.caller import BusContext
 from broker.api.dispatch import DOCTYPE, Arg, Interface, describe_interface
+from broker.wire.interfaces import BROKER_PATH, DRIVER_PATH
 from tests.helpers.fakes import FakeBus
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
@@ -27,9 +28,9 @@ def interfaces() -> dict[str, tuple[str, Interface]]:
     door = BusContext(name="session", bus=FakeBus(), supervisor=supervisor, buses=("session",))
     manager = management.Management(door, anything, anything, anything, anything)
     tables = (
-        (containers1.PATH, containers1.Containers1(door, anything).interface()),
-        (management.PATH, manager.interface()),
-        (policy.PATH, policy.PolicyInterface(door).interface()),
+        (DRIVER_PATH, containers1.Containers1(door, anything).interface()),
+        (BROKER_PATH, manager.interface()),
+        (BROKER_PATH, policy.PolicyInterface(door).interface()),
     )
     return {table.name: (path, table) for path, table in tables}
 
