@@ -19,7 +19,7 @@ import trio_asyncio
 
 from broker.bus.callers import Callers
 from broker.bus.codec import MAX_BODY, TooLongError
-from broker.bus.message_bus import BusLostError, PatchedMessageBus, Reply, make_message
+from broker.bus.message_bus import BusLostError, PatchedMessageBus, Reply
 from broker.bus.values import Turn, pack, unpack, unpack_in_turns
 from broker.posix.reserve import is_reserved
 from broker.wire.address import UnixAddress, parse_address
@@ -31,8 +31,9 @@ from broker.wire.errors import (
     ConfigError,
     PeerProtocolError,
 )
-from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.header import Flag, Header, MessageType
 from broker.wire.interfaces import DRIVER, DRIVER_PATH, INSTANCE_FIELD
+from broker.wire.marshal import make_call, make_return, make_signal
 from broker.wire.sasl import SaslClient
 
 # Descriptors of one call: twice what AddServer understands.
@@ -195,19 +196,17 @@ class BusConnection:
         if self._link is None or self.lost.is_set():
             return
         body = pack(signature, values)
-        header = Header(
-            little=True,
-            type=MessageType.SIGNAL,
-            flags=Flag.NO_REPLY_EXPECTED,
-            body_length=len(body),
-            serial=self._link.next_serial(),
-            path=path,
-            interface=interface,
-            member=member,
-            destination=destination,
-            signature=signature,
+        self._link.put_raw(
+            make_signal(
+                self._link.next_serial(),
+                path=path,
+                interface=interface,
+                member=member,
+                destination=destination,
+                signature=signature,
+                body=body,
+            )
         )
-        self._link.put_raw(make_message(header, body))
 
     def answer(self, call: Call, signature: str = "", values: Sequence[object] = ()) -> None:
         """Answer a call, if it wants to be answered. Raises ValueError if the values do not fit."""
@@ -218,23 +217,20 @@ class BusConnection:
         if not call.wants_reply or self.lost.is_set():
             return
         link = self._open_link()
-        header = Header(
-            little=True,
-            type=MessageType.METHOD_RETURN,
-            flags=Flag.NO_REPLY_EXPECTED,
-            body_length=len(body),
-            serial=link.next_serial(),
-            reply_serial=call.serial,
-            destination=call.sender,
-            signature=signature,
+        link.put_raw(
+            make_return(
+                link.next_serial(),
+                reply_serial=call.serial,
+                destination=call.sender,
+                signature=signature,
+                body=body,
+            )
         )
-        link.put_raw(make_message(header, body))
 
     def refuse(self, call: Call, name: str, text: str) -> None:
         """Answer a call with an error, if it wants to be answered."""
         if call.wants_reply and not self.lost.is_set():
-            header = _header_of(call)
-            self._open_link().refuse(header, name, text)
+            self._open_link().put_error(call.sender, call.serial, name, text)
 
     async def next_call(self) -> Call | None:
         """Wait for a call whose turn it is; then call `done`. None: there will be none any more."""
@@ -300,18 +296,16 @@ class BusConnection:
     def _send_probe(self) -> None:
         path, interface, member = _PROBE
         link = self._open_link()
-        header = Header(
-            little=True,
-            type=MessageType.SIGNAL,
-            flags=0,
-            body_length=0,
-            serial=link.next_serial(),
-            path=path,
-            interface=interface,
-            member=member,
-            destination=self.unique_name,
+        link.put_raw(
+            make_signal(
+                link.next_serial(),
+                path=path,
+                interface=interface,
+                member=member,
+                destination=self.unique_name,
+                extra={INSTANCE_FIELD: ("o", "/")},
+            )
         )
-        link.put_raw(serialise_header(header, extra={INSTANCE_FIELD: ("o", "/")}))
 
     # -- what comes in: broker.bus.message_bus.Taker ---------------------------------------------------------
 
@@ -496,31 +490,16 @@ def _make_call(  # noqa: PLR0913 - each one is a field of the message
     *,
     flags: int = 0,
 ) -> bytes:
-    header = Header(
-        little=True,
-        type=MessageType.METHOD_CALL,
-        flags=flags,
-        body_length=len(body),
-        serial=serial,
+    return make_call(
+        serial,
+        destination=target.destination,
         path=target.path,
         interface=target.interface,
         member=member,
-        destination=target.destination,
         signature=signature,
+        body=body,
+        flags=flags,
         unix_fds=fds,
-    )
-    return make_message(header, body)
-
-
-def _header_of(call: Call) -> Header:
-    """Return as much of a call's header as a refusal needs."""
-    return Header(
-        little=True,
-        type=MessageType.METHOD_CALL,
-        flags=0,
-        body_length=0,
-        serial=call.serial,
-        sender=call.sender,
     )
 
 

@@ -28,7 +28,7 @@ from broker.bus.codec import MAX_BODY
 from broker.bus.message_intake import ArrivedMessage, Dropped, MessageIntake, Oversize
 from broker.bus.values import unpack
 from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, PeerProtocolError
-from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.header import Flag, Header, MessageType
 from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_error
 
@@ -127,14 +127,19 @@ class PatchedMessageBus(MessageBus):
         self._expected.pop(serial, None)
 
     def refuse(self, header: Header | Oversize, name: str, text: str) -> None:
-        """Answer a call with an error, if it wants one, and the bus takes what we send."""
-        if header.sender and not header.flags & Flag.NO_REPLY_EXPECTED and self.has_room:
+        """Answer a call with an error, if it wants one."""
+        if header.sender and not header.flags & Flag.NO_REPLY_EXPECTED:
+            self.put_error(header.sender, header.serial, name, text)
+
+    def put_error(self, destination: str, reply_serial: int, name: str, text: str) -> None:
+        """Send an error to a caller, if the bus takes what we send."""
+        if self.has_room:
             error = make_error(
                 self.next_serial(),
-                reply_serial=header.serial,
+                reply_serial=reply_serial,
                 name=name,
                 text=text.encode(errors="replace").decode().replace("\0", "?"),
-                destination=header.sender,
+                destination=destination,
             )
             self.put_raw(error)
 
@@ -314,11 +319,6 @@ class _Writer:
         else:
             link._loop.remove_writer(link._fd)  # noqa: SLF001
             link.sent.set()
-
-
-def make_message(header: Header, body: bytes) -> bytes:
-    """Return the bytes of a message of ours."""
-    return serialise_header(header) + body
 
 
 def _may_answer(destination: str, sender: str | None) -> bool:

@@ -130,7 +130,7 @@ _BELONGS: Final[Mapping[int, frozenset[int]]] = {
     Field.REPLY_SERIAL: frozenset({MessageType.METHOD_RETURN, MessageType.ERROR}),
 }
 
-_NO_EXTRA: Final[Mapping[int, tuple[str, str]]] = MappingProxyType({})
+NO_EXTRA: Final[Mapping[int, tuple[str, str]]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +218,7 @@ def parse_header(data: Data, offset: int = 0, limits: HeaderLimits = APP_LIMITS)
 def serialise_header(
     header: Header,
     *,
-    extra: Mapping[int, tuple[str, str]] = _NO_EXTRA,
+    extra: Mapping[int, tuple[str, str]] = NO_EXTRA,
     sender: bool = False,
 ) -> bytes:
     """Return the canonical bytes of a header, in its own byte order, padded for the body.

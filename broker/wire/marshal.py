@@ -5,11 +5,11 @@ string with a NUL in it is a ValueError, not a message.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from broker.wire.errors import PeerProtocolError
-from broker.wire.header import Flag, Header, MessageType, serialise_header
+from broker.wire.header import NO_EXTRA, Flag, Header, MessageType, serialise_header
 from broker.wire.reader import Reader
 
 Value = str | int | bool | Sequence[str]
@@ -45,26 +45,26 @@ def make_call(  # noqa: PLR0913 - each one is a field of the message
     member: str,
     signature: str = "",
     values: Sequence[Value] = (),
+    body: bytes | None = None,
     flags: int = 0,
+    unix_fds: int = 0,
 ) -> bytes:
-    """Return a whole method call."""
-    body = make_body(signature, values)
-    header = Header(
-        little=True,
-        type=MessageType.METHOD_CALL,
+    """Return a whole method call. A body that is made already stands for its values."""
+    return _make(
+        MessageType.METHOD_CALL,
+        serial,
+        make_body(signature, values) if body is None else body,
         flags=flags,
-        body_length=len(body),
-        serial=serial,
         path=path,
         interface=interface,
         member=member,
         destination=destination,
         signature=signature,
+        unix_fds=unix_fds,
     )
-    return serialise_header(header) + body
 
 
-def make_return(
+def make_return(  # noqa: PLR0913 - each one is a field of the message
     serial: int,
     *,
     reply_serial: int,
@@ -72,21 +72,18 @@ def make_return(
     sender: str | None = None,
     signature: str = "",
     values: Sequence[Value] = (),
+    body: bytes | None = None,
 ) -> bytes:
-    """Return a whole method return."""
-    body = make_body(signature, values)
-    header = Header(
-        little=True,
-        type=MessageType.METHOD_RETURN,
-        flags=_NO_ANSWER,
-        body_length=len(body),
-        serial=serial,
+    """Return a whole method return. A body that is made already stands for its values."""
+    return _make(
+        MessageType.METHOD_RETURN,
+        serial,
+        make_body(signature, values) if body is None else body,
         reply_serial=reply_serial,
         destination=destination,
         sender=sender,
         signature=signature,
     )
-    return serialise_header(header, sender=True) + body
 
 
 def make_error(
@@ -99,20 +96,16 @@ def make_error(
     sender: str | None = None,
 ) -> bytes:
     """Return a whole error with its text."""
-    body = make_body("s", (text,))
-    header = Header(
-        little=True,
-        type=MessageType.ERROR,
-        flags=_NO_ANSWER,
-        body_length=len(body),
-        serial=serial,
+    return _make(
+        MessageType.ERROR,
+        serial,
+        make_body("s", (text,)),
         error_name=name,
         reply_serial=reply_serial,
         destination=destination,
         sender=sender,
         signature="s",
     )
-    return serialise_header(header, sender=True) + body
 
 
 def make_signal(  # noqa: PLR0913 - each one is a field of the message
@@ -125,23 +118,58 @@ def make_signal(  # noqa: PLR0913 - each one is a field of the message
     sender: str | None = None,
     signature: str = "",
     values: Sequence[Value] = (),
+    body: bytes | None = None,
+    extra: Mapping[int, tuple[str, str]] = NO_EXTRA,
 ) -> bytes:
-    """Return a whole signal."""
-    body = make_body(signature, values)
-    header = Header(
-        little=True,
-        type=MessageType.SIGNAL,
-        flags=_NO_ANSWER,
-        body_length=len(body),
-        serial=serial,
+    """Return a whole signal. A body that is made already stands for its values."""
+    return _make(
+        MessageType.SIGNAL,
+        serial,
+        make_body(signature, values) if body is None else body,
         path=path,
         interface=interface,
         member=member,
         destination=destination,
         sender=sender,
         signature=signature,
+        extra=extra,
     )
-    return serialise_header(header, sender=True) + body
+
+
+def _make(  # noqa: PLR0913 - each one is a field of the message
+    type_: MessageType,
+    serial: int,
+    body: bytes,
+    *,
+    signature: str,
+    destination: str | None,
+    flags: int = _NO_ANSWER,
+    path: str | None = None,
+    interface: str | None = None,
+    member: str | None = None,
+    error_name: str | None = None,
+    reply_serial: int | None = None,
+    sender: str | None = None,
+    unix_fds: int = 0,
+    extra: Mapping[int, tuple[str, str]] = NO_EXTRA,
+) -> bytes:
+    header = Header(
+        little=True,
+        type=type_,
+        flags=flags,
+        body_length=len(body),
+        serial=serial,
+        path=path,
+        interface=interface,
+        member=member,
+        error_name=error_name,
+        reply_serial=reply_serial,
+        destination=destination,
+        sender=sender,
+        signature=signature,
+        unix_fds=unix_fds,
+    )
+    return serialise_header(header, sender=True, extra=extra) + body
 
 
 def _split(signature: str) -> list[str]:

@@ -115,6 +115,33 @@ def test_a_call_says_what_it_should() -> None:
     assert (header.member, values) == ("RequestName", ("a.b", 4))
 
 
+def test_a_body_that_is_made_already_goes_as_it_is() -> None:
+    body = make_body("u", (7,))
+    for message in (
+        make_call(
+            1, destination="a.b", path="/", interface=None, member="M", signature="u", body=body
+        ),
+        make_return(1, reply_serial=3, signature="u", body=body),
+        make_signal(1, path="/", interface="a.B", member="M", signature="u", body=body),
+    ):
+        header, values = parse(message)
+        assert (values, header.body_length) == ((7,), 4)
+    # Other types than `make_body` knows are the caller's to pack.
+    message = make_call(
+        1,
+        destination=None,
+        path="/",
+        interface=None,
+        member="M",
+        signature="h",
+        body=bytes(4),
+        unix_fds=2,
+    )
+    header = parse_header(message)
+    assert message.endswith(bytes(4))
+    assert (header.signature, header.unix_fds, header.body_length) == ("h", 2, 4)
+
+
 def test_a_return_says_what_it_should() -> None:
     message = make_return(
         1, reply_serial=3, destination=":1.2", sender=DRIVER, signature="as", values=(["a", "b"],)

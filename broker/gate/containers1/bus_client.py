@@ -35,7 +35,6 @@ from broker.wire.header import (
     measure,
     measure_header,
     parse_header,
-    serialise_header,
 )
 from broker.wire.interfaces import CONTAINERS1, DRIVER, DRIVER_PATH, PEER
 from broker.wire.reader import Reader
@@ -226,19 +225,18 @@ class BusClient:
         *,
         mute: bool = False,
     ) -> None:
-        header = Header(
-            little=True,
-            type=MessageType.METHOD_CALL,
-            flags=int(Flag.NO_REPLY_EXPECTED) if mute else 0,
-            body_length=len(body),
-            serial=serial,
-            path=DRIVER_PATH,
-            interface=interface,
-            member=member,
-            destination=DRIVER,
-            signature=signature,
+        self._send(
+            marshal.make_call(
+                serial,
+                destination=DRIVER,
+                path=DRIVER_PATH,
+                interface=interface,
+                member=member,
+                signature=signature,
+                body=body,
+                flags=int(Flag.NO_REPLY_EXPECTED) if mute else 0,
+            )
         )
-        self._send(serialise_header(header) + body)
 
     def _send(self, data: bytes) -> None:
         if self._pipe is None:
