@@ -4,7 +4,6 @@ import fcntl
 import logging
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from broker.bus.watch import NameWatch
 from broker.control_protocol.messages import Denied
 from broker.engines.containers1_engine import Containers1Engine
 from broker.engines.gate_engine import GateEngine
+from broker.posix.descriptors import raise_descriptor_limit
 from broker.posix.files import check_entries, open_file, open_folder, write_file
 from broker.supervisor.bus_connections import ReconnectingBus, StartError, serve_calls
 from broker.supervisor.config import CONTAINERS, Config
@@ -61,9 +61,7 @@ async def serve(config: Config) -> None:
     if not config.buses:
         raise ConfigError("no bus to serve")
     os.umask(0o077)  # for what SQLite and we make in a folder that others may pass through
-    # Two descriptors a sandbox, held for the gate: the usual soft limit of 1024 is soon reached.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()  # two descriptors a sandbox are held for the gate
     failures: list[BrokerError | OSError] = []
     try:
         await _serve(config)

@@ -25,7 +25,12 @@ MAY_IMPORT: Final = {
     "broker.wire": {"broker.wire"},
     "broker.systemd": {"broker.systemd"},
     "broker.posix": {"broker.posix"},
-    "broker.control_protocol": {"broker.control_protocol", "broker.wire", "policy"},
+    "broker.control_protocol": {
+        "broker.control_protocol",
+        "broker.posix",
+        "broker.wire",
+        "policy",
+    },
     "broker.gate": {
         "broker.gate",
         "broker.control_protocol",
@@ -118,6 +123,7 @@ PURE: Final = [
     or path.relative_to(PROJECT).as_posix()
     in {
         "broker/engines/containers1_dialect.py",
+        "broker/control_protocol/framing.py",
         "broker/control_protocol/messages.py",
         "broker/gate/dumps.py",
         "broker/proxy/arguments.py",

@@ -21,6 +21,7 @@ from broker.bus.callers import Callers
 from broker.bus.codec import MAX_BODY, TooLongError
 from broker.bus.message_bus import BusLostError, PatchedMessageBus, Reply
 from broker.bus.values import Turn, pack, unpack, unpack_in_turns
+from broker.posix.descriptors import close_fds
 from broker.posix.reserve import is_reserved
 from broker.wire.address import UnixAddress, parse_address
 from broker.wire.errors import (
@@ -97,8 +98,8 @@ class Call:
 
     def close(self) -> None:
         """Close the descriptors. Fine to call again."""
-        while self.fds:
-            os.close(self.fds.pop())
+        close_fds(self.fds)
+        self.fds.clear()
 
     async def unpack(self) -> list[Any]:
         """Read the body, as the turns allow, and return the values. Raises CallRefusedError."""
@@ -331,11 +332,11 @@ class BusConnection:
     def take(self, header: Header, body: bytes, fds: list[int]) -> None:
         """Take a call or signal that is wanted."""
         if header.type == MessageType.SIGNAL:
-            _close(fds)
+            close_fds(fds)
             self._take_signal(header, body)
             return
         if fds and is_reserved(fds):
-            _close(fds)
+            close_fds(fds)
             if self._link is not None:
                 self._link.refuse(
                     header, LIMITS_EXCEEDED, "the broker has no file descriptors left"
@@ -536,8 +537,3 @@ def _look_at_nothing(_header: Header) -> None:
 
 def _ignore(_signal: Signal) -> None:
     pass
-
-
-def _close(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())

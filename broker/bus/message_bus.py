@@ -11,9 +11,7 @@ So the socket comes here authenticated. Values are those of broker.bus.values. W
 the connection: what is not wanted is skipped, by its header (intake.py).
 """
 
-import array
 import logging
-import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +25,7 @@ from dbus_next.message_bus import BaseMessageBus
 from broker.bus.codec import MAX_BODY
 from broker.bus.message_intake import ArrivedMessage, Dropped, MessageIntake, Oversize
 from broker.bus.values import unpack
+from broker.posix.descriptors import ANCILLARY_SIZE, close_fds, received_fds, rights
 from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType
 from broker.wire.interfaces import DRIVER
@@ -36,8 +35,6 @@ LOGGER: Final = logging.getLogger(__name__)
 _CHUNK: Final = 64 * 1024
 # Reads of skipped bytes in one turn: other work must not wait behind 128 MiB of them.
 SKIPS_A_TURN: Final = 32
-_INT: Final = array.array("i").itemsize
-_ANCILLARY: Final = socket.CMSG_SPACE(253 * _INT)  # as many as the kernel lets through at once
 # Bytes that wait to be sent, beyond which refusals are dropped: callers make them faster than the bus reads.
 MAX_UNSENT: Final = 4 * 1024 * 1024
 
@@ -110,7 +107,7 @@ class PatchedMessageBus(MessageBus):
         self._finalize(BusLostError("closed"))
         self._stream.detach()  # closing it would flush
         self._sock.close()
-        _close_all(self._intake.close())
+        close_fds(self._intake.close())
 
     def put_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send a message. Its descriptors are to stay open until it is sent."""
@@ -164,16 +161,16 @@ class PatchedMessageBus(MessageBus):
         """Read once and take what came; say whether there was anything."""
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
-                _CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                _CHUNK, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as exc:
             self._finalize(exc)
             return False
-        fds = _take_fds(ancillary)
+        fds = received_fds(ancillary)
         if not data:
-            _close_all(fds)
+            close_fds(fds)
             self._finalize(BusLostError("the bus hung up"))
             return False
         try:
@@ -204,11 +201,11 @@ class PatchedMessageBus(MessageBus):
                 if item.type == MessageType.METHOD_CALL:
                     self.refuse(item, LIMITS_EXCEEDED, "the header of the call is too long")
             case Dropped():
-                _close_all(item.fds)
+                close_fds(item.fds)
 
     def _take_message(self, header: Header, body: bytes, fds: list[int], *, cut: bool) -> None:
         if header.type not in (MessageType.METHOD_CALL, MessageType.SIGNAL):
-            _close_all(fds)  # nothing that we ask for has any
+            close_fds(fds)  # nothing that we ask for has any
             try:
                 values = unpack(header.signature, body, little=header.little) if body else []
             except ValueError as exc:
@@ -289,11 +286,8 @@ class _Writer:
         link = self._link
         while self._queue:
             data, fds = self._queue[0]
-            ancillary = (
-                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            )
             try:
-                sent = link._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)  # noqa: SLF001
+                sent = link._sock.sendmsg([data], rights(fds), socket.MSG_NOSIGNAL)  # noqa: SLF001
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as exc:
@@ -329,16 +323,3 @@ def _may_answer(destination: str, sender: str | None) -> bool:
     if sender in (None, DRIVER, destination):
         return True
     return destination != DRIVER and not destination.startswith(":")
-
-
-def _take_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % _INT])
-    return fds.tolist()
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())

@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Final
 
 from broker.posix.files import check_entries, open_file, open_folder
+from broker.posix.sockets import peer_credentials
 from broker.supervisor.bus_connections import StartError
 from broker.wire.address import make_unix_address
 
 SOCKET_NAME: Final = "private-bus"
 START_TIMEOUT: Final = 10_000  # milliseconds, until it has printed its address
 END_TIMEOUT: Final = 5_000  # milliseconds, from SIGTERM to SIGKILL
-_CREDENTIALS: Final = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +89,8 @@ def _find_pid(path: Path) -> int | None:
             sock.connect(str(path))
         except OSError:
             return None
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _gid = _CREDENTIALS.unpack(raw)
-    return pid if uid == os.getuid() else None
+        peer = peer_credentials(sock)
+    return peer.pid if peer.uid == os.getuid() else None
 
 
 def _start(path: Path) -> int:

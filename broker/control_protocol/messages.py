@@ -12,15 +12,10 @@ leaves. So the gate asks on a connection of its own (gate/containers1/bus_client
 says what to ask.
 """
 
-import struct
-from collections import deque
-from collections.abc import Sequence
-from itertools import islice
 from typing import Final
 
 import msgspec
 
-from broker.wire.errors import PeerProtocolError
 from policy.rules import AccessList, Identity
 
 
@@ -78,13 +73,6 @@ class ContainerServerLost(msgspec.Struct, frozen=True, tag=True):
 
 # Raised with every change that an older peer would misread.
 PROTOCOL: Final = 4
-# An access list of 10 000 rules takes about 2 MiB, and none over 8; snapshots come in parts.
-MAX_FRAME: Final = 32 * 1024 * 1024
-# What the kernel takes in one SCM_RIGHTS message (SCM_MAX_FD).
-MAX_FRAME_FDS: Final = 253
-_LENGTH: Final = struct.Struct("<I")
-# In place of the number of an envelope's descriptors: they were sent, and the receiver had no room for them.
-LOST: Final = -1
 
 
 class BusSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -398,75 +386,3 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     body: Request | Answer | Event
     fds: int = 0
     number: int = 0
-
-
-_encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final = msgspec.msgpack.Decoder(Envelope)
-
-
-def make_frame(envelope: Envelope) -> bytes:
-    """Return the bytes of a frame."""
-    body = _encoder.encode(envelope)
-    return _LENGTH.pack(len(body)) + body
-
-
-class FrameReader:
-    """Bytes and descriptors in, envelopes with their descriptors out.
-
-    Descriptors that no envelope has claimed yet belong to the reader: `take_all_fds` gives them up.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        # None stands for the descriptors of one frame that did not fit into this process.
-        self._fds: deque[int | None] = deque()
-
-    def feed(
-        self, data: bytes, fds: Sequence[int] = (), *, cut: bool = False
-    ) -> list[tuple[Envelope, list[int]]]:
-        """Return the envelopes that are complete now. Raises PeerProtocolError.
-
-        `cut`: there was no room for the descriptors that came with this. Their envelope then says LOST of them.
-        """
-        self._buffer += data
-        self._fds.extend(fds)
-        if cut:
-            self._fds.append(None)
-        complete = []
-        while (item := self._next()) is not None:
-            complete.append(item)
-        return complete
-
-    def take_all_fds(self) -> list[int]:
-        """Give up every unclaimed descriptor: the caller closes them."""
-        fds = [fd for fd in self._fds if fd is not None]
-        self._fds.clear()
-        return fds
-
-    def rest(self) -> tuple[bytes, tuple[int, ...]]:
-        """Return what is half here, bytes and descriptors, and keep it."""
-        return bytes(self._buffer), tuple(fd for fd in self._fds if fd is not None)
-
-    def _next(self) -> tuple[Envelope, list[int]] | None:
-        if len(self._buffer) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(self._buffer)
-        if length > MAX_FRAME:
-            raise PeerProtocolError(f"control frame of {length} bytes")
-        end = _LENGTH.size + length
-        if len(self._buffer) < end:
-            return None
-        try:
-            envelope = _decoder.decode(bytes(self._buffer[_LENGTH.size : end]))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise PeerProtocolError(f"control frame: {exc}") from exc
-        del self._buffer[:end]
-        if envelope.fds > 0 and self._fds and self._fds[0] is None:
-            self._fds.popleft()
-            return msgspec.structs.replace(envelope, fds=LOST), []
-        if not 0 <= envelope.fds <= len(self._fds):
-            raise PeerProtocolError("control frame with too few descriptors")
-        claimed = list(islice(self._fds, envelope.fds))
-        if None in claimed:
-            raise PeerProtocolError("control frame with too few descriptors")
-        return envelope, [fd for _ in claimed if (fd := self._fds.popleft()) is not None]

@@ -1,6 +1,5 @@
 """One control connection to a gate: requests out, answers and events in."""
 
-import array
 import contextlib
 import logging
 import os
@@ -12,9 +11,8 @@ from typing import Final, Protocol, Self
 import msgspec
 import trio
 
+from broker.control_protocol.framing import LOST, FrameReader, make_frame
 from broker.control_protocol.messages import (
-    LOST,
-    MAX_FRAME_FDS,
     Answer,
     Confirm,
     Connected,
@@ -23,15 +21,14 @@ from broker.control_protocol.messages import (
     Ended,
     Envelope,
     Event,
-    FrameReader,
     Gone,
     Refused,
     Request,
     SandboxState,
     Snapshot,
-    make_frame,
 )
 from broker.engines.base import EngineLostError
+from broker.posix.descriptors import ANCILLARY_SIZE, close_fds, received_fds, rights
 from broker.posix.reserve import SCARCE
 from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError, PeerProtocolError
 
@@ -41,7 +38,6 @@ _CHUNK: Final = 64 * 1024
 SEND_TIMEOUT: Final = 10.0
 # Seconds: events that come close together are confirmed together.
 CONFIRM_PAUSE: Final = 0.1
-_ANCILLARY: Final = socket.CMSG_SPACE(MAX_FRAME_FDS * array.array("i").itemsize)
 
 
 class EventSink(Protocol):
@@ -89,7 +85,7 @@ class ControlConnection:
     async def request(self, body: Request, fds: Sequence[int] = ()) -> Answer:
         """Return the answer. Raises CallRefusedError if it is Refused, and EngineLostError."""
         answer, given = await self.request_fds(body, fds)
-        close_all(given)
+        close_fds(given)
         return answer
 
     async def request_fds(self, body: Request, fds: Sequence[int] = ()) -> tuple[Answer, list[int]]:
@@ -102,7 +98,7 @@ class ControlConnection:
             await self._send(serial, body, fds)
             await waiter.done.wait()
         except BaseException:
-            close_all(waiter.fds)
+            close_fds(waiter.fds)
             raise
         finally:
             del self._waiting[serial]
@@ -129,11 +125,12 @@ class ControlConnection:
         try:
             while True:
                 data, ancillary, flags, _ = await self._sock.recvmsg(
-                    _CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                    _CHUNK, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
                 )
-                given, cut = _take_fds(ancillary), bool(flags & socket.MSG_CTRUNC)
+                given, cut = received_fds(ancillary), bool(flags & socket.MSG_CTRUNC)
                 if cut:  # some alone are of no use
-                    close_all(given)
+                    close_fds(given)
+                    given = []
                 for envelope, fds in reader.feed(data, given, cut=cut):
                     self._take(envelope, fds)
                 if not data:
@@ -144,7 +141,7 @@ class ControlConnection:
             self.broken = str(exc)
             LOGGER.error("the gate broke the control protocol: %s", exc)  # noqa: TRY400 - no defect of ours
         finally:
-            close_all(reader.take_all_fds())
+            close_fds(reader.take_all_fds())
             self.close()
 
     def _take(self, envelope: Envelope, fds: list[int]) -> None:
@@ -171,7 +168,7 @@ class ControlConnection:
             waiter.fds = fds
             waiter.done.set()
         else:
-            close_all(fds)
+            close_fds(fds)
 
     async def _send(self, serial: int, body: Request, fds: Sequence[int]) -> None:
         """Send a frame whole, cancelled or not: half of one would end the connection."""
@@ -195,10 +192,9 @@ class ControlConnection:
 
     async def _send_all(self, data: bytes, fds: Sequence[int]) -> None:
         rest = memoryview(data)
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         while rest:
-            sent = await self._sock.sendmsg([rest], ancillary)
-            ancillary = []
+            sent = await self._sock.sendmsg([rest], rights(fds))
+            fds = ()
             rest = rest[sent:]
 
 
@@ -225,17 +221,3 @@ async def connect(control: Path) -> trio.socket.SocketType | None:
         sock.close()
         raise
     return sock
-
-
-def close_all(fds: list[int]) -> None:
-    """Close descriptors, and leave none in the list."""
-    while fds:
-        os.close(fds.pop())
-
-
-def _take_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return fds.tolist()

@@ -47,12 +47,13 @@ from broker.control_protocol.messages import (
     WhoIs,
 )
 from broker.engines.base import EngineLostError, Listener
-from broker.engines.control_connection import ControlConnection, close_all, connect
+from broker.engines.control_connection import ControlConnection, connect
 from broker.engines.crash_reports import last_crash
 from broker.engines.gate_process import GateError, GateProcess
 from broker.engines.gate_upgrade import upgrade
 from broker.engines.held_sockets import PIPE, HeldSockets
 from broker.engines.lost_servers import LOST, ContainerServerTable
+from broker.posix.descriptors import close_fds
 from broker.wire.errors import BrokerError, CallRefusedError
 from policy.rules import AccessList
 
@@ -128,7 +129,7 @@ async def fetch_listening_sockets(
                 if sandbox in living:
                     held.adopt(sandbox, bus, fd)
                 else:
-                    close_all([fd])
+                    close_fds([fd])
 
 
 def batches(states: Iterator[SandboxState]) -> Iterator[tuple[str, ...]]:

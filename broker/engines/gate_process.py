@@ -1,7 +1,6 @@
 """The gate's process: started so that it outlives us, watched, and written down when it dies."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -13,6 +12,7 @@ from typing import Final
 import trio
 
 import broker
+from broker.control_protocol.spawn import spawn_gate
 from broker.engines.crash_reports import MOVED, TRACE, find_trace, keep_crash
 from broker.posix.files import read_small, write_file
 from broker.wire.errors import BrokerError
@@ -20,8 +20,6 @@ from broker.wire.errors import BrokerError
 LOGGER: Final = logging.getLogger(__name__)
 START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
 EXIT_TIMEOUT: Final = 1.0  # seconds, from the end of the connection to the end of the process
-_READY_FD: Final = 3  # in the gate
-_TAKE_OVER_FD: Final = 4
 # In place of the number of a gate that is about to be started: should we end in between, it is ours all the same.
 _ANY: Final = "?"
 _MAX_MARK: Final = 4096  # bytes: a few process numbers
@@ -142,7 +140,7 @@ class GateProcess:
         if is_noted:
             self._note(*before, _ANY)
         try:
-            pid = _spawn(argv, ready, *take_over)
+            pid = spawn_gate(argv, _environment(), ready, *take_over, detach=True)
         except OSError:
             if is_noted:
                 self._note(*before)
@@ -228,35 +226,6 @@ class GateProcess:
                 self._children.discard(pid)
                 found = status if pid == wanted else found
         return found
-
-
-def _spawn(argv: Sequence[str], ready: int, take_over: int | None = None) -> int:
-    """Start a gate, which is to outlive us: not by subprocess, which minds."""
-    # A session of its own: Ctrl-C is for us, and we tell it. No standard output, since whoever reads ours
-    # must see its end when we end.
-    argv = [*argv, "--ready-fd", str(_READY_FD)]
-    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-        (os.POSIX_SPAWN_DUP2, ready, _READY_FD),
-    ]
-    if take_over is not None:
-        argv += ["--take-over", str(_TAKE_OVER_FD)]
-        # Out of the way, so that neither is overwritten before it is where it belongs.
-        take_over = fcntl.fcntl(take_over, fcntl.F_DUPFD_CLOEXEC, _TAKE_OVER_FD + 1)
-        actions.append((os.POSIX_SPAWN_DUP2, take_over, _TAKE_OVER_FD))
-    try:
-        return os.posix_spawn(
-            argv[0],
-            argv,
-            _environment(),
-            file_actions=actions,
-            setsid=True,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
-        )
-    finally:
-        if take_over is not None:
-            os.close(take_over)
 
 
 def _environment() -> dict[str, str]:

@@ -7,7 +7,6 @@ import faulthandler
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -22,7 +21,9 @@ from broker.gate.io.loop import READABLE, Loop
 from broker.gate.recorder import trace_into
 from broker.gate.server import Gate
 from broker.gate.systemd_service import SystemdService
+from broker.posix.descriptors import raise_descriptor_limit
 from broker.posix.files import UnsafeFileError, open_folder
+from broker.posix.sockets import bind_with_umask
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=os.environ.get("BUSWARDEN_LOG", "INFO").upper(),
         format="%(levelname)s gate %(message)s",
     )
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     _keep_freed_memory()
     faulthandler.enable()  # where we are, if we die of a defect below Python
     loop = Loop()
@@ -165,17 +166,14 @@ def _set_aside(path: Path) -> None:
 def _listen(path: str) -> socket.socket:
     """Bind a socket that only its owner can reach, in place of one that nobody serves any more."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
     try:
         with open_folder(Path(path).parent):
             if _is_stale(path):
                 Path(path).unlink()
-            sock.bind(path)
+            bind_with_umask(sock, path, 0o177)
     except OSError:
         sock.close()
         raise
-    finally:
-        os.umask(before)
     sock.listen(8)
     return sock
 
@@ -194,12 +192,6 @@ def _is_stale(path: str) -> bool:
         except OSError:
             return False
     return False
-
-
-def _raise_descriptor_limit() -> None:
-    """Two descriptors a connection and one a socket: the usual soft limit of 1024 is soon reached."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep_freed_memory() -> None:

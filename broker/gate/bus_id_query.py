@@ -12,7 +12,8 @@ from typing import Final
 from broker.gate.filter.bus_state import BusState
 from broker.gate.io.connect import connect_unix
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds
+from broker.gate.io.stream import SocketStream, StreamClosedError
+from broker.posix.descriptors import close_fds
 from broker.wire.errors import PeerProtocolError
 from broker.wire.sasl import SaslClient
 

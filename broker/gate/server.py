@@ -13,9 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, assert_never
 
-from broker.control_protocol.messages import (
+from broker.control_protocol.framing import (
     LOST,
     MAX_FRAME_FDS,
+    MAX_PART_BYTES,
+    FrameReader,
+    make_frame,
+    split_snapshot,
+)
+from broker.control_protocol.messages import (
     PROTOCOL,
     AddSandbox,
     Answer,
@@ -24,7 +30,6 @@ from broker.control_protocol.messages import (
     Done,
     Envelope,
     Event,
-    FrameReader,
     HandedOver,
     HandOver,
     Listeners,
@@ -46,9 +51,7 @@ from broker.control_protocol.messages import (
     TakeUsage,
     Usage,
     WhoIs,
-    make_frame,
 )
-from broker.control_protocol.snapshot_parts import MAX_PART_BYTES, split_snapshot
 from broker.gate.bus_id_query import BusIdQuery
 from broker.gate.containers1.servers import ContainerServers
 from broker.gate.dumps import VERSION, Fds, HandoverError, HandoverHeader, SandboxDump, pick
@@ -57,14 +60,15 @@ from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import Chunk
 from broker.gate.handover.channel import Channel, exit_now, hand_over
 from broker.gate.instance_field import InstanceFieldRounds
-from broker.gate.io.listener import peer_uid
 from broker.gate.io.loop import READABLE, Loop
 from broker.gate.io.slices import Sliced, Work
-from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds, stream_socket_from_fd
+from broker.gate.io.stream import SocketStream, StreamClosedError
 from broker.gate.sandbox.sandbox import Sandbox
 from broker.gate.systemd_service import SystemdService
 from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
+from broker.posix.descriptors import close_fds
 from broker.posix.reserve import is_reserved
+from broker.posix.sockets import peer_uid, stream_socket_from_fd
 from broker.wire import errors
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 

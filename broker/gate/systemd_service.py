@@ -4,23 +4,20 @@ The successor is started here and not by the supervisor, since that one is anoth
 restrictions, and end with it.
 """
 
-import fcntl
 import os
-import signal
 import socket
 from collections.abc import MutableMapping, Sequence
 from typing import Final
 
 from broker.control_protocol.messages import Started, StartNext
+from broker.control_protocol.spawn import spawn_gate
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import close_fds
+from broker.posix.descriptors import close_fds
 from broker.systemd.notify import Notifier, take_descriptors, take_notifier
 from broker.wire import errors
 from broker.wire.errors import CallRefusedError
 
 CONTROL: Final = "control"  # FileDescriptorName= of the socket unit
-_READY_FD: Final = 3  # in the successor
-_TAKE_OVER_FD: Final = 4
 
 
 class SystemdService:
@@ -63,7 +60,7 @@ class SystemdService:
         self._reap()
         environment = {**request.environment, **self._notifier.environment()}
         try:
-            self._next = _spawn(request.argv, environment, fds)
+            self._next = spawn_gate(request.argv, environment, *fds)
         except OSError as exc:
             text = f"{request.argv[0]} cannot be started: {exc.strerror}"
             raise CallRefusedError(errors.FAILED, text) from exc
@@ -80,21 +77,3 @@ class SystemdService:
         if self._next:
             os.waitpid(self._next, os.WNOHANG)
             self._next = 0
-
-
-def _spawn(argv: Sequence[str], environment: dict[str, str], fds: Sequence[int]) -> int:
-    # Out of the way, so that neither is overwritten before it is where it belongs.
-    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _TAKE_OVER_FD + 1) for fd in fds]
-    try:
-        return os.posix_spawn(
-            argv[0],
-            [*argv, "--ready-fd", str(_READY_FD), "--take-over", str(_TAKE_OVER_FD)],
-            environment,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, moved[0], _READY_FD),
-                (os.POSIX_SPAWN_DUP2, moved[1], _TAKE_OVER_FD),
-            ],
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
-        )
-    finally:
-        close_fds(moved)

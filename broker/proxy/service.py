@@ -8,7 +8,6 @@ import contextlib
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -17,6 +16,7 @@ from typing import Final
 
 from broker.control_protocol.messages import Listener
 from broker.gate.io.loop import READABLE, Loop
+from broker.posix.descriptors import raise_descriptor_limit
 from broker.proxy.arguments import Ask, Command, Group, check_paths, parse_arguments
 from broker.proxy.connect import Place
 from broker.proxy.log import Printer
@@ -110,7 +110,7 @@ def _serve(command: Command) -> int | None:
     for group in command.groups:
         for unsaid in group.imported.unsaid:
             _complain(f"buswarden: {unsaid.text}: {unsaid.reason}")
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     loop = Loop()
     ending = _Ending(loop)
     try:
@@ -207,9 +207,3 @@ def _check_fd(fd: int) -> None:
         os.fstat(fd)
     except OSError as exc:
         raise ConfigError(f"--fd={fd}: {exc.strerror}") from exc
-
-
-def _raise_descriptor_limit() -> None:
-    """Two descriptors a connection: the usual soft limit of 1024 is soon reached."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

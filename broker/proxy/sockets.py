@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from broker.posix.files import UnsafeFileError, open_folder
+from broker.posix.sockets import bind_with_umask
 from broker.wire.address import MAX_PATH
 from broker.wire.errors import ConfigError
 from policy.importers.report import cut
@@ -36,11 +37,10 @@ def bind_socket(path: str) -> ProxySocket:
     if len(os.fsencode(path)) > MAX_PATH:
         raise ConfigError(f"{cut(path)}: a socket's path has at most {MAX_PATH} bytes")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
     try:
         with open_folder(Path(absolute).parent):
             _make_room(Path(absolute))
-            sock.bind(path)
+            bind_with_umask(sock, path, 0o177)
             found = Path(absolute).lstat()
             sock.listen(BACKLOG)
     except OSError as exc:
@@ -50,8 +50,6 @@ def bind_socket(path: str) -> ProxySocket:
     except ConfigError:
         sock.close()
         raise
-    finally:
-        os.umask(before)
     return ProxySocket(sock=sock, path=absolute, device=found.st_dev, inode=found.st_ino)
 
 

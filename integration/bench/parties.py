@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from broker.control_protocol import messages as control
+from broker.control_protocol import framing, messages as control
 from integration.bench.client import BenchError
 from integration.harness.processes import is_running
 from policy.rules import Access, AccessList, Identity, Rule
@@ -118,7 +118,7 @@ class Gate:
         self.pid = pid
         self._connection = connection
         self._folder = folder
-        self._reader = control.FrameReader()
+        self._reader = framing.FrameReader()
         self._serial = 0
 
     def add(self, identifier: str, rules: tuple[Rule, ...]) -> Path:
@@ -152,7 +152,7 @@ class Gate:
         """Return the answer of the gate, which has done it. Raises BenchError."""
         self._serial += 1
         envelope = control.Envelope(serial=self._serial, body=request, fds=len(fds))
-        frame = control.make_frame(envelope)
+        frame = framing.make_frame(envelope)
         sent = socket.send_fds(self._connection, [frame], list(fds))
         # Sending nothing fails, too, once a gate that was told to end has done so.
         if sent < len(frame):

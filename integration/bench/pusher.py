@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Final
 
-from broker.control_protocol import messages
+from broker.control_protocol import framing, messages
 from integration.bench import parties
 from integration.bench.traffic import make_rules
 from policy.rules import AccessList
@@ -30,13 +30,13 @@ class Pusher:
 
     def __init__(self, connection: socket.socket, sandbox: str) -> None:
         self._connection: Final = connection
-        self._reader: Final = messages.FrameReader()
+        self._reader: Final = framing.FrameReader()
         self._unanswered = 0
         lists = (AccessList(rules=(*make_rules(count), parties.TALK)) for count in (9, 10))
         requests = (messages.SetAccess(sandbox, access) for access in lists)
         envelopes = (messages.Envelope(serial=SERIAL, body=request) for request in requests)
         # Made beforehand: this process should take little of what it shares with those it disturbs.
-        self._frames: Final = itertools.cycle([messages.make_frame(each) for each in envelopes])
+        self._frames: Final = itertools.cycle([framing.make_frame(each) for each in envelopes])
 
     def push_until_told(self) -> int:
         """Push until there is a byte on the input; return how many changes were confirmed."""

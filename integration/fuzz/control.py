@@ -5,6 +5,7 @@ The first bytes of an input say in what pieces the rest arrives, and with how ma
 
 from typing import Final
 
+from broker.control_protocol.framing import FrameReader, make_frame
 from broker.control_protocol.messages import (
     AddSandbox,
     Answer,
@@ -12,7 +13,6 @@ from broker.control_protocol.messages import (
     Denied,
     Envelope,
     Event,
-    FrameReader,
     Listener,
     Request,
     SandboxSpec,
@@ -21,7 +21,6 @@ from broker.control_protocol.messages import (
     TakeUsage,
     Usage,
     WhoIs,
-    make_frame,
 )
 from broker.wire.errors import PeerProtocolError
 from integration.fuzz.pieces import Choices, cut

@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from broker.control_protocol.framing import FrameReader, make_frame
 from broker.control_protocol.messages import (
     AddSandbox,
     Connected,
@@ -17,7 +18,6 @@ from broker.control_protocol.messages import (
     Ended,
     Envelope,
     Event,
-    FrameReader,
     Listeners,
     SandboxOf,
     SandboxSpec,
@@ -26,7 +26,6 @@ from broker.control_protocol.messages import (
     TakeListeners,
     TakeSnapshot,
     WhoIs,
-    make_frame,
 )
 from broker.engines.base import EngineLostError
 from broker.engines.control_connection import ControlConnection, connect

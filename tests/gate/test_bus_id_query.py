@@ -34,7 +34,8 @@ class Stage(Supervisor):
 
     def start_asking(self, name: str) -> None:
         """Ask, and do not wait for the answer."""
-        from broker.control_protocol.messages import Envelope, make_frame  # noqa: PLC0415
+        from broker.control_protocol.framing import make_frame  # noqa: PLC0415
+        from broker.control_protocol.messages import Envelope  # noqa: PLC0415
 
         self.serial += 1
         self.sock.send(make_frame(Envelope(serial=self.serial, body=WhoIs("session", name))))

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from broker.control_protocol.framing import MAX_FRAME_FDS, FrameReader, make_frame
 from broker.control_protocol.messages import (
-    MAX_FRAME_FDS,
     AddSandbox,
     Confirm,
     Denied,
     Done,
     Ended,
     Envelope,
-    FrameReader,
     Listener,
     Listeners,
     Refused,
@@ -26,7 +25,6 @@ from broker.control_protocol.messages import (
     StopListening,
     StopSandbox,
     TakeListeners,
-    make_frame,
 )
 from policy.rules import AccessList
 from tests.gate.test_server import APP, BUS, Supervisor, count_fds

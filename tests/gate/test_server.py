@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.control_protocol.framing import FrameReader, make_frame
 from broker.control_protocol.messages import (
     PROTOCOL,
     AddSandbox,
@@ -18,7 +19,6 @@ from broker.control_protocol.messages import (
     Ended,
     Envelope,
     Event,
-    FrameReader,
     Listener,
     Refused,
     Request,
@@ -34,7 +34,6 @@ from broker.control_protocol.messages import (
     TakeUsage,
     Usage,
     WhoIs,
-    make_frame,
 )
 from broker.gate import server
 from broker.gate.io.loop import Loop

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from broker.control_protocol.framing import FrameReader, make_frame
 from broker.control_protocol.messages import (
     PROTOCOL,
     AddSandbox,
@@ -25,7 +26,6 @@ from broker.control_protocol.messages import (
     Ended,
     Envelope,
     Event,
-    FrameReader,
     Listeners,
     Refused,
     Request,
@@ -39,7 +39,6 @@ from broker.control_protocol.messages import (
     TakeListeners,
     TakeSnapshot,
     WhoIs,
-    make_frame,
 )
 from broker.wire.errors import NOT_CONTAINER, UNKNOWN_METHOD
 

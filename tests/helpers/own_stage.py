@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from broker.bus.values import pack, unpack
+from broker.control_protocol.framing import make_frame
 from broker.control_protocol.messages import (
     AddSandbox,
     Answer,
@@ -24,7 +25,6 @@ from broker.control_protocol.messages import (
     SetBuses,
     Snapshot,
     TakeSnapshot,
-    make_frame,
 )
 from broker.engines.containers1_dialect import ADD_TAKES
 from broker.gate.containers1 import bus_client

@@ -22,7 +22,9 @@ from broker.gate.dumps import BusClientCallDump, BusClientDump, Fds
 from broker.gate.filter.bus_state import BusState
 from broker.gate.io.connect import connect_unix
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds, stream_socket_from_fd
+from broker.gate.io.stream import SocketStream, StreamClosedError
+from broker.posix.descriptors import close_fds
+from broker.posix.sockets import stream_socket_from_fd
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError
 from broker.wire.header import (

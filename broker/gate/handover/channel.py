@@ -5,7 +5,6 @@ until it has said Go, the new gate reads from nobody and writes to nobody; once 
 wrong before is a HandoverError there, and it goes on; what the new gate had were copies.
 """
 
-import array
 import gc
 import os
 import socket
@@ -29,16 +28,13 @@ from broker.gate.dumps import (
     decode_word,
     encode,
 )
-from broker.gate.io.stream import close_fds
+from broker.posix.descriptors import ANCILLARY_SIZE, SCM_MAX_FD, close_fds, received_fds, rights
 
 # Bytes of one packet: some of them fit into the socket's buffer.
 PACKET: Final = 65536
-# What the kernel passes with one message (SCM_MAX_FD).
-FDS_A_PACKET: Final = 253
 # A frame is as large as what one sandbox may have queued and held, on all its connections.
 MAX_FRAME: Final = 1 << 40
 _HEAD: Final = struct.Struct("<QI")  # bytes and descriptors that follow
-_ANCILLARY: Final = socket.CMSG_SPACE(FDS_A_PACKET * 4)
 Dump = Callable[[Fds], SandboxDump]
 
 
@@ -71,8 +67,8 @@ class Channel:
         rest = memoryview(_HEAD.pack(len(data), len(fds)) + data)
         while rest or fds:
             # Descriptors need some byte to go with.
-            self._send(rest[:PACKET] or b"F", fds[:FDS_A_PACKET])
-            rest, fds = rest[PACKET:], fds[FDS_A_PACKET:]
+            self._send(rest[:PACKET] or b"F", fds[:SCM_MAX_FD])
+            rest, fds = rest[PACKET:], fds[SCM_MAX_FD:]
 
     def receive(self) -> tuple[bytes, list[int]]:
         """Wait for a frame. The descriptors are the caller's."""
@@ -90,9 +86,8 @@ class Channel:
         return bytes(data[:size]), fds
 
     def _send(self, data: bytes | memoryview, fds: Sequence[int] = ()) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._sock.sendmsg([data], rights)
+            self._sock.sendmsg([data], rights(fds))
         except TimeoutError:
             raise HandoverError(self._too_slow()) from None
         except ConnectionError:
@@ -103,7 +98,7 @@ class Channel:
     def _receive(self) -> tuple[bytes, list[int]]:
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
-                PACKET, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                PACKET, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
             raise HandoverError(self._too_slow()) from None
@@ -111,15 +106,12 @@ class Channel:
             raise HandoverError("the other gate ended") from None
         except OSError as exc:
             raise HandoverError(f"cannot hear the other gate: {exc.strerror}") from exc
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        fds = received_fds(ancillary)
         if flags & socket.MSG_CTRUNC:
             raise HandoverError("no room for all descriptors")
         if not data:
             raise HandoverError("the other gate ended")
-        return data, list(fds)
+        return data, fds
 
     def _too_slow(self) -> str:
         return f"nothing from the other gate for {self._seconds:g} s"

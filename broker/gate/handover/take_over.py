@@ -22,9 +22,9 @@ from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import ConnectionState, Denial
 from broker.gate.filter.filter import Filter
 from broker.gate.handover.channel import Channel, dump_equals
-from broker.gate.io.stream import close_fds
 from broker.gate.sandbox.sandbox import Sandbox
 from broker.gate.server import Gate
+from broker.posix.descriptors import close_fds
 from broker.wire import errors, marshal
 from broker.wire.header import MessageType, measure, parse_header
 from broker.wire.interfaces import DRIVER

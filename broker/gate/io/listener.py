@@ -21,7 +21,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import threading
 from contextlib import suppress
 from types import FrameType
@@ -41,7 +40,6 @@ A_TURN: Final = 16
 # The time until an accept is interrupted, and the most interrupts: 20 ms together.
 INTERRUPT: Final = 0.005  # seconds
 INTERRUPTS: Final = 4
-_UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 class KeptWaitingError(OSError):
@@ -97,10 +95,3 @@ def accept_nowait(sock: socket.socket, *, shared: bool = False) -> socket.socket
         connection.close()
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return connection
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """Return the user id of the peer."""
-    options = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    uid: int = _UCRED.unpack(options)[1]
-    return uid

@@ -1,19 +1,17 @@
 """One socket of a connection: reading with descriptors, writing with a queue behind it."""
 
-import array
 import contextlib
-import os
 import select
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 from broker.gate.dumps import ChunkDump, Fds, StreamDump, pick
 from broker.gate.filter.connection_state import Chunk, Output
 from broker.gate.io.loop import BROKEN, READABLE, WRITABLE, Loop
+from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary, close_fds, received_fds, rights
 from broker.wire.errors import PeerProtocolError
 
 READ_SIZE: Final = 65536
@@ -24,13 +22,8 @@ READ_SIZE_FOR_MUCH: Final = 262144
 DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC) | DONTWAIT
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
-# What the kernel passes with one message (SCM_MAX_FD).
-ANCILLARY: Final = socket.CMSG_SPACE(253 * 4)
 # Parts of one sendmsg; the kernel takes 1024 (UIO_MAXIOV).
 MAX_PARTS: Final = 64
-
-
-Ancillary = tuple[int, int, bytes]
 
 
 class StreamClosedError(Exception):
@@ -70,7 +63,7 @@ class SocketStream:
     def read(self) -> tuple[bytes, Sequence[int]]:
         """Return what is there, with its descriptors. Raises Closed, BlockingIOError, PeerProtocolError."""
         try:
-            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
+            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY_SIZE, RECEIVE)
         except ConnectionError as exc:
             raise StreamClosedError from exc
         return self.received(data, ancillary, flags)
@@ -78,13 +71,13 @@ class SocketStream:
     def read_or_lose_fds(self) -> tuple[bytes, Sequence[int], bool]:
         """Return what is there, its descriptors, and whether there was no room for them. Raises as `read`."""
         try:
-            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY, RECEIVE)
+            data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY_SIZE, RECEIVE)
         except ConnectionError as exc:
             raise StreamClosedError from exc
         if not flags & TRUNCATED:
             return (*self.received(data, ancillary, flags), False)
         # The descriptors that did fit are of no use alone.
-        close_fds(descriptors(ancillary) if ancillary else ())
+        close_fds(received_fds(ancillary) if ancillary else ())
         return data, (), True
 
     def received(
@@ -92,7 +85,7 @@ class SocketStream:
     ) -> tuple[bytes, Sequence[int]]:
         """Return what recvmsg gave, with its descriptors. Raises Closed, PeerProtocolError."""
         self._read_size = READ_SIZE if len(data) < READ_SIZE else READ_SIZE_FOR_MUCH
-        fds = descriptors(ancillary) if ancillary else ()
+        fds = received_fds(ancillary) if ancillary else ()
         if flags & TRUNCATED:
             close_fds(fds)
             raise PeerProtocolError("more file descriptors than fit")
@@ -253,8 +246,7 @@ class SocketStream:
         first = self._queue[0]
         if first.fds:
             # Alone, so that the receiver can tell which message they belong to.
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", first.fds))
-            sent = self.sock.sendmsg([first.data], [rights], DONTWAIT)
+            sent = self.sock.sendmsg([first.data], rights(first.fds), DONTWAIT)
             close_fds(first.fds)
             self.queued_fds -= len(first.fds)
             self._queue[0] = Chunk(first.data, ())
@@ -278,41 +270,8 @@ class SocketStream:
             self._queue.popleft()
 
 
-def stream_socket_from_fd(fd: int) -> socket.socket:
-    """Return the stream socket that a descriptor from elsewhere is."""
-    # With family and type said, Python asks the kernel for neither.
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
-
-
-def descriptors(ancillary: Sequence[Ancillary]) -> list[int]:
-    """Return the descriptors that came with a message."""
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)
-
-
-def close_fds(fds: Sequence[int]) -> None:
-    """Close descriptors."""
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-
 def close_output(output: Output) -> None:
     """Close the descriptors of what will not be sent."""
     for item in output:
         if isinstance(item, Chunk):
             close_fds(item.fds)
-
-
-def unlink_socket(name: str, device: int, inode: int) -> None:
-    """Remove a socket's file, if it is still that one; no name: it has none."""
-    if not name:
-        return
-    with contextlib.suppress(OSError):
-        path = Path(name)
-        found = path.lstat()
-        if (found.st_dev, found.st_ino) == (device, inode):
-            path.unlink()

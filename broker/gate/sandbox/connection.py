@@ -18,18 +18,14 @@ from broker.gate.filter.filter import Filter
 from broker.gate.filter.read_barrier import KIND
 from broker.gate.io.loop import Loop, Timer
 from broker.gate.io.slices import SLICE, Work
-from broker.gate.io.stream import (
-    Ancillary,
-    SocketStream,
-    close_fds,
-    close_output,
-    stream_socket_from_fd,
-)
+from broker.gate.io.stream import SocketStream, close_output
 from broker.gate.sandbox.budgets import READ_COST
 from broker.gate.sandbox.error_boundaries import ends_connection_on_error
 from broker.gate.sandbox.fast_path import Accounting, install_fast_path
 from broker.gate.sandbox.meter import BEHIND, Meter
 from broker.gate.sandbox.usage import connection_usage, end_slowest_reader
+from broker.posix.descriptors import Ancillary, close_fds
+from broker.posix.sockets import stream_socket_from_fd
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import Header
 from broker.wire.sasl import AuthClient, SaslClient, SaslServer

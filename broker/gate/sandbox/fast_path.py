@@ -16,18 +16,11 @@ from broker.control_protocol.trace_file import FROM_APP, FROM_BUS
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.gate.filter.filter import Filter
 from broker.gate.io.loop import READABLE
-from broker.gate.io.stream import (
-    ANCILLARY,
-    READ_SIZE,
-    RECEIVE,
-    TRUNCATED,
-    Ancillary,
-    SocketStream,
-    StreamClosedError,
-)
+from broker.gate.io.stream import READ_SIZE, RECEIVE, TRUNCATED, SocketStream, StreamClosedError
 from broker.gate.recorder import make_known_note
 from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, MessageBudget
 from broker.gate.sandbox.meter import Meter
+from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary
 from broker.wire.fixed_header import FIXED, REPLIES, U32
 from broker.wire.header import FIXED_SIZE
 
@@ -81,7 +74,7 @@ def _make_handler(
             source.on_event(events)
             return
         try:
-            data, ancillary, flags, _ = receive(READ_SIZE, ANCILLARY, RECEIVE)
+            data, ancillary, flags, _ = receive(READ_SIZE, ANCILLARY_SIZE, RECEIVE)
             size = len(data)
             if size < FIXED_SIZE or ancillary or flags & TRUNCATED or not note(data, size):
                 sent(data, ancillary, flags)

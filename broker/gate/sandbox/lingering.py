@@ -23,7 +23,8 @@ from typing import Final
 
 from broker.gate.dumps import Fds, LingeringDump
 from broker.gate.io.loop import READABLE, Loop
-from broker.gate.io.stream import ANCILLARY, READ_SIZE_FOR_MUCH, RECEIVE, close_fds, descriptors
+from broker.gate.io.stream import READ_SIZE_FOR_MUCH, RECEIVE
+from broker.posix.descriptors import ANCILLARY_SIZE, close_fds, received_fds
 
 
 class LingeringConnection:
@@ -69,13 +70,13 @@ class LingeringConnection:
 
     def _readable(self, _events: int) -> None:
         try:
-            data, ancillary, _, _ = self._sock.recvmsg(READ_SIZE_FOR_MUCH, ANCILLARY, RECEIVE)
+            data, ancillary, _, _ = self._sock.recvmsg(READ_SIZE_FOR_MUCH, ANCILLARY_SIZE, RECEIVE)
         except BlockingIOError:
             return
         except OSError:
             self.close()
             return
         if ancillary:
-            close_fds(descriptors(ancillary))
+            close_fds(received_fds(ancillary))
         if not data:
             self.close()

@@ -28,7 +28,6 @@ from broker.gate.filter.filter import Filter
 from broker.gate.io import listener as accept
 from broker.gate.io.loop import Loop
 from broker.gate.io.slices import Sliced, Work
-from broker.gate.io.stream import close_fds, stream_socket_from_fd, unlink_socket
 from broker.gate.sandbox.budgets import (
     CONNECTION_COST,
     JUDGED_A_TURN,
@@ -39,6 +38,8 @@ from broker.gate.sandbox.connection import AppConnection
 from broker.gate.sandbox.denial_reports import DenialReports, is_news
 from broker.gate.sandbox.error_boundaries import ends_sandbox_on_error
 from broker.gate.sandbox.lingering import LingeringConnection
+from broker.posix.descriptors import close_fds
+from broker.posix.sockets import peer_uid, stream_socket_from_fd, unlink_socket
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.match import Judge, excess, make_judge
 from policy.rules import AccessList
@@ -330,7 +331,7 @@ class Sandbox:
             self._loop.change(fd, accept.LISTENING)
 
     def _take(self, connection: socket.socket, listener: Listener) -> None:
-        if (uid := accept.peer_uid(connection)) != self.spec.uid:
+        if (uid := peer_uid(connection)) != self.spec.uid:
             self.limited_log.warning("wrong-uid", f"uid={uid}")
             connection.close()
             return

@@ -22,6 +22,7 @@ from broker.posix.channels import (
     ends_with_its_writers,
     takes_a_byte,
 )
+from broker.posix.sockets import bind_with_umask
 from broker.wire.address import make_unix_address
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
 
@@ -137,19 +138,15 @@ def sweep(folder: Path, keep: set[str]) -> list[str]:
 
 
 def _bind(sock: socket.socket, folder: Path) -> Path:
-    umask = os.umask(0o077)
-    try:
-        for _ in range(_TRIES):
-            path = folder / f"dbus-{os.urandom(6).hex()}"
-            try:
-                sock.bind(os.fspath(path))
-            except OSError as exc:
-                if exc.errno != errno.EADDRINUSE:
-                    raise
-            else:
-                return path
-    finally:
-        os.umask(umask)
+    for _ in range(_TRIES):
+        path = folder / f"dbus-{os.urandom(6).hex()}"
+        try:
+            bind_with_umask(sock, os.fspath(path), 0o077)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return path
     raise FileExistsError(f"no free name in {folder}")
 
 

@@ -22,8 +22,8 @@ from broker.gate.dumps import (
     StreamDump,
     Word,
 )
-from broker.gate.handover.channel import FDS_A_PACKET, PACKET, Channel, dump_equals, hand_over
-from broker.gate.io.stream import close_fds
+from broker.gate.handover.channel import PACKET, Channel, dump_equals, hand_over
+from broker.posix.descriptors import SCM_MAX_FD, close_fds
 
 OFFER: Final = Offer(pid=7, reads=READS)
 
@@ -49,7 +49,7 @@ def inodes(fds: list[int]) -> list[int]:
 @settings(max_examples=30)
 @given(
     size=st.one_of(st.integers(0, 3 * PACKET), st.sampled_from([PACKET - 12, PACKET - 11, PACKET])),
-    count=st.one_of(st.integers(0, 5), st.sampled_from([FDS_A_PACKET, FDS_A_PACKET + 1, 600])),
+    count=st.one_of(st.integers(0, 5), st.sampled_from([SCM_MAX_FD, SCM_MAX_FD + 1, 600])),
 )
 def test_a_frame_arrives_whole_with_its_descriptors_in_order(size: int, count: int) -> None:
     old, new = make_pair(10.0)

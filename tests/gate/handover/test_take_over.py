@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import pytest
 
+from broker.control_protocol.framing import make_frame
 from broker.control_protocol.messages import (
     PROTOCOL,
     AddSandbox,
@@ -29,7 +30,6 @@ from broker.control_protocol.messages import (
     SetBuses,
     StopSandbox,
     WhoIs,
-    make_frame,
 )
 from broker.gate import server as server_module
 from broker.gate.dumps import (

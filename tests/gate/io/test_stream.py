@@ -10,7 +10,8 @@ import pytest
 
 from broker.gate.filter.connection_state import Chunk
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import SocketStream, StreamClosedError, close_fds
+from broker.gate.io.stream import SocketStream, StreamClosedError
+from broker.posix.descriptors import close_fds
 
 
 class Ends:

@@ -10,10 +10,11 @@ from hypothesis import given, settings, strategies as st
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.gate.io.loop import Loop
-from broker.gate.io.stream import Ancillary, SocketStream
+from broker.gate.io.stream import SocketStream
 from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, MessageBudget
 from broker.gate.sandbox.fast_path import Accounting, install_fast_path
 from broker.gate.sandbox.meter import Meter
+from broker.posix.descriptors import Ancillary
 from broker.wire.header import parse_header
 from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_error, make_return

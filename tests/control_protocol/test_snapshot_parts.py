@@ -3,7 +3,7 @@
 import msgspec
 from hypothesis import given, strategies as st
 
-from broker.control_protocol.snapshot_parts import split_snapshot
+from broker.control_protocol.framing import split_snapshot
 from tests.helpers.records import make_record, make_snapshot, make_state
 
 STATES = [make_state(make_record(number)) for number in range(8)]

@@ -7,9 +7,8 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
+from broker.control_protocol.framing import LOST, MAX_FRAME, FrameReader, make_frame
 from broker.control_protocol.messages import (
-    LOST,
-    MAX_FRAME,
     AddSandbox,
     Answer,
     BusSpec,
@@ -24,7 +23,6 @@ from broker.control_protocol.messages import (
     Ended,
     Envelope,
     Event,
-    FrameReader,
     Gone,
     Listener,
     Listeners,
@@ -47,7 +45,6 @@ from broker.control_protocol.messages import (
     TakeUsage,
     Usage,
     WhoIs,
-    make_frame,
 )
 from broker.wire.errors import PeerProtocolError
 from policy.rules import Identity
