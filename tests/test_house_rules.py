@@ -98,6 +98,7 @@ PROSE_MENDED: Final = (
     "broker.gate.filter.verdict_cache",
     "broker.gate.filter.owner_views",
     "broker.posix",
+    "broker.systemd",
     "broker.launcher",
     "broker.supervisor.sandboxes.rule_limits",
     "broker.supervisor.sandboxes.specs",

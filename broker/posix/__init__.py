@@ -1,1 +1,1 @@
-"""Descriptors, files and folders, as POSIX and Linux have them: what the standard library lacks."""
+"""Descriptors, files and folders on POSIX and Linux, beyond the standard library."""

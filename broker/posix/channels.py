@@ -1,7 +1,9 @@
-"""Descriptors that another process passes as a channel: to be told of its end, or to be told something.
+"""Kind checks for descriptors that another process passes as a channel.
 
-A channel has two ends, and the kernel says when the other one is closed. What never ends (a datagram or
-listening socket, a file, an eventfd) would make whatever waits for its end wait for ever, so it is refused.
+The receiver uses a channel to learn when the other end closes, or to send a byte to the other end.
+A datagram socket, a listening socket, a file and an eventfd have no other end whose closing the
+kernel reports. Waiting for the end of such a descriptor would last for ever, so the checks refuse
+these kinds.
 """
 
 import errno
@@ -11,25 +13,25 @@ import socket
 import stat
 from typing import Final
 
-# Stated in the refusal: the kinds that the two checks accept.
+# The kinds that the two checks accept, as refusals state them.
 READABLE_KIND: Final = "the read end of a pipe, or a connected unix stream or seqpacket socket"
 WRITABLE_KIND: Final = "the write end of a pipe, or a connected unix stream or seqpacket socket"
 _KINDS: Final = (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
 
 
 def ends_with_its_writers(fd: int) -> bool:
-    """Say whether the kernel tells of the end of a descriptor: `READABLE_KIND`."""
-    # Open for both, a FIFO has us for a writer.
+    """Return whether the kernel reports the end of a descriptor, as for `READABLE_KIND`."""
+    # A FIFO open for reading and writing never ends, because the descriptor is itself a writer.
     return (_is_fifo(fd) and _mode(fd) == os.O_RDONLY) or is_connected(fd)
 
 
 def takes_a_byte(fd: int) -> bool:
-    """Say whether whoever waits at the other end can be told: `WRITABLE_KIND`."""
+    """Return whether a byte can be written to the other end, as for `WRITABLE_KIND`."""
     return (_is_fifo(fd) and _mode(fd) in {os.O_WRONLY, os.O_RDWR}) or is_connected(fd)
 
 
 def is_connected(fd: int) -> bool:
-    """Say whether it is a socket with one other end, whose closing is told."""
+    """Return whether a descriptor is a connected unix socket whose peer's closing is reported."""
     try:
         with _unix_socket(fd) as sock:
             sock.getpeername()
@@ -39,7 +41,7 @@ def is_connected(fd: int) -> bool:
 
 
 def listens(fd: int) -> bool:
-    """Say whether it is a unix stream socket that takes connections."""
+    """Return whether a descriptor is a unix stream socket that accepts connections."""
     try:
         with _unix_socket(fd) as sock:
             accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -49,12 +51,15 @@ def listens(fd: int) -> bool:
 
 
 def duplicate_socket(fd: int) -> socket.socket:
-    """Return a duplicate. Raises OSError if it is no socket, or open for its path alone (O_PATH)."""
-    own = os.dup(fd)
+    """Return a duplicate of a socket.
+
+    Raises OSError for a descriptor that is no socket, or that is open for its path alone (O_PATH).
+    """
+    duplicate = os.dup(fd)
     try:
-        return socket.socket(fileno=own)
+        return socket.socket(fileno=duplicate)
     except OSError:
-        os.close(own)
+        os.close(duplicate)
         raise
 
 
@@ -71,6 +76,6 @@ def _is_fifo(fd: int) -> bool:
 
 
 def _mode(fd: int) -> int:
-    """Return how it is open; -1: only for its path."""
+    """Return the access mode of a descriptor, or -1 for a descriptor of a path alone (O_PATH)."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     return -1 if flags & os.O_PATH else flags & os.O_ACCMODE

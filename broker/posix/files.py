@@ -1,18 +1,19 @@
-"""Folders and files where another user may have been before.
+"""Safe access to folders and files in places where another user may write.
 
-A folder is safe when nobody but root and our own user can change what its path leads to. `open_folder`
-walks the path by hand and checks each component:
+A folder is safe when only root and the current user can change what the folder's path leads to.
+`open_folder` walks the path by hand and checks each component:
 
-- its owner is root or our user, symbolic links included;
-- nobody else may write to it, unless it is sticky: in a sticky folder only the owner of an entry can
-  replace it, and the entry is checked as well.
+- The owner is root or the current user. Symbolic links are checked, too.
+- No other user may write to the component, unless the component is a sticky folder. In a sticky
+  folder only the owner of an entry can replace the entry, and the walk checks the entry as well.
 
-After the check a path through that folder can be used as it stands (`bind`, SQLite), because only root and
-our own user could redirect it. A file in it is opened without following a link at its name and without
-waiting for the other end of a FIFO, and is checked after the open: regular, of our user or root, one link.
+After the check the path can be used as text (`bind`, SQLite), because only root and the current
+user could redirect the path. A file in a safe folder is opened without following a link at the
+file's name and without waiting for the other end of a FIFO. After the open the file is checked: a
+regular file, owned by the current user or root, with a single link.
 
-In a user namespace without the host's ids, root's files look like those of any user who is not mapped: there
-both are taken for root's.
+In a user namespace without the host's ids, root's files cannot be told from the files of an
+unmapped user. There both kinds are accepted as root's.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ _NO_SURPRISE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _ALL_IDS: Final = ["0", "0", str(2**32 - 1)]  # /proc/self/uid_map outside all user namespaces
 # Errors of O_NOFOLLOW on a link, and of O_NONBLOCK on a FIFO without a reader.
-_NO_FILE: Final = {errno.ELOOP: "it is a symbolic link", errno.ENXIO: "it is not a regular file"}
+_NO_FILE: Final = {errno.ELOOP: "a symbolic link", errno.ENXIO: "not a regular file"}
 
 
 class UnsafeFileError(OSError):
@@ -43,28 +44,29 @@ class UnsafeFileError(OSError):
 
 @contextmanager
 def open_folder(path: Path, *, make: int | None = None, ours: bool = False) -> Iterator[int]:
-    """Open a safe folder, for use as `dir_fd`. Raises OSError, and UnsafeFileError if it is not safe.
+    """Open a safe folder, for use as `dir_fd`. Raises OSError, and UnsafeFileError if not safe.
 
-    `make` is the mode of folders to make where there are none. `ours`: root's own do not do.
+    Missing folders are made with the mode `make`, if given. With `ours` the folder must belong to
+    the current user, so a folder of root is refused, too.
     """
     fd = _walk(path, make)
     try:
         if ours and os.fstat(fd).st_uid != os.geteuid():
-            raise UnsafeFileError(path, "it is not a folder of this user: name another one")
+            raise UnsafeFileError(path, "not a folder of this user: name another folder")
         yield fd
     finally:
         os.close(fd)
 
 
 def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
-    """Open a regular file in a safe folder. Raises OSError, and UnsafeFileError if it is another's."""
-    assert not flags & os.O_TRUNC, "a file is not emptied before it is checked"
+    """Open a regular file in a safe folder. Raises OSError, and UnsafeFileError if not safe."""
+    assert not flags & os.O_TRUNC, "a file is not emptied before the check"
     with open_folder(path.parent) as folder:
         try:
             fd = os.open(path.name, flags | _NO_SURPRISE, mode, dir_fd=folder)
         except OSError as exc:
             if exc.errno in _NO_FILE:
-                raise UnsafeFileError(path, f"{_NO_FILE[exc.errno]}: remove it") from None
+                raise UnsafeFileError(path, f"{_NO_FILE[exc.errno]}: remove the file") from None
             raise
     try:
         _check_file(path, os.fstat(fd))
@@ -75,9 +77,10 @@ def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Put a file in the place of what is there, whole or not at all. Raises OSError.
+    """Replace a file, whole or not at all. Raises OSError.
 
-    What is there is replaced, not written to: it may be a link, or have other readers.
+    An existing file is replaced and never written to, because the file may be a link or may have
+    other readers.
     """
     new = path.with_name(f"{path.name}.new")
     with open_folder(path.parent) as folder:
@@ -97,22 +100,24 @@ def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def check_entries(path: Path) -> None:
-    """Check that all in a safe folder is ours or root's. Raises UnsafeFileError.
+    """Check that root or the current user owns every entry of a safe folder.
 
-    For what is opened there by libraries, which follow links, and for a folder that others could write
-    to before it was closed to them.
+    Raises UnsafeFileError. The check is for entries that libraries open, because libraries follow
+    links, and for a folder that other users could write to before the folder was closed to them.
     """
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.stat(follow_symlinks=False).st_uid not in _trusted():
-                raise UnsafeFileError(entry.path, "another user made it: remove it")
+                raise UnsafeFileError(entry.path, "another user made this file: remove the file")
 
 
 def read_small(path: str | bytes | Path, limit: int, *, folder: int | None = None) -> bytes:
-    """Return what is in a file, or in one of the folder with that descriptor. Raises OSError.
+    """Return the content of a regular file of at most `limit` bytes. Raises OSError.
 
-    It must be a regular file, and not larger than `limit`. A FIFO at its path does not make us wait. Links
-    are followed: for files that their writer need not hide from us, or whose folder is checked.
+    A relative path starts at the folder with descriptor `folder`. A FIFO at the path does not make
+    the reader wait. Links are followed, so a path that another user can change may lead to any file
+    that the current user can read. The function is for paths where that is harmless, and for paths
+    in a checked folder.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=folder)
     try:
@@ -132,7 +137,7 @@ def read_small(path: str | bytes | Path, limit: int, *, folder: int | None = Non
 
 
 def _walk(path: Path, make: int | None) -> int:
-    """Return a descriptor of the folder at the end of a path, all of which is safe."""
+    """Return a descriptor of the folder at the end of a path of safe components."""
     ahead = list(reversed(path.absolute().parts[1:]))
     links = 0
     fd = os.open("/", _LOOK)
@@ -172,7 +177,7 @@ def _open_part(folder: int, name: str, make: int | None) -> int:
         except FileNotFoundError:
             if make is None:
                 raise
-            with contextlib.suppress(FileExistsError):  # made meanwhile, and checked as any other
+            with contextlib.suppress(FileExistsError):  # made meanwhile, and checked like any other
                 os.mkdir(name, make, dir_fd=folder)
             return os.open(name, _LOOK, dir_fd=folder)
     except OSError as exc:
@@ -200,27 +205,27 @@ def _check_folder(fd: int) -> None:
 
 def _check_owner(fd: int) -> None:
     if (owner := os.fstat(fd).st_uid) not in _trusted():
-        raise UnsafeFileError(_path_of(fd), f"it belongs to another user (uid {owner})")
+        raise UnsafeFileError(_path_of(fd), f"belongs to another user (uid {owner})")
 
 
 def _check_file(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise UnsafeFileError(path, "it is not a regular file: remove it")
+        raise UnsafeFileError(path, "not a regular file: remove the file")
     if info.st_uid not in _trusted():
-        raise UnsafeFileError(path, f"it belongs to another user (uid {info.st_uid}): remove it")
+        raise UnsafeFileError(path, f"belongs to another user (uid {info.st_uid}): remove the file")
     if info.st_nlink > 1:
-        raise UnsafeFileError(path, "it has a second name (hard link): remove it")
+        raise UnsafeFileError(path, "has a second name (hard link): remove the file")
 
 
 def _trusted() -> frozenset[int]:
-    """Return the users whose files are as good as ours."""
+    """Return the users whose files are trusted as much as the current user's."""
     return frozenset({0, os.geteuid()}) | _unmapped_root()
 
 
 @functools.cache
 def _unmapped_root() -> frozenset[int]:
-    """Return the id that stands for root's in a user namespace where it has none."""
-    # `/proc` may be missing, and then nothing is known.
+    """Return the id that stands for root's in a user namespace without root's id."""
+    # Without `/proc` the id is unknown.
     with contextlib.suppress(OSError, ValueError):
         ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
         overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
@@ -232,8 +237,8 @@ def _unmapped_root() -> frozenset[int]:
 
 @functools.cache
 def _is_own_group(gid: int) -> bool:
-    """Say whether a group is that of our user alone, as where `umask` is 002."""
-    import grp  # noqa: PLC0415 - rarely wanted, and it may ask the network
+    """Return whether the current user alone is in a group, as is usual with a `umask` of 002."""
+    import grp  # noqa: PLC0415 - rarely needed, and may ask the network
     import pwd  # noqa: PLC0415
 
     try:

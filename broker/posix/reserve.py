@@ -1,7 +1,8 @@
-"""The last descriptors of a process, kept for what has to go on when it has no others.
+"""A reserve of descriptors, kept for work that must not fail when all others are in use.
 
-A new descriptor has the lowest number that is free. So as long as none has a number near the limit there are enough, and nothing
-needs to be counted. When one has, they are counted: there may be holes below it.
+A new descriptor gets the lowest free number. So while no descriptor has a number near the limit,
+enough are free and nothing needs to be counted. When a descriptor has such a number, the open
+descriptors are counted, because lower numbers may be free.
 """
 
 import errno
@@ -11,16 +12,16 @@ import resource
 from collections.abc import Iterable
 from typing import Final
 
-# Enough for the descriptors of a control frame, a connection, the files of a transaction, and some more.
+# Enough for the descriptors of a control frame, a connection, a transaction's files, and some more.
 RESERVE: Final = 64
-# Errors when no descriptor is left: of the process, of the machine, or in flight.
+# Errors when no descriptor is left: in the process, on the machine, or in flight.
 SCARCE: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS}
 )
 
 
 def is_reserved(fds: Iterable[int]) -> bool:
-    """Say whether these new descriptors take from the last that the process may have."""
+    """Return whether these new descriptors take from the reserve of the process."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return False
@@ -37,8 +38,8 @@ def _is_open(fd: int) -> bool:
 
 
 def _count() -> int:
-    """Count all that are open, the new ones included."""
+    """Count all open descriptors, new descriptors included."""
     try:
         return len(os.listdir("/proc/self/fd")) - 1  # noqa: PTH208 - counted, not read
-    except OSError:  # as there is not even one left for that
+    except OSError:  # not even a descriptor for the listing is left
         return 2**31

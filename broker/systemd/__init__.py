@@ -1,1 +1,1 @@
-"""Being a service of systemd: what we tell it, what it keeps for us, and the units."""
+"""Running under systemd: notifications, stored descriptors and unit files."""

@@ -1,4 +1,4 @@
-"""What systemd does for a running supervisor: it keeps the sandboxes' sockets, and sees whether we are alive."""
+"""systemd's services to a running supervisor: storing the sandboxes' sockets, and the watchdog."""
 
 import logging
 import os
@@ -13,25 +13,28 @@ LOGGER: Final = logging.getLogger(__name__)
 
 
 class Held(Protocol):
-    """What is needed of who holds the descriptors."""
+    """The holder of the sandboxes' listening sockets."""
 
     on_change: Callable[[str, str, int | None], None]
 
     def adopt(self, sandbox: str, bus: str, fd: int) -> None:
-        """Hold this one."""
+        """Hold a socket that was held before the supervisor restarted."""
 
 
 def restore_and_store(notifier: Notifier, held: Held, given: Sequence[tuple[str, int]]) -> None:
-    """Give back what was kept for us; from now on, have kept what is held. Call it before there is a gate."""
+    """Return stored descriptors to `held`; from now on, store every descriptor that `held` gains.
+
+    The caller does this before the first gate starts.
+    """
     for name, fd in given:
         sandbox, dot, bus = name.partition(".")
         if dot:
             held.adopt(sandbox, bus, fd)
         else:
-            LOGGER.warning("a descriptor named %r was given to us: closed", name)
+            LOGGER.warning("systemd passed a descriptor with the unknown name %r: closed", name)
             os.close(fd)
     if given:
-        LOGGER.info("%d descriptors were kept by systemd", len(given))
+        LOGGER.info("systemd returned %d stored descriptors", len(given))
 
     def changed(sandbox: str, bus: str, fd: int | None) -> None:
         name = f"{sandbox}.{bus}"
@@ -45,7 +48,7 @@ def restore_and_store(notifier: Notifier, held: Held, given: Sequence[tuple[str,
 
 
 async def stay_alive(notifier: Notifier, ask: Callable[[], Awaitable[object]]) -> None:
-    """Say that we are alive, as often as is wanted, while whoever is asked answers."""
+    """Send watchdog messages at half the watchdog's interval, while `ask` answers."""
     if not notifier.watchdog:
         return
     pause = notifier.watchdog / 2
@@ -53,7 +56,7 @@ async def stay_alive(notifier: Notifier, ask: Callable[[], Awaitable[object]]) -
         with trio.move_on_after(pause) as scope:
             try:
                 await ask()
-            except Exception as exc:  # noqa: BLE001 - whatever it is, it is no answer
+            except Exception as exc:  # noqa: BLE001 - any failure means that no answer came
                 LOGGER.warning("watchdog: no answer: %s", exc)
             else:
                 notifier.alive()

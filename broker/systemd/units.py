@@ -1,8 +1,9 @@
-"""The texts of the units, and of the files by which a bus starts them. No I/O.
+"""Texts of the unit files and of the D-Bus service files that start the units. No I/O.
 
-Two services, so that systemd can restart either without the other: the supervisor is restarted, reloaded and watched; the gate goes
-on meanwhile, with the apps' connections. Neither is told to start the other: the first call to our name starts
-the supervisor, and its first connection to the gate's socket starts the gate.
+There are two services, so that systemd can restart either of them without the other. The supervisor
+is restarted, reloaded and watched. Meanwhile the gate keeps running with the apps' connections.
+Neither unit asks for the other service. The first call to the bus name starts the supervisor, and
+the supervisor's first connection to the gate's socket starts the gate.
 """
 
 import hashlib
@@ -25,15 +26,15 @@ _MARK: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installation:
-    """Where the program is that the units start."""
+    """The location of the program that the units start."""
 
     python: str
-    path: str = ""  # for PYTHONPATH, if Python does not find it by itself
+    path: str = ""  # for PYTHONPATH, if Python does not find the program without
 
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """A line of a unit and why it stands there."""
+    """A line of a unit with the reason for the line."""
 
     line: str
     reason: str
@@ -41,74 +42,78 @@ class _Option:
 
 
 _SYSTEM: Final[tuple[Scope, ...]] = ("system",)
-# What both services do without. User managers cannot set up most of what needs a namespace, and where they can
-# it would put the gate, whose process portals look at, into another user namespace than the session.
+# Privileges that neither service needs. User managers cannot set up most of the options that need a
+# namespace. Where a user manager can, the option would put the gate into another user namespace
+# than the session, and portals look at the gate's process.
 _HARDENING: Final = (
-    _Option("NoNewPrivileges=yes", "Neither starts anything that has to gain a privilege."),
+    _Option("NoNewPrivileges=yes", "Neither service starts a program that gains a privilege."),
     _Option("LockPersonality=yes", "No other personality is ever needed."),
     _Option(
         "MemoryDenyWriteExecute=yes", "Python is interpreted: no page is written and then run."
     ),
-    _Option("RestrictNamespaces=yes", "Namespaces are made by whoever makes a sandbox, not by us."),
+    _Option("RestrictNamespaces=yes", "Sandbox tools make namespaces; this service makes none."),
     _Option("RestrictRealtime=yes", "Nothing here runs at a real-time priority."),
-    _Option("RestrictSUIDSGID=yes", "No file of ours has such a bit."),
+    _Option("RestrictSUIDSGID=yes", "No file of this service has such a bit."),
     _Option(
-        "SystemCallArchitectures=native", "Calls of another architecture would go by the filter."
+        "SystemCallArchitectures=native", "Calls of another architecture would bypass the filter."
     ),
     _Option(
         "SystemCallFilter=@system-service",
-        "What a service needs, and no mounts, modules or clocks.",
+        "The calls that a service needs, without mounts, modules and clocks.",
     ),
-    _Option("SystemCallErrorNumber=EPERM", "What is not allowed fails, and is not the end of all."),
-    _Option("UMask=0077", "What is made is for us alone, unless it is said otherwise."),
+    _Option("SystemCallErrorNumber=EPERM", "A refused call fails and does not kill the service."),
+    _Option("UMask=0077", "New files are private unless the program says otherwise."),
     _Option("KeyringMode=private", "No key is needed.", _SYSTEM),
     _Option("ProtectSystem=strict", "Only the runtime folder is written to.", _SYSTEM),
     _Option("ProtectHome=read-only", "The program itself may be installed there.", _SYSTEM),
-    _Option("PrivateTmp=yes", "Nothing there is ours.", _SYSTEM),
+    _Option("PrivateTmp=yes", "No file in /tmp is needed.", _SYSTEM),
     _Option("PrivateDevices=yes", "No device is needed.", _SYSTEM),
-    _Option("ProtectKernelTunables=yes", "Nothing there is written.", _SYSTEM),
-    _Option("ProtectKernelModules=yes", "None is loaded.", _SYSTEM),
-    _Option("ProtectKernelLogs=yes", "They are not read.", _SYSTEM),
-    _Option("ProtectControlGroups=yes", "They are watched and not changed.", _SYSTEM),
-    _Option("ProtectClock=yes", "It is not set.", _SYSTEM),
-    _Option("ProtectHostname=yes", "It is not set.", _SYSTEM),
-    _Option("IPAddressDeny=any", "All that is spoken to is on this machine.", _SYSTEM),
+    _Option("ProtectKernelTunables=yes", "No tunable is written.", _SYSTEM),
+    _Option("ProtectKernelModules=yes", "No module is loaded.", _SYSTEM),
+    _Option("ProtectKernelLogs=yes", "Kernel logs are not read.", _SYSTEM),
+    _Option("ProtectControlGroups=yes", "Control groups are watched and not changed.", _SYSTEM),
+    _Option("ProtectClock=yes", "The clock is not set.", _SYSTEM),
+    _Option("ProtectHostname=yes", "The host name is not set.", _SYSTEM),
+    _Option("IPAddressDeny=any", "All peers are on this machine.", _SYSTEM),
 )
 _SUPERVISOR: Final = (
     _Option(
         "RestrictAddressFamilies=AF_UNIX AF_NETLINK",
-        "Buses and the gate; the kernel tells the ends of processes by netlink.",
+        "Buses and the gate; the kernel reports the ends of processes by netlink.",
     ),
     _Option(
         "CapabilityBoundingSet=CAP_CHOWN CAP_NET_ADMIN",
-        "A sandbox's socket is given to its user; the process connector asks for the other.",
+        "A sandbox's socket is given to its user; the process connector needs CAP_NET_ADMIN.",
         _SYSTEM,
     ),
 )
 _GATE: Final = (
-    _Option("ProtectProc=invisible", "It looks at no process but itself.", _SYSTEM),
-    _Option("ProcSubset=pid", "Nothing else there is read.", _SYSTEM),
+    _Option("ProtectProc=invisible", "The gate looks at no process but its own.", _SYSTEM),
+    _Option("ProcSubset=pid", "Nothing else in /proc is read.", _SYSTEM),
     _Option("RestrictAddressFamilies=AF_UNIX", "Buses, apps and the supervisor; no network."),
     _Option(
         "CapabilityBoundingSet=CAP_SETUID CAP_SETGID",
-        "A connection to the bus is made as the user whose app it is.",
+        "The gate connects to the bus as the user who runs the app.",
         _SYSTEM,
     ),
     _Option(
-        "LimitNOFILE=524288", "Two descriptors a connection, one a socket, and what is passed on."
+        "LimitNOFILE=524288",
+        "Two descriptors a connection, one a socket, and descriptors that are passed on.",
     ),
 )
 _FOLDER: Final = (
-    _Option("RuntimeDirectory=buswarden", "The one folder that is written to.", _SYSTEM),
+    _Option("RuntimeDirectory=buswarden", "The only folder that is written to.", _SYSTEM),
     _Option("RuntimeDirectoryMode=0711", "Users reach the sockets of their sandboxes.", _SYSTEM),
     _Option(
-        "RuntimeDirectoryPreserve=yes", "The other service is in there when this one ends.", _SYSTEM
+        "RuntimeDirectoryPreserve=yes",
+        "The other service may be using the folder when this service ends.",
+        _SYSTEM,
     ),
 )
 
 
 def make_files(scope: Scope, installation: Installation) -> dict[str, str]:
-    """Return all files by their names."""
+    """Return the texts of all files, by file name."""
     files = {
         "buswarden.service": _supervisor(scope, installation),
         "buswarden-gate.socket": _socket(scope),
@@ -122,7 +127,7 @@ def make_files(scope: Scope, installation: Installation) -> dict[str, str]:
 
 
 def is_unchanged(text: str) -> bool:
-    """Say whether a file is as this program, or another version of it, wrote it."""
+    """Return whether a file is as this program, or another version of this program, wrote it."""
     found = _MARK.match(text)
     return found is not None and found[1] == _digest(text[found.end() :])
 
@@ -131,33 +136,33 @@ def _supervisor(scope: Scope, installation: Installation) -> str:
     arguments = ("-P", "-m", "broker.cli", "run", "--scope", scope)
     return f"""\
 [Unit]
-Description=buswarden: who is behind a sandbox's D-Bus connection, and what it may do
+Description=buswarden: identity and access of sandboxed apps on D-Bus
 Requires=dbus.socket buswarden-gate.socket
 After=dbus.socket buswarden-gate.socket
-# One that fails at once each time has nothing to gain from another try.
+# A service that fails at once each time gains nothing from another try.
 StartLimitIntervalSec=60
 StartLimitBurst=10
 
 [Service]
-# It says when it can be asked.
+# The supervisor reports when requests are accepted.
 Type=notify
 NotifyAccess=main
 ExecStart={_command(installation, arguments)}
 {_environment(installation)}\
-# The gate is replaced by a new process without one connection closed. The shell's own kill: a minimal system has no other,
-# and Type=notify-reload takes systemd 253.
+# The gate is replaced by a new process, and no connection closes. `kill` is the shell's own,
+# because a minimal system has no other. Type=notify-reload would need systemd 253.
 ExecReload=/bin/sh -c 'kill -HUP "$$MAINPID"'
-# Connections and rules are the gate's meanwhile. A mistake in the settings (2) is not mended by another try.
+# Meanwhile the gate holds connections and rules. Another try mends no mistake in the settings (2).
 Restart=on-failure
 RestartSec=100ms
 RestartPreventExitStatus=2
-# It says so twice in this time, if its loop turns and the gate answers.
+# The supervisor reports twice in this time, if its loop turns and the gate answers.
 WatchdogSec=30
-# It answers what is pending, writes its state, and is gone within 5 seconds.
+# The supervisor answers pending calls, writes the state, and ends within 5 seconds.
 TimeoutStopSec=10
-# The gate is a service of its own: nothing of this one is to outlive it.
+# The gate is a service of its own: nothing of this service is to outlive the supervisor.
 KillMode=mixed
-# The sockets of the sandboxes: should both services die, apps can connect again to the same ones.
+# The sockets of the sandboxes. If both services die, apps can connect again to the same sockets.
 FileDescriptorStoreMax=20000
 {_options(scope, _FOLDER, _SUPERVISOR, _HARDENING)}
 [Install]
@@ -168,12 +173,12 @@ WantedBy={"default.target" if scope == "user" else "multi-user.target"}
 def _socket(scope: Scope) -> str:
     return f"""\
 [Unit]
-Description=buswarden: where the supervisor reaches the gate
+Description=buswarden: the socket by which the supervisor reaches the gate
 
 [Socket]
 ListenStream=%t/buswarden/gate.sock
 FileDescriptorName=control
-# Whoever connects there may give and take rules.
+# A client of this socket may give and take rules.
 SocketMode=0600
 DirectoryMode={"0700" if scope == "user" else "0711"}
 RemoveOnStop=yes
@@ -195,15 +200,15 @@ StartLimitIntervalSec=60
 StartLimitBurst=10
 
 [Service]
-# It says when it serves, and which process does after an upgrade.
+# The gate reports when it serves, and after an upgrade the new main process.
 Type=notify
 NotifyAccess=main
 ExecStart={_command(installation, arguments)}
 {_environment(installation)}\
-# Apps that lost their connections can connect again: the supervisor holds the sockets.
+# Apps that lost their connections can connect again, because the supervisor holds the sockets.
 Restart=on-failure
 RestartSec=100ms
-# Its end costs every app its connection: it has to be stuck indeed.
+# The end of the gate costs every app its connection, so the gate must be stuck for long.
 WatchdogSec=60
 TimeoutStopSec=10
 # One process at a time, and two for a moment during an upgrade.
@@ -213,7 +218,7 @@ KillMode=mixed
 
 def _bus_service(scope: Scope) -> str:
     user = "User=root\n" if scope == "system" else ""
-    # Exec is for a bus that knows no systemd: it must not start what systemd would not know of.
+    # Exec is for a bus without systemd. Such a bus must not start a process unknown to systemd.
     return f"""\
 [D-BUS Service]
 Name={NAME}
@@ -247,7 +252,7 @@ def _lines(scope: Scope, options: Sequence[_Option]) -> Iterator[str]:
 
 
 def _command(installation: Installation, arguments: Sequence[str]) -> str:
-    # %t is for systemd to replace; what is the installation's is as it is.
+    # systemd replaces %t in the arguments. A percent sign in the path of Python is escaped.
     return " ".join([quote(installation.python), *(shlex.quote(one) for one in arguments)])
 
 
@@ -257,14 +262,14 @@ def _environment(installation: Installation) -> str:
 
 
 def quote(text: str) -> str:
-    """Return a word as it stands in a unit for exactly this text."""
+    """Return a word escaped so that systemd reads exactly this text from a unit."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"' if re.search(r"[^A-Za-z0-9_@%+=:,./$-]", escaped) else escaped
 
 
 def _mark(text: str, comment: str) -> str:
     line = (
-        f"Written by `buswarden install-units` ({_digest(text)}); it leaves alone what was changed."
+        f"Written by `buswarden install-units` ({_digest(text)}); the command keeps changed files."
     )
     return comment.format(line) + text
 

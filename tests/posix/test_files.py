@@ -165,7 +165,7 @@ def test_what_is_no_plain_file_is_refused_at_once(
     assert callable(make)
     make(tmp_path / "file")
     before = open_fds()
-    with pytest.raises(UnsafeFileError, match=f"{why}.*remove it"):
+    with pytest.raises(UnsafeFileError, match=f"{why}.*remove the file"):
         open_file(tmp_path / "file", flags)
     assert open_fds() == before
     assert (tmp_path / "victim").read_text() == "precious"
@@ -179,7 +179,7 @@ def test_a_file_of_another_user_is_refused_and_told_among_others(tmp_path: Path)
     give_away(tmp_path / "theirs")
     with pytest.raises(UnsafeFileError, match="another user"):
         open_file(tmp_path / "theirs", os.O_RDONLY)
-    with pytest.raises(UnsafeFileError, match="another user made it") as caught:
+    with pytest.raises(UnsafeFileError, match="another user made this file") as caught:
         check_entries(tmp_path)
     assert caught.value.filename == str(tmp_path / "theirs")
 
