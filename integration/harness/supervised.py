@@ -63,6 +63,7 @@ class Warden:
     runtime: Path  # $XDG_RUNTIME_DIR of the supervisor
     process: Process
     host: RawClient
+    env: Mapping[str, str] = field(default_factory=dict)  # of the supervisor and its commands
     gate_pid: int = 0
     _clients: list[RawClient] = field(default_factory=list)
 
@@ -174,7 +175,7 @@ class Warden:
 
     def cli(self, *args: str, timeout: float = 20.0) -> Outcome:
         """Run the command line in the supervisor's environment."""
-        return run(PYTHON, "-m", "broker.cli", *args, env=_env(self.runtime), timeout=timeout)
+        return run(PYTHON, "-m", "broker.cli", *args, env=dict(self.env), timeout=timeout)
 
     def kill(self) -> None:
         """Kill the supervisor, as by `kill -9`: the gate lives on."""
@@ -210,7 +211,12 @@ class Warden:
 
 @contextmanager
 def open_warden(
-    bus: Bus, runtime: Path, *args: str, add_bus: bool = True, orderly: bool = True
+    bus: Bus,
+    runtime: Path,
+    *args: str,
+    add_bus: bool = True,
+    orderly: bool = True,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Warden]:
     """Run a supervisor, and see to it that it ends, its gate with it, and leaves no socket.
 
@@ -225,10 +231,14 @@ def open_warden(
     gates: list[int] = []
     with ExitStack() as stack:
         stack.callback(_kill, gates, runtime)
-        process = stack.enter_context(running([*argv, *args], env=_env(runtime), log=log))
+        process = stack.enter_context(running([*argv, *args], env=_env(runtime, env), log=log))
         process.wait_line("ready")
         warden = Warden(
-            bus=bus, runtime=runtime, process=process, host=RawClient.connect(bus.address)
+            bus=bus,
+            runtime=runtime,
+            process=process,
+            host=RawClient.connect(bus.address),
+            env=_env(runtime, env),
         )
         stack.callback(_print_log, warden)
         stack.callback(warden.close_clients)
@@ -259,8 +269,9 @@ def wait_for(condition: Callable[[], object], timeout: float = 5.0) -> None:
     assert wait_until(lambda: bool(condition()), timeout), "it did not come to pass"
 
 
-def _env(runtime: Path) -> dict[str, str]:
-    return {"XDG_RUNTIME_DIR": str(runtime), "HOME": str(runtime), "COLUMNS": "200"}
+def _env(runtime: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    own = {"XDG_RUNTIME_DIR": str(runtime), "HOME": str(runtime), "COLUMNS": "200"}
+    return {**own, **(more or {})}
 
 
 def _kill(gates: Sequence[int], runtime: Path) -> None:
