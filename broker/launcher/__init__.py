@@ -1,1 +1,1 @@
-"""Starting an app in a sandbox of its own."""
+"""Starting a command in a sandbox that has buses of its own."""

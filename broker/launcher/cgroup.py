@@ -1,4 +1,4 @@
-"""A cgroup of its own for a command, below the caller's, where the caller may make one."""
+"""A separate cgroup for a command, below the caller's cgroup, if the caller may make a cgroup."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ from broker.launcher.mounts import parse_mountinfo
 
 _PREFIX: Final = "buswarden-exec-"
 _EMPTY_WITHIN: Final = (
-    1.0  # seconds, from the kill of the last process to a cgroup that can be removed
+    1.0  # seconds between the kill of the last process and the removal of the empty cgroup
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnCgroup:
-    """The path of the cgroup, or why there is none."""
+    """The path of the cgroup, or the reason why there is none."""
 
     path: str = ""
     why_not: str = ""
@@ -26,7 +26,7 @@ class OwnCgroup:
 
 @contextlib.contextmanager
 def own_cgroup() -> Iterator[OwnCgroup]:
-    """Make a cgroup for as long as the block; at its end its processes are killed."""
+    """Make a cgroup for the time of the block. At the end its processes are killed."""
     try:
         folder = _make()
     except OSError as exc:
@@ -40,7 +40,7 @@ def own_cgroup() -> Iterator[OwnCgroup]:
 
 def _make() -> Path:
     own = _find_own()
-    # Who may not write here may not move a process out of here.
+    # A caller without write access here may not move a process out of this cgroup either.
     with (own / "cgroup.procs").open("ab"):
         pass
     for left in own.glob(f"{_PREFIX}*"):
@@ -53,7 +53,7 @@ def _make() -> Path:
 
 
 def _find_own() -> Path:
-    """Return the folder of our cgroup in the unified hierarchy. Raises OSError."""
+    """Return the folder of this process's cgroup in the unified hierarchy. Raises OSError."""
     lines = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
     text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     ours = next((line[3:] for line in lines.splitlines() if line.startswith("0::/")), None)

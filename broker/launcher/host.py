@@ -1,4 +1,4 @@
-"""Facts about the host that a sandbox's plan depends on, and the files that options of `exec` name."""
+"""Facts about the host for a sandbox's plan, and checks of the files that `exec` options name."""
 
 import contextlib
 import os
@@ -13,16 +13,17 @@ from broker.launcher.plan import SYSTEM, Display, HostFacts, find_buses
 from broker.launcher.stage import can_scope_abstract_sockets
 from broker.wire.errors import ConfigError
 
-# Folders with sockets of buses of any user.
+# Folders that hold sockets of buses of any user.
 _BUS_FOLDERS: Final = ("/run/user", "/run/dbus")
-# One of these is mounted over while a root is made, in a mount namespace of the sandbox's own.
+# The root is made in a folder of this list, inside the sandbox's mount namespace, where a mount
+# covers the folder meanwhile.
 _STAGING: Final = ("/mnt", "/media", "/srv", "/tmp", "/var/tmp")  # noqa: S108
 _X11_FOLDER: Final = "/tmp/.X11-unix"  # noqa: S108
 _STATE: Final = ".local/state"
 
 
 def find_bubblewrap() -> str:
-    """Return its path. Raises ConfigError."""
+    """Return the path of bubblewrap. Raises ConfigError."""
     path = shutil.which("bwrap")
     if path is None:
         raise ConfigError("bubblewrap is not installed (no `bwrap` in PATH)")
@@ -55,7 +56,7 @@ def find_host(
 
 
 def _linked_sockets(paths: Iterable[str]) -> Iterator[str]:
-    """Yield those sockets that have another name: of these paths, and of two levels of folders below."""
+    """Yield the sockets with a second hard link, among these paths and two levels below."""
     for path in (found for top in paths for found in _files_below(_resolved(top), 2)):
         with contextlib.suppress(OSError):
             facts = Path(path).lstat()
@@ -72,7 +73,11 @@ def _files_below(path: str, depth: int) -> Iterator[str]:
 
 
 def find_program(name: str) -> tuple[str, str] | None:
-    """Return the file of a command: by its folder's real name, and by its own; None: there is none."""
+    """Return the paths of a command's file, or None if no file is found.
+
+    The first path has the folder resolved and keeps the file's own name. The second path is
+    resolved throughout.
+    """
     found = shutil.which(name)
     if found is None:
         return None
@@ -95,7 +100,7 @@ def find_shared(path: str) -> str:
 
 
 def find_bound(path: str) -> str:
-    """Return the real path of a folder to give as it is. Raises ConfigError."""
+    """Return the real path of a folder to bind writable. Raises ConfigError."""
     real = find_shared(path)
     if not Path(real).is_dir():
         raise ConfigError(f"{path} is not a folder")
@@ -130,7 +135,7 @@ def find_wayland(environ: Mapping[str, str]) -> str:
 
 
 def make_home(app: str, environ: Mapping[str, str]) -> str:
-    """Return the folder that is the home of an app, made if it is missing. Raises ConfigError."""
+    """Return the folder for an app's home, made if missing. Raises ConfigError."""
     if app in (".", "..") or "/" in app or "\0" in app or len(os.fsencode(app)) > 255:
         raise ConfigError(
             f"--home: {app[:80]!r} cannot be the name of a folder: give another --app"
@@ -151,16 +156,21 @@ def make_home(app: str, environ: Mapping[str, str]) -> str:
 
 
 def check_standard_descriptors() -> None:
-    """Refuse a folder as standard input, output or error: it would be a way out. Raises ConfigError."""
+    """Refuse a folder as standard input, output or error. Raises ConfigError.
+
+    A command could reach the host through the descriptor of a folder.
+    """
     for fd, name in enumerate(("standard input", "standard output", "standard error")):
         try:
             mode = os.fstat(fd).st_mode
         except OSError:
-            # A closed descriptor: the next file that is opened would get its number.
+            # The descriptor is closed. The next opened file would get its number.
             os.dup2(os.open(os.devnull, os.O_RDWR), fd)
             continue
         if stat.S_ISDIR(mode):
-            raise ConfigError(f"{name} is a folder: the command could reach the host by it")
+            raise ConfigError(
+                f"{name} is a folder, and the command could reach the host through it"
+            )
 
 
 def _check_socket(path: str, option: str) -> None:
@@ -179,7 +189,9 @@ def _find_staging() -> str:
         is_plain = folder.is_dir() and not folder.is_symlink()
         if is_plain and not any(program.is_relative_to(folder) for program in programs):
             return path
-    raise ConfigError(f"none of the folders {', '.join(_STAGING)} exists: make one, it stays empty")
+    raise ConfigError(
+        f"none of the folders {', '.join(_STAGING)} exists: make one of them, to stay empty"
+    )
 
 
 def _home() -> str:
@@ -191,11 +203,11 @@ def _cwd() -> str:
     try:
         return str(Path.cwd())
     except OSError:
-        return "/"  # removed under us
+        return "/"  # the folder was removed meanwhile
 
 
 def _regular(path: str) -> str | None:
-    """Return the real path of a file; None if it is not there."""
+    """Return the real path of a file, or None if the file is missing."""
     real = Path(_resolved(path))
     return str(real) if real.is_file() else None
 

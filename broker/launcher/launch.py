@@ -1,7 +1,7 @@
-"""Start a command under bubblewrap by a plan, pass signals on to it, and return its exit status.
+"""Start a command under bubblewrap by a plan, forward signals, and return the exit status.
 
-Promises that nothing of the sandbox outlives this process, and that it gets none of our descriptors but the
-standard ones. Blocks: call it outside an event loop.
+Nothing of the sandbox outlives this process. The sandbox gets no descriptors of this process but
+the standard ones. The functions block, so call them outside an event loop.
 """
 
 import contextlib
@@ -31,25 +31,28 @@ FORWARDED: Final = (
     signal.SIGWINCH,
 )
 STAGE: Final = stage.__file__
-_MAX_INFO: Final = 65536  # bytes: it takes some 200
+_MAX_INFO: Final = 65536  # bytes; a document has about 200
 _MAX_SAID: Final = 500  # characters of a message
-# Messages of bubblewrap or the kernel, and the remedy.
+# Errors of bubblewrap or the kernel, each with a remedy.
 _ADVICE: Final = (
     ("new namespace", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
     ("mount namespace", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
     ("uid map", "allow user namespaces: user.max_user_namespaces, AppArmor, container"),
     ("disable-userns", "install bubblewrap without the setuid bit"),
     ("Unknown option", "install bubblewrap 0.8 or later"),
-    ("showing ", "its file system cannot lie below an overlay: leave it out, or give it by --bind"),
+    ("showing ", "no overlay works on that file system: leave the folder out, or use --bind"),
 )
 
 
 class NotStartedError(Exception):
-    """The sandbox could not be set up. The text says why, in one line; the command has not run."""
+    """The sandbox could not be set up. The text gives the reason in one line.
+
+    The command has not run.
+    """
 
 
 def run_sandbox(plan: Plan) -> int:
-    """Run it to its end and return its exit status as a shell would give it.
+    """Run a sandbox to its end and return the exit status as a shell reports statuses.
 
     Raises NotStartedError and ConfigError.
     """
@@ -64,8 +67,8 @@ def run_sandbox(plan: Plan) -> int:
                 os.close(fd)
         with _signals_forwarded(process, info_read):
             status = process.wait()
-        # Bubblewrap writes the exit code of the command if that has started, and otherwise fails with 1. Only
-        # bubblewrap, and the stage before it, has the pipe.
+        # Bubblewrap writes the command's exit code if the command has started. Otherwise bubblewrap
+        # fails with status 1. Only bubblewrap and the stage before bubblewrap have the pipe.
         said = _read_ready(said_read).decode(errors="replace").strip()
         if status == 1 and (said or not _has_exit_code(info_read)):
             raise NotStartedError(_explain(said))
@@ -76,9 +79,9 @@ def _start(plan: Plan, info: int, said: int, stderr: int) -> "subprocess.Popen[b
     with tempfile.TemporaryFile() as order:
         order.write(_make_order(plan, info, stderr))
         order.seek(0)
-        # Started by this very thread, as PR_SET_PDEATHSIG (--die-with-parent) fires when the thread
-        # that forked is gone: a thread of a pool would end the sandbox when it idles out. A process
-        # group of its own keeps Ctrl-C from killing bubblewrap before the command has seen it.
+        # The calling thread forks, because PR_SET_PDEATHSIG (--die-with-parent) fires when the
+        # forking thread ends. An idle thread of a pool would take the sandbox along. Without a
+        # process group of its own, Ctrl-C would kill bubblewrap before the command sees the signal.
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", STAGE, str(order.fileno())],
             env=plan.environ,
@@ -109,10 +112,10 @@ def _make_order(plan: Plan, info: int, stderr: int) -> bytes:
 
 
 def _explain(said: str) -> str:
-    """Return one line of what was said, with what to do."""
+    """Return the last line of bubblewrap's errors, with a remedy if one is known."""
     lines = [line.removeprefix("bwrap: ") for line in said.splitlines() if line.strip()]
     if not lines:
-        return "bubblewrap ended without a word"
+        return "bubblewrap ended without an error message"
     text = lines[-1][:_MAX_SAID]
     advice = next((advice for key, advice in _ADVICE if key in text), "")
     return f"{text} ({advice})" if advice else text
@@ -126,7 +129,8 @@ def _signals_forwarded(process: "subprocess.Popen[bytes]", info_fd: int) -> Iter
             if command is not None:
                 os.kill(command, number)
             elif number != signal.SIGWINCH:
-                # Nothing runs in it yet, or no more: then its first process is held up by something.
+                # The command has not started, or has ended. Then something holds up the sandbox's
+                # first process.
                 process.kill()
 
     init: int | None = None
@@ -140,9 +144,10 @@ def _signals_forwarded(process: "subprocess.Popen[bytes]", info_fd: int) -> Iter
 
 
 def _read_init(info_fd: int) -> int | None:
-    """Return the pid, outside, of the sandbox's first process; None if bubblewrap failed."""
+    """Return the pid, outside, of the sandbox's first process, or None if bubblewrap failed."""
     text = b""
-    # A document a line. Not to the end of the file, which would trust every process inside to close its copy.
+    # Each line is a document. Reading to the end of the file would rely on every process inside to
+    # close its copy of the descriptor.
     while (data := os.read(info_fd, 1)) and len(text) < _MAX_INFO:
         text += data
         if data == b"\n":
@@ -156,7 +161,7 @@ def _has_exit_code(info_fd: int) -> bool:
 
 
 def _read_ready(fd: int) -> bytes:
-    """Return what a pipe has now."""
+    """Return the bytes that are ready in a pipe."""
     os.set_blocking(fd, False)
     try:
         return os.read(fd, _MAX_INFO)
@@ -172,7 +177,11 @@ def _find_number(line: bytes, key: str) -> int | None:
 
 
 def _command_of(init: int | None) -> int | None:
-    """Return the first child, if it lives: the command. Orphans that init adopts come behind it."""
+    """Return the pid of the command if the command lives.
+
+    The command is the first child of `init`. Orphans that `init` adopts are listed after the first
+    child.
+    """
     if init is None:
         return None
     try:
@@ -186,8 +195,8 @@ def _command_of(init: int | None) -> int | None:
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    """Make a pipe whose read end is closed with the stack."""
+    """Make a pipe whose read end is closed together with the stack."""
     read, write = os.pipe()
-    # Not earlier: it would be the end of bubblewrap to write to nobody.
+    # Closing the read end earlier would kill bubblewrap with SIGPIPE at the next write.
     stack.callback(os.close, read)
     return read, write

@@ -1,7 +1,8 @@
-"""Mount points as /proc/self/mountinfo lists them, and which folder shows the files of which. Pure.
+"""Mount points as /proc/self/mountinfo lists them, and comparison of folders by their files. Pure.
 
-Two paths can lead to the same files: a file system may be mounted twice, and a folder bound elsewhere. A place is
-therefore the device and the path inside its file system, and only places are compared.
+Two paths can lead to the same files, because a file system may be mounted twice and a folder may be
+bound elsewhere. So paths are compared by place: the device, and the path inside the device's file
+system.
 """
 
 import re
@@ -41,7 +42,7 @@ def mounts_below(folder: str, mounts: Iterable[Mount]) -> list[str]:
 
 
 def same_files(one: str, other: str, mounts: Sequence[Mount]) -> bool:
-    """Say whether one of two resolved paths is, contains or is inside the other, by whatever mount."""
+    """Return whether either of two resolved paths is or contains the other, through any mount."""
     device, path = _place(one, mounts)
     other_device, other_path = _place(other, mounts)
     if device != other_device:
@@ -50,22 +51,25 @@ def same_files(one: str, other: str, mounts: Sequence[Mount]) -> bool:
 
 
 def same_device(one: str, other: str, mounts: Sequence[Mount]) -> bool:
-    """Say whether two resolved paths are in one file system, so that a file may have a name in each."""
+    """Return whether two resolved paths are in the same file system.
+
+    If so, a file may have a hard link below each path.
+    """
     return _place(one, mounts)[0] == _place(other, mounts)[0]
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Say whether the path is the folder or something inside it."""
+    """Return whether a path is the folder or inside the folder."""
     return PurePosixPath(path).is_relative_to(folder)
 
 
 def path_order(path: str) -> tuple[str, ...]:
-    """Return a sort key that puts a folder before everything inside it."""
+    """Return a sort key that puts a folder before its content."""
     return PurePosixPath(path).parts
 
 
 def _place(path: str, mounts: Sequence[Mount]) -> tuple[str, str]:
-    """Return the device of a path, and the path inside that file system."""
+    """Return the device of a path, and the path inside the device's file system."""
     best = Mount(device="", root="/", point="/")
     for mount in mounts:
         # A later mount at the same point hides the earlier one.

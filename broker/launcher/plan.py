@@ -1,9 +1,12 @@
-"""The plan of a sandboxed command: its file system, namespaces and environment. Pure.
+"""The plan of a sandboxed command: file system, namespaces and environment. Pure.
 
-The root is made of chosen parts, and everything else of the host is absent. The command sees a folder of the host as
-a read-only overlay (broker/launcher/stage.py makes it), in which no socket of the host answers. The sockets that
-answer are named here: those of the sandbox's buses, and those an option asks for. A folder that is given as it is
-(`bound`) has its sockets, so a folder that could hold a bus or the broker's own sockets is refused.
+The root is made of chosen parts, and everything else of the host is absent. The command sees a
+folder of the host as a read-only overlay (made by broker/launcher/stage.py), in which no socket of
+the host answers. Two kinds of sockets are added to the root: the sockets of the sandbox's buses,
+and the sockets that an option requests.
+
+A folder given as the host's own (`bound`) comes with its sockets. So a folder that could hold a
+socket of a bus or of the broker is refused.
 """
 
 import posixpath
@@ -24,12 +27,12 @@ from broker.launcher.stage import BELOW, LIVE, SHOWN, SOCKET, STATUS, STDERR
 from broker.wire.address import make_unix_address, parse_address
 from broker.wire.errors import ConfigError
 
-# Shown if the host has them. /nix is where NixOS has all programs.
+# Shown if present on the host. NixOS has all programs in /nix.
 SYSTEM: Final = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt", "/nix"),
     *("/var/cache/fontconfig", "/var/lib/dbus"),
 )
-# The command's own, empty at the start.
+# Folders that the command gets anew, empty at the start.
 _OWN: Final = ("/tmp", "/var/tmp", "/run")  # noqa: S108 - made anew, not used
 _KERNELS: Final = ("/dev", "/proc", "/sys")
 _SYSFS: Final = ("block", "bus", "class", "dev", "devices")
@@ -45,7 +48,7 @@ _PROC_READ_ONLY: Final = (
     "mtrr",
 )
 MAX_PARTS: Final = 256
-# Variables that name things that are absent inside.
+# Variables that name something absent inside.
 _ABSENT_VARIABLES: Final = frozenset(
     {
         *("IBUS_ADDRESS", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"),
@@ -62,14 +65,16 @@ class HostFacts:
     uid: int
     cwd: str
     environ: Mapping[str, str]
-    home: str = ""  # empty: none
+    home: str = ""  # empty: no home
     staging: str = "/mnt"  # a folder to mount over while the root is made
-    folders: tuple[str, ...] = ()  # those of SYSTEM that are folders
-    links: tuple[tuple[str, str], ...] = ()  # those that are links, and where to
+    folders: tuple[str, ...] = ()  # the members of SYSTEM that are folders
+    # the members of SYSTEM that are links, with their targets
+    links: tuple[tuple[str, str], ...] = ()
     mounts: tuple[Mount, ...] = ()
-    protected: tuple[str, ...] = ()  # buses, and folders with sockets of buses or the broker's
-    linked: tuple[str, ...] = ()  # those of these sockets that have another name somewhere
-    resolv_conf: str | None = None  # what /etc/resolv.conf leads to
+    # sockets of buses, and folders with sockets of buses or of the broker
+    protected: tuple[str, ...] = ()
+    linked: tuple[str, ...] = ()  # the sockets above that have another hard link
+    resolv_conf: str | None = None  # the target of /etc/resolv.conf
     scopes: bool = False  # the kernel can keep abstract sockets out of reach
     cgroup: str = ""  # a cgroup for the command alone
 
@@ -79,8 +84,8 @@ class Display:
     """An X11 display of the host."""
 
     name: str  # as in DISPLAY
-    socket: str = ""  # empty: it is reached by the network
-    cookie: str = ""  # the file; empty: none
+    socket: str = ""  # empty for a display reached by the network
+    cookie: str = ""  # the file; empty: no cookie
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +93,12 @@ class Wish:
     """The options of one `exec`. All paths are resolved."""
 
     command: tuple[str, ...]
-    sockets: Mapping[str, str]  # of the sandbox, by the name of the bus
-    program: tuple[str, str] | None = None  # the command's file as it is found, and as it is
-    bus_addresses: tuple[str, ...] = ()  # of every real bus that is known
+    sockets: Mapping[str, str]  # sockets of the sandbox, by bus name
+    program: tuple[str, str] | None = None  # the command's file as found, and resolved
+    bus_addresses: tuple[str, ...] = ()  # addresses of all known real buses
     shared: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()
-    home: str = ""  # a folder to be the home; empty: an empty one that ends with the command
+    home: str = ""  # the folder for the home; empty for a temporary home
     network: bool = False
     x11: Display | None = None
     wayland: str = ""  # the compositor's socket
@@ -101,7 +106,10 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A piece of the host at a place in the sandbox. The kinds are those of broker/launcher/stage.py."""
+    """A part of the host at a place in the sandbox.
+
+    `kind` is a kind of broker/launcher/stage.py.
+    """
 
     source: str
     at: str
@@ -110,7 +118,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The parts, and bubblewrap's arguments before and after those for the parts."""
+    """The parts to mount, and bubblewrap's arguments before and after the arguments for the parts."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -119,12 +127,12 @@ class Plan:
     staging: str = "/mnt"
     scope: bool = False  # keep the host's abstract sockets out of reach
     cgroup: str = ""
-    notes: tuple[str, ...] = ()  # for the person who starts it
+    notes: tuple[str, ...] = ()  # for the person who runs the command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where buses can be reached."""
+    """The places where buses can be reached."""
 
     paths: tuple[str, ...] = ()
     abstract: tuple[str, ...] = ()  # without the NUL
@@ -147,7 +155,7 @@ class _Inside:
 
 
 def make_plan(wish: Wish, host: HostFacts) -> Plan:
-    """Return how to run the command with the sandbox's buses and no other. Raises ConfigError."""
+    """Return the plan of the command with the sandbox's buses and no other. Raises ConfigError."""
     inside = _Inside(runtime_dir=f"/run/user/{host.uid}")
     _add_folders(inside, wish, host)
     _add_buses(inside, wish)
@@ -185,9 +193,9 @@ def _own_folders(inside: _Inside, host: HostFacts) -> Iterator[str]:
     if inside.home:
         yield from ("--perms", "0700", "--tmpfs", inside.home)
     yield from ("--dev", "/dev", "--proc", "/proc")
-    # Nothing of the sandbox's first process is for the command, its descriptors least of all.
+    # The command gets no access to the sandbox's first process, above all not to its descriptors.
     yield from ("--perms", "0000", "--tmpfs", "/proc/1", "--remount-ro", "/proc/1")
-    # Root's own files there, were they writable, would be settings of the host.
+    # The files below would be settings of the host if root in the sandbox could write there.
     for name in _PROC_READ_ONLY:
         yield from ("--ro-bind-try", f"/proc/{name}", f"/proc/{name}")
     for name in _SYSFS:
@@ -206,7 +214,9 @@ def _last_words(cwd: str) -> tuple[str, ...]:
 def _add_folders(inside: _Inside, wish: Wish, host: HostFacts) -> None:
     inside.home = host.home if _can_be_private(host.home) else ""
     if wish.home and not inside.home:
-        raise ConfigError(f"no private home can stand at {host.home or 'no place at all'}")
+        raise ConfigError(
+            f"no private home can stand at {host.home or 'HOME, which names no folder'}"
+        )
     for path in (*wish.shared, *wish.bound):
         _check_place(path, inside.runtime_dir)
     for path in (*wish.bound, wish.home):
@@ -224,12 +234,12 @@ def _add_folders(inside: _Inside, wish: Wish, host: HostFacts) -> None:
     resolv_conf = host.resolv_conf
     if wish.network and resolv_conf and not any(is_below(resolv_conf, path) for path in found):
         found[resolv_conf] = Part(source=resolv_conf, at=resolv_conf, kind=SHOWN)
-    # A folder before what lies inside it, as a later mount hides an earlier one.
+    # A later mount hides an earlier mount, so a folder comes before its content.
     inside.parts += [found[path] for path in sorted(found, key=path_order)]
 
 
 def _own_program(wish: Wish, host: HostFacts, found: Mapping[str, Part]) -> Iterator[str]:
-    """Yield the folder of the command's file, or the file where the folder is not for sharing."""
+    """Yield the folder of the command's file, or the file alone if sharing the folder is unsafe."""
     for path in wish.program or ():
         if any(is_below(path, folder) for folder in found):
             continue
@@ -242,7 +252,7 @@ def _own_program(wish: Wish, host: HostFacts, found: Mapping[str, Part]) -> Iter
 
 
 def _command_inside(inside: _Inside, wish: Wish, host: HostFacts) -> tuple[str, ...]:
-    """Return the command by a name that means the same file inside."""
+    """Return the command with a name that leads to the same file inside."""
     if wish.program is None:
         return wish.command
     name, *arguments = wish.command
@@ -255,7 +265,7 @@ def _command_inside(inside: _Inside, wish: Wish, host: HostFacts) -> tuple[str, 
 
 
 def _can_be_private(home: str) -> bool:
-    """Return whether an empty folder at the path hides nothing that is needed."""
+    """Return whether an empty folder at the path hides no folder that the command needs."""
     if not home or any(is_below(home, folder) for folder in (*SYSTEM, *_KERNELS)):
         return False
     return not any(is_below(folder, home) for folder in (*SYSTEM, *_KERNELS, *_OWN))
@@ -265,21 +275,21 @@ def _check_place(path: str, runtime_dir: str) -> None:
     inside_kernels = any(is_below(path, folder) for folder in _KERNELS)
     hides = any(is_below(own, path) for own in (*_OWN, *_KERNELS, runtime_dir))
     if inside_kernels or hides or is_below(path, runtime_dir):
-        raise ConfigError(f"cannot share {path}: the sandbox has its own")
+        raise ConfigError(f"cannot share {path}: the sandbox has a folder of its own there")
 
 
 def _check_live(path: str, host: HostFacts) -> None:
-    """Refuse a folder by which a bus or the broker could be reached. Raises ConfigError."""
+    """Refuse a folder through which a bus or the broker could be reached. Raises ConfigError."""
     for other in host.protected:
         if same_files(path, other, host.mounts):
-            raise ConfigError(f"cannot give {path} as it is: it leads to the sockets of {other}")
+            raise ConfigError(f"cannot bind {path}: the folder leads to the sockets of {other}")
     for other in host.linked:
         if same_device(path, other, host.mounts):
             raise ConfigError(
-                f"cannot give {path} as it is: the socket {other} has another name, maybe in there"
+                f"cannot bind {path}: the socket {other} has another name, perhaps in this folder"
             )
     for point in mounts_below(path, host.mounts):
-        raise ConfigError(f"cannot give {path} as it is: {point} is mounted inside it")
+        raise ConfigError(f"cannot bind {path}: {point} is mounted inside")
 
 
 def _start_in(inside: _Inside, wish: Wish, host: HostFacts) -> str:
@@ -289,7 +299,7 @@ def _start_in(inside: _Inside, wish: Wish, host: HostFacts) -> str:
     if host.cwd != start:
         name = wish.command[0]
         inside.notes.append(
-            f"{host.cwd} is not there in the sandbox (--share shows it): {name} starts in {start}"
+            f"{host.cwd} is not there in the sandbox (--share shows folders): {name} starts in {start}"
         )
     return start
 
@@ -305,7 +315,10 @@ def _add_buses(inside: _Inside, wish: Wish) -> None:
 
 
 def _bus_place(name: str, names: Iterable[str], runtime_dir: str) -> tuple[str, str]:
-    """Return where programs look for a bus, and the variable that names it. Raises ConfigError."""
+    """Return the path where programs expect a bus, and the variable that names the bus.
+
+    Raises ConfigError.
+    """
     if name == "system":
         return "/run/dbus/system_bus_socket", "DBUS_SYSTEM_BUS_ADDRESS"
     if name == "accessibility":
@@ -313,7 +326,7 @@ def _bus_place(name: str, names: Iterable[str], runtime_dir: str) -> tuple[str, 
     rivals = [other for other in names if other not in ("system", "accessibility")]
     if len(rivals) > 1:
         text = " and ".join(sorted(rivals))
-        raise ConfigError(f"the buses {text} would both stand where the session bus does")
+        raise ConfigError(f"the buses {text} would both be the session bus: name only one of them")
     return f"{runtime_dir}/bus", "DBUS_SESSION_BUS_ADDRESS"
 
 
@@ -321,7 +334,7 @@ def _add_displays(inside: _Inside, wish: Wish) -> None:
     if wish.x11 is not None:
         display = wish.x11
         if not display.socket and not wish.network:
-            raise ConfigError(f"the display {display.name} is reached by the network: add --net")
+            raise ConfigError(f"the display {display.name} is reached over the network: add --net")
         inside.variables["DISPLAY"] = display.name
         if display.socket:
             part = Part(source=display.socket, at=display.socket, kind=SOCKET)
@@ -355,7 +368,7 @@ def _check_network(inside: _Inside, wish: Wish, host: HostFacts) -> None:
 
 
 def find_buses(addresses: Iterable[str], environ: Mapping[str, str]) -> Places:
-    """Return where the buses of these addresses can be reached."""
+    """Return the places where the buses of these addresses can be reached."""
     runtime_dir = environ.get("XDG_RUNTIME_DIR")
     paths: list[str] = []
     abstract: list[str] = []
@@ -364,7 +377,7 @@ def find_buses(addresses: Iterable[str], environ: Mapping[str, str]) -> Places:
         try:
             places = parse_address(entry, runtime_dir=runtime_dir)
         except ConfigError:
-            elsewhere.append(entry)  # tcp and the like, or nothing that we can judge
+            elsewhere.append(entry)  # tcp and the like, or an address that cannot be parsed
             continue
         for place in places:
             path = place.path.decode("utf-8", "surrogateescape")
@@ -379,7 +392,7 @@ def find_buses(addresses: Iterable[str], environ: Mapping[str, str]) -> Places:
 
 
 def addresses_in(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the bus addresses that the environment gives away."""
+    """Return the bus addresses that environment variables contain."""
     return tuple(value for name, value in environ.items() if _names_a_bus(name) and value)
 
 
@@ -393,7 +406,7 @@ def _make_environ(inside: _Inside, host: HostFacts) -> dict[str, str]:
         for name, value in host.environ.items()
         if not (_names_a_bus(name) or name.startswith("DBUS_") or name in _ABSENT_VARIABLES)
     }
-    # A folder for temporary files that is not there would fail programs that /tmp serves well.
+    # A missing folder for temporary files would break programs for which /tmp is enough.
     for name in ("TMPDIR", "TMP", "TEMP"):
         if name in kept and not inside.shows(str(PurePosixPath(kept[name]))):
             del kept[name]

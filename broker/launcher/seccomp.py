@@ -1,9 +1,11 @@
-"""The filter of system calls for a sandboxed command, as a program of classic BPF. Pure.
+"""The system call filter for a sandboxed command, as a classic BPF program. Pure.
 
-Two things are kept from the command. Keyrings: the kernel finds keys by number and user, not by namespace.
-And the first process of the sandbox, pid 1, which no system call that takes a pid may open, read or trace.
-Descriptors of processes can be had in ways that no filter sees (a file handle of pidfs), so taking another
-process's descriptors by one (pidfd_getfd), and opening by handle, are refused whatever the process.
+The filter keeps two things from the command. The first are keyrings, because the kernel finds keys
+by number and user, not by namespace. The second is the sandbox's first process, pid 1: no system
+call that takes a pid may open, read or trace that process.
+
+A process descriptor can be had in ways that no filter sees (a file handle of pidfs). So taking
+another process's descriptors (pidfd_getfd) and opening by handle are refused for every process.
 """
 
 import errno
@@ -20,7 +22,7 @@ _ERRNO: Final = 0x00050000
 _NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16  # in struct seccomp_data
 _X32: Final = 0x40000000
 _REFUSED: Final = ("add_key", "request_key", "keyctl", "open_by_handle_at", "pidfd_getfd")
-# Which arguments of these calls are pids.
+# The positions of the arguments that are pids.
 _PIDS: Final[Mapping[str, tuple[int, ...]]] = {
     "ptrace": (1,),
     "process_vm_readv": (0,),
@@ -34,7 +36,7 @@ _ORDER: Final = (*_REFUSED, *_PIDS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Calls:
-    """The numbers of the calls on one architecture, in the order of _ORDER."""
+    """System call numbers on an architecture, in the order of _ORDER."""
 
     arch: int  # AUDIT_ARCH_*
     numbers: tuple[int, ...]
@@ -55,7 +57,7 @@ _ARM: Final = _Calls(
 _GENERIC: Final = (217, 218, 219, 265, 438, 117, 270, 271, 272, 434, 261)
 _AARCH64: Final = _Calls(arch=0xC00000B7, numbers=_GENERIC)
 _RISCV64: Final = _Calls(arch=0xC00000F3, numbers=_GENERIC)
-# os.uname().machine -> the numbers that its kernel takes; the first are its own.
+# os.uname().machine -> the numbers that the machine's kernel accepts; the native numbers first.
 _MACHINES: Final[Mapping[str, tuple[_Calls, ...]]] = {
     "x86_64": (_X86_64, _I386),
     "aarch64": (_AARCH64, _ARM),
@@ -64,18 +66,21 @@ _MACHINES: Final[Mapping[str, tuple[_Calls, ...]]] = {
 
 
 def make_filter(machine: str) -> bytes:
-    """Return the program for a machine. Raises ConfigError for one whose numbers are not known."""
+    """Return the filter program for a machine.
+
+    Raises ConfigError for a machine not in the table.
+    """
     program = [_step(_LOAD, _ARCH_AT)]
     for calls in _calls_of(machine):
         block = list(_block(calls))
         program += [_step(_EQUAL, calls.arch, 0, len(block)), *block]
-    # Numbers of another architecture could mean anything.
+    # On an architecture outside the table, a number could mean any call.
     program.append(_refuse(errno.ENOSYS))
     return b"".join(program)
 
 
 def keyctl_number(machine: str) -> int:
-    """Return the number of keyctl(2) in a machine's own numbering. Raises ConfigError."""
+    """Return the number of keyctl(2) in a machine's native numbering. Raises ConfigError."""
     return _calls_of(machine)[0].number("keyctl")
 
 
@@ -99,7 +104,7 @@ def _block(calls: _Calls) -> Iterator[bytes]:
 
 
 def _refuse_init(argument: int) -> tuple[bytes, ...]:
-    # The lower half, on a little-endian machine: the kernel takes a pid for 32 bits wide.
+    # The kernel takes a pid as 32 bits, so the lower half is compared (little-endian machines).
     return (
         _step(_LOAD, _ARGUMENTS_AT + 8 * argument),
         _step(_EQUAL, 1, 0, 1),

@@ -1,11 +1,17 @@
-"""The program between `buswarden exec` and bubblewrap: `python -I -S stage.py FD`, the order as JSON in FD.
+"""The program between `buswarden exec` and bubblewrap: `python -I -S stage.py FD`.
 
-It prepares in a mount namespace of its own what bubblewrap 0.8 cannot: each folder of the host as a read-only
-overlay. A socket in an overlay is another file than the one that a program of the host listens on, so connect(2)
-finds nobody, whatever its name, whoever bound it and whenever. Then it leaves the session keyring and, with the
-host's network, the host's abstract sockets, moves into its cgroup, and becomes bubblewrap.
+FD is a descriptor of the order, in JSON. The program runs these steps:
 
-It uses the standard library alone and runs without our packages. Errors go to descriptor 2, in one line.
+- Join a new session keyring, and move into the command's cgroup.
+- Enter a new mount namespace, and mount each folder of the host there as a read-only overlay.
+  bubblewrap 0.8 cannot mount overlays. A socket in an overlay is not the file that a program of the
+  host listens on, so connect(2) reaches no listener, whatever the name of the socket and whenever
+  the socket was bound.
+- With the host's network, cut off the host's abstract sockets by Landlock.
+- Become bubblewrap.
+
+The program uses the standard library alone and runs without this project's packages. Errors go to
+descriptor 2, one line each.
 """
 
 import ctypes
@@ -19,13 +25,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-# What becomes of a source. SHOWN and BELOW: a folder as an overlay, a file as itself.
+# The treatments of a source. With SHOWN and BELOW a folder becomes an overlay, and a file is bound.
 SHOWN: Final = "shown"
-BELOW: Final = "below"  # a mount inside a folder that is shown: empty if it cannot be
-LIVE: Final = "live"  # a folder as it is, writable
+# a mount inside a shown folder; an empty folder stands in for a mount that cannot be shown
+BELOW: Final = "below"
+LIVE: Final = "live"  # a folder itself, writable
 SOCKET: Final = "socket"
 EMPTY_FOLDER, EMPTY_FILE = -1, -2
-# Descriptors as bubblewrap and the shell inside get them. One digit: more means nothing to dash.
+# Descriptors as bubblewrap and the shell inside get them. dash takes a single digit only.
 STDERR: Final = 3
 STATUS: Final = 4
 FILTER: Final = 5
@@ -33,7 +40,7 @@ _NEW_NAMESPACE, _NEW_USER = 0x20000, 0x10000000
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 _PARENT_DEATH: Final = 1  # PR_SET_PDEATHSIG
 _JOIN_SESSION_KEYRING: Final = 1
-# Since Linux 5.13 the same on every architecture.
+# Since Linux 5.13 these numbers are the same on every architecture.
 _LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
 _LANDLOCK_VERSION: Final = 1
 _SCOPE_ABSTRACT_SOCKETS: Final = 1
@@ -42,7 +49,7 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def can_scope_abstract_sockets() -> bool:
-    """Say whether this kernel can keep a process from the abstract sockets of others (Linux 6.12)."""
+    """Return whether the kernel can deny access to others' abstract sockets (Linux 6.12)."""
     version = _LIBC.syscall(
         _LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(_LANDLOCK_VERSION)
     )
@@ -84,14 +91,14 @@ def _fail(what: str, exc: OSError) -> None:
     sys.exit(1)
 
 
-# -- what the process leaves --------------------------------------------------------------------------
+# -- leaving the host ------------------------------------------------------------------------------
 
 
 def _leave_keyring(keyctl: int) -> None:
     try:
         _check(_LIBC.syscall(keyctl, _JOIN_SESSION_KEYRING, None))
     except OSError as exc:
-        if exc.errno != errno.ENOSYS:  # a kernel without keyrings
+        if exc.errno != errno.ENOSYS:  # not for a kernel without keyrings
             raise
 
 
@@ -110,7 +117,7 @@ def _enter_namespace() -> None:
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{uid} {uid} 1")
         _write("/proc/self/gid_map", f"{gid} {gid} 1")
-    # Nothing that is mounted on the host from now on comes in.
+    # Mounts that the host adds later stay outside.
     _mount("none", "/", "", _RECURSIVE | _PRIVATE)
 
 
@@ -126,14 +133,14 @@ def _scope_abstract_sockets() -> None:
     _check(_LIBC.syscall(_LANDLOCK_RESTRICT, fd, ctypes.c_uint32(0)))
 
 
-# -- what is mounted ------------------------------------------------------------------------------------
+# -- mounts ----------------------------------------------------------------------------------------
 
 
 def _mount_all(order: Mapping[str, Any]) -> list[str]:
-    """Mount each part below the staging folder; return the arguments for bubblewrap."""
+    """Mount each part below the staging folder, and return the arguments for bubblewrap."""
     staging = order["staging"]
     argv = list(order["before"])
-    # All are opened before the staging folder hides what it lies on.
+    # All sources are opened first, because the mount on the staging folder hides its content.
     opened = [_open(*part) for part in order["parts"]]
     try:
         _mount("tmpfs", staging, "tmpfs", _NO_SUID | _NO_DEVICES, "mode=0755")
@@ -151,9 +158,10 @@ def _mount_all(order: Mapping[str, Any]) -> list[str]:
 
 
 def _open(source: str, _at: str, kind: str) -> int:
-    """Return a descriptor of the source, or what stands in its place: EMPTY_FOLDER, EMPTY_FILE."""
+    """Return a descriptor of the source, or a stand-in: EMPTY_FOLDER or EMPTY_FILE."""
     try:
-        # No links: the path was resolved, so a link was put there since, to lead to another file.
+        # The path was resolved before. So a link here was put in place since, to lead to another
+        # file.
         fd = os.open(source, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as exc:
         if kind != BELOW:
@@ -188,7 +196,7 @@ def _mount_part(fd: int, place: str, kind: str, empty: str) -> None:
         return
     flags = _READ_ONLY | _NO_SUID | _NO_DEVICES
     try:
-        # An overlay has two layers at least: the second one is an empty folder.
+        # An overlay needs at least two layers, so the second layer is an empty folder.
         _mount("overlay", place, "overlay", flags, f"lowerdir={path}:{empty}")
     except OSError:
         if kind != BELOW:
@@ -204,7 +212,7 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
 
 
 def _place_descriptors(order: Mapping[str, Any]) -> None:
-    """Open or move 0 to 2, STDERR, STATUS and FILTER; close all others."""
+    """Put the descriptors 0 to 2, STDERR, STATUS and FILTER in place, and close all others."""
     program = bytes.fromhex(order["filter"])
     filter_fd = os.memfd_create("filter")
     os.write(filter_fd, program)

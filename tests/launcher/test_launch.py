@@ -53,7 +53,7 @@ def test_the_exit_status_is_passed_on(
 @pytest.mark.parametrize(
     ("said", "words", "error"),
     [
-        pytest.param("", "", "ended without a word", id="nothing"),
+        pytest.param("", "", "ended without an error message", id="nothing"),
         pytest.param('{"child-pid": 7}', "bwrap: Bad", "^Bad$", id="set-up"),
         pytest.param("nonsense", "a\\nb", "^b$", id="nonsense"),
         pytest.param('{"child-pid": 7}\\n{"exit-code": 1}', "", None, id="exit-code"),
