@@ -31,6 +31,14 @@ MAY_IMPORT: Final = {
         "broker.wire",
         "policy",
     },
+    "broker.gate.filter": {
+        "broker.gate.filter",
+        "broker.gate.dumps",
+        "broker.gate.output",
+        "broker.control_protocol.messages",
+        "broker.wire",
+        "policy",
+    },
     "broker.gate": {
         "broker.gate",
         "broker.control_protocol",
@@ -121,12 +129,15 @@ PURE: Final = [
     for path in SOURCES
     if path.is_relative_to(PROJECT / "policy")
     or path.is_relative_to(PROJECT / "broker" / "wire")
+    or path.is_relative_to(PROJECT / "broker" / "gate" / "filter")
     or path.relative_to(PROJECT).as_posix()
     in {
         "broker/engines/containers1_dialect.py",
         "broker/control_protocol/framing.py",
         "broker/control_protocol/messages.py",
         "broker/gate/dumps.py",
+        "broker/gate/event_journal.py",
+        "broker/gate/output.py",
         "broker/proxy/arguments.py",
         "broker/proxy/judge.py",
         "broker/proxy/passthrough.py",
@@ -137,6 +148,9 @@ PURE: Final = [
         "broker/supervisor/sandboxes/registry.py",
     }
 ]
+# Packages whose modules import each other in few levels, and in no circle. The list grows.
+IN_LEVELS: Final = ("broker.gate.filter",)
+MAX_LEVELS: Final = 7
 NEEDS_THE_WORLD: Final = {
     "asyncio",
     "logging",
@@ -169,6 +183,12 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def modules_imported_by(path: Path) -> set[str]:
+    """Return the names of our modules that a file imports; packages' own files, which are empty, are left out."""
+    ours = {name_of(source) for source in SOURCES if source.name != "__init__.py"}
+    return imported_modules(path) & ours
 
 
 def top_level(modules: set[str]) -> set[str]:
@@ -204,6 +224,33 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 def test_pure_module_does_no_io(path: Path) -> None:
     imported = imported_modules(path)
     assert not {module for module in NEEDS_THE_WORLD if any(is_within(i, module) for i in imported)}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PURE if is_within(name_of(p), "broker.gate")], ids=name_of
+)
+def test_pure_module_of_the_gate_imports_pure_ones_alone(path: Path) -> None:
+    ours = modules_imported_by(path)
+    assert ours <= {name_of(pure) for pure in PURE}
+
+
+@pytest.mark.parametrize("package", IN_LEVELS)
+def test_package_has_few_import_levels(package: str) -> None:
+    modules = {
+        name_of(p): modules_imported_by(p) for p in SOURCES if is_within(name_of(p), package)
+    }
+    levels: dict[str, int] = {}
+    while len(levels) < len(modules):
+        # A module is on the level above all that it imports of its package. In a circle no module ever is.
+        ready = [
+            name
+            for name, imported in modules.items()
+            if name not in levels and imported & modules.keys() <= levels.keys()
+        ]
+        assert ready, f"a circle: {sorted(modules.keys() - levels.keys())}"
+        level = max(levels.values(), default=0) + 1
+        levels.update(dict.fromkeys(ready, level))
+    assert max(levels.values()) <= MAX_LEVELS
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 from broker.control_protocol.trace_file import (
     FROM_APP,
@@ -21,10 +22,8 @@ from broker.control_protocol.trace_file import (
     known_slot,
     make_name,
 )
-from broker.gate.filter.connection_state import Output
 from broker.posix.files import open_file
-from broker.wire.fixed_header import U32
-from broker.wire.header import FIXED_SIZE, READ_LIMITS, Header, parse_header
+from broker.wire.header import READ_LIMITS, Header, parse_header
 
 _rings: memoryview | None = None
 _numbers: Iterator[int] = itertools.count(1)
@@ -36,16 +35,28 @@ _known: Iterator[int] = itertools.cycle(range(RING, SIZE, SLOT))
 KnownNote = Callable[[bytes, int, int], None]
 
 
-def parse_from_app(sandbox: str, data: bytes, pos: int) -> Header:
-    """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
-    _note(sandbox, FROM_APP, data, pos)
-    return parse_header(data, pos)
+class HeaderRecorder:
+    """Writes down the headers of one sandbox's messages: of each that is judged, and of each run of known ones.
 
+    `note_from_app` and `note_from_bus` are for known messages.
+    """
 
-def parse_from_bus(sandbox: str, data: bytes, pos: int) -> Header:
-    """Parse the header of a message that begins at `pos`. Raises PeerProtocolError."""
-    _note(sandbox, FROM_BUS, data, pos)
-    return parse_header(data, pos, READ_LIMITS)
+    __slots__ = ("_sandbox", "note_from_app", "note_from_bus")
+
+    def __init__(self, sandbox: str) -> None:
+        self._sandbox: Final = sandbox
+        self.note_from_app: Final = _make_known_note(sandbox, FROM_APP)
+        self.note_from_bus: Final = _make_known_note(sandbox, FROM_BUS)
+
+    def parse_from_app(self, data: bytes, pos: int) -> Header:
+        """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
+        _note(self._sandbox, FROM_APP, data, pos)
+        return parse_header(data, pos)
+
+    def parse_from_bus(self, data: bytes, pos: int) -> Header:
+        """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
+        _note(self._sandbox, FROM_BUS, data, pos)
+        return parse_header(data, pos, READ_LIMITS)
 
 
 def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
@@ -54,8 +65,8 @@ def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
         note.write(_rings, next(_judged), data, pos)
 
 
-def make_known_note(sandbox: str, direction: int) -> KnownNote:
-    """Return what writes down messages of a sandbox that are known. It has to be fast: see shortcut.py."""
+def _make_known_note(sandbox: str, direction: int) -> KnownNote:
+    # A closure, because each known message costs a call of it: see sandbox/fast_path.py.
     name = make_name(sandbox)
     name_size = len(name)
     slot, room = known_slot(name_size)
@@ -78,18 +89,6 @@ def make_known_note(sandbox: str, direction: int) -> KnownNote:
             )
 
     return note
-
-
-def make_pass(out: Output, sandbox: str, direction: int) -> Callable[[bytes, int, int], None]:
-    """Return what passes on a run of known messages, from `pos` to `end`, and writes down the first one."""
-    note = make_known_note(sandbox, direction)
-
-    def pass_on(data: bytes, pos: int, end: int) -> None:
-        out.append(data[pos:end])
-        # Known headers are little-endian.
-        note(data, pos, FIXED_SIZE + U32.unpack_from(data, pos + 12)[0])
-
-    return pass_on
 
 
 def trace_into(path: Path | None) -> None:

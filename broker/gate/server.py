@@ -56,13 +56,15 @@ from broker.gate.bus_id_query import BusIdQuery
 from broker.gate.containers1.servers import ContainerServers
 from broker.gate.dumps import VERSION, Fds, HandoverError, HandoverHeader, SandboxDump, pick
 from broker.gate.event_journal import EventJournal
-from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import Chunk
+from broker.gate.filter.bus_state import BusState, make_absent_name
+from broker.gate.filter.chores import Work
 from broker.gate.handover.channel import Channel, exit_now, hand_over
 from broker.gate.instance_field import InstanceFieldRounds
 from broker.gate.io.loop import READABLE, Loop
-from broker.gate.io.slices import Sliced, Work
+from broker.gate.io.slices import Sliced
 from broker.gate.io.stream import SocketStream, StreamClosedError
+from broker.gate.name_ledger import NameLedger
+from broker.gate.output import Chunk
 from broker.gate.sandbox.sandbox import Sandbox
 from broker.gate.systemd_service import SystemdService
 from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
@@ -75,6 +77,7 @@ from broker.wire.errors import CallRefusedError, PeerProtocolError
 LOGGER: Final = logging.getLogger(__name__)
 # A supervisor that does not read is not ours to wait for: it is cut off and can come back.
 MAX_UNREAD: Final = 64 * 1024 * 1024
+ABSENT_NAME: Final = make_absent_name(os.urandom(16))
 # Seconds for it to take what it is told last, of the end of up to 10 000 sandboxes.
 LAST_WORDS: Final = 2.0
 
@@ -307,7 +310,7 @@ class Gate:
             case SetBuses():
                 for spec in request.buses:
                     if spec.name not in self._buses:
-                        self._buses[spec.name] = BusState(spec.name, spec.address, self._folder)
+                        self._buses[spec.name] = self._make_bus(spec.name, spec.address)
                     self._buses[spec.name].address = spec.address
             case TakeUsage():
                 return self._use(request.sandbox)
@@ -333,6 +336,9 @@ class Gate:
             case _:
                 assert_never(request)
         return Done()
+
+    def _make_bus(self, name: str, address: str) -> BusState:
+        return BusState(name, address, NameLedger(self._folder), ABSENT_NAME)
 
     def _add(self, spec: SandboxSpec, fds: list[int]) -> Work:
         if spec.id in self._sandboxes:
@@ -478,7 +484,7 @@ class Gate:
         self._asked.extend(self._reader.feed(opening.unanswered, pick(fds, opening.unanswered_fds)))
         self._kept = opening.journal
         for one in opening.buses:
-            bus = self._buses[one.name] = BusState(one.name, one.address, self._folder)
+            bus = self._buses[one.name] = self._make_bus(one.name, one.address)
             bus.load(one)
         self._own.load(opening.bus_clients, self._buses, fds)
 
@@ -493,7 +499,10 @@ class Gate:
         """Go on where the gate was that made the dump."""
         self._write(Envelope(serial=serial, body=HandedOver(os.getpid())))
         for bus in self._buses.values():
-            bus.resume()
+            try:
+                bus.resume()
+            except OSError as exc:  # the connections are there, and as good as before
+                LOGGER.warning("ledger bus=%s: %s", bus.name, exc)
         for sandbox in list(self._sandboxes.values()):
             sandbox.resume()
         self._answer_all()

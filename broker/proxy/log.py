@@ -16,10 +16,10 @@ from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
     REPLY_SERIAL,
     ConnectionState,
-    Denial,
     InterceptedCall,
-    Output,
 )
+from broker.gate.filter.denials import Denial
+from broker.gate.output import Output
 from broker.wire.header import BUS_LIMITS, Header, MessageType, measure
 from broker.wire.skim import parse_or_skim
 

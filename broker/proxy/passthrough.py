@@ -6,15 +6,16 @@ messages only so that descriptors stay with theirs.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NoReturn
 
+from broker.gate.dumps import Fds, FilterDump, HandoverError
 from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import Chunk, SandboxView
-from broker.gate.filter.driver_calls import results
-from broker.gate.filter.filter import Filter
+from broker.gate.filter.connection_state import ConnectionState, SandboxView
+from broker.gate.filter.costs import JUDGED_COST
 from broker.gate.filter.from_app import KNOWN_FLAGS
 from broker.gate.filter.from_bus import without_fds
-from broker.gate.sandbox.budgets import JUDGED_COST
+from broker.gate.filter.receive_buffer import ReceiveBuffer
+from broker.gate.output import Chunk
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import (
@@ -27,6 +28,7 @@ from broker.wire.header import (
     parse_header,
     serialise_header,
 )
+from broker.wire.marshal import read_reply
 from broker.wire.skim import parse_or_skim
 from policy.match import Judge
 
@@ -40,15 +42,51 @@ _REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)
 _Key = tuple[bytes, bool]
 
 
-class PassthroughFilter(Filter):
-    """In place of a Filter, where there is nothing to judge."""
+class PassthroughFilter:
+    """A `Mediator` (gate/sandbox/mediator.py) that judges nothing. No message ever waits in it."""
+
+    # Nothing is asked for, so neither the app nor a message of the bus has to wait for an answer.
+    held = yielded = is_changing = False
+    bus_is_clear = fits_rules = True
+    tracked_names = 0
 
     def __init__(
         self, bus: BusState, sandbox: SandboxView, judge: Judge, *, app_takes_fds: bool
     ) -> None:
-        super().__init__(bus, sandbox, judge, app_takes_fds=app_takes_fds)
+        self.core: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.core.reply_handlers.clear()  # the app would get the answers
+        self.from_app: Final = ReceiveBuffer(sandbox)
+        self._from_bus: Final = ReceiveBuffer(None)
+        self.spent = self.answered = 0
+        self.billed = 0.0
         self._clean: Final[set[_Key]] = set()
+
+    @property
+    def fds(self) -> int:
+        """The number of descriptors that wait for their message."""
+        return self.from_app.fd_count + self._from_bus.fd_count
+
+    def go_on(self) -> None:
+        """Do nothing: no message waits."""
+
+    def work(self) -> None:
+        """Do nothing: there are no chores."""
+
+    def change_rules(self, judge: Judge) -> None:
+        """Keep other rules, by which nothing is judged either."""
+        self.core.judge = judge
+
+    def close(self) -> list[int]:
+        """Return every descriptor that is still here: the caller closes them."""
+        return self.from_app.take_fds() + self._from_bus.take_fds()
+
+    def dump(self, _fds: Fds) -> NoReturn:
+        """Raise HandoverError, because a proxy has no next process."""
+        raise HandoverError("connections of a proxy are not handed over")
+
+    def load(self, _dump: FilterDump, _fds: Sequence[int]) -> NoReturn:
+        """Raise HandoverError, because a proxy has no former process."""
+        raise HandoverError("connections of a proxy are not handed over")
 
     # -- from the app ------------------------------------------------------------------------------
 
@@ -140,7 +178,7 @@ class PassthroughFilter(Filter):
         fds = self._from_bus.peek_fds(header.unix_fds, at)
         self._from_bus.drop_fds(len(fds))
         if not core.unique_name and header.type == MessageType.METHOD_RETURN:
-            core.unique_name = str(results(header, data, "s")[0])
+            core.unique_name = str(read_reply(header, data, "s")[0])
             core.sandbox.said_hello(core)
         if fds and not core.app_takes_fds:
             core.sandbox.close_fds(fds)

@@ -6,17 +6,21 @@ names and nothing else.
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Final
 
 from broker.control_protocol.messages import Event, Listener, SandboxLimits, SandboxSpec
-from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import ConnectionState, Denial
+from broker.gate.filter.bus_state import BusState, make_absent_name
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.denials import Denial
 from broker.gate.filter.filter import Filter
-from broker.gate.io.connect import OnConnected
+from broker.gate.io.connect import OnConnected, UnixConnector
 from broker.gate.io.loop import Loop
+from broker.gate.name_ledger import NameLedger
 from broker.gate.sandbox.budgets import JUDGED_A_TURN
+from broker.gate.sandbox.mediator import Mediator
 from broker.gate.sandbox.sandbox import Sandbox
 from broker.proxy.arguments import Group
 from broker.proxy.connect import Place, dial
@@ -46,34 +50,43 @@ LIMITS: Final = SandboxLimits(
 CHALLENGE_SIZE: Final = 24
 
 
-class ProxyBus(BusState):
-    """The bus of one group, whose peers are nobody in particular.
+class ProxyConnector:
+    """Connects to the bus of one group.
 
-    It may be behind TCP, as it may for xdg-dbus-proxy. A gate's own buses may not.
+    The bus may be behind TCP, as it may for xdg-dbus-proxy. A gate's own buses may not.
     """
 
-    def __init__(self, name: str, places: Sequence[Place], *, sloppy_names: bool) -> None:
-        unix = [place for place in places if isinstance(place, UnixAddress)]
-        super().__init__(name, ";".join(make_unix_address(one.path, one.guid) for one in unix))
+    def __init__(self, places: Sequence[Place]) -> None:
         self._places: Final = tuple(places)
-        self._is_unix: Final = len(unix) == len(places)
-        self.takes_fds = bool(unix)
-        self.tells_unique_names = sloppy_names
-        self.judges_names_alone = True
-        self.gives_instance_field = False
+        self._unix: Final = UnixConnector()
+        self._is_unix: Final = all(isinstance(place, UnixAddress) for place in places)
 
     def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
         """Connect to the first place that answers."""
         if self._is_unix:
-            super().connect(loop, address, uid, done)
+            self._unix.connect(loop, address, uid, done)
         else:
             dial(loop, self._places, uid, LIMITS.handshake_seconds, done)
 
     def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
-        """Return who does the handshake: on TCP the socket does not say who we are."""
+        """Return the client side of the handshake: a TCP socket does not tell the bus the user."""
         if sock.family == socket.AF_UNIX:
-            return super().make_client(sock, uid)
+            return self._unix.make_client(sock, uid)
         return MultiMechanismSaslClient(uid, os.urandom(CHALLENGE_SIZE), fetch_cookie)
+
+
+class ProxyBus(BusState):
+    """The state of the bus of one group. Its peers are hosts."""
+
+    def __init__(self, name: str, places: Sequence[Place], *, sloppy_names: bool) -> None:
+        unix = [place for place in places if isinstance(place, UnixAddress)]
+        address = ";".join(make_unix_address(one.path, one.guid) for one in unix)
+        super().__init__(name, address, NameLedger(), make_absent_name(os.urandom(16)))
+        self.places: Final = tuple(places)
+        self.takes_fds = bool(unix)
+        self.tells_unique_names = sloppy_names
+        self.judges_names_alone = True
+        self.gives_instance_field = False
 
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
         """Do not remember who is behind a unique name."""
@@ -89,7 +102,7 @@ class ProxySandbox(Sandbox):
         listener: Listener,
         uid: int,
         *,
-        bus: BusState,
+        bus: ProxyBus,
         printer: Printer,
     ) -> None:
         spec = SandboxSpec(
@@ -100,27 +113,32 @@ class ProxySandbox(Sandbox):
             access=group.imported.access,
             limits=LIMITS,
         )
-        super().__init__(loop, spec, {listener.bus: bus}, _ignore_event, _ignore_end)
+        super().__init__(
+            loop, spec, {listener.bus: bus}, _ignore_event, _ignore_end, ProxyConnector(bus.places)
+        )
         self._group: Final = group
         self._printer: Final = printer
         self._judge: Final = ProxyJudge(spec.access, bus=listener.bus, me=spec.identity)
 
-    def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Filter:
-        """Return what judges a new connection."""
-        judge = copy_judge(self._judge)
-        group = self._group
-        judging: Filter
-        if group.filter:
-            make = LoggedFilter if group.log else Filter
-            judging = make(
-                bus, self, judge, app_takes_fds=app_takes_fds, judged_a_turn=JUDGED_A_TURN
-            )
-        else:
-            passing = LoggedPassage if group.log else PassthroughFilter
-            judging = passing(bus, self, judge, app_takes_fds=app_takes_fds)
-        if isinstance(judging, LoggedFilter):
-            judging.tap = Tap(judging.core, PurePath(group.path).name, self._printer)
-        return judging
+    def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Mediator:
+        """Return the filter of a new connection."""
+        mediator = self._make_filter(bus, copy_judge(self._judge), app_takes_fds=app_takes_fds)
+        if isinstance(mediator, LoggedFilter | LoggedPassthroughFilter):
+            mediator.tap = Tap(mediator.core, PurePath(self._group.path).name, self._printer)
+        return mediator
+
+    def _make_filter(self, bus: BusState, judge: ProxyJudge, *, app_takes_fds: bool) -> Mediator:
+        if not self._group.filter:
+            passing = LoggedPassthroughFilter if self._group.log else PassthroughFilter
+            return passing(bus, self, judge, app_takes_fds=app_takes_fds)
+        return (LoggedFilter if self._group.log else Filter)(
+            bus,
+            self,
+            judge,
+            app_takes_fds=app_takes_fds,
+            judged_a_turn=JUDGED_A_TURN,
+            clock=time.monotonic,
+        )
 
     def said_hello(self, core: ConnectionState) -> None:
         """Register a connection, before its app can use it."""
@@ -133,34 +151,48 @@ class ProxySandbox(Sandbox):
         self.denied_count += 1
         for link in self.connections:
             judging = link.filter
-            if isinstance(judging, LoggedFilter) and judging.core is core:
+            if not isinstance(judging, LoggedFilter | LoggedPassthroughFilter):
+                continue
+            if judging.core is core:
                 judging.tap.denied(denial)
 
 
 class LoggedFilter(Filter):
-    """A Filter of which every message is printed."""
+    """A Filter that prints every message."""
 
     tap: Tap
 
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the app. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         super().feed_app(data, fds)
         self._look()
 
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
-        """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the bus. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         super().feed_bus(arrived, fds)
         self._look()
 
     def _look(self) -> None:
         self.tap.look()
-        # What is remembered would go the short way, past us.
+        # The fast path would pass on known messages unprinted.
         self.core.forget_verdicts()
         self.core.bus_reply_at.clear()
 
 
-class LoggedPassage(LoggedFilter, PassthroughFilter):
-    """A Passage of which every message is printed."""
+class LoggedPassthroughFilter(PassthroughFilter):
+    """A PassthroughFilter that prints every message."""
+
+    tap: Tap
+
+    def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Take bytes from the app. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        super().feed_app(data, fds)
+        self.tap.look()
+
+    def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
+        """Take bytes from the bus. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        super().feed_bus(arrived, fds)
+        self.tap.look()
 
 
 def _ignore_event(_event: Event) -> None:

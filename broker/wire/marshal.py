@@ -28,6 +28,13 @@ def read_body(signature: str, body: bytes, *, little: bool) -> tuple[Value, ...]
     return values
 
 
+def read_reply(reply: Header, data: bytes, signature: str) -> tuple[Value, ...]:
+    """Return the values of the bus's reply. Raises PeerProtocolError if they are of other types."""
+    if reply.signature != signature:
+        raise PeerProtocolError(f"the bus answered ({reply.signature}) instead of ({signature})")
+    return read_body(signature, data[reply.size :], little=reply.little)
+
+
 def make_body(signature: str, values: Sequence[Value]) -> bytes:
     """Return the little-endian bytes of a body of the types that `read_body` knows."""
     out = bytearray()

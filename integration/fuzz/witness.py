@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Final
 
-from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE, BusState
+from broker.gate.filter.bus_state import ABSENT_UNIQUE, BusState
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, REPLY_SERIAL
 from broker.gate.filter.driver_calls import NEVER_INTERFACES, NEVER_MEMBERS
 from broker.wire.header import Field, Flag, Header, MessageType
@@ -18,7 +18,7 @@ from integration.fuzz.header import read_fields
 from policy.match import Judge
 from policy.rules import Identity
 from tests.helpers.messages import Message
-from tests.helpers.modelbus import APP
+from tests.helpers.modelbus import ABSENT, APP
 
 SANDBOX: Final = "c1"
 REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)

@@ -5,18 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.chores import NAME_WORK
 from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
     MAX_CALLERS,
-    Chunk,
     InterceptedCall,
-    Output,
     Replier,
 )
 from broker.gate.filter.filter import Filter
 from broker.gate.filter.verdict_cache import MAX_REMEMBERED
+from broker.gate.output import Chunk, Output
 from broker.gate.sandbox.budgets import MessageBudget
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
@@ -27,7 +25,7 @@ from integration.fuzz.witness import Witness
 from policy.match import Judge
 from policy.rules import AccessList
 from tests.helpers.messages import Message, changed, driver_call, split
-from tests.helpers.modelbus import APP, ME, OTHER_APP, FakeHost, ModelBus
+from tests.helpers.modelbus import APP, ME, OTHER_APP, FakeHost, ModelBus, make_bus
 
 # Who else is on the bus. The last one is in a sandbox of its own.
 HOSTS: Final = (":1.2", ":1.3", ":1.4")
@@ -91,7 +89,7 @@ class World:
     """Everything around one connection."""
 
     def __init__(self, rules: AccessList, *, app_takes_fds: bool = True) -> None:
-        self.bus: Final = BusState("session", "unix:path=/none")
+        self.bus: Final = make_bus()
         self.bus.connected(BOXED, "c2", OTHER_APP)
         self.boxed: Final = MessageBudget(25_000)  # of the other sandbox
         self.bus.payers.joined(BOXED, self.boxed)

@@ -7,6 +7,7 @@ from broker.gate.filter.bus_state import BusState
 from broker.gate.instance_field import BARRIER_SECONDS, PAUSE, InstanceFieldRounds
 from broker.gate.io.loop import Loop
 from policy.rules import Identity
+from tests.helpers.modelbus import make_bus
 
 APP = Identity(type="org.test", app="app")
 
@@ -45,7 +46,7 @@ class Stage:
         self.loop = Loop(lambda: self.now)
         self.answers: dict[int, Answer] = {}
         self.tagging = InstanceFieldRounds(self.loop, self.answers.__setitem__)
-        self.bus = BusState("session", "unix:path=/x")
+        self.bus = make_bus()
 
     def wish(self, name: str, serial: int) -> None:
         self.tagging.wish(self.bus, name, serial)

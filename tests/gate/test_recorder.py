@@ -17,11 +17,13 @@ from broker.control_protocol.trace_file import (
     read_rings,
 )
 from broker.gate import recorder
+from broker.gate.filter.filter import make_pass
+from broker.gate.recorder import HeaderRecorder
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Header, MessageType, parse_header, serialise_header
 
 if TYPE_CHECKING:
-    from broker.gate.filter.connection_state import Output
+    from broker.gate.output import Output
 
 
 def make_call(path: str = "/a", body: bytes = b"", *, little: bool = True) -> bytes:
@@ -51,8 +53,8 @@ def traced(tmp_path: Path) -> Iterator[Path]:
 def test_headers_are_written_and_bodies_not(traced: Path) -> None:
     first, second = make_call(body=b"secret"), make_call("/b")
     data = b"before" + first + second
-    assert recorder.parse_from_app("c1", data, 6).path == "/a"
-    assert recorder.parse_from_bus("c22", data, 6 + len(first)).path == "/b"
+    assert HeaderRecorder("c1").parse_from_app(data, 6).path == "/a"
+    assert HeaderRecorder("c22").parse_from_bus(data, 6 + len(first)).path == "/b"
     assert b"secret" not in traced.read_bytes()
     entries = read_rings(traced.read_bytes())
     assert [(e.sandbox, e.direction) for e in entries] == [("c1", FROM_APP), ("c22", FROM_BUS)]
@@ -66,7 +68,7 @@ def test_headers_are_written_and_bodies_not(traced: Path) -> None:
 
 def test_the_newest_stay_in_order(traced: Path) -> None:
     for number in range(SLOTS + 10):
-        recorder.parse_from_app(f"c{number}", make_call(), 0)
+        HeaderRecorder(f"c{number}").parse_from_app(make_call(), 0)
     entries = read_rings(traced.read_bytes())
     assert [e.sandbox for e in entries] == [f"c{n}" for n in range(10, SLOTS + 10)]
     assert traced.stat().st_size == SIZE
@@ -75,36 +77,36 @@ def test_the_newest_stay_in_order(traced: Path) -> None:
 
 def test_a_message_that_breaks_the_protocol_is_on_record(traced: Path) -> None:
     with pytest.raises(PeerProtocolError):
-        recorder.parse_from_app("c1", b"l\x09" + bytes(14), 0)
+        HeaderRecorder("c1").parse_from_app(b"l\x09" + bytes(14), 0)
     (entry,) = read_rings(traced.read_bytes())
     assert describe(entry).endswith((b"l\x09" + bytes(14)).hex())
 
 
 def test_another_gate_gets_a_file_of_its_own(traced: Path) -> None:
-    recorder.parse_from_app("c1", make_call(), 0)
+    HeaderRecorder("c1").parse_from_app(make_call(), 0)
     with traced.open("rb") as old:
         recorder.trace_into(traced)
-        recorder.parse_from_app("c2", make_call(), 0)
+        HeaderRecorder("c2").parse_from_app(make_call(), 0)
         assert [e.sandbox for e in read_rings(old.read())] == ["c1"]
     assert [e.sandbox for e in read_rings(traced.read_bytes())] == ["c2"]
     assert [path.name for path in traced.parent.iterdir()] == ["gate-trace"]
 
 
 def test_without_a_file_nothing_is_written(tmp_path: Path) -> None:
-    assert recorder.parse_from_app("c1", make_call(), 0).member == "Do"
-    assert recorder.parse_from_bus("c1", make_call(little=False), 0).member == "Do"
-    recorder.make_known_note("c1", FROM_APP)(make_call(), 0, 16)
+    assert HeaderRecorder("c1").parse_from_app(make_call(), 0).member == "Do"
+    assert HeaderRecorder("c1").parse_from_bus(make_call(little=False), 0).member == "Do"
+    HeaderRecorder("c1").note_from_app(make_call(), 0, 16)
     with pytest.raises(FileNotFoundError):
         recorder.trace_into(tmp_path / "not" / "there")
 
 
 def test_known_messages_are_on_record_and_drive_no_others_out(traced: Path) -> None:
-    recorder.parse_from_app("c1", make_call("/first"), 0)
-    note = recorder.make_known_note("c2", FROM_BUS)
+    HeaderRecorder("c1").parse_from_app(make_call("/first"), 0)
+    note = HeaderRecorder("c2").note_from_bus
     for number in range(SLOTS + 10):
         data = b"before" + make_call(f"/n{number}", body=b"secret")
         note(data, 6, len(data) - 6 - len(b"secret"))
-    recorder.parse_from_app("c3", make_call("/last"), 0)
+    HeaderRecorder("c3").parse_from_app(make_call("/last"), 0)
     assert b"secret" not in traced.read_bytes()
     first, *known, last = read_rings(traced.read_bytes())
     assert (first.sandbox, last.sandbox) == ("c1", "c3")
@@ -120,14 +122,16 @@ def test_known_messages_are_on_record_and_drive_no_others_out(traced: Path) -> N
 def test_run_of_known_messages_is_passed_on_and_its_first_on_record(traced: Path) -> None:
     out: Output = []
     first, second = make_call("/a"), make_call("/b")
-    recorder.make_pass(out, "c1", FROM_APP)(b"x" + first + second, 1, 1 + len(first + second))
+    make_pass(out, HeaderRecorder("c1").note_from_app)(
+        b"x" + first + second, 1, 1 + len(first + second)
+    )
     assert out == [first + second]
     assert [first.startswith(entry.header) for entry in read_rings(traced.read_bytes())] == [True]
 
 
 def test_a_long_known_header_is_cut_to_its_slot(traced: Path) -> None:
     long, short = make_call("/" + "x" * 2000), make_call()
-    note = recorder.make_known_note("c1", FROM_APP)
+    note = HeaderRecorder("c1").note_from_app
     for data in (long, short):
         note(data, 0, len(data))
     cut, whole = read_rings(traced.read_bytes())

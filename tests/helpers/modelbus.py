@@ -7,18 +7,17 @@ many of them, which hear of each other's names.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import (
-    FIRST_GATE_SERIAL,
-    Chunk,
-    ConnectionState,
-    Denial,
-    Output,
-)
+from broker.gate.filter.bus_state import BusState, make_absent_name
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, ConnectionState
+from broker.gate.filter.denials import Denial
 from broker.gate.filter.filter import Filter
+from broker.gate.name_ledger import NameLedger
+from broker.gate.output import Chunk, Output
+from broker.gate.recorder import HeaderRecorder
 from broker.gate.sandbox.budgets import MessageBudget
 from broker.wire import errors, marshal
 from broker.wire.header import (
@@ -45,6 +44,19 @@ DRIVER_INTERFACES: Final = (
 OTHER_APP: Final = Identity(type="org.test", app="other")
 
 
+ABSENT: Final = make_absent_name(bytes(16))
+
+
+def make_bus(folder: Path | None = None) -> BusState:
+    """Return a bus without connections."""
+    return BusState("session", "unix:path=/none", NameLedger(folder), ABSENT)
+
+
+def no_time() -> float:
+    """Stand still: what things cost is counted."""
+    return 0.0
+
+
 @dataclass
 class FakeHost:
     """A sandbox, as a connection needs it."""
@@ -57,6 +69,7 @@ class FakeHost:
     denials: list[Denial] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
     messages: MessageBudget = field(default_factory=lambda: MessageBudget(25_000))
+    recorder: HeaderRecorder = field(default_factory=lambda: HeaderRecorder("c1"))
 
     def denied(self, core: ConnectionState, denial: Denial) -> None:
         assert core.sandbox is self
@@ -316,7 +329,7 @@ class Dialogue:
         host: FakeHost | None = None,
     ) -> None:
         self.model: Final = ModelBus(owners, me=me)
-        self.bus: Final = shared if shared is not None else BusState("session", "unix:path=/none")
+        self.bus: Final = shared if shared is not None else make_bus()
         own_host = FakeHost(identity=identity, limits=limits or SandboxLimits())
         self.host: Final = own_host if host is None else host
         self.filter: Final = Filter(
@@ -324,7 +337,7 @@ class Dialogue:
             self.host,
             self._judge(rules or access()),
             app_takes_fds=app_takes_fds,
-            clock=lambda: 0.0,  # what things cost is counted
+            clock=no_time,
         )
         self.core: Final = self.filter.core
         self.host.cores.append(self.core)
@@ -429,7 +442,7 @@ class Town:
     """Connections of several sandboxes to one bus: what becomes of a name all of them hear who want to."""
 
     def __init__(self, owners: dict[str, str] | None = None) -> None:
-        self.bus: Final = BusState("session", "unix:path=/none")
+        self.bus: Final = make_bus()
         self.talks: Final[list[Dialogue]] = []
         self._owners: Final = dict(owners or {})
 

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, Chunk, Denial
+from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.denials import Denial
+from broker.gate.output import Chunk
 from broker.proxy import log
 from broker.proxy.log import MAX_LINE, Printer, Tap, describe, split_messages
 from broker.wire import marshal

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import Chunk
-from broker.gate.sandbox.budgets import JUDGED_COST
+from broker.gate.filter.costs import JUDGED_COST
+from broker.gate.output import Chunk
 from broker.proxy import passthrough
 from broker.proxy.passthrough import PassthroughFilter
 from broker.wire import marshal
@@ -19,7 +18,7 @@ from policy.importers.xdg_dbus_proxy import everything
 from policy.match import Judge
 from policy.rules import AccessList
 from tests.helpers.messages import NO_REPLY, big, call, changed, driver_call, signal
-from tests.helpers.modelbus import APP, ME, FakeHost
+from tests.helpers.modelbus import APP, ME, FakeHost, make_bus
 
 HELLO = driver_call(1, "Hello")
 ANSWER = marshal.make_return(
@@ -35,7 +34,7 @@ class Stage:
     ) -> None:
         self.host = FakeHost(limits=limits or SandboxLimits())
         judge = Judge(AccessList(rules=(everything(None),)), bus="bus", me=APP)
-        bus = BusState("bus", "unix:path=/none")
+        bus = make_bus()
         self.passage = PassthroughFilter(bus, self.host, judge, app_takes_fds=takes_fds)
         self.core = self.passage.core
         if hello:

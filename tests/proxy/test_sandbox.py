@@ -14,7 +14,14 @@ from broker.proxy.connect import Place, TcpPlace
 from broker.proxy.judge import ProxyJudge
 from broker.proxy.log import Printer
 from broker.proxy.passthrough import PassthroughFilter
-from broker.proxy.sandbox import LIMITS, LoggedFilter, LoggedPassage, ProxyBus, ProxySandbox
+from broker.proxy.sandbox import (
+    LIMITS,
+    LoggedFilter,
+    LoggedPassthroughFilter,
+    ProxyBus,
+    ProxyConnector,
+    ProxySandbox,
+)
 from broker.wire import marshal
 from broker.wire.address import UnixAddress
 from broker.wire.header import MAX_MESSAGE
@@ -64,11 +71,11 @@ def make(loop: Loop, *options: str) -> tuple[ProxySandbox, Lines]:
     [
         ([], PassthroughFilter),
         (["--filter"], Filter),
-        (["--log"], LoggedPassage),
+        (["--log"], LoggedPassthroughFilter),
         (["--log", "--filter"], LoggedFilter),
     ],
 )
-def test_what_judges_a_connection(loop: Loop, options: list[str], kind: type[Filter]) -> None:
+def test_what_judges_a_connection(loop: Loop, options: list[str], kind: type[object]) -> None:
     sandbox, _ = make(loop, *options)
     judging = sandbox.make_filter(bus(), app_takes_fds=True)
     assert type(judging) is kind
@@ -152,7 +159,7 @@ def test_sloppy_names(sloppy: bool) -> None:
 
 
 def test_only_a_unix_socket_says_who_we_are() -> None:
-    reached = ProxyBus("bus", [UnixAddress(b"/none"), TCP], sloppy_names=False)
+    reached = ProxyConnector([UnixAddress(b"/none"), TCP])
     with socket.socket(socket.AF_UNIX) as unix, socket.socket(socket.AF_INET) as tcp:
         assert isinstance(reached.make_client(unix, 0), SaslClient)
         assert isinstance(reached.make_client(tcp, 0), MultiMechanismSaslClient)
@@ -180,6 +187,6 @@ def test_nobody_there(loop: Loop, places: list[Place]) -> None:
         got.append(sock)
         loop.stop()
 
-    made.connect(loop, made.address, os.getuid(), done)
+    ProxyConnector(made.places).connect(loop, made.address, os.getuid(), done)
     loop.run()
     assert got == [None]

@@ -7,12 +7,10 @@ followed, old rules against new: that is a chore, and until it is done nobody's 
 from typing import Final
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.chores import NAME_WORK, STEP_WORK
+from broker.gate.filter.chores import NAME_WORK, STEP_WORK, Work
 from broker.gate.filter.connection_state import ConnectionState
-from broker.gate.filter.from_bus import BusMessages
 from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.visibility import NameVisibility
-from broker.gate.io.slices import Work
 from policy.match import Judge
 
 
@@ -24,12 +22,10 @@ class AccessChange:
         core: ConnectionState,
         owners: NameOwners,
         sight: NameVisibility,
-        incoming: BusMessages,
     ) -> None:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
-        self._incoming: Final = incoming
         # Names that the app saw when the rules changed, until it has been told what the change brought.
         self.known_to_app: frozenset[str] | None = None
         self.changing = 0  # changes of which the app has not yet been told what they took
@@ -59,7 +55,7 @@ class AccessChange:
                 saw &= known
             sees = self._sight.visible(judge, owner)
             for name in sorted(saw - sees):
-                self._incoming.tell_owner_change(name, owner, "")
+                self._sight.tell_owner_change(name, owner, "")
             kept.update(dict.fromkeys(saw & sees, owner))
             names = len(self._owners.names_of(owner))
             yield NAME_WORK * names + STEP_WORK * (before.steps + judge.steps - steps)
@@ -68,7 +64,7 @@ class AccessChange:
         yield from self._owners.follow(judge.uses, self.tell_new)
         for name in sorted(kept.keys() - self._owners.names.keys()):
             # Seen because of its owner alone, who is nobody to ask for any more.
-            self._incoming.tell_owner_change(name, kept[name], "")
+            self._sight.tell_owner_change(name, kept[name], "")
             yield NAME_WORK
         self.changing -= 1
 
@@ -89,6 +85,6 @@ class AccessChange:
         for owner in self._owners.views.owners():
             steps = judge.steps
             for name in sorted(self._sight.visible(judge, owner) - told):
-                self._incoming.tell_owner_change(name, "", owner)
+                self._sight.tell_owner_change(name, "", owner)
             names = len(self._owners.names_of(owner))
             yield NAME_WORK * names + STEP_WORK * (judge.steps - steps)

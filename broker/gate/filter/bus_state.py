@@ -12,35 +12,20 @@ had is not a host's however long its connection is gone. A unique name goes thro
     host        none of these                                          a host
 """
 
-import logging
-import os
-import socket
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, Protocol
 
 from broker.control_protocol.messages import BusSpec
 from broker.gate.dumps import BusDump
 from broker.gate.filter.payers import Payers
 from broker.gate.filter.read_barrier import Barrier
-from broker.gate.io.connect import OnConnected, connect_unix
-from broker.gate.io.loop import Loop
-from broker.gate.name_ledger import NameLedger
 from broker.wire import errors
-from broker.wire.sasl import AuthClient, SaslClient
 from policy.match import Judge
 from policy.rules import Identity
 
-LOGGER: Final = logging.getLogger(__name__)
-
-# A name that nobody owns and that no service file gives: what a bus says of it is what it says of
-# every name that is not there.
-# Nobody can guess it, own it, and leave us without an answer.
-ABSENT: Final = f"org.buswarden.NotThere.x{os.urandom(16).hex()}"
+# No connection has it: a bus numbers connections from 1, and not that far.
 ABSENT_UNIQUE: Final = ":0.4294967295"
-
-
 # Closed connections whose identity is remembered, because their messages may still come: dbus-daemon closes a connection
 # before it has delivered everything, and dbus-broker keeps calls for a service that is being started. Older ones are UNKNOWN.
 MAX_LATE: Final = 4096
@@ -78,15 +63,49 @@ class Lingering(Protocol):
         """Close the connection to the bus."""
 
 
-class BusState:
-    """One real bus."""
+def make_absent_name(random: bytes) -> str:
+    """Return a well-known name that nobody can guess, from random bytes."""
+    return f"org.buswarden.NotThere.x{random.hex()}"
 
-    def __init__(self, name: str, address: str, folder: Path | None = None) -> None:
+
+class UniqueNames(Protocol):
+    """All unique names that sandboxes ever had on the bus, kept where the next gate finds them (name_ledger.py)."""
+
+    def __contains__(self, unique_name: str) -> bool: ...
+
+    def is_doubtful(self, unique_name: str) -> bool:
+        """Return whether the answer for a name depends on the unknown id of the bus."""
+
+    def add(self, unique_name: str) -> None:
+        """Add a name. Raises OSError."""
+
+    def meet(self, bus_id: str) -> None:
+        """Take in the names that are known of this bus. Raises OSError."""
+
+    def move(self, bus_id: str) -> None:
+        """Replace all names by those of a new bus. Raises OSError."""
+
+    def dump(self) -> tuple[tuple[str, bytes], ...]:
+        """Return all names."""
+
+    def load(self, bus_id: str, dump: tuple[tuple[str, bytes], ...]) -> None:
+        """Restore the names from `dump`. Raises ValueError."""
+
+
+class BusState:
+    """The state of one real bus.
+
+    `absent_name` is a name that nobody owns and that no service file gives. The bus's answers about it are its answers
+    about every name that does not exist. So nobody may guess it: its owner could keep the gate from learning them.
+    """
+
+    def __init__(self, name: str, address: str, ledger: UniqueNames, absent_name: str) -> None:
         self.name: Final = name
         self.address = address
         self.identities: Final[dict[str, Identity]] = {}
         self.sandboxes: Final[dict[str, str]] = {}  # unique name -> sandbox id
-        self.ledger: Final = NameLedger(folder)  # all unique names that ever were there
+        self.ledger: Final = ledger
+        self.absent_name: Final = absent_name
         self.members: Final[set[Member]] = set()
         self.payers: Final = Payers()
         # Senders whose rules say which apps hear their broadcasts: their unique names.
@@ -114,14 +133,6 @@ class BusState:
     def spec(self) -> BusSpec:
         """Return it as the supervisor knows it."""
         return BusSpec(name=self.name, address=self.address)
-
-    def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
-        """Connect as that user; `address` is the bus's own, or one that it made for a sandbox."""
-        connect_unix(loop, address, uid, done)
-
-    def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
-        """Return who does the handshake on a new connection."""
-        return SaslClient(uid)
 
     def authenticated(self, guid: str) -> None:
         """Take note of who answers at the address.
@@ -278,12 +289,9 @@ class BusState:
         self.payers.load(dump.payers)
 
     def resume(self) -> None:
-        """Write down what an older gate did not: it had no ledger."""
-        try:
-            for unique_name in self.identities:
-                self.ledger.add(unique_name)
-        except OSError as exc:  # the connections are there, and as good as before
-            LOGGER.warning("ledger bus=%s: %s", self.name, exc)
+        """Add to the ledger the names that an older gate without a ledger did not. Raises OSError."""
+        for unique_name in self.identities:
+            self.ledger.add(unique_name)
 
     # -- how this bus words "there is no such name" ------------------------------------------
 
@@ -293,7 +301,7 @@ class BusState:
         return bool(self._absent_name_errors)
 
     def learn_absent_name_error(self, question: str, asked: str, error: str, text: str) -> None:
-        """Take the answer to `question` about ABSENT or ABSENT_UNIQUE as the bus's way of saying so."""
+        """Take the answer to `question` about a name that does not exist as the bus's way of saying so."""
         if error in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER):
             self._absent_name_errors[question] = (error, text.replace(asked, "\0"))
 

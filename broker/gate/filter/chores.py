@@ -6,14 +6,19 @@ connection. Chores of one connection are done one after the other.
 """
 
 from collections import deque
+from collections.abc import Generator
 from typing import Final
 
-from broker.gate.io.slices import SLICE, Work
-
+# The work of some milliseconds on a slow machine. `policy.match` counts work: 4 take the time of one step.
+SLICE: Final = 50_000
 # The work of a look at a name, beside the steps of the rules, as `policy.match` counts work.
 NAME_WORK: Final = 128
-# The work of one step of the rules (0.4 µs): see `slices.SLICE`.
+# The work of one step of the rules (0.4 µs).
 STEP_WORK: Final = 4
+
+
+# Yields how much work was done since the last time, and raises CallRefusedError if it is refused.
+Work = Generator[int, None, None]
 
 
 class Chores:

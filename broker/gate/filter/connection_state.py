@@ -15,7 +15,7 @@ Rule 5: what is known for longer than a turn of the loop is data, and in `dump`:
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.dumps import (
@@ -29,9 +29,11 @@ from broker.gate.dumps import (
 )
 from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.chores import Chores
+from broker.gate.filter.denials import Denial
 from broker.gate.filter.pending_calls import OwnersSince
 from broker.gate.filter.subscriptions import Subscriptions
 from broker.gate.filter.verdict_cache import VerdictTable
+from broker.gate.output import Chunk, Output
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Header
@@ -40,6 +42,27 @@ from broker.wire.marshal import Value
 from broker.wire.matchrule import parse_match_rule
 from policy.match import Judge
 from policy.rules import Identity
+
+# Write down a known header: the bytes that it is in, where it begins, how long it is.
+KnownNote = Callable[[bytes, int, int], None]
+
+
+class Recorder(Protocol):
+    """Writes down the headers of messages, for whoever looks into the gate's death (recorder.py)."""
+
+    @property
+    def note_from_app(self) -> KnownNote:
+        """Writes down a known message of the app."""
+
+    @property
+    def note_from_bus(self) -> KnownNote:
+        """Writes down a known message of the bus."""
+
+    def parse_from_app(self, data: bytes, pos: int) -> Header:
+        """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
+
+    def parse_from_bus(self, data: bytes, pos: int) -> Header:
+        """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
 
 
 class SandboxView(Protocol):
@@ -60,10 +83,14 @@ class SandboxView(Protocol):
         """What it may take."""
 
     @property
+    def recorder(self) -> Recorder:
+        """The recorder of its messages."""
+
+    @property
     def cores(self) -> Collection["ConnectionState"]:
         """Its connections, those in their handshakes left out."""
 
-    def denied(self, core: "ConnectionState", denial: "Denial") -> None:
+    def denied(self, core: "ConnectionState", denial: Denial) -> None:
         """Report a refusal."""
 
     def said_hello(self, core: "ConnectionState") -> None:
@@ -78,16 +105,6 @@ LAST_SERIAL: Final = 0xFFFFFFFE
 REPLY_SERIAL: Final = 0xFFFFFFFF  # of replies that the gate makes itself: no bus uses it
 MAX_CALLERS: Final = 1024  # that are remembered: whoever called the app may be seen by it
 MAX_FORMER_OWNERS: Final = 64  # that one waiting call is followed through
-
-
-class Chunk(NamedTuple):
-    """Bytes that must begin a write of their own, with the descriptors that go with them."""
-
-    data: bytes | memoryview
-    fds: tuple[int, ...]
-
-
-Output = list[bytes | Chunk]
 
 
 class Replier:
@@ -123,19 +140,6 @@ class InterceptedCall:
 
 BUS_DRIVER: Final = Replier(DRIVER)
 NO_REPLIER: Final = Replier("")  # may reply: the call waits under another serial
-
-
-class Denial(NamedTuple):
-    """A refusal, for the supervisor."""
-
-    direction: str
-    kind: str
-    peer: str
-    path: str
-    interface: str
-    member: str
-    reason: str
-    origin: str
 
 
 class ConnectionState:

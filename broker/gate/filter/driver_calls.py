@@ -8,18 +8,17 @@ from dataclasses import replace
 from typing import Final, Literal
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.chores import NAME_WORK, STEP_WORK
+from broker.gate.filter.chores import NAME_WORK, STEP_WORK, Work
 from broker.gate.filter.connection_state import (
     BUS_DRIVER,
     FIRST_GATE_SERIAL,
     ConnectionState,
-    Denial,
     InterceptedCall,
     Replier,
 )
+from broker.gate.filter.denials import Denial
 from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.visibility import NameVisibility
-from broker.gate.io.slices import Work
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
@@ -31,7 +30,7 @@ from broker.wire.interfaces import (
     PEER,
     PROPERTIES,
 )
-from broker.wire.marshal import Value
+from broker.wire.marshal import Value, read_reply
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from broker.wire.names import is_bus_name, is_well_known_name
 from broker.wire.reader import Reader, skip_value
@@ -56,13 +55,6 @@ def bus_name(call: Header, data: bytes) -> str:
     if not is_bus_name(name):
         raise CallRefusedError(errors.INVALID_ARGS, f"not a bus name: {name[:40]!r}")
     return name
-
-
-def results(reply: Header, data: bytes, signature: str) -> tuple[Value, ...]:
-    """Read what the bus answered. Raises PeerProtocolError if it is not of that form."""
-    if reply.signature != signature:
-        raise PeerProtocolError(f"the bus answered ({reply.signature}) instead of ({signature})")
-    return marshal.read_body(signature, data[reply.size :], little=reply.little)
 
 
 def without_descriptors(data: bytes) -> bytes:
@@ -329,7 +321,7 @@ class BusDriverCalls:
         core = self._core
         if reply.type != MessageType.METHOD_RETURN:
             raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
-        core.unique_name = str(results(reply, data, "s")[0])
+        core.unique_name = str(read_reply(reply, data, "s")[0])
         core.sandbox.said_hello(core)
         core.bus.set_broadcast_judge(core.unique_name, core.judge)
         self._owners.hold(self._owners.follow(core.judge.uses))
@@ -443,7 +435,7 @@ class BusDriverCalls:
         if reply.type != MessageType.METHOD_RETURN:
             core.deliver(data, fds)
             return
-        (names,) = results(reply, data, "as")
+        (names,) = read_reply(reply, data, "as")
         assert isinstance(names, (list, tuple))
         at = reply.reply_serial_at
         serial = int.from_bytes(data[at : at + 4], "little" if reply.little else "big")
@@ -491,7 +483,9 @@ class BusDriverCalls:
     ) -> None:
         name, request = then.values
         names = self._core.requested_names
-        got = reply.type == MessageType.METHOD_RETURN and results(reply, data, "u")[0] in HAS_NAME
+        got = (
+            reply.type == MessageType.METHOD_RETURN and read_reply(reply, data, "u")[0] in HAS_NAME
+        )
         # The answer to a later request for the name may be another.
         if not got and names.get(str(name)) == request:
             del names[str(name)]

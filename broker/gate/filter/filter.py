@@ -9,12 +9,10 @@ else the bus brings is charged here, to whoever caused it (payers.py); `billed` 
 """
 
 import sys
-import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from broker.control_protocol.trace_file import FROM_APP, FROM_BUS
 from broker.gate.dumps import ChunkDump, Fds, FilterDump, HandoverError, pick
 from broker.gate.filter.access_change import AccessChange
 from broker.gate.filter.bus_state import BusState
@@ -22,8 +20,11 @@ from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
     ConnectionState,
     InterceptedCall,
+    KnownNote,
     SandboxView,
 )
+from broker.gate.filter.costs import BUSY_SECOND, BYTES_A_MESSAGE, HEARD_COST, JUDGED_COST
+from broker.gate.filter.driver_calls import BusDriverCalls
 from broker.gate.filter.from_app import AppMessages
 from broker.gate.filter.from_bus import Arrived, BusMessages
 from broker.gate.filter.message_runs import Place, match_call_run, match_reply_run
@@ -31,8 +32,7 @@ from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.receive_buffer import ReceiveBuffer
 from broker.gate.filter.unreadable import AWAITED, MAX_HEADER, TOO_LARGE, leave_out
 from broker.gate.filter.visibility import NameVisibility
-from broker.gate.recorder import make_known_note, make_pass, parse_from_app, parse_from_bus
-from broker.gate.sandbox.budgets import BUSY_SECOND, BYTES_A_MESSAGE, HEARD_COST, JUDGED_COST, Clock
+from broker.gate.output import Output
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.fixed_header import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
 from broker.wire.header import (
@@ -61,7 +61,7 @@ class Filter:
         *,
         app_takes_fds: bool,
         judged_a_turn: int = sys.maxsize,
-        clock: Clock = time.monotonic,
+        clock: Callable[[], float],
     ) -> None:
         self.core: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.held = False
@@ -72,9 +72,10 @@ class Filter:
         self._turn = judged_a_turn * JUDGED_COST
         self._owners: Final = NameOwners(self.core, self._synced)
         self._sight: Final = NameVisibility(self.core, self._owners)
-        self._outgoing: Final = AppMessages(self.core, self._owners, self._sight)
+        driver = BusDriverCalls(self.core, self._owners, self._sight)
+        self._outgoing: Final = AppMessages(self.core, self._owners, self._sight, driver)
         self._incoming: Final = BusMessages(self.core, self._owners, self._sight)
-        self._swap: Final = AccessChange(self.core, self._owners, self._sight, self._incoming)
+        self._swap: Final = AccessChange(self.core, self._owners, self._sight)
         self.from_app: Final = ReceiveBuffer(sandbox)
         self._from_bus: Final = ReceiveBuffer(None)
         # What came from the bus and waits; everything behind it waits with it, to come in order.
@@ -82,9 +83,10 @@ class Filter:
         self._stashed_bytes = 0
         self._wake = False
         core = self.core
-        self._pass_app: Final = make_pass(core.to_bus, sandbox.id, FROM_APP)
-        self._pass_bus: Final = make_pass(core.to_app, sandbox.id, FROM_BUS)
-        self._note_refusal: Final = make_known_note(sandbox.id, FROM_BUS)
+        recorder = sandbox.recorder
+        self._recorder: Final = recorder
+        self._pass_app: Final = make_pass(core.to_bus, recorder.note_from_app)
+        self._pass_bus: Final = make_pass(core.to_app, recorder.note_from_bus)
         self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
             **dict.fromkeys(CALLS, core.app_calls),
             **dict.fromkeys(MUTE_CALLS, core.app_mute),
@@ -306,7 +308,7 @@ class Filter:
                 intake.expect(size)
                 return 0
             return self._refuse_too_large(data, pos, size)
-        header = parse_from_app(self.core.sandbox.id, data, pos)
+        header = self._recorder.parse_from_app(data, pos)
         # Whoever drops the message closes them, so they are taken only when it will not wait.
         fds = intake.peek_fds(header.unix_fds, pos)
         if header.unix_fds and not self.core.app_takes_fds:
@@ -428,7 +430,7 @@ class Filter:
         if not (waits or intake.has_fds) and self._known_refusal(data, pos, size):
             return pos + size
         try:
-            header = parse_from_bus(self.core.sandbox.id, data, pos)
+            header = self._recorder.parse_from_bus(data, pos)
         except PeerProtocolError as exc:
             return self._leave_out(data, pos, size, str(exc))
         fds = intake.peek_fds(header.unix_fds, pos)
@@ -482,7 +484,7 @@ class Filter:
         denial = refusals.get(data[pos + 12 : pos + header_size])
         if denial is None:
             return False
-        self._note_refusal(data, pos, header_size)
+        self._recorder.note_from_bus(data, pos, header_size)
         self.core.sandbox.denied(self.core, denial)
         self.core.bus.payers.charge(denial.peer, 1 + size // BYTES_A_MESSAGE)
         return True
@@ -520,3 +522,14 @@ class Filter:
             if self.held and not (self.yielded or self._owners.waiting):
                 self.held = False
                 self.feed_app(b"")
+
+
+def make_pass(out: Output, note: KnownNote) -> KnownNote:
+    """Return a function that passes on a run of known messages, from `pos` to `end`, and writes down the first one."""
+
+    def pass_on(data: bytes, pos: int, end: int) -> None:
+        out.append(data[pos:end])
+        # Known headers are little-endian.
+        note(data, pos, FIXED_SIZE + U32.unpack_from(data, pos + 12)[0])
+
+    return pass_on

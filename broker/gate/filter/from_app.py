@@ -5,42 +5,54 @@ The slow path of the app side; `Filter` comes here with what it does not remembe
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 from broker.gate.dumps import ReplyAction
 from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
-    Chunk,
     ConnectionState,
-    Denial,
     InterceptedCall,
     Replier,
 )
-from broker.gate.filter.driver_calls import BusDriverCalls, results
+from broker.gate.filter.denials import Denial, denial, refusal
 from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.verdict_cache import remember_shape
 from broker.gate.filter.visibility import NameVisibility
+from broker.gate.output import Chunk
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
 from broker.wire.interfaces import DRIVER, INSTANCE_FIELD, INSTANCE_PREFIX
+from broker.wire.marshal import read_reply
 from policy.match import Verdict
 from policy.rules import Identity
-from policy.tables import MAX_PATH
 
 # dbus-daemon takes 16 and ends a connection that sends more (max_message_unix_fds).
 MAX_FDS: Final = 16
 KNOWN_FLAGS: Final = 7
 
 
+class DriverCalls(Protocol):
+    """Takes the app's calls to the bus itself, or to nobody (driver_calls.py)."""
+
+    def call(self, header: Header, data: bytes) -> bool:
+        """Deal with one call. False: it must wait until the owners are known."""
+
+
 class AppMessages:
     """The app side of one connection."""
 
-    def __init__(self, core: ConnectionState, owners: NameOwners, sight: NameVisibility) -> None:
+    def __init__(
+        self,
+        core: ConnectionState,
+        owners: NameOwners,
+        sight: NameVisibility,
+        driver: DriverCalls,
+    ) -> None:
         self._core: Final = core
         self._owners: Final = owners
         self._sight: Final = sight
-        self._driver: Final = BusDriverCalls(core, owners, sight)
+        self._driver: Final = driver
         core.reply_handlers["refuse"] = self._refuse_now
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
@@ -226,7 +238,7 @@ class AppMessages:
         serial, name, question, text = then.values
         assert isinstance(serial, int)
         callers = self._core.callers
-        if reply.signature == "b" and not results(reply, data, "b")[0]:
+        if reply.signature == "b" and not read_reply(reply, data, "b")[0]:
             callers.pop(str(name), None)
         self._say_why(serial, str(name), str(question), str(text) if name in callers else "")
 
@@ -316,24 +328,3 @@ def _may_reach_who_wants_tags(
     if name is not None and name[:1] == ":":
         return name in core.bus.wants_instance_field
     return bool(core.bus.wants_instance_field) or (target is not None and not target.owner)
-
-
-def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denial:
-    """Return the report of a refused message."""
-    return Denial(
-        direction,
-        "call" if header.type == MessageType.METHOD_CALL else "signal",
-        peer,
-        (header.path or "")[:MAX_PATH],  # longer ones are refused whatever they are
-        header.interface or "",
-        header.member or "",
-        verdict.reason,
-        verdict.rule.origin if verdict.rule is not None else "",
-    )
-
-
-def refusal(header: Header, name: str, verdict: Verdict) -> str:
-    """Return the text of AccessDenied, for whoever has to make the app work."""
-    member = f"{header.interface}.{header.member}" if header.interface else header.member
-    path = (header.path or "")[:MAX_PATH]
-    return f"This sandbox may not call {member} at {path} of {name}: {verdict.reason}"

@@ -8,12 +8,12 @@ from typing import Final, NamedTuple
 
 from broker.gate.dumps import ReplyAction
 from broker.gate.filter.bus_state import UNKNOWN
-from broker.gate.filter.connection_state import ConnectionState, Denial, InterceptedCall, Replier
-from broker.gate.filter.from_app import denial
+from broker.gate.filter.connection_state import ConnectionState, InterceptedCall, Replier
+from broker.gate.filter.costs import ANSWER_COST, HEARD_COST, QUESTION_COST, TOLD_COST
+from broker.gate.filter.denials import Denial, denial
 from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.verdict_cache import remember_shape
 from broker.gate.filter.visibility import NameVisibility
-from broker.gate.sandbox.budgets import ANSWER_COST, HEARD_COST, QUESTION_COST, TOLD_COST
 from broker.wire import errors, marshal
 from broker.wire.header import (
     READ_LIMITS,
@@ -23,7 +23,7 @@ from broker.wire.header import (
     parse_header,
     serialise_header,
 )
-from broker.wire.interfaces import DRIVER, DRIVER_PATH
+from broker.wire.interfaces import DRIVER
 from policy.match import Verdict
 
 # The sender's own rules restrict its hearers, and those rules are not known any more.
@@ -163,32 +163,14 @@ class BusMessages:
         changes = self._sight.owner_changed(name, old, new)
         self._cost += len(changes) * TOLD_COST
         for change in changes:
-            if change != (name, old, new):
-                self.tell_owner_change(*change)
-            # Our own match rules bring changes that the app has not asked for.
-            elif self._core.matches.want_owner_change(*change):
-                self._core.deliver(self._clean(header, data))
+            said = self._clean(header, data) if change == (name, old, new) else None
+            self._sight.tell_owner_change(*change, said)
 
     def _find_mover(self, header: Header, data: bytes) -> None:
         """Charge NameAcquired or NameLost to the connection that caused it."""
         if header.signature == "s":
             (name,) = marshal.read_body("s", data[header.size :], little=header.little)
             self._cause = self._core.bus.payers.who_asked(str(name)) or self._cause
-
-    def tell_owner_change(self, name: str, old: str, new: str) -> None:
-        """Say that a name came into sight or left it, in the words of an owner change."""
-        if self._core.matches.want_owner_change(name, old, new):
-            self._core.deliver(
-                marshal.make_signal(
-                    0xFFFFFFFF,
-                    path=DRIVER_PATH,
-                    interface=DRIVER,
-                    member="NameOwnerChanged",
-                    sender=DRIVER,
-                    signature="sss",
-                    values=(name, old, new),
-                )
-            )
 
     # -- calls and signals of others -----------------------------------------------------------------
 

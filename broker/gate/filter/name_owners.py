@@ -11,8 +11,8 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from broker.gate.dumps import HistoryDump, OwnersDump, ReplyAction
-from broker.gate.filter.bus_state import ABSENT, ABSENT_UNIQUE
-from broker.gate.filter.chores import NAME_WORK
+from broker.gate.filter.bus_state import ABSENT_UNIQUE
+from broker.gate.filter.chores import NAME_WORK, Work
 from broker.gate.filter.connection_state import (
     MAX_FORMER_OWNERS,
     ConnectionState,
@@ -21,7 +21,6 @@ from broker.gate.filter.connection_state import (
 )
 from broker.gate.filter.owner_views import Views
 from broker.gate.filter.pending_calls import OwnerHistory, OwnersSince
-from broker.gate.io.slices import Work
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
@@ -121,12 +120,13 @@ class NameOwners:
 
     def look_up_absent_names(self) -> None:
         """Ask the bus what it says of names that are not there, to say the same of hidden ones."""
+        absent = self._core.bus.absent_name
         for question in _LOOK_UPS:
-            self._ask(question, "s", (ABSENT,), ReplyAction("wording", (question, ABSENT)))
-        then = ReplyAction("wording", ("StartServiceByName", ABSENT))
-        self._ask("StartServiceByName", "su", (ABSENT, 0), then)
+            self._ask(question, "s", (absent,), ReplyAction("wording", (question, absent)))
+        then = ReplyAction("wording", ("StartServiceByName", absent))
+        self._ask("StartServiceByName", "su", (absent, 0), then)
         for question, flags in (("", 0), ("-no-start", Flag.NO_AUTO_START)):
-            self._ping(ABSENT, flags, f"call{question}")
+            self._ping(absent, flags, f"call{question}")
             self._ping(ABSENT_UNIQUE, flags, f"unique{question}")
 
     def _ping(self, name: str, flags: int, question: str) -> None:

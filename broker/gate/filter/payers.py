@@ -29,10 +29,9 @@ A payer may not be known when its bill comes, or not be there any more:
 """
 
 from collections import OrderedDict
-from typing import Final
+from typing import Final, Protocol
 
 from broker.gate.dumps import PayersDump
-from broker.gate.sandbox.budgets import MessageBudget
 
 # Late connections: their last owner changes may come long after they closed. As in bus.py.
 MAX_LATE: Final = 4096
@@ -42,19 +41,26 @@ MAX_MOVERS: Final = 4096
 MAX_ARRIVING: Final = 256
 
 
+class Budget(Protocol):
+    """The budget of a sandbox."""
+
+    def charge(self, cost: int) -> None:
+        """Take away the cost of messages from the bus."""
+
+
 class Payers:
     """The payers of one bus."""
 
     def __init__(self) -> None:
         # By unique name; a host's name has none. The shortcut for known messages (filter.py) reads it directly.
-        self.budgets: Final[dict[str, MessageBudget]] = {}
+        self.budgets: Final[dict[str, Budget]] = {}
         self._late: Final[OrderedDict[str, str]] = OrderedDict()  # unique name -> sandbox id
         self._movers: Final[OrderedDict[str, str]] = OrderedDict()
         self._arriving: Final[OrderedDict[str, int]] = OrderedDict()  # unique name -> debt
         # Late connections of the former gate, until their sandbox is loaded: sandbox id -> unique names.
         self._orphans: Final[dict[str, list[str]]] = {}
 
-    def joined(self, unique_name: str, budget: MessageBudget) -> None:
+    def joined(self, unique_name: str, budget: Budget) -> None:
         """Charge the connection's messages to `budget` from now on, and its debt at once."""
         self._late.pop(unique_name, None)
         self.budgets[unique_name] = budget
@@ -138,7 +144,7 @@ class Payers:
         for unique_name, sandbox in dump.late:
             self._orphans.setdefault(sandbox, []).append(unique_name)
 
-    def adopt(self, sandbox: str, budget: MessageBudget) -> None:
+    def adopt(self, sandbox: str, budget: Budget) -> None:
         """Charge a sandbox that was handed over for its late connections."""
         for unique_name in self._orphans.pop(sandbox, ()):
             self.joined(unique_name, budget)

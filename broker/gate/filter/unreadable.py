@@ -7,7 +7,8 @@ left out alone: it is reported, the caller of a call is refused, and a reply is 
 
 from typing import Final
 
-from broker.gate.filter.connection_state import ConnectionState, Denial
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.denials import Denial
 from broker.wire import errors, marshal
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import FIXED_SIZE, READ_LIMITS, Flag, Header, MessageType

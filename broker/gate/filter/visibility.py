@@ -7,9 +7,10 @@ called it as long as that caller lives.
 from collections import OrderedDict
 from typing import Final
 
-from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.connection_state import REPLY_SERIAL, ConnectionState
 from broker.gate.filter.name_owners import NameOwners
-from broker.wire.interfaces import DRIVER
+from broker.wire import marshal
+from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from policy.match import Judge
 
 # Connections that lost the last name by which they were seen. Their end is still told, because a client that
@@ -90,3 +91,24 @@ class NameVisibility:
                 others = sorted(self._owners.names_of(owner) - {name, owner})
                 changes += [(each, *((owner, "") if before else ("", owner))) for each in others]
         return changes
+
+    def tell_owner_change(self, name: str, old: str, new: str, said: bytes | None = None) -> None:
+        """Tell the app of an owner change, if it has a match rule for it.
+
+        The match rules of the gate bring changes that the app did not ask for. `said` is the bus's own signal of this
+        change. Without it the change is one of visibility, and the gate makes the signal.
+        """
+        if self._core.matches.want_owner_change(name, old, new):
+            self._core.deliver(said or _owner_changed(name, old, new))
+
+
+def _owner_changed(name: str, old: str, new: str) -> bytes:
+    return marshal.make_signal(
+        REPLY_SERIAL,
+        path=DRIVER_PATH,
+        interface=DRIVER,
+        member="NameOwnerChanged",
+        sender=DRIVER,
+        signature="sss",
+        values=(name, old, new),
+    )

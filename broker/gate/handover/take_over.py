@@ -1,6 +1,7 @@
 """The new gate's side of a hand-over: take everything, try it, and only then say so."""
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -18,10 +19,13 @@ from broker.gate.dumps import (
     decode_opening,
     decode_sandbox,
 )
-from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import ConnectionState, Denial
+from broker.gate.filter.bus_state import BusState, make_absent_name
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.denials import Denial
 from broker.gate.filter.filter import Filter
 from broker.gate.handover.channel import Channel, dump_equals
+from broker.gate.name_ledger import NameLedger
+from broker.gate.recorder import HeaderRecorder
 from broker.gate.sandbox.sandbox import Sandbox
 from broker.gate.server import Gate
 from broker.posix.descriptors import close_fds
@@ -132,6 +136,7 @@ class _NoSandbox:
     cores: Final[tuple[ConnectionState, ...]] = ()
 
     def __init__(self) -> None:
+        self.recorder: Final = HeaderRecorder(self.id)
         self.bytes_held = 0
         self.denials = 0
 
@@ -150,9 +155,9 @@ def check_judgement() -> None:
     rules = AccessList(rules=(Rule(access=frozenset({Access.SEND}), name="org.example.Yes"),))
     host = _NoSandbox()
     judge = Judge(rules, bus="none", me=host.identity)
-    bus = BusState("none", "unix:path=/none")
+    bus = BusState("none", "unix:path=/none", NameLedger(), make_absent_name(b""))
     bus.gives_instance_field = False  # what is passed on is to be what was sent
-    judging = Filter(bus, host, judge, app_takes_fds=True)
+    judging = Filter(bus, host, judge, app_takes_fds=True, clock=time.monotonic)
     judging.feed_app(_call(1, DRIVER, "Hello"))
     _answer_all(judging)
     judging.core.to_app.clear()

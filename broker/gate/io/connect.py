@@ -6,12 +6,13 @@ import pwd
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Protocol
 
 from broker.gate.io.loop import Loop
 from broker.posix.reserve import is_reserved
 from broker.wire.address import UnixAddress, parse_address
 from broker.wire.errors import ConfigError
+from broker.wire.sasl import AuthClient, SaslClient
 
 LOGGER: Final = logging.getLogger(__name__)
 
@@ -20,6 +21,28 @@ RETRY_PAUSE: Final = 0.05
 RETRIES: Final = 100
 
 OnConnected = Callable[[socket.socket | None], None]
+
+
+class Connector(Protocol):
+    """The connections to a bus: how they are made, and how they authenticate."""
+
+    def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
+        """Connect to `address` as that user; `done` gets the socket, or None."""
+
+    def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
+        """Return the client side of the handshake on a new connection."""
+
+
+class UnixConnector:
+    """Connects to buses behind unix sockets. The socket tells the bus the user."""
+
+    def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
+        """Connect to the first place of `address` that answers; `done` gets the socket, or None."""
+        connect_unix(loop, address, uid, done)
+
+    def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
+        """Return the client side of the handshake on a new connection."""
+        return SaslClient(uid)
 
 
 def connect_unix(loop: Loop, address: str, uid: int, done: OnConnected) -> None:

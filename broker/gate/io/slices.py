@@ -1,16 +1,11 @@
 """Work that takes longer than anybody may be kept waiting: done in slices, one a turn of the loop. No I/O."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Final
 
+from broker.gate.filter.chores import SLICE, Work
 from broker.gate.io.loop import Loop
 from broker.wire.errors import CallRefusedError
-
-# Work of some milliseconds on a slow machine. `policy.match` counts it: 4 take the time of one step.
-SLICE: Final = 50_000
-
-# Yields how much work was done since the last time, and raises CallRefusedError if it is refused.
-Work = Generator[int, None, None]
 
 
 class Sliced:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.gate.dumps import ChunkDump, Fds, StreamDump, pick
-from broker.gate.filter.connection_state import Chunk, Output
 from broker.gate.io.loop import BROKEN, READABLE, WRITABLE, Loop
+from broker.gate.output import Chunk, Output
 from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary, close_fds, received_fds, rights
 from broker.wire.errors import PeerProtocolError
 
@@ -268,10 +268,3 @@ class SocketStream:
                 return
             sent -= len(first.data)
             self._queue.popleft()
-
-
-def close_output(output: Output) -> None:
-    """Close the descriptors of what will not be sent."""
-    for item in output:
-        if isinstance(item, Chunk):
-            close_fds(item.fds)

@@ -9,25 +9,11 @@ from broker.gate.dumps import BudgetDump, RateLimitedLogDump
 
 LOGGER: Final = logging.getLogger(__name__)
 
-# What things cost, in messages. One whose header was judged before takes some 30 µs of the machine's time: 4 here,
-# the rest in the bus and in who gets it. One that is new or refused takes 50 to 100 µs more, here; a connection
-# with both of its handshakes some milliseconds, here, in the bus and in the supervisor.
-JUDGED_COST: Final = 5
+# The costs of connections, as filter/costs.py counts them. A connection with both of its handshakes takes some
+# milliseconds, in the gate, in the bus and in the supervisor.
 CONNECTION_COST: Final = 250
 # A read, in a handshake: what it says is bounded in sasl.py. Elsewhere meter.py looks at what it brought.
 READ_COST: Final = 1
-# A message from the bus that has to be judged, on each connection that hears it; with a remembered verdict it costs 1. See
-# payers.py for the payer. The price of an app's call includes its reply, unless the gate has to read that (ANSWER_COST).
-HEARD_COST: Final = 4
-ANSWER_COST: Final = 1
-# A question of the gate's own, with its answer: each is a message for the bus as well.
-QUESTION_COST: Final = 5
-# Each message more that the app is told of one owner change: the owner came into sight, say, with all of its names.
-TOLD_COST: Final = 1
-# Messages that a second counts for, of the gate's time or of the bus's: the default budget is 40 % of it.
-BUSY_SECOND: Final = 62_500
-# So many bytes cost a message more: that is what copying them takes, here, in the bus and in who gets them.
-BYTES_A_MESSAGE: Final = 3072
 # Messages to be judged anew that one connection gets done before the others have their turn.
 JUDGED_A_TURN: Final = 8
 # Seconds' worth of messages that may come at once: apps ask for much when they start.

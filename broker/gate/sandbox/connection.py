@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Final
 from broker.control_protocol.messages import Usage
 from broker.gate.dumps import AppConnectionDump, Fds, ReplyAction
 from broker.gate.filter.bus_state import BusState
+from broker.gate.filter.chores import SLICE, Work
 from broker.gate.filter.filter import Filter
 from broker.gate.filter.read_barrier import KIND
 from broker.gate.io.loop import Loop, Timer
-from broker.gate.io.slices import SLICE, Work
-from broker.gate.io.stream import SocketStream, close_output
+from broker.gate.io.stream import SocketStream
+from broker.gate.output import descriptors_of
 from broker.gate.sandbox.budgets import READ_COST
 from broker.gate.sandbox.error_boundaries import ends_connection_on_error
 from broker.gate.sandbox.fast_path import Accounting, install_fast_path
+from broker.gate.sandbox.mediator import Mediator
 from broker.gate.sandbox.meter import BEHIND, Meter
 from broker.gate.sandbox.usage import connection_usage, end_slowest_reader
 from broker.posix.descriptors import Ancillary, close_fds
@@ -55,7 +57,7 @@ class AppConnection:
         self._bus_sock: socket.socket | None = None
         self._upstream: SocketStream | None = None
         self._client: AuthClient | None = None
-        self._filter: Filter | None = None
+        self._filter: Mediator | None = None
         self._closed = False
         self._new_judge: Judge | None = None
         self._goes_on = self._works = False  # in the next turn
@@ -68,7 +70,7 @@ class AppConnection:
         )
 
     @property
-    def filter(self) -> Filter | None:
+    def filter(self) -> Mediator | None:
         """What judges it, once both handshakes are done."""
         return self._filter
 
@@ -115,11 +117,11 @@ class AppConnection:
             self._upstream.close()
         self.sandbox.connection_closed(self)
 
-    def _filter_closed(self, closing: Filter) -> None:
+    def _filter_closed(self, closing: Mediator) -> None:
         core = closing.core
         self.sandbox.messages.take_more(closing.spent)  # by what ended it
         close_fds(closing.close())
-        close_output([*core.to_bus, *core.to_app])
+        close_fds(descriptors_of([*core.to_bus, *core.to_app]))
         self.bus.members.discard(core)
         self.bus.connections.discard(self)
 
@@ -174,7 +176,7 @@ class AppConnection:
         server = spec.container_servers.get(self.bus.name)
         if server is None or server.instance:  # else the bus is being asked for another
             address = self.bus.address if server is None else server.address
-            self.bus.connect(self._loop, address, spec.uid, self._connected)
+            self.sandbox.connector.connect(self._loop, address, spec.uid, self._connected)
 
     def _connected(self, sock: socket.socket | None) -> None:
         if self._closed or self._bus_sock is not None:
@@ -194,7 +196,7 @@ class AppConnection:
         self._upstream = SocketStream(
             self._loop, self._bus_sock, self._greet_bus, self._bus_drained
         )
-        self._client = self.bus.make_client(self._bus_sock, self.sandbox.spec.uid)
+        self._client = self.sandbox.connector.make_client(self._bus_sock, self.sandbox.spec.uid)
         self._upstream.write([self._client.start()])
 
     @ends_connection_on_error
@@ -220,7 +222,7 @@ class AppConnection:
             self._meter.feed_app(self._server.leftover, ())
         self._send()
 
-    def _judge_with(self, upstream: SocketStream, *, app_takes_fds: bool) -> Filter:
+    def _judge_with(self, upstream: SocketStream, *, app_takes_fds: bool) -> Mediator:
         """Have messages judged from now on."""
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
         self.bus.members.add(judging.core)
@@ -229,7 +231,8 @@ class AppConnection:
         upstream.readable = self._judge_bus
         self._meter = Meter(judging, budget := self.sandbox.messages)
         judging.core.reply_handlers[KIND] = self._has_read
-        install_fast_path(self, Accounting(judging, budget, self._meter), self._app, upstream)
+        if isinstance(judging, Filter):
+            install_fast_path(self, Accounting(judging, budget, self._meter), self._app, upstream)
         return judging
 
     # -- messages -------------------------------------------------------------------------------------

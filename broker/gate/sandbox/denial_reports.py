@@ -5,7 +5,8 @@ from typing import Final
 
 from broker.control_protocol.messages import Denied, Event
 from broker.gate.event_journal import summarise
-from broker.gate.filter.connection_state import ConnectionState, Denial
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.denials import Denial
 from broker.gate.io.loop import Loop
 from broker.wire.interfaces import CONTAINERS1
 

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from broker.control_protocol.trace_file import FROM_APP, FROM_BUS
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.costs import BYTES_A_MESSAGE
 from broker.gate.filter.filter import Filter
 from broker.gate.io.loop import READABLE
 from broker.gate.io.stream import READ_SIZE, RECEIVE, TRUNCATED, SocketStream, StreamClosedError
-from broker.gate.recorder import make_known_note
-from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, MessageBudget
+from broker.gate.sandbox.budgets import MessageBudget
 from broker.gate.sandbox.meter import Meter
 from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary
 from broker.wire.fixed_header import FIXED, REPLIES, U32
@@ -107,7 +106,7 @@ def _make_app_note(payers: Accounting) -> TryForward:
     pending, calls, tables = core.calls_to_bus, core.app_calls, judging.app_tables
     room = core.sandbox.limits.pending_calls
     unpack = FIXED.unpack_from
-    trace = make_known_note(core.sandbox.id, FROM_APP)
+    trace = core.sandbox.recorder.note_from_app
 
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)
@@ -143,7 +142,7 @@ def _make_bus_note(payers: Accounting) -> TryForward:
     pending, tables = core.calls_to_bus, judging.bus_tables
     reply_at, shapes = core.bus_reply_at, core.bus_replies
     unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
-    trace = make_known_note(core.sandbox.id, FROM_BUS)
+    trace = core.sandbox.recorder.note_from_bus
 
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.filter import Filter
-from broker.gate.sandbox.budgets import BUSY_SECOND, BYTES_A_MESSAGE, Clock, MessageBudget
+from broker.gate.filter.costs import BUSY_SECOND, BYTES_A_MESSAGE
+from broker.gate.sandbox.budgets import Clock, MessageBudget
+from broker.gate.sandbox.mediator import Mediator
 from broker.wire.header import Header
 
 # Messages, as budgets.py counts them, from one question to the next: a question costs the bus as much as two.
@@ -31,7 +32,7 @@ class Meter:
     """
 
     def __init__(
-        self, judging: Filter, budget: MessageBudget, clock: Clock = time.monotonic
+        self, judging: Mediator, budget: MessageBudget, clock: Clock = time.monotonic
     ) -> None:
         self._judging: Final = judging
         self._budget: Final = budget

@@ -3,6 +3,7 @@
 import os
 import select
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -23,11 +24,15 @@ from broker.control_protocol.messages import (
 )
 from broker.gate.dumps import Fds, SandboxDump
 from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import ConnectionState, Denial
+from broker.gate.filter.chores import Work
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.denials import Denial
 from broker.gate.filter.filter import Filter
 from broker.gate.io import listener as accept
+from broker.gate.io.connect import Connector, UnixConnector
 from broker.gate.io.loop import Loop
-from broker.gate.io.slices import Sliced, Work
+from broker.gate.io.slices import Sliced
+from broker.gate.recorder import HeaderRecorder
 from broker.gate.sandbox.budgets import (
     CONNECTION_COST,
     JUDGED_A_TURN,
@@ -38,6 +43,7 @@ from broker.gate.sandbox.connection import AppConnection
 from broker.gate.sandbox.denial_reports import DenialReports, is_news
 from broker.gate.sandbox.error_boundaries import ends_sandbox_on_error
 from broker.gate.sandbox.lingering import LingeringConnection
+from broker.gate.sandbox.mediator import Mediator
 from broker.posix.descriptors import close_fds
 from broker.posix.sockets import peer_uid, stream_socket_from_fd, unlink_socket
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
@@ -53,6 +59,9 @@ CHANGE_WORK: Final = 4096
 LINGER_SECONDS: Final = 5.0
 
 
+UNIX_CONNECTOR: Final = UnixConnector()
+
+
 class Sandbox:
     """One app instance."""
 
@@ -63,12 +72,15 @@ class Sandbox:
         buses: dict[str, BusState],
         emit: Callable[[Event], None],
         changed: Callable[["Sandbox"], None],
+        connector: Connector = UNIX_CONNECTOR,
     ) -> None:
         self._loop: Final = loop
+        self.connector: Final = connector
         self.spec = spec
         self.id: Final = spec.id
         self.identity: Final = spec.identity
         self.limits: Final = spec.limits
+        self.recorder: Final = HeaderRecorder(spec.id)
         self.bytes_held = 0
         self.messages: Final = MessageBudget(spec.limits.messages_per_second)
         self.limited_log: Final = RateLimitedLog(spec.id, spec.limits.log_lines_per_second)
@@ -348,7 +360,7 @@ class Sandbox:
             AppConnection(self._loop, self, bus, connection, listener.guid or self._guid)
         ] = None
 
-    def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Filter:
+    def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Mediator:
         """Return what judges a new connection."""
         return Filter(
             bus,
@@ -356,6 +368,7 @@ class Sandbox:
             self.judge(bus.name),
             app_takes_fds=app_takes_fds,
             judged_a_turn=JUDGED_A_TURN,
+            clock=time.monotonic,
         )
 
     def said_hello(self, core: ConnectionState) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
 from broker.control_protocol.messages import Usage
-from broker.gate.filter.filter import Filter
+from broker.gate.sandbox.mediator import Mediator
 from broker.wire.errors import PeerQuotaError
 
 
@@ -48,7 +48,7 @@ def end_slowest_reader(reader: Reader, readers: Iterable[Reader], most: int) -> 
         worst.failed(exc)
 
 
-def connection_usage(judging: Filter | None, *, queued: int, fds: int) -> Usage:
+def connection_usage(judging: Mediator | None, *, queued: int, fds: int) -> Usage:
     """Return it. Without a filter it is in its handshakes."""
     if judging is None:
         return Usage(connections=1, handshake_seconds=1)

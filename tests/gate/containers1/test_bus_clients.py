@@ -173,7 +173,7 @@ def test_a_connection_waits_for_a_server_that_is_made_again(
 ) -> None:
     places: list[str] = []
     monkeypatch.setattr(
-        "broker.gate.filter.bus_state.connect_unix",
+        "broker.gate.io.connect.connect_unix",
         lambda _loop, address, _uid, _done: places.append(address),
     )
     stage.add_labelled(stage.make())

@@ -7,16 +7,17 @@ import pytest
 
 from broker.control_protocol.messages import BusSpec
 from broker.gate.filter.bus_state import (
-    ABSENT,
     ABSENT_UNIQUE,
     MAX_LATE,
     MAX_LATE_RULES,
     UNKNOWN,
     BusState,
 )
+from broker.gate.name_ledger import NameLedger
 from broker.wire import errors
 from policy.match import Judge
 from policy.rules import Access, AccessList, Identity, Peer, Rule
+from tests.helpers.modelbus import ABSENT
 
 APP = Identity(type="org.test", app="app")
 
@@ -32,8 +33,8 @@ class Member:
         self.strangers.append("*")
 
 
-def make_bus(*members: Member) -> BusState:
-    bus = BusState("session", "unix:path=/x")
+def make_bus(*members: Member, folder: Path | None = None) -> BusState:
+    bus = BusState("session", "unix:path=/x", NameLedger(folder), ABSENT)
     bus.members.update(members)
     return bus
 
@@ -82,17 +83,17 @@ def test_attack_i1_flood_of_others_makes_nobody_a_host() -> None:
 
 
 def test_attack_i1_next_gate_knows_whom_the_one_that_died_had(tmp_path: Path) -> None:
-    bus = BusState("session", "unix:path=/x", tmp_path)
+    bus = make_bus(folder=tmp_path)
     bus.authenticated("a" * 32)
     bus.connected(":1.5", "c1", APP)
-    after = BusState("session", "unix:path=/x", tmp_path)
+    after = make_bus(folder=tmp_path)
     assert after.who(":1.5") is None  # nobody may rely on that:
     assert after.ledger.is_doubtful(":1.5")
     assert not after.ledger.is_doubtful(":1.6")
     after.authenticated("a" * 32)
     assert (after.peer(":1.5"), after.who(":1.5")) == (UNKNOWN, "")
     assert after.peer(":1.6") is None
-    another = BusState("session", "unix:path=/x", tmp_path)
+    another = make_bus(folder=tmp_path)
     another.authenticated("b" * 32)
     assert not another.ledger.is_doubtful(":1.5")
     assert another.peer(":1.5") is None
@@ -150,10 +151,10 @@ def test_names_of_a_gate_that_wrote_none_down_are_written_down(tmp_path: Path) -
     old = make_bus()
     old.authenticated("a" * 32)
     old.connected(":1.5", "c1", APP)
-    new = BusState("session", "unix:path=/x", tmp_path)
+    new = make_bus(folder=tmp_path)
     new.load(msgspec.structs.replace(old.dump(), spans=()))
     new.resume()
-    after = BusState("session", "unix:path=/x", tmp_path)
+    after = make_bus(folder=tmp_path)
     after.authenticated("a" * 32)
     assert after.peer(":1.5") is UNKNOWN
 
@@ -259,7 +260,7 @@ class _Link:
 
 
 def test_nobody_of_a_bus_that_was_is_known_on_the_one_that_took_its_place() -> None:
-    bus = BusState("session", "unix:path=/x")
+    bus = make_bus()
     link = _Link()
     bus.authenticated("a" * 32)
     bus.connections.add(link)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from broker.gate.filter.chores import NAME_WORK, STEP_WORK, Chores
-from broker.gate.io.slices import SLICE, Work
+from broker.gate.filter.chores import NAME_WORK, SLICE, STEP_WORK, Chores, Work
 from policy.rules import AccessList
 from policy.tables import MAX_NAMES
 from tests.helpers.messages import access, call, changed, driver_call

@@ -2,7 +2,6 @@
 
 import pytest
 
-from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import (
     FIRST_GATE_SERIAL,
     LAST_SERIAL,
@@ -15,12 +14,12 @@ from broker.wire.header import parse_header
 from broker.wire.marshal import make_return
 from policy.match import Judge
 from tests.helpers.messages import access, changed
-from tests.helpers.modelbus import APP, FakeHost
+from tests.helpers.modelbus import APP, FakeHost, make_bus
 
 
 def make_core() -> ConnectionState:
     judge = Judge(access(), bus="session", me=APP)
-    return ConnectionState(BusState("session", ""), FakeHost(), judge, app_takes_fds=True)
+    return ConnectionState(make_bus(), FakeHost(), judge, app_takes_fds=True)
 
 
 def test_own_serials_are_those_that_no_call_waits_with() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, JUDGED_COST
+from broker.gate.filter.costs import BYTES_A_MESSAGE, JUDGED_COST
 from broker.wire.errors import PeerProtocolError
 from broker.wire.marshal import make_return
 from tests.helpers.messages import NO_REPLY, access, call, changed, names, signal

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
@@ -23,7 +22,7 @@ from tests.helpers.messages import (
     names,
     signal,
 )
-from tests.helpers.modelbus import APP, ME, OTHER_APP, Dialogue
+from tests.helpers.modelbus import APP, ME, OTHER_APP, Dialogue, make_bus
 
 OWNERS = {"org.a": ":1.2", "org.b": ":1.3"}
 SENT_TO_A = access("send:org.a")
@@ -224,7 +223,7 @@ def test_sandboxed_caller_needs_a_rule() -> None:
 
 
 def test_attack_i1_backlog_of_one_that_hung_up_is_its_own() -> None:
-    shared = BusState("session", "unix:path=/none")
+    shared = make_bus()
     caller = Dialogue(shared=shared, me=":1.8", identity=OTHER_APP)
     rules = access("receive:,peer=host", "receive:@/app,peer=app:org.test/other")
     talk = Dialogue(rules, shared=shared)
@@ -238,7 +237,7 @@ def test_attack_i1_backlog_of_one_that_hung_up_is_its_own() -> None:
 
 def test_nobody_of_a_sandbox_that_is_not_known_any_more_is_a_host() -> None:
     # Its messages come later than 4096 others have left, or its gate has died.
-    shared = BusState("session", "unix:path=/none")
+    shared = make_bus()
     shared.ledger.add(":1.8")
     rules = access("receive:,peer=host", "receive:,peer=app:org.test/other", "receive:org.a")
     talk = Dialogue(rules, shared=shared, owners={"org.a": ":1.8", "org.b": ":1.9"})
@@ -350,7 +349,7 @@ def test_broadcast_of_a_sandboxed_app_is_judged_by_its_peer() -> None:
 
 
 def test_broadcast_of_a_sandboxed_app_is_heard_by_whom_its_rules_say() -> None:
-    shared = BusState("session", "unix:path=/none")
+    shared = make_bus()
     rules = access("send:@/ok,peer=app:org.test/other", "send:@/all", receive_from_host=False)
     speaker = Dialogue(rules, shared=shared, me=":1.8")
     meant = Dialogue(access("receive:"), shared=shared, identity=OTHER_APP)

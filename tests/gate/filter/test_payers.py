@@ -5,15 +5,9 @@ from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from broker.gate.dumps import PayersDump
+from broker.gate.filter.costs import ANSWER_COST, BUSY_SECOND, HEARD_COST, QUESTION_COST
 from broker.gate.filter.payers import MAX_ARRIVING, MAX_LATE, MAX_MOVERS, Payers
-from broker.gate.sandbox.budgets import (
-    ANSWER_COST,
-    BUSY_SECOND,
-    HEARD_COST,
-    MOST_OWED,
-    QUESTION_COST,
-    MessageBudget,
-)
+from broker.gate.sandbox.budgets import MOST_OWED, MessageBudget
 from broker.wire.matchrule import MatchRule
 from policy.match import Judge
 from policy.rules import Identity
@@ -245,6 +239,7 @@ def test_owner_change_is_of_who_asked_for_it_last(
 
 def test_connection_that_is_closed_pays_for_the_end_of_its_names(payers: Payers) -> None:
     budget = payers.budgets[":1.1"]
+    assert isinstance(budget, MessageBudget)
     payers.left(":1.1", "c1", ["org.a"])
     assert payers.who_moved("org.a", ":1.2", ":1.1") == ":1.1"
     payers.charge(":1.1", 7)

@@ -16,7 +16,7 @@ from broker.wire.interfaces import DRIVER
 from broker.wire.reader import MAX_STEPS
 from policy.tables import MAX_PATH
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, misplaced, signal
-from tests.helpers.modelbus import ME, Dialogue
+from tests.helpers.modelbus import ME, Dialogue, no_time
 from tests.wire.test_header import write_fields
 
 LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
@@ -151,7 +151,7 @@ def test_attack_c7_another_gate_goes_on_in_the_middle(talk: Dialogue, kind: str)
     talk.deliver(first)
     talk.deliver(second)
     dump = msgspec.msgpack.decode(encode(talk.filter.dump(Fds())), type=FilterDump)
-    new = Filter(talk.bus, talk.host, talk.core.judge, app_takes_fds=True)
+    new = Filter(talk.bus, talk.host, talk.core.judge, app_takes_fds=True, clock=no_time)
     new.load(dump, [])
     for piece in (*rest, signal(4, "Good", sender=":1.9")):
         new.feed_bus(piece)

@@ -2,12 +2,11 @@
 
 import pytest
 
-from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.connection_state import MAX_CALLERS
 from broker.gate.filter.visibility import MAX_LATELY_SEEN
 from broker.wire.interfaces import DRIVER
 from tests.helpers.messages import Message, access, call, changed, driver_call, names
-from tests.helpers.modelbus import APP, ME, OTHER_APP, Dialogue
+from tests.helpers.modelbus import APP, ME, OTHER_APP, Dialogue, make_bus
 
 OWNERS = {"org.a": ":1.2", "org.a2": ":1.2", "org.b": ":1.3"}
 SEES_A = access("see:org.a")
@@ -141,7 +140,7 @@ def test_end_of_a_connection_is_heard_even_if_its_name_went_before() -> None:
 
 def test_end_of_a_sandboxed_peer_is_heard() -> None:
     # The gate closes a peer's connection before the bus tells the others of it.
-    shared = BusState("session", "unix:path=/none")
+    shared = make_bus()
     peer = Dialogue(shared=shared, me=":1.8", identity=APP)
     talk = Dialogue(access("see:,peer=same-app"), shared=shared)
     talk.subscribe()

@@ -34,6 +34,7 @@ from broker.gate.dumps import (
 from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.filter import Filter
 from broker.gate.handover.take_over import check_judgement
+from broker.gate.name_ledger import NameLedger
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import parse_header
@@ -48,7 +49,7 @@ from tests.helpers.messages import (
     make_reply,
     signal,
 )
-from tests.helpers.modelbus import APP, ME, Dialogue, FakeHost
+from tests.helpers.modelbus import ABSENT, APP, ME, Dialogue, FakeHost, no_time
 
 OWNERS: Final = {"org.a": ":1.2", "org.b": ":1.3", "org.sub.x": ":1.4"}
 RULES: Final = (
@@ -184,10 +185,10 @@ def handed_over(player: Player) -> tuple[Player, FilterDump, BusDump]:
     fds = Fds()
     dump = msgspec.msgpack.decode(encode(talk.filter.dump(fds)), type=FilterDump)
     bus_dump = msgspec.msgpack.decode(encode(talk.bus.dump()), type=BusDump)
-    bus = BusState(bus_dump.name, bus_dump.address)
+    bus = BusState(bus_dump.name, bus_dump.address, NameLedger(), ABSENT)
     bus.load(bus_dump)
     host = FakeHost(identity=talk.host.identity, limits=talk.host.limits)
-    judging = Filter(bus, host, talk.core.judge, app_takes_fds=dump.app_takes_fds)
+    judging = Filter(bus, host, talk.core.judge, app_takes_fds=dump.app_takes_fds, clock=no_time)
     host.cores.append(judging.core)
     bus.members.add(judging.core)
     judging.load(dump, fds.all)
@@ -264,7 +265,7 @@ def test_a_reply_that_nobody_here_knows_to_deal_with_is_refused() -> None:
         strange = msgspec.structs.replace(
             dump, state=msgspec.structs.replace(dump.state, calls=(calls,))
         )
-        new = Filter(talk.bus, FakeHost(), talk.core.judge, app_takes_fds=True)
+        new = Filter(talk.bus, FakeHost(), talk.core.judge, app_takes_fds=True, clock=no_time)
         with pytest.raises(ValueError, match="of-the-future"):
             new.load(strange, [])
 
@@ -280,7 +281,7 @@ def test_rules_that_ask_for_other_names_are_noticed() -> None:
     one, other = Dialogue(RULES[0], owners=OWNERS), Dialogue(RULES[4], owners=OWNERS)
     assert one.filter.fits_rules
     dump = one.filter.dump(Fds())
-    new = Filter(other.bus, FakeHost(), other.core.judge, app_takes_fds=True)
+    new = Filter(other.bus, FakeHost(), other.core.judge, app_takes_fds=True, clock=no_time)
     new.load(dump, [])
     assert not new.fits_rules
 
@@ -296,7 +297,7 @@ def test_late_speakers_keep_their_rules() -> None:
     talk.bus.gone(":1.78")
     dump = talk.bus.dump()
     assert len(dump.judges) == 1
-    new = BusState(dump.name, dump.address)
+    new = BusState(dump.name, dump.address, NameLedger(), ABSENT)
     new.load(dump)
     assert new.dump() == dump
     assert new.broadcast_judges[":1.77"] is new.broadcast_judges[":1.78"]

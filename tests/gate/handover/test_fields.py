@@ -12,7 +12,7 @@ import pytest
 GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
-_about _account _app _budgets _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _least _loop _methods _most
+_about _account _recorder absent_name connector recorder _app _budgets _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _least _loop _methods _most
 _outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd reply_handlers
 from_app id identity limits sandbox sock
 """
@@ -50,7 +50,7 @@ FIELDS: Final = {
     ),
     "filter/filter.py:Filter": (
         "_from_bus _stash _wake held yielded",
-        "_note_refusal _pass_app _pass_bus _stashed_bytes answered billed spent",
+        "_pass_app _pass_bus _stashed_bytes answered billed spent",
     ),
     "filter/from_bus.py:BusMessages": ("", "_arrives _cause _cost"),
     "filter/from_app.py:AppMessages": ("", ""),

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from broker.gate.filter.chores import SLICE, Work
 from broker.gate.io.loop import Loop
-from broker.gate.io.slices import SLICE, Sliced, Work
+from broker.gate.io.slices import Sliced
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
 
 

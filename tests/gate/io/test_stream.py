@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from broker.gate.filter.connection_state import Chunk
 from broker.gate.io.loop import Loop
 from broker.gate.io.stream import SocketStream, StreamClosedError
+from broker.gate.output import Chunk
 from broker.posix.descriptors import close_fds
 
 

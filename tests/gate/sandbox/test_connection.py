@@ -19,19 +19,21 @@ from broker.control_protocol.messages import (
     SandboxSpec,
 )
 from broker.gate.dumps import Fds
-from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.chores import NAME_WORK
-from broker.gate.io.connect import OnConnected
+from broker.gate.filter.chores import NAME_WORK, SLICE
+from broker.gate.filter.costs import BYTES_A_MESSAGE
+from broker.gate.filter.filter import Filter
+from broker.gate.io.connect import OnConnected, UnixConnector
 from broker.gate.io.loop import Loop
-from broker.gate.io.slices import SLICE, Sliced
-from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, CONNECTION_COST
+from broker.gate.io.slices import Sliced
+from broker.gate.name_ledger import NameLedger
+from broker.gate.sandbox.budgets import CONNECTION_COST
 from broker.gate.sandbox.sandbox import LINGER_SECONDS, Sandbox
 from broker.wire import marshal
 from broker.wire.header import measure, parse_header
 from broker.wire.interfaces import DRIVER
 from policy.rules import Access, AccessList, Identity, Rule
 from tests.helpers.messages import Message, access, driver_call, split
-from tests.helpers.modelbus import ME, ModelBus
+from tests.helpers.modelbus import ME, ModelBus, make_bus
 
 RATE = 1000
 AUTH = b"\0AUTH EXTERNAL " + str(os.getuid()).encode().hex().encode() + b"\r\n"
@@ -46,11 +48,10 @@ class Clock:
         return self.now
 
 
-class FarBus(BusState):
-    """A bus whose end of each connection a test has."""
+class FarBus(UnixConnector):
+    """Connects to a bus whose end of each connection a test has."""
 
     def __init__(self) -> None:
-        super().__init__("session", "unix:path=/nowhere")
         self.ends: list[socket.socket] = []
 
     def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
@@ -78,10 +79,13 @@ class World:
             access=AccessList(),
             limits=SandboxLimits(messages_per_second=RATE),
         )
-        self.bus = FarBus()
-        buses: dict[str, BusState] = {"session": self.bus}
+        self.bus = make_bus()
+        self.far = FarBus()
+        buses = {"session": self.bus}
         self.events: list[Event] = []
-        self.sandbox = Sandbox(self.loop, spec, buses, self.events.append, lambda _sandbox: None)
+        self.sandbox = Sandbox(
+            self.loop, spec, buses, self.events.append, lambda _sandbox: None, self.far
+        )
         # No tick of the real clock is to put anything in.
         self.sandbox.messages._clock = self.clock  # type: ignore[misc]
         self.sandbox.messages._filled = self.clock.now
@@ -110,7 +114,7 @@ class World:
 
     def let_in(self) -> None:
         """Have the bus answer the gate's handshake."""
-        (end,) = self.bus.ends
+        (end,) = self.far.ends
         end.send(b"OK " + b"0" * 32 + b"\r\nAGREE_UNIX_FD\r\n")
         self.turn()
 
@@ -118,7 +122,7 @@ class World:
         """Say Hello, and have the bus answer; return its end."""
         self.say(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
         self.let_in()
-        (end,) = self.bus.ends
+        (end,) = self.far.ends
         reply = marshal.make_return(
             1,
             reply_serial=1,
@@ -135,7 +139,7 @@ class World:
         self.sandbox.stop("over")
         self.sandbox.abandon()
         self.loop.close()
-        for sock in (self.app, *self.bus.ends):
+        for sock in (self.app, *self.far.ends):
             sock.close()
 
 
@@ -258,6 +262,7 @@ def test_connection_without_a_name_does_not_linger(world: World) -> None:
 
 def test_name_that_cannot_be_written_down_is_not_used(world: World, tmp_path: Path) -> None:
     world.bus.authenticated("0" * 32)
+    assert isinstance(world.bus.ledger, NameLedger)
     world.bus.ledger._path = tmp_path / "missing" / "file"
     world.be_called(":1.7")
     assert not world.is_open()
@@ -278,7 +283,7 @@ class Served:
         _hello, *messages = split(self.end.recv(65536).partition(b"BEGIN\r\n")[2])
         self._rest = b"".join(messages)
         (link,) = world.sandbox.connections
-        assert link.filter is not None
+        assert isinstance(link.filter, Filter)
         self.link, self.judging = link, link.filter
 
     def follow_all(self) -> None:
@@ -363,7 +368,7 @@ def test_attack_c4_rules_that_were_handed_over_are_compiled_in_turns(world: Worl
     rules = hand_over_rules(world)
     world.app.send(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
     turns = 0
-    while not world.bus.ends:  # no connection is made before
+    while not world.far.ends:  # no connection is made before
         world.turn(times=1)
         turns += 1
     assert turns > 5
@@ -371,14 +376,14 @@ def test_attack_c4_rules_that_were_handed_over_are_compiled_in_turns(world: Worl
     (link,) = world.sandbox.connections
     assert link.filter is not None
     assert link.filter.core.judge.access is rules
-    assert len(world.bus.ends) == 1
+    assert len(world.far.ends) == 1
 
 
 def test_rules_that_are_set_meanwhile_are_those_in_force(world: World) -> None:
     hand_over_rules(world)
     world.app.send(AUTH + b"BEGIN\r\n" + driver_call(1, "Hello"))
     world.turn(times=2)
-    assert not world.bus.ends
+    assert not world.far.ends
     ended: list[object] = []
     newer = access("send:org.x")
     Sliced(world.loop, world.sandbox.set_access(newer), ended.append).begin(lambda: None)

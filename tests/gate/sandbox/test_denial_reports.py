@@ -8,10 +8,11 @@ import pytest
 from broker.control_protocol.messages import Denied, Event
 from broker.gate.event_journal import MAX_DENIALS, EventJournal
 from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import Denial
+from broker.gate.filter.denials import Denial
 from broker.gate.io.loop import Loop
 from broker.gate.sandbox.denial_reports import MAX_TEXT, REPORTS_PER_SECOND, DenialReports, is_news
 from policy.rules import Identity
+from tests.helpers.modelbus import make_bus
 
 SHORT = Denial("send", "call", "org.a", "/a", "a.b", "Do", "no rule", "")
 LONG = Denial("send", "call", *(part * 2**20 for part in ("a", "/a", "a.b", "M", "why", "from")))
@@ -102,7 +103,7 @@ def test_too_many_a_second_are_counted(world: World) -> None:
 def test_attack_c8_refusals_of_the_brokers_own_signals_are_no_news(
     changes: dict[str, str], news: bool
 ) -> None:
-    bus = BusState("session", "unix:path=/x")
+    bus = make_bus()
     bus.identities[":1.5"] = Identity(type="org.example.T", app="a")
     denial = Denial(
         direction="receive",

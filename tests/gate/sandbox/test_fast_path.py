@@ -9,9 +9,10 @@ from hypothesis import given, settings, strategies as st
 
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.costs import BYTES_A_MESSAGE
 from broker.gate.io.loop import Loop
 from broker.gate.io.stream import SocketStream
-from broker.gate.sandbox.budgets import BYTES_A_MESSAGE, MessageBudget
+from broker.gate.sandbox.budgets import MessageBudget
 from broker.gate.sandbox.fast_path import Accounting, install_fast_path
 from broker.gate.sandbox.meter import Meter
 from broker.posix.descriptors import Ancillary

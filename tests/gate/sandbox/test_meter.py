@@ -2,7 +2,8 @@
 
 import pytest
 
-from broker.gate.sandbox.budgets import BUSY_SECOND, BYTES_A_MESSAGE, JUDGED_COST, MessageBudget
+from broker.gate.filter.costs import BUSY_SECOND, BYTES_A_MESSAGE, JUDGED_COST
+from broker.gate.sandbox.budgets import MessageBudget
 from broker.gate.sandbox.meter import EVERY, Meter
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import parse_header
