@@ -227,7 +227,7 @@ def test_without_the_cookie_the_bus_lets_nobody_in(
         with pytest.raises((EOFError, ConnectionError)):
             connect(path, home)
         (line,) = proxy.process.log.splitlines()
-        assert "the bus does not let us in: EXTERNAL: rejected; DBUS_COOKIE_SHA1: " in line
+        assert "the bus rejected the authentication: EXTERNAL: rejected; DBUS_COOKIE_SHA1: " in line
         assert why in line
 
 

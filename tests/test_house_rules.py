@@ -110,7 +110,7 @@ PROSE_MENDED: Final = (
     "broker.launcher",
     "broker.supervisor.sandboxes.rule_limits",
     "broker.supervisor.sandboxes.specs",
-    "broker.wire.skim",
+    "broker.wire",
     "policy.snaps.explain",
     "policy.match",
     "policy.matcher",

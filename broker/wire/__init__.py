@@ -1,1 +1,1 @@
-"""D-Bus on the wire, without I/O: headers, authentication, names, match rules."""
+"""D-Bus on the wire, without I/O: headers, authentication, names and match rules."""

@@ -1,6 +1,6 @@
-"""D-Bus server addresses: unix sockets, and for the proxy what else xdg-dbus-proxy connects to.
+"""D-Bus server addresses: unix sockets, and for the proxy the transports of xdg-dbus-proxy.
 
-Nothing here looks at the file system or environment.
+The functions look neither at the file system nor at the environment.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Final
 
 from broker.wire.errors import ConfigError
 
-# sun_path has 108 bytes, the last one for the NUL of a path; an abstract name begins with one.
+# sun_path has 108 bytes. The last byte is the NUL of a path; an abstract name begins with NUL.
 MAX_PATH: Final = 107
 
 _PLAIN: Final = frozenset(rb"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_/.\*")
@@ -18,7 +18,7 @@ _ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})|([-0-9A-Za-z_/.\\*])")
 _GUID: Final = re.compile(r"[0-9A-Fa-f]{32}")
 _PLACES: Final = ("path", "abstract", "runtime")
 _FAMILIES: Final = ("ipv4", "ipv6")
-# A name in the DNS has at most 253 characters, a numeric address far fewer.
+# A DNS name has at most 253 characters, and a numeric address far fewer.
 _HOST: Final = re.compile(r"[\x21-\x7e]{1,253}")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _MAX_PORT: Final = 65535
@@ -28,8 +28,8 @@ _MAX_PORT: Final = 65535
 class UnixAddress:
     """A unix socket to connect to."""
 
-    path: bytes  # as for connect(): an abstract one begins with NUL
-    guid: str | None = None  # of the server that should be there
+    path: bytes  # as for connect(): an abstract path begins with NUL
+    guid: str | None = None  # of the expected server
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ class TcpAddress:
 
     host: str  # a name or a numeric address
     port: int
-    family: str | None = None  # "ipv4" or "ipv6"; else either
-    noncefile: bytes | None = None  # what it holds is said first
+    family: str | None = None  # "ipv4", "ipv6", or None for either
+    noncefile: bytes | None = None  # the file whose content the client sends first
     guid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AutolaunchAddress:
-    """The bus of the X11 display, which is started if there is none."""
+    """The bus of the X11 display, started if none is running."""
 
     guid: str | None = None
 
@@ -56,8 +56,8 @@ Address = UnixAddress | TcpAddress | AutolaunchAddress
 def parse_address(text: str, *, runtime_dir: str | None = None) -> list[UnixAddress]:
     """Return the sockets to try, in order. Raises ConfigError.
 
-    Alternatives of other transports are passed over as long as there is a unix socket. `unix:runtime=yes`
-    is in `runtime_dir`.
+    Alternatives of other transports are skipped as long as there is a unix socket. The address
+    `unix:runtime=yes` is in `runtime_dir`.
     """
     found = []
     others = []
@@ -74,9 +74,9 @@ def parse_address(text: str, *, runtime_dir: str | None = None) -> list[UnixAddr
 
 
 def parse_any_address(text: str, *, runtime_dir: str | None = None) -> list[Address]:
-    """Return all that can be connected to, in order. Raises ConfigError.
+    """Return all addresses to try, in order. Raises ConfigError.
 
-    For who does not prove by the socket who it is: everybody else takes `parse_address`.
+    A client that proves its identity by the socket must use `parse_address` instead.
     """
     found: list[Address] = []
     others = []
@@ -100,7 +100,7 @@ def parse_any_address(text: str, *, runtime_dir: str | None = None) -> list[Addr
 
 
 def make_unix_address(path: bytes | str, guid: str | None = None) -> str:
-    """Return the address of a socket; `path` as in UnixAddress."""
+    """Return the address of a socket. `path` is as in UnixAddress."""
     raw = path.encode("utf-8", "surrogateescape") if isinstance(path, str) else path
     key = "path"
     if raw.startswith(b"\0"):
@@ -124,12 +124,12 @@ def _listed(transports: list[str]) -> str:
 def _parse_keys(
     entry: str, rest: str, known: Collection[str]
 ) -> tuple[dict[str, bytes], str | None]:
-    """Return what the keys say, and the guid apart."""
+    """Return the values by key, and the guid separately."""
     keys: dict[str, bytes] = {}
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if not equals or key not in (*known, "guid"):
-            raise ConfigError(f"{key[:40]!r} in D-Bus address {entry[:80]!r}: cannot connect by it")
+            raise ConfigError(f"{key[:40]!r} in D-Bus address {entry[:80]!r} is not supported")
         if key in keys:
             raise ConfigError(f"{key!r} twice in D-Bus address {entry[:80]!r}")
         keys[key] = _unescape(value, entry)
@@ -178,9 +178,9 @@ def _find_path(keys: Mapping[str, bytes], entry: str, runtime_dir: str | None) -
             raise ConfigError(f"D-Bus address {entry[:80]!r}: there is no XDG_RUNTIME_DIR")
         value = runtime_dir.encode("utf-8", "surrogateescape") + b"/bus"
     if not value or 0 in value:
-        raise ConfigError(f"D-Bus address {entry[:80]!r}: empty path, or one with NUL")
+        raise ConfigError(f"D-Bus address {entry[:80]!r}: empty path, or a NUL in the path")
     if len(value) > MAX_PATH:
-        raise ConfigError(f"D-Bus address {entry[:80]!r}: more than {MAX_PATH} bytes of path")
+        raise ConfigError(f"D-Bus address {entry[:80]!r}: the path has more than {MAX_PATH} bytes")
     return b"\0" + value if key == "abstract" else value
 
 

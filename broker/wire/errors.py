@@ -1,4 +1,4 @@
-"""What can go wrong, by who is at fault: the class decides the fate (docs/design: Errors)."""
+"""Errors by cause. The class of an error decides the consequence (docs/design.md)."""
 
 from typing import Final
 
@@ -20,19 +20,19 @@ UNKNOWN_PROPERTY: Final = "org.freedesktop.DBus.Error.UnknownProperty"
 
 
 class BrokerError(Exception):
-    """Anything of ours."""
+    """The base class of this project's errors."""
 
 
 class PeerProtocolError(BrokerError):
-    """The peer's bytes broke the protocol: end that peer."""
+    """The peer broke the protocol. The peer's connection ends."""
 
 
 class PeerQuotaError(BrokerError):
-    """The peer took more than its share: end that peer."""
+    """The peer took more than its share. The peer's connection ends."""
 
 
 class CallRefusedError(BrokerError):
-    """A legal call that is refused: answer it with `dbus_name` and go on."""
+    """A legal call is refused. The answer is `dbus_name`, and the connection goes on."""
 
     def __init__(self, dbus_name: str, text: str) -> None:
         super().__init__(text)
@@ -40,4 +40,4 @@ class CallRefusedError(BrokerError):
 
 
 class ConfigError(BrokerError):
-    """What the operator gave us is wrong: one line, exit 2."""
+    """The operator's input is wrong. The program prints one line and exits with status 2."""

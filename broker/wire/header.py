@@ -1,13 +1,15 @@
-"""Message headers: measured by their first 16 bytes, parsed strictly, written canonically.
+"""Message headers: measuring by the first 16 bytes, strict parsing, and canonical writing.
 
-`parse_header` accepts what both dbus-daemon and dbus-broker accept, and raises PeerProtocolError for
-all else: for whoever forwards, a header that is read in two ways is a hole. `serialise_header` writes the
-fields that D-Bus defines for a message's type and no others, whatever the parsed message had. Neither
-looks into a body.
+`parse_header` accepts headers that both dbus-daemon and dbus-broker accept, and raises
+PeerProtocolError for all others. If a forwarding program and a bus read the same header
+differently, access checks can be bypassed. `serialise_header` writes the fields that D-Bus defines
+for a message's type and no others, whatever the parsed message had. Neither function looks into a
+body.
 
-Limits depend on the sender. An app is held to APP_LIMITS. A bus may deliver whatever the specification
-allows (BUS_LIMITS): a message of that size has to be measured, so that it can be left out alone. Of those
-only headers within READ_LIMITS are parsed; skim.py finds out what can be said of the others.
+Limits depend on the sender. An app is held to APP_LIMITS. A bus may deliver messages up to the
+limits of the specification (BUS_LIMITS). Such a message is measured, so that only this message is
+left out. Of these headers only headers within READ_LIMITS are parsed; skim.py reads what is needed
+of larger headers.
 """
 
 import enum
@@ -30,24 +32,26 @@ from broker.wire.reader import Reader, skip_value
 
 FIXED_SIZE: Final = 16
 MAX_MESSAGE: Final = 2**27  # bytes, header included; the specification's limit
-# The specification would allow 64 MiB. Real ones have a few hundred bytes; names are at most 255, and
-# an object path that comes near this is an attack on whoever parses it.
+# The specification would allow 64 MiB. Real field arrays have a few hundred bytes, because names
+# have at most 255. An object path of nearly this size is an attack on the parser.
 MAX_FIELDS: Final = 2**20
-# A bus adds SENDER to what it was sent, and this program header field 10: names of 255 bytes at most.
+# A bus adds SENDER to a message, and this program adds header field 10. Names have at most 255
+# bytes.
 BUS_ADDS: Final = 4096
 
 
 class HeaderLimits(NamedTuple):
-    """The largest sizes of a header's fields and of a whole message, in bytes."""
+    """The largest sizes of a header's field array and of a whole message, in bytes."""
 
     fields: int
     message: int
 
 
 APP_LIMITS: Final = HeaderLimits(MAX_FIELDS, MAX_MESSAGE)
-# The specification's limit on an array is that of the header fields. A bus counts before it adds.
+# The specification's limit on arrays is the limit on the field array. A bus checks the limit before
+# adding fields.
 BUS_LIMITS: Final = HeaderLimits(2**26 + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
-# More than APP_LIMITS, so that no app can make a message that the bus makes too large for its receiver.
+# Larger than APP_LIMITS, so that no app can make a message that grows too large at the bus.
 READ_LIMITS: Final = HeaderLimits(MAX_FIELDS + BUS_ADDS, MAX_MESSAGE + BUS_ADDS)
 
 _FIXED_LITTLE: Final = struct.Struct("<BBBBIII")
@@ -63,7 +67,7 @@ Data = bytes | bytearray | memoryview
 
 
 class MessageType(enum.IntEnum):
-    """What a message is; others are ignored, not errors."""
+    """The types of messages. Messages of other types are ignored, not errors."""
 
     METHOD_CALL = 1
     METHOD_RETURN = 2
@@ -72,7 +76,7 @@ class MessageType(enum.IntEnum):
 
 
 class Flag(enum.IntFlag):
-    """Header flags. Unknown ones are not passed on."""
+    """Header flags. Unknown flags are not passed on."""
 
     NO_REPLY_EXPECTED = 0x1
     NO_AUTO_START = 0x2
@@ -80,7 +84,7 @@ class Flag(enum.IntFlag):
 
 
 class Field(enum.IntEnum):
-    """Header fields that are defined."""
+    """The header fields that D-Bus defines."""
 
     PATH = 1
     INTERFACE = 2
@@ -121,7 +125,7 @@ _REQUIRED: Final[Mapping[int, tuple[Field, ...]]] = {
     MessageType.SIGNAL: (Field.PATH, Field.INTERFACE, Field.MEMBER),
 }
 
-# Fields that say something in messages of some types alone.
+# Fields that have a meaning only in messages of some types.
 _BELONGS: Final[Mapping[int, frozenset[int]]] = {
     Field.PATH: frozenset({MessageType.METHOD_CALL, MessageType.SIGNAL}),
     Field.INTERFACE: frozenset({MessageType.METHOD_CALL, MessageType.SIGNAL}),
@@ -135,7 +139,7 @@ NO_EXTRA: Final[Mapping[int, tuple[str, str]]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """All that a header says. Positions count from the start of the message."""
+    """A parsed header. Positions count from the start of the message."""
 
     little: bool
     type: int
@@ -151,35 +155,36 @@ class Header:
     signature: str = ""
     reply_serial: int | None = None
     unix_fds: int = 0
-    reply_serial_at: int = -1  # where the four bytes of its value are; -1: nowhere
-    has_unknown: bool = False  # fields that D-Bus does not define: to be stripped
-    has_misplaced: bool = False  # fields that D-Bus defines for other types of message
-    size: int = 0  # of the header with its padding: where the body begins
+    reply_serial_at: int = -1  # position of the value's four bytes; -1: no such field
+    has_unknown: bool = False  # has fields that D-Bus does not define, to be stripped
+    has_misplaced: bool = False  # has fields that D-Bus defines for other message types
+    size: int = 0  # of the header with padding: the position of the body
 
 
 def measure(data: Data, offset: int = 0, limits: HeaderLimits = APP_LIMITS) -> int:
-    """Return the length of the message whose first 16 bytes (there must be 16) are at `offset`.
+    """Return the length of the message whose first 16 bytes are at `offset`.
 
-    Raises PeerProtocolError for what can be no message, or is above the limits.
+    The caller makes sure that 16 bytes are there. Raises PeerProtocolError for bytes that cannot
+    begin a message, and for messages above the limits.
     """
     _, _, _, body_length, _, fields_length = unpack_fixed(data, offset, limits)
     return FIXED_SIZE + (fields_length + 7 & ~7) + body_length
 
 
 def measure_header(data: Data, offset: int = 0, limits: HeaderLimits = APP_LIMITS) -> int:
-    """Return the length of its header alone, padding included. Raises as `measure`."""
+    """Return the length of the header, padding included. Raises as `measure`."""
     _, _, _, _, _, fields_length = unpack_fixed(data, offset, limits)
     return FIXED_SIZE + (fields_length + 7 & ~7)
 
 
 def parse_header(data: Data, offset: int = 0, limits: HeaderLimits = APP_LIMITS) -> Header:
-    """Return what the header at `offset` says. Raises PeerProtocolError if anything is wrong with it.
+    """Return the header at `offset`. Raises PeerProtocolError for an invalid header.
 
-    The header must be there whole; the body need not be.
+    The whole header must be present; the body may be missing.
     """
     little, type_, flags, body_length, serial, fields_length = unpack_fixed(data, offset, limits)
     size = FIXED_SIZE + (fields_length + 7 & ~7)
-    # Copied, so that positions count from the start of the message, as alignment does.
+    # The header is copied, so that positions count from the start of the message as alignment does.
     raw = bytes(data[offset : offset + size])
     if len(raw) < size:
         raise PeerProtocolError("a header that is cut short")
@@ -221,10 +226,10 @@ def serialise_header(
     extra: Mapping[int, tuple[str, str]] = NO_EXTRA,
     sender: bool = False,
 ) -> bytes:
-    """Return the canonical bytes of a header, in its own byte order, padded for the body.
+    """Return the canonical bytes of a header in the header's byte order, padded for the body.
 
-    A SENDER is written only if asked for, the others only in messages of a type that D-Bus defines them
-    for, and `extra`, code -> (type, text), behind the defined fields.
+    SENDER is written only with `sender`. Other fields are written only in messages of types for
+    which D-Bus defines the field. `extra`, code -> (type, text), follows the defined fields.
     """
     out = bytearray(FIXED_SIZE)
     order = "<" if header.little else ">"
@@ -265,7 +270,11 @@ def serialise_header(
 def unpack_fixed(
     data: Data, offset: int, limits: HeaderLimits
 ) -> tuple[bool, int, int, int, int, int]:
-    """Return whether it is little-endian, type, flags, body length, serial, length of the fields."""
+    """Return the values of the fixed header, checked against the limits.
+
+    The values are: whether the message is little-endian, type, flags, body length, serial, and
+    the length of the field array.
+    """
     fixed = _FIXED.get(data[offset])
     if fixed is None:
         raise PeerProtocolError(f"byte order {data[offset]:#04x}")
@@ -276,7 +285,7 @@ def unpack_fixed(
         raise PeerProtocolError(f"protocol version {version}")
     if type_ == 0 or serial == 0:
         raise PeerProtocolError("a message with type or serial 0")
-    # Both limits come first: from here on no sum can be large.
+    # Both limits are checked first, so no later sum can be large.
     if fields_length > limits.fields:
         raise PeerProtocolError(f"header fields of {fields_length} bytes")
     if FIXED_SIZE + (fields_length + 7 & ~7) + body_length > limits.message:
@@ -298,7 +307,8 @@ def _parse_fields(reader: Reader) -> tuple[dict[int, str | int], int, bool]:
             if code == 0:
                 raise PeerProtocolError("header field 0")
             has_unknown = True
-            # The array of fields, its element and this variant are around the value.
+            # Three containers surround the value: the array of fields, the element, and this
+            # variant.
             skip_value(reader, kind, depth=2)
             continue
         if kind != expected:
@@ -328,10 +338,10 @@ def _check_fields(type_: int, body_length: int, fields: Mapping[int, str | int])
             raise PeerProtocolError(f"a message of type {type_} without {code.name}")
     if fields.get(Field.REPLY_SERIAL) == 0:
         raise PeerProtocolError("REPLY_SERIAL 0")
-    # These are for messages that a library makes up for its own user, such as Disconnected.
+    # Libraries make up messages of these names for their own users, such as Disconnected.
     if fields.get(Field.PATH) == LOCAL_PATH or fields.get(Field.INTERFACE) == LOCAL_INTERFACE:
         raise PeerProtocolError("a message from the Local path or interface")
-    # No type has values of no bytes, so the one needs the other.
+    # No type has values of zero bytes, so a body needs a signature and a signature needs a body.
     if bool(fields.get(Field.SIGNATURE)) != bool(body_length):
         raise PeerProtocolError("a body without signature, or a signature without body")
 
@@ -339,7 +349,7 @@ def _check_fields(type_: int, body_length: int, fields: Mapping[int, str | int])
 def _append_field(out: bytearray, order: str, code: int, typed: tuple[str, str | int]) -> None:
     kind, value = typed
     out += bytes(-len(out) % 8)
-    out += bytes((code, 1, ord(kind), 0))  # and so the value is aligned to 4, which is enough
+    out += bytes((code, 1, ord(kind), 0))  # aligns the value to 4, which is enough for every kind
     if isinstance(value, int):
         out += struct.pack(order + "I", value)
     else:

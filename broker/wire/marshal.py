@@ -1,7 +1,7 @@
 """Bodies and whole messages of the few types that the bus driver's methods use.
 
-Reading is strict. What is written is little-endian, and must be right by the caller's making: a
-string with a NUL in it is a ValueError, not a message.
+Reading is strict. Written messages are little-endian. The caller passes valid values: a string with
+a NUL, for example, raises ValueError.
 """
 
 import struct
@@ -16,12 +16,15 @@ Value = str | int | bool | Sequence[str]
 
 _STRING_ARRAY: Final = "as"
 _UINT32: Final = struct.Struct("<I")
-# The bus marks everything that cannot be answered like this, so ours looks the same.
+# A bus sets this flag on every message that cannot be answered, and so does this module.
 _NO_ANSWER: Final = int(Flag.NO_REPLY_EXPECTED)
 
 
 def read_body(signature: str, body: bytes, *, little: bool) -> tuple[Value, ...]:
-    """Return the values of a body. Raises PeerProtocolError for other types than s, o, g, u, b, as."""
+    """Return the values of a body.
+
+    Raises PeerProtocolError for types outside s, o, g, u, b, as.
+    """
     reader = Reader(body, little=little)
     values = tuple(_read_value(reader, kind) for kind in _split(signature))
     reader.finish()
@@ -36,7 +39,7 @@ def read_reply(reply: Header, data: bytes, signature: str) -> tuple[Value, ...]:
 
 
 def make_body(signature: str, values: Sequence[Value]) -> bytes:
-    """Return the little-endian bytes of a body of the types that `read_body` knows."""
+    """Return the little-endian bytes of a body of the types of `read_body`."""
     out = bytearray()
     for kind, value in zip(_split(signature), values, strict=True):
         _append_value(out, kind, value)
@@ -56,7 +59,7 @@ def make_call(  # noqa: PLR0913 - each one is a field of the message
     flags: int = 0,
     unix_fds: int = 0,
 ) -> bytes:
-    """Return a whole method call. A body that is made already stands for its values."""
+    """Return a whole method call. `body`, if given, takes the place of `values`."""
     return _make(
         MessageType.METHOD_CALL,
         serial,
@@ -81,7 +84,7 @@ def make_return(  # noqa: PLR0913 - each one is a field of the message
     values: Sequence[Value] = (),
     body: bytes | None = None,
 ) -> bytes:
-    """Return a whole method return. A body that is made already stands for its values."""
+    """Return a whole method return. `body`, if given, takes the place of `values`."""
     return _make(
         MessageType.METHOD_RETURN,
         serial,
@@ -128,7 +131,7 @@ def make_signal(  # noqa: PLR0913 - each one is a field of the message
     body: bytes | None = None,
     extra: Mapping[int, tuple[str, str]] = NO_EXTRA,
 ) -> bytes:
-    """Return a whole signal. A body that is made already stands for its values."""
+    """Return a whole signal. `body`, if given, takes the place of `values`."""
     return _make(
         MessageType.SIGNAL,
         serial,

@@ -1,9 +1,10 @@
-r"""Match rules: parsed strictly, and written so that every bus reads them as we do.
+"""Match rules: parsed strictly, and written in a form that every bus reads alike.
 
-dbus-daemon and dbus-broker read odd rules in different ways (`=type='signal'` is *everything* to the one), so
-no rule is passed on as it came: `canonical` is. Every rule is made one about signals, as
-nothing else is ever broadcast, and `destination` is dropped, as it is about unicast messages. What stays
-refused: whatever would be read in two ways, and eavesdropping.
+dbus-daemon and dbus-broker read odd rules in different ways. For example `=type='signal'` matches
+*everything* on dbus-daemon. So no rule is passed on as received; the `canonical` text is passed on.
+Every rule becomes a rule about signals, because only signals are broadcast. The key `destination`
+is dropped, because `destination` is about unicast messages. Ambiguous rules and eavesdropping are
+refused.
 """
 
 import re
@@ -19,21 +20,22 @@ from broker.wire.errors import (
 )
 from broker.wire.names import is_bus_name, is_interface, is_member, is_name_space, is_object_path
 
-MAX_RULE: Final = 1024  # bytes; both buses refuse longer ones
-MAX_KEYS: Final = 16  # dbus-daemon ignores what is behind them, and so would match more
+MAX_RULE: Final = 1024  # bytes; both buses refuse longer rules
+MAX_KEYS: Final = 16  # dbus-daemon ignores further keys, and so would match more
 MAX_ARGUMENT: Final = 63
 
 _BLANKS: Final = " \t\r\n"
 _TYPES: Final = frozenset({"signal", "method_call", "method_return", "error"})
 _ARGUMENT: Final = re.compile(r"arg(0|[1-9][0-9]?)(path)?")
-# Each alternative is a piece of a value. As the specification says, '...' is literal, and \' outside of it
-# an apostrophe. A backslash before a comma or another backslash is no piece: there readers differ.
+# Each alternative is a piece of a value. According to the specification '...' is literal, and \'
+# outside of quotes is an apostrophe. A backslash before a comma or another backslash is no piece,
+# because readers differ on such a backslash.
 _PIECE: Final = re.compile(r"'(?P<quoted>[^']*)'|(?P<escaped>\\')|(?P<plain>[^',\\]+|\\(?![',\\]))")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchRule:
-    """Which broadcasts a client wants. None matches anything."""
+    """A parsed match rule. A field that is None matches anything."""
 
     sender: str | None = None
     interface: str | None = None
@@ -41,10 +43,11 @@ class MatchRule:
     path: str | None = None
     path_namespace: str | None = None
     arg0namespace: str | None = None
-    args: tuple[tuple[int, str, bool], ...] = ()  # (index, value, whether it is argNpath), sorted
+    # (index, value, whether the key is argNpath), sorted
+    args: tuple[tuple[int, str, bool], ...] = ()
 
     def canonical(self) -> str:
-        """Return the text of this rule; equal rules have equal texts."""
+        """Return the text of this rule. Equal rules have equal texts."""
         keys = {"type": "signal"}
         for key in _PLAIN_KEYS:
             value = getattr(self, key)
@@ -63,7 +66,10 @@ class MatchRule:
         member: str | None,
         args: Sequence[str],
     ) -> bool:
-        """Say whether a signal is wanted. `sender_names`: all that the sender owns, with its own."""
+        """Return whether the rule matches a signal.
+
+        `sender_names` are all names that the sender owns, including the unique name.
+        """
         return (
             (self.sender is None or self.sender in sender_names)
             and self.interface in (None, interface)
@@ -76,11 +82,11 @@ class MatchRule:
 
 
 def parse_match_rule(text: str) -> MatchRule:
-    """Return the rule. Raises CallRefusedError with the error that a bus would give."""
+    """Return the rule. Raises CallRefusedError with the error that a bus would return."""
     if len(text.encode()) > MAX_RULE:
         raise CallRefusedError(LIMITS_EXCEEDED, f"match rule of more than {MAX_RULE} bytes")
     keys = _split(text)
-    # First of all, whatever else is wrong with the rule: this is never a mistake of spelling.
+    # Eavesdropping is checked first, because this key is never a mere mistake in a rule.
     if keys.pop("eavesdrop", "false") != "false":
         raise CallRefusedError(ACCESS_DENIED, "eavesdropping is not allowed")
     args = []
@@ -97,7 +103,7 @@ def parse_match_rule(text: str) -> MatchRule:
     _check_together(plain, args)
     kept = {key: plain[key] for key in _PLAIN_KEYS if key in plain}
     rule = MatchRule(**kept, args=tuple(sorted(args)))
-    # The text that goes to the bus has the type in any case, and quotes.
+    # The text that goes to the bus always has the type, and quotes.
     if len(rule.canonical().encode()) > MAX_RULE or 1 + len(kept) + len(args) > MAX_KEYS:
         raise CallRefusedError(LIMITS_EXCEEDED, "match rule too long")
     return rule
@@ -129,10 +135,10 @@ def _check_together(plain: Mapping[str, str], args: Sequence[tuple[int, str, boo
 
 
 def _split(text: str) -> dict[str, str]:
-    """Return the keys with their values, unquoted."""
+    """Return the unquoted values by key."""
     keys: dict[str, str] = {}
     at = 0
-    # A comma at the end is left by some generators of rules, and taken by the buses.
+    # Some generators of rules leave a comma at the end, and buses accept the comma.
     while text[at:].strip(_BLANKS):
         key, equals, _ = text[at:].partition("=")
         at += len(key) + 1
@@ -182,7 +188,7 @@ def _argument_matches(args: Sequence[str], argument: tuple[int, str, bool]) -> b
     found = args[index]
     if found == value or not is_path:
         return found == value
-    # A path matches what it contains and what contains it, if the container ends in a slash.
+    # An argNpath matches a path when either of them ends in a slash and is a prefix of the other.
     return (value.endswith("/") and found.startswith(value)) or (
         found.endswith("/") and value.startswith(found)
     )

@@ -1,8 +1,8 @@
-"""Reading marshalled values strictly: nothing is accepted that a bus would refuse.
+"""Strict reading of marshalled values: nothing is accepted that a bus would refuse.
 
-A Reader stands on bytes whose first one is aligned to 8 (a message's start, or its body's). Each method
-takes one value and raises PeerProtocolError if it is not there or not right. It never recurses,
-and it counts its work: a peer cannot make one header cost more than MAX_STEPS allow.
+The first byte of a Reader's data is aligned to 8: the start of a message or of a body. Each method
+takes one value, and raises PeerProtocolError if the value is missing or invalid. The Reader never
+recurses. Work is counted, so that a peer cannot make a header cost more than MAX_STEPS.
 """
 
 import re
@@ -16,8 +16,9 @@ from broker.wire.signature import BASIC, find_type_end, is_signature, is_single_
 MAX_ARRAY: Final = 2**26  # bytes; the specification's limit
 # The specification allows 64 levels of containers of all kinds together.
 MAX_DEPTH: Final = 64
-# A header has at most ten fields, a step or two each, and a signature; only a hostile one has thousands of
-# values. This many take some ten milliseconds, during which nobody else is served.
+# A normal header has at most ten fields of a step or two each, and a signature. Only a hostile
+# header has thousands of values. This many steps take about ten milliseconds, and meanwhile no
+# other peer is served.
 MAX_STEPS: Final = 2**14
 
 SIZES: Final = {"y": 1, "n": 2, "q": 2, "i": 4, "u": 4, "h": 4, "x": 8, "t": 8, "d": 8}
@@ -37,14 +38,17 @@ _PLANE_ENDS: Final = "".join(
     chr(plane << 16 | 0xFFFE) + chr(plane << 16 | 0xFFFF) for plane in range(17)
 )
 _NON_CHARACTER: Final = re.compile(f"[\ufdd0-\ufdef{_PLANE_ENDS}]")
-# Nearly every variant in a header is of a basic type: how those look, so that they need no parse.
+# Nearly every variant in a header has a basic type. These bytes of such a variant need no parse.
 _SHORT: Final = {bytes((1, ord(code), 0)): code for code in BASIC}
 _LITTLE: Final = struct.Struct("<I")
 _BIG: Final = struct.Struct(">I")
 
 
 class Reader:
-    """A position in marshalled bytes. `at` is where the next value begins, `end` where they stop."""
+    """A position in marshalled bytes.
+
+    The next value starts at `at`, and the values end at `end`.
+    """
 
     def __init__(self, data: bytes, *, little: bool, at: int = 0, end: int | None = None) -> None:
         self.at = at
@@ -54,13 +58,13 @@ class Reader:
         self._steps = 0
 
     def spend(self, steps: int = 1) -> None:
-        """Count work done. Raises PeerProtocolError when it is too much."""
+        """Count steps of work. Raises PeerProtocolError above MAX_STEPS."""
         self._steps += steps
         if self._steps > MAX_STEPS:
             raise PeerProtocolError("too many values")
 
     def align(self, alignment: int) -> None:
-        """Skip padding, which must be zero."""
+        """Skip padding. Raises PeerProtocolError if the padding is not zero."""
         if padding := -self.at % alignment:
             start = self._take(padding)
             if any(self._data[start : self.at]):
@@ -97,14 +101,14 @@ class Reader:
     def signature(self) -> str:
         """Take a `g`."""
         length = self.byte()
-        self.spend(length)  # checking it costs as much as it is long
+        self.spend(length)  # the check takes time in proportion to the length
         text = self._text(length)
         if not is_signature(text):
             raise PeerProtocolError(f"not a signature: {text[:40]!r}")
         return text
 
     def array_end(self, element: str) -> int:
-        """Take an array's length, and skip to its first element. Returns where it ends."""
+        """Take an array's length, and skip to the first element. Returns the array's end."""
         length = self.uint32()
         if length > MAX_ARRAY:
             raise PeerProtocolError(f"an array of {length} bytes")
@@ -114,12 +118,12 @@ class Reader:
         return self.at + length
 
     def finish(self) -> None:
-        """Check that nothing is left."""
+        """Check that no bytes are left."""
         if self.at != self.end:
             raise PeerProtocolError(f"{self.end - self.at} bytes too many")
 
     def skip(self, code: str) -> None:
-        """Take a value of a basic type without keeping it."""
+        """Take and discard a value of a basic type."""
         match code:
             case "s":
                 self.string()
@@ -134,7 +138,7 @@ class Reader:
                 self._take(SIZES[code])
 
     def variant_type(self) -> str:
-        """Take the signature of a variant: one complete type."""
+        """Take the signature of a variant, which is a single complete type."""
         short = _SHORT.get(self._data[self.at : min(self.at + 3, self.end)])
         if short is not None:
             self.at += 3
@@ -166,7 +170,10 @@ class Reader:
 
 
 class _Frame:
-    """Types still to be read, `at` to `stop`; again from `start` as long as an array lasts."""
+    """Types still to be read, from `at` to `stop`.
+
+    An array reads the types again until its end.
+    """
 
     __slots__ = ("array_end", "at", "signature", "start", "stop")
 
@@ -175,12 +182,12 @@ class _Frame:
         self.start: Final = start
         self.stop: Final = stop
         self.array_end: Final = array_end
-        # An array may be empty, so whether there is an element is asked before the first one too.
+        # An array may be empty. So the array's end is checked before the first element, too.
         self.at = start if array_end is None else stop
 
 
 def skip_value(reader: Reader, signature: str, *, depth: int = 0) -> None:
-    """Check and skip one value of any type. `depth` is how many containers it is in already."""
+    """Check and skip a value of any type. `depth` counts the containers around the value."""
     stack = [_Frame(signature, 0, len(signature))]
     while stack:
         if depth + len(stack) > MAX_DEPTH:
@@ -206,9 +213,9 @@ def _skip_type(reader: Reader, frame: _Frame, stack: list[_Frame]) -> None:
             inner = reader.variant_type()
             stack.append(_Frame(inner, 0, len(inner)))
         case "a" | "(" | "{":
-            # A dict entry is no complete type, but always all that its array is of.
+            # A dict entry is no complete type. The array of dict entries contains nothing else.
             stop = frame.stop if code == "{" else find_type_end(frame.signature, at)
-            reader.spend(stop - at)  # that look costs as much as the type is long
+            reader.spend(stop - at)  # finding the end takes time in proportion to the type's length
             frame.at = stop
             if code == "a":
                 _skip_array(reader, _Frame(frame.signature, at + 1, stop), stack)
@@ -224,7 +231,7 @@ def _skip_array(reader: Reader, element: _Frame, stack: list[_Frame]) -> None:
     code = element.signature[element.at]
     array_end = reader.array_end(code)
     if size := SIZES.get(code):
-        # Any bytes are good numbers: no need to look at each.
+        # Any bytes are valid numbers, so no element needs a look.
         if (array_end - reader.at) % size:
             raise PeerProtocolError(f"an array that is no multiple of its {size} byte elements")
         reader.at = array_end

@@ -1,16 +1,28 @@
-"""Both halves of the D-Bus authentication dialogue on unix sockets, EXTERNAL only, with no I/O.
+"""Both sides of D-Bus authentication on unix sockets. EXTERNAL only, and no I/O.
 
-Feed them what arrived, send what they hand back, until `done`. What came behind the dialogue belongs to the
-message parser and waits in `leftover`. Descriptors must not arrive before that: who receives
-checks it. An error is final: after a PeerProtocolError every call raises it again.
+Feed received bytes and send the returned bytes, until `done`. Then `leftover` has the bytes behind
+the dialogue, which belong to the message parser. Descriptors must not arrive before the end of the
+dialogue; the receiver checks that. An error is final: after a PeerProtocolError every call raises
+the error again.
 """
 
-# Theory of operation. A dialogue is lines that end in CR LF, and nothing else ends one: a lone CR
-# or LF is content, of a line that is then unknown. The server turns each line into a Verb, and
-# _TRANSITIONS says what a verb does in a state; a pair that is not in it is an ERROR line and no more. Only
-# `BEGIN`, to the byte, in READY leads to DONE. REJECTED is counted, as it is what a guesser would collect.
-# Sender and receiver agree on every byte only if neither is generous: there is no case folding, and
-# no trimming at the front of a line.
+# Theory of operation. A dialogue consists of lines that end in CR LF. Nothing else ends a line: a
+# lone CR or LF is content, and makes the line unknown. The server turns each line into a Verb.
+# _TRANSITIONS has the next state and the answer for a state and a verb. A pair that is missing
+# there gets an ERROR line and changes nothing. Only `BEGIN`, to the byte, in READY leads to DONE.
+# REJECTED answers are counted, because a guessing client would collect them.
+#
+# A typical dialogue:
+#
+#     client                         server        state
+#     NUL
+#     AUTH EXTERNAL 31303030                       AUTH
+#                                    OK guid       READY
+#     NEGOTIATE_UNIX_FD              AGREE_UNIX_FD READY
+#     BEGIN                                        DONE
+#
+# Client and server agree on every byte only if neither is generous. So there is no case folding,
+# and no trimming at the front of a line.
 
 import abc
 import enum
@@ -20,12 +32,13 @@ from typing import Final
 
 from broker.wire.errors import PeerProtocolError
 
-# The longest legal line is about 100 bytes. The cap is on all lines together, so that a peer that
-# never says BEGIN ends.
+# The longest legal line has about 100 bytes. The limit is on all lines together, so that the
+# dialogue of a peer that never sends BEGIN ends.
 MAX_DIALOGUE: Final = 16 * 1024
-# A real dialogue has up to ten. Empty lines cost two bytes each, and as much time as any other.
+# A real dialogue has up to ten lines. An empty line has two bytes, but costs as much time as any
+# other line.
 MAX_LINES: Final = 32
-MAX_REJECTED: Final = 6  # as dbus-daemon's
+MAX_REJECTED: Final = 6  # as in dbus-daemon
 
 _PRINTABLE: Final = re.compile(rb"[\x20-\x7e]+")
 GUID: Final = re.compile(rb"[0-9A-Fa-f]{32}")
@@ -33,27 +46,27 @@ _CRLF: Final = b"\r\n"
 
 
 class Verb(enum.Enum):
-    """What a line from the client means to the server."""
+    """The meaning of a client's line to the server."""
 
-    AUTH_UID = enum.auto()  # EXTERNAL as the uid that it has
-    AUTH_EMPTY = enum.auto()  # EXTERNAL, who I am comes later
-    AUTH_OTHER = enum.auto()  # no mechanism, another one, or another uid
+    AUTH_UID = enum.auto()  # EXTERNAL with the client's own uid
+    AUTH_EMPTY = enum.auto()  # EXTERNAL without an identity, which comes later
+    AUTH_OTHER = enum.auto()  # no mechanism, another mechanism, or another uid
     DATA_UID = enum.auto()
     DATA_OTHER = enum.auto()
     CANCEL = enum.auto()
     ERROR = enum.auto()
     NEGOTIATE_UNIX_FD = enum.auto()
     BEGIN = enum.auto()
-    NO_BEGIN = enum.auto()  # BEGIN with anything behind it
+    NO_BEGIN = enum.auto()  # BEGIN with anything behind
     UNKNOWN = enum.auto()
 
 
 class ServerState(enum.Enum):
-    """Where the server is."""
+    """The state of the server."""
 
     AUTH = enum.auto()  # waits for AUTH
     DATA = enum.auto()  # waits for DATA
-    READY = enum.auto()  # said OK, waits for BEGIN
+    READY = enum.auto()  # sent OK, waits for BEGIN
     DONE = enum.auto()
     FAILED = enum.auto()
 
@@ -88,7 +101,7 @@ _PLAIN_VERBS: Final = {
 
 
 class Lines:
-    """Bytes in, lines without their CR LF out, within MAX_DIALOGUE and MAX_LINES."""
+    """A splitter of bytes into lines without CR LF, within MAX_DIALOGUE and MAX_LINES."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -99,8 +112,9 @@ class Lines:
         self._buffer += data
 
     def next_line(self) -> bytes | None:
-        # Bytes behind the dialogue are in the buffer too, and are as many as they are: only what
-        # was taken, or can no longer be a line within the cap, counts.
+        # The buffer may also hold bytes behind the dialogue, of any number. So only two kinds of
+        # bytes count: bytes taken as lines, and bytes that can no longer be a line within the
+        # limit.
         room = MAX_DIALOGUE - self._taken
         end = self._buffer.find(_CRLF, 0, room)
         if end < 0:
@@ -122,7 +136,10 @@ class Lines:
 
 
 class SaslServer:
-    """The side of the bus. `uid` is who the peer is by SO_PEERCRED: nobody else may it say to be."""
+    """The server's side.
+
+    `uid` is the peer's uid by SO_PEERCRED, the only acceptable identity.
+    """
 
     def __init__(self, uid: int, guid: str, *, takes_fds: bool = True) -> None:
         self.leftover = b""
@@ -137,11 +154,11 @@ class SaslServer:
 
     @property
     def done(self) -> bool:
-        """Whether the client said BEGIN in its place."""
+        """Return whether the client has sent BEGIN in the right state."""
         return self._state is ServerState.DONE
 
     def feed(self, data: bytes) -> bytes:
-        """Return what is to be sent to the client. Raises PeerProtocolError."""
+        """Return the bytes to send to the client. Raises PeerProtocolError."""
         if self._state is ServerState.FAILED:
             raise PeerProtocolError("authentication failed before")
         assert not self.done
@@ -171,12 +188,12 @@ class SaslServer:
     def _answer(self, line: bytes) -> bytes:
         verb = self._parse_verb(line)
         if verb is Verb.NEGOTIATE_UNIX_FD and not self._takes_fds:
-            verb = Verb.UNKNOWN  # as for who has never heard of it
+            verb = Verb.UNKNOWN  # as a server without support for descriptors answers
         self._state, answer = _TRANSITIONS.get((self._state, verb), (self._state, _ERROR))
         if self._state is ServerState.FAILED:
             raise PeerProtocolError(f"no BEGIN in its place: {line[:40]!r}")
         if answer == _REJECTED:
-            # Whoever starts anew negotiates anew.
+            # After REJECTED the client negotiates anew.
             self.unix_fds = False
             self._rejected += 1
             if self._rejected >= MAX_REJECTED:
@@ -202,7 +219,7 @@ class SaslServer:
                     return Verb.AUTH_EMPTY
                 return Verb.AUTH_UID if self._is_uid(response) else Verb.AUTH_OTHER
             case b"DATA":
-                # No data: act as who I am.
+                # No data: the client authenticates as its own user.
                 good = not arguments or self._is_uid(arguments)
                 return Verb.DATA_UID if good else Verb.DATA_OTHER
             case b"BEGIN":
@@ -212,14 +229,14 @@ class SaslServer:
 
     def _is_uid(self, response: bytes) -> bool:
         try:
-            # fromhex takes blanks between the digits, which are no hex.
+            # fromhex accepts blanks between the digits, but blanks are not hexadecimal digits.
             return b" " not in response and bytes.fromhex(response.decode()) == self._uid
         except ValueError:
             return False
 
 
 class AuthClient(abc.ABC):
-    """The side of a client: lines in, what it says to them out. An error is final."""
+    """The client's side: lines in, answers out. An error is final."""
 
     def __init__(self, uid: int) -> None:
         self.done = False
@@ -232,17 +249,17 @@ class AuthClient(abc.ABC):
 
     @abc.abstractmethod
     def start(self) -> bytes:
-        """Return what the client says first."""
+        """Return the first bytes of the client."""
 
     def feed(self, data: bytes) -> bytes:
-        """Take what the server said; return what is to be sent to it.
+        """Take bytes of the server, and return the bytes to send.
 
-        Raises PeerProtocolError, also if it does not let us in.
+        Raises PeerProtocolError, also if the server rejects the client.
         """
         if self._failed:
             raise PeerProtocolError("authentication failed before")
         assert not self.done
-        self._failed = True  # until all of it is taken
+        self._failed = True  # cleared once all bytes are taken
         self._lines.feed(data)
         out = self._take_lines()
         self._failed = False
@@ -259,25 +276,25 @@ class AuthClient(abc.ABC):
 
     @abc.abstractmethod
     def _answer(self, line: bytes) -> bytes:
-        """Return what is said to a line, b"" for nothing. Raises PeerProtocolError."""
+        """Return the answer to a line, b"" for no answer. Raises PeerProtocolError."""
 
 
 class SaslClient(AuthClient):
-    """The side of a client that says everything at once and then only reads.
+    """The side of a client that sends everything at once and then only reads.
 
-    What follows BEGIN may be sent with it, but for descriptors: dbus-daemon loses those that arrive while
-    it authenticates.
+    Messages may be sent together with BEGIN, but descriptors may not: dbus-daemon loses descriptors
+    that arrive during authentication.
     """
 
     def start(self) -> bytes:
-        """Return all that the client has to say."""
+        """Return all bytes of the client."""
         return b"\0AUTH EXTERNAL " + self._uid + b"\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
 
     def _answer(self, line: bytes) -> bytes:
         command, _, argument = line.partition(b" ")
         if not self.guid:
             if command != b"OK" or not GUID.fullmatch(argument):
-                raise PeerProtocolError(f"the bus does not let us in: {line[:80]!r}")
+                raise PeerProtocolError(f"the bus rejected the authentication: {line[:80]!r}")
             self.guid = argument.decode()
             return b""
         if command not in (b"AGREE_UNIX_FD", b"ERROR"):

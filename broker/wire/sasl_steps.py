@@ -1,12 +1,13 @@
-"""The client's side of the authentication dialogue where the socket does not say who we are: on TCP. No I/O.
+"""The client's side of authentication on TCP, where the socket proves no identity. No I/O.
 
-It goes step by step, as what it says depends on what the server answers. Descriptors do not pass on such a
-connection, and are not asked for.
+The dialogue goes step by step, because each step depends on the server's answer. Descriptors cannot
+be passed on such a connection, and are not negotiated.
 """
 
-# Theory of operation. The mechanisms are tried in the order of _MECHANISMS, each at most once, so a dialogue
-# ends whatever the server says. The first is tried unasked; its REJECTED line says which others the server
-# has. Who cannot go on with a mechanism says CANCEL, and after that only REJECTED is an answer.
+# Theory of operation. The mechanisms are tried in the order of _MECHANISMS, each at most once, so a
+# dialogue ends whatever the server says. The first mechanism is tried unasked. The REJECTED line of
+# the answer lists the server's other mechanisms. A client that cannot continue a mechanism sends
+# CANCEL, and only REJECTED is a valid answer to CANCEL.
 
 import enum
 import re
@@ -17,33 +18,35 @@ from broker.wire.errors import BrokerError, PeerProtocolError
 from broker.wire.sasl import GUID, AuthClient
 
 _MECHANISMS: Final = (b"EXTERNAL", b"DBUS_COOKIE_SHA1", b"ANONYMOUS")
-# What ANONYMOUS may say about who it is, for the log of the bus.
+# The identity that ANONYMOUS states, for the log of the bus.
 _TRACE: Final = b"buswarden"
-# The name of a file: no blank, slash, backslash or dot in it, so it is a file of the keyrings' folder.
+# A context is a file name without blank, slash, backslash and dot, so the file is in the keyrings'
+# folder.
 _CONTEXT: Final = re.compile(rb"[\x21-\x2d\x30-\x5b\x5d-\x7e]{1,128}")
 _COOKIE_ID: Final = re.compile(rb"[0-9]{1,20}")
 _CHALLENGE: Final = re.compile(rb"[\x21-\x7e]+")
 
-# Context, id of the cookie: returns the cookie. Raises CookieError.
+# (context, id of the cookie) -> cookie. Raises CookieError.
 FetchCookie = Callable[[str, str], str]
 
 
 class CookieError(BrokerError):
-    """A cookie that we do not have: the bus is told by other means who we are, or not at all."""
+    """A cookie is not available. The mechanism is cancelled."""
 
 
 class ClientState(enum.Enum):
-    """What the client waits for."""
+    """The answer that the client waits for."""
 
     OK = enum.auto()
     DATA = enum.auto()  # the challenge
-    REJECTED = enum.auto()  # said CANCEL
+    REJECTED = enum.auto()  # after CANCEL
 
 
 class MultiMechanismSaslClient(AuthClient):
-    """Tries one mechanism after the other.
+    """A client that tries its mechanisms in order.
 
-    `challenge` is random, and new for each connection: a cookie is only ever hashed together with it.
+    `challenge` is random, and new for each connection, because a cookie is only ever hashed
+    together with the challenge.
     """
 
     def __init__(self, uid: int, challenge: bytes, fetch_cookie: FetchCookie) -> None:
@@ -51,17 +54,18 @@ class MultiMechanismSaslClient(AuthClient):
         self._challenge: Final = challenge.hex().encode()
         self._fetch_cookie: Final = fetch_cookie
         self._state = ClientState.OK
-        self._tried = 0  # of _MECHANISMS
-        self._reasons: Final[list[str]] = []  # why not, a mechanism each
+        self._tried = 0  # number of tried mechanisms of _MECHANISMS
+        self._reasons: Final[list[str]] = []  # why each mechanism failed
 
     def start(self) -> bytes:
-        """Return what the client says first."""
+        """Return the first bytes of the client."""
         return b"\0" + self._try_next(_MECHANISMS[:1]) + b"\r\n"
 
     def _answer(self, line: bytes) -> bytes:
         command, _, argument = line.partition(b" ")
         if command == b"REJECTED":
-            if self._state is not ClientState.REJECTED:  # else the reason is known
+            # the reason of a cancelled mechanism is known
+            if self._state is not ClientState.REJECTED:
                 self._reasons.append("rejected")
             return self._try_next(argument.split(b" "))
         if self._state is ClientState.REJECTED:
@@ -74,10 +78,10 @@ class MultiMechanismSaslClient(AuthClient):
             return self._answer_challenge(argument)
         if command in (b"DATA", b"ERROR"):
             return self._cancel(f"answered with {command.decode()}")
-        raise PeerProtocolError(f"the bus does not let us in: {line[:80]!r}")
+        raise PeerProtocolError(f"the bus rejected the authentication: {line[:80]!r}")
 
     def _try_next(self, offered: Sequence[bytes]) -> bytes:
-        """Return the AUTH line of the next mechanism that the server has."""
+        """Return the AUTH line of the next mechanism that the server offers."""
         while self._tried < len(_MECHANISMS):
             mechanism = _MECHANISMS[self._tried]
             self._tried += 1
@@ -91,7 +95,7 @@ class MultiMechanismSaslClient(AuthClient):
             f"{mechanism.decode()}: {reason}"
             for mechanism, reason in zip(_MECHANISMS, self._reasons, strict=True)
         ]
-        raise PeerProtocolError(f"the bus does not let us in: {'; '.join(told)}")
+        raise PeerProtocolError(f"the bus rejected the authentication: {'; '.join(told)}")
 
     def _cancel(self, reason: str) -> bytes:
         self._reasons.append(reason)
@@ -99,7 +103,8 @@ class MultiMechanismSaslClient(AuthClient):
         return b"CANCEL"
 
     def _answer_challenge(self, argument: bytes) -> bytes:
-        # With it comes a library of cryptography, larger than all the rest, which few need.
+        # hashlib loads a cryptography library larger than the rest of the program, and few clients
+        # need the library.
         import hashlib  # noqa: PLC0415
 
         context, cookie_id, challenge = _parse_challenge(argument)
@@ -108,16 +113,16 @@ class MultiMechanismSaslClient(AuthClient):
         except CookieError as exc:
             return self._cancel(str(exc))
         said = b":".join([challenge, self._challenge, cookie.encode()])
-        # SHA-1 is what the mechanism is made of; nothing else of ours uses it.
+        # The mechanism demands SHA-1. No other part of the program uses SHA-1.
         digest = hashlib.sha1(said, usedforsecurity=False).hexdigest().encode()
         self._state = ClientState.OK
         return b"DATA " + (self._challenge + b" " + digest).hex().encode()
 
 
 def _parse_challenge(argument: bytes) -> tuple[str, str, bytes]:
-    """Return the context, the id of the cookie, and what the server wants hashed."""
+    """Return the context, the cookie's id, and the server's challenge."""
     try:
-        # fromhex takes blanks between the digits, which are no hex.
+        # fromhex accepts blanks between the digits, but blanks are not hexadecimal digits.
         parts = b"" if b" " in argument else bytes.fromhex(argument.decode())
         context, cookie_id, challenge = parts.split(b" ")
     except ValueError:

@@ -1,10 +1,10 @@
-"""The grammar of type signatures, without recursion: nested as deep as allowed, they cost their length."""
+"""The grammar of type signatures, without recursion. Time is linear in the length."""
 
 from typing import Final
 
-MAX_SIGNATURE: Final = 255  # its length travels in a byte
-# The specification's: 32 array type codes and 32 open parentheses. A dict entry always stands in
-# an array, so the limit on arrays is one on dict entries too.
+MAX_SIGNATURE: Final = 255  # the length takes a byte on the wire
+# The specification's limits: 32 array type codes and 32 open parentheses. A dict entry is always in
+# an array, so the limit on arrays also limits dict entries.
 MAX_NESTING: Final = 32
 
 BASIC: Final = frozenset("ybnqiuxtdsogh")
@@ -12,7 +12,7 @@ _VARIANT: Final = "v"
 
 
 def is_signature(text: str) -> bool:
-    """Say whether this is a sequence, perhaps empty, of complete types."""
+    """Return whether the text is a sequence, perhaps empty, of complete types."""
     if len(text) > MAX_SIGNATURE:
         return False
     at = 0
@@ -24,12 +24,12 @@ def is_signature(text: str) -> bool:
 
 
 def is_single_type(text: str) -> bool:
-    """Say whether this is exactly one complete type, as a variant needs."""
+    """Return whether the text is exactly one complete type, as a variant requires."""
     return 0 < len(text) <= MAX_SIGNATURE and find_type_end(text, 0) == len(text)
 
 
 def find_type_end(signature: str, at: int) -> int:
-    """Return where the complete type that begins at `at` ends, or -1 if none begins there."""
+    """Return the end of the complete type that begins at `at`, or -1 if none begins there."""
     nesting = _Nesting()
     for position in range(at, len(signature)):
         code = signature[position]
@@ -51,15 +51,15 @@ def find_type_end(signature: str, at: int) -> int:
 
 
 class _Nesting:
-    """The containers that are open, innermost last, and how many types each one has so far."""
+    """The open containers, innermost last, with the number of types in each so far."""
 
     def __init__(self) -> None:
         self.open: list[str] = []
         self._counts: list[int] = []
 
     def enter(self, code: str) -> bool:
-        # "{" stands directly behind an "a" and nowhere else; as arrays are closed with their element,
-        # an innermost array is one that still waits for it.
+        # "{" follows an "a" directly and stands nowhere else. Arrays are closed together with the
+        # element, so an innermost array still waits for the element.
         if code == "{":
             if not self.open or self.open[-1] != "a":
                 return False
@@ -81,7 +81,7 @@ class _Nesting:
         return good
 
     def complete(self, *, key: bool) -> bool:
-        """Count a complete type, which also completes the arrays it is the element of."""
+        """Count a complete type, and close the arrays whose element is complete with that type."""
         if self._is_dict_key() and not key:
             return False
         while self.open and self.open[-1] == "a":

@@ -1,9 +1,9 @@
-"""Skim a header that is legal on the bus and not read here: too large, or of too many values.
+"""Skimming of headers that are legal on the bus but too large to be parsed.
 
-Only that message is left out, but a program may wait for it: the caller of a call, or the app whose call a reply
-answers. So the names and serial numbers are read, and every other value is skipped by its length. Only the returned
-values are checked, because the message is not passed on. Work is counted: a header of 64 MiB costs at most as much
-as MAX_STEPS values.
+Such a message is left out alone. But a program may wait for the message: the caller of a call, or
+the app whose call a reply answers. So the names and serial numbers are read, and every other value
+is skipped by length. Only the returned values are checked, because the message is not passed on.
+Work is counted: a header of 64 MiB costs at most as much as MAX_STEPS values.
 """
 
 import struct
@@ -25,25 +25,26 @@ from broker.wire.header import (
 from broker.wire.names import MAX_NAME, Predicate, is_bus_name
 from broker.wire.reader import ALIGNMENTS, SIZES
 
-# Codes of types, and bytes of signatures, that are read. The nine fields of D-Bus take some thirty; a message with
-# thousands of others in front of them gets no answer.
+# Type codes and signature bytes that are read. The nine fields of D-Bus take about thirty. A
+# message with thousands of other values before these fields gets no answer.
 MAX_STEPS: Final = 2**12
 
-_UINT32: Final = {True: struct.Struct("<I"), False: struct.Struct(">I")}  # by: is it little-endian
+# by whether the message is little-endian
+_UINT32: Final = {True: struct.Struct("<I"), False: struct.Struct(">I")}
 _NAMES: Final[dict[int, Predicate]] = {Field.DESTINATION: is_bus_name, Field.SENDER: is_bus_name}
 _NUMBERS: Final = (Field.REPLY_SERIAL, Field.UNIX_FDS)
 _CLOSING: Final = {"(": ")", "{": "}"}
 
 
 def skim_header(data: Data, offset: int = 0) -> Header:
-    """Return a header with sender, destination, reply serial and number of descriptors, where they are found.
+    """Return a header with sender, destination, reply serial and descriptor count, if found.
 
-    The header must be there whole. Raises PeerProtocolError for one that cannot be measured.
+    The whole header must be present. Raises PeerProtocolError for a header that cannot be measured.
     """
     header = skim_fixed(data, offset)
     end = FIXED_SIZE + _UINT32[header.little].unpack_from(data, offset + 12)[0]
     skim = _Skim(data, offset, end, little=header.little)
-    # What is no header any more ends the search: a bus delivers no such thing.
+    # Malformed bytes end the search. A bus delivers no malformed header.
     with suppress(_EndOfSearch, IndexError, KeyError, struct.error):
         while skim.at < skim.end:
             skim.field()
@@ -57,7 +58,10 @@ def skim_header(data: Data, offset: int = 0) -> Header:
 
 
 def parse_or_skim(data: Data) -> Header:
-    """Return what a header of the bus says, or as much as can be said of it. Raises as `skim_header`."""
+    """Return a parsed header of the bus, or a skimmed header if parsing fails.
+
+    Raises as `skim_header`.
+    """
     try:
         return parse_header(data, 0, READ_LIMITS)
     except PeerProtocolError:
@@ -65,7 +69,7 @@ def parse_or_skim(data: Data) -> Header:
 
 
 def skim_fixed(data: Data, offset: int = 0) -> Header:
-    """Return a header of which only the first 16 bytes are there. Raises as `skim_header`."""
+    """Return a header of which only the first 16 bytes are present. Raises as `skim_header`."""
     little, type_, flags, body_length, serial, fields_length = unpack_fixed(
         data, offset, BUS_LIMITS
     )
@@ -80,11 +84,11 @@ def skim_fixed(data: Data, offset: int = 0) -> Header:
 
 
 class _EndOfSearch(Exception):  # noqa: N818 - an event, not a fault
-    """Enough work was done, or the bytes are at an end."""
+    """Enough work was done, or the bytes ended."""
 
 
 class _Skim:
-    """A position among the fields, counted from the start of the message, and what was found before it."""
+    """A position among the fields, from the start of the message, with the values found so far."""
 
     def __init__(self, data: Data, offset: int, end: int, *, little: bool) -> None:
         self.at = FIXED_SIZE
@@ -97,7 +101,7 @@ class _Skim:
         self._steps = 0
 
     def field(self) -> None:
-        """Go over one field, and keep what it says if that is wanted."""
+        """Skip a field, and keep a value that is looked for."""
         self._align(8)
         code = self._byte()
         kind = self._signature()
@@ -116,7 +120,7 @@ class _Skim:
                 self.names[code] = text
 
     def _value(self, kind: str) -> None:
-        """Go over a value. A struct needs no look at its end: its members follow each other."""
+        """Skip a value. A struct's end needs no search, because the members follow each other."""
         left = list(reversed(kind))
         while left:
             self._spend()
@@ -143,7 +147,7 @@ class _Skim:
                     self._jump(size)
 
     def _drop_type(self, left: list[str]) -> None:
-        """Take the type of an array's elements away."""
+        """Drop the element type of an array."""
         code = left.pop()
         while code == "a":
             self._spend()
