@@ -48,7 +48,7 @@ class AccessChange:
         """Tell of the names that went out of sight, and follow those of the new rules."""
         known = self.known_to_app
         kept: dict[str, str] = {}
-        for owner in self._owners.views.owners():
+        for owner in sorted(self._owners.views.owners()):
             steps = before.steps + judge.steps
             saw = self._sight.visible(before, owner)
             if known is not None:  # it has not heard yet of what the last change brought
@@ -82,7 +82,7 @@ class AccessChange:
 
     def _tell_new(self, judge: Judge) -> Work:
         told, self.known_to_app = self.known_to_app or frozenset(), None
-        for owner in self._owners.views.owners():
+        for owner in sorted(self._owners.views.owners()):
             steps = judge.steps
             for name in sorted(self._sight.visible(judge, owner) - told):
                 self._sight.tell_owner_change(name, "", owner)

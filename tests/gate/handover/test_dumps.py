@@ -383,3 +383,18 @@ def test_rows_are_packed() -> None:
     assert list(unpack_rows(dump.rows)) == [(1, 0, 0, 0), (0xFFFFFFFF, 1, 1, 77)]
     with pytest.raises(struct.error):
         list(unpack_rows(b"abc"))
+
+
+def test_names_that_a_change_hides_are_told_in_one_order_on_either_side() -> None:
+    """The order in which owners came is not handed over: `org.a` goes to another owner and back, behind `org.b`."""
+    shown = access("send:org.a", "send:org.b")
+    talk = Dialogue(shown, owners={"org.a": ":1.2", "org.b": ":1.3"}, limits=LIMITS)
+    talk.subscribe()
+    talk.change("org.a", ":1.4")
+    talk.change("org.a", ":1.2")
+    other, _, _ = handed_over(Player(talk))
+    talk.got.clear()
+    for each in (talk, other.talk):
+        each.use(access("send:org.c"))
+    assert [m.raw for m in other.talk.got] == [m.raw for m in talk.got]
+    assert sum(m.header.member == "NameOwnerChanged" for m in talk.got) >= 2
