@@ -1,1 +1,1 @@
-"""The bridge to dbus-next: the one package that touches asyncio."""
+"""The bridge to dbus-next, and the only package that uses asyncio."""

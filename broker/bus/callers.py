@@ -1,4 +1,6 @@
-"""Waiting calls and turns: users share the supervisor's time, callers share their user's.
+"""Waiting calls and turns of callers.
+
+Users share the supervisor's time, and the callers of a user share the user's time.
 
 Theory of operation. A call goes through these steps:
 
@@ -6,21 +8,24 @@ Theory of operation. A call goes through these steps:
      | header --> | check: room for caller, user and all?         |
      | body ----> | put                                           |
      | <--------- | ask_user, for the first call of a caller      |
-     | uid -----> | know: early -> the queue of its user          |
-     |            | next: a slot is free, and it is its turn ---> |
+     | uid -----> | know: early -> the queue of the user          |
+     |            | next: a slot is free, and the turn came ----> |
      |            | <---------------- turn, between two slices -- |
      |            | -- the slice of this caller ----------------> |
      |            | <-------------------------------------- done  |
 
-- Admission. A call is admitted or refused by its header. The limits count the waiting calls, bytes and descriptors of its
-  caller, of its user and of all. A user or caller with less than an equal share is admitted even if a common limit is
-  reached, so that a flood keeps nobody out.
-- Order. Calls start in turns of users, and of the callers of a user, while there are slots. A user without a running call
-  may always start one. Long bodies have slots of their own, because the changes they ask for keep the gate busy, too.
-- Slices. Long work is done in slices. One slice of one caller runs at a time, and other tasks run in between.
-- Leaving. When a caller leaves the bus (`gone`), its waiting calls are closed and its running ones end at their next
-  `turn` with CallerGoneError. A request that the gate has already is finished, because half a change would be worse.
-  The caller is forgotten when its last running call is done.
+- Admission. A call is admitted or refused by its header. The limits count the waiting calls, bytes
+  and descriptors of the caller, of the user and of all. A user or caller with less than an equal
+  share is admitted even if a common limit is reached, so that a flood keeps no other caller out.
+- Order. Calls start in turns of users, and of the callers of a user, while there are slots. A user
+  without a running call may always start a call. Long bodies have slots of their own, because the
+  changes that long bodies request keep the gate busy, too.
+- Slices. Long work is done in slices. Only a single slice runs at a time, and other tasks run
+  between slices.
+- Leaving. When a caller leaves the bus (`gone`), the caller's waiting calls are closed. Running
+  calls of the caller end at their next `turn` with CallerGoneError. A request that the gate already
+  has is finished, because half a change would be worse. The caller is forgotten when the last
+  running call is done.
 """
 
 from collections import OrderedDict
@@ -32,29 +37,29 @@ import trio
 from broker.bus.turns import FairQueue
 from broker.wire.errors import LIMITS_EXCEEDED, BrokerError, CallRefusedError
 
-# Waiting calls of one caller, of one user, and of all. A caller or user with less than its share has room even beyond the
-# last two, so that nobody is kept out by others.
+# Limits on waiting calls of a caller, of a user, and of all. A caller or user with less than an
+# equal share has room even beyond the last two limits, so that other callers keep no caller out.
 MAX_OF_CALLER: Final = 64
 MAX_OF_USER: Final = 256
 MAX_WAITING: Final = 1024
-# Bytes of their bodies, likewise. The longest body has 8 MiB.
+# The same for the bytes of bodies. The longest body has 8 MiB.
 MAX_BYTES_OF_CALLER: Final = 16 * 1024 * 1024
 MAX_BYTES_OF_USER: Final = 32 * 1024 * 1024
 MAX_BYTES: Final = 64 * 1024 * 1024
-# Descriptors that come with them, likewise.
+# The same for the descriptors of calls.
 MAX_FDS_OF_CALLER: Final = 64
 MAX_FDS_OF_USER: Final = 128
 MAX_FDS: Final = 256
-# Calls that run at a time.
+# Limits on running calls.
 RUNNING_OF_CALLER: Final = 4
 RUNNING_OF_USER: Final = 32
 RUNNING: Final = 64
-# A longer body, as of some hundred rules, counts as long. A caller may have one long call running.
+# A longer body is a long body, as of some hundred rules. A caller may have one long call running.
 LONG: Final = 32 * 1024
 RUNNING_LONG: Final = 4
-# Idle callers that are remembered. They stay watched, so that their next call needs no new watch.
+# Remembered idle callers. Idle callers stay watched, so that the next call needs no new watch.
 MAX_IDLE: Final = 64
-# The user of callers for whom the bus has not answered yet.
+# The user of callers whose user the bus has not reported yet.
 UNKNOWN: Final = -1
 
 
@@ -63,7 +68,7 @@ class CallerGoneError(BrokerError):
 
 
 class Waiting(Protocol):
-    """The part of a call that is needed to queue it."""
+    """The part of a call that the queue needs."""
 
     @property
     def sender(self) -> str: ...
@@ -75,7 +80,7 @@ class Waiting(Protocol):
 
 
 class Watch(Protocol):
-    """The part of a name watch that is needed."""
+    """The part of a name watch that is needed here."""
 
     def add(self, name: str) -> None:
         """Watch a name."""
@@ -85,7 +90,7 @@ class Watch(Protocol):
 
 
 class _Amount:
-    """An amount of waiting calls, their bytes and descriptors, and their callers."""
+    """A number of waiting calls, of their bytes and descriptors, and of their callers."""
 
     __slots__ = ("bytes", "callers", "calls", "fds")
 
@@ -99,14 +104,14 @@ class _Amount:
 
 
 class _Caller:
-    """A connection that called."""
+    """A connection that has sent calls."""
 
     __slots__ = ("early", "is_gone", "name", "running", "running_long", "user", "waiting")
 
     def __init__(self, name: str) -> None:
         self.name: Final = name
         self.user = UNKNOWN
-        self.early: Final[list[Waiting]] = []  # calls that came before its user was known
+        self.early: Final[list[Waiting]] = []  # calls that came before the user was known
         self.waiting: Final = _Amount()
         self.running = 0
         self.running_long = 0
@@ -118,12 +123,12 @@ class _Caller:
 
 
 class Callers:
-    """The callers of one bus. `ask_user` leads to a call of `know` or `gone`."""
+    """The callers on a bus. After `ask_user` the owner calls `know` or `gone`."""
 
     def __init__(self, ask_user: Callable[[str], None]) -> None:
         self._ask_user: Final = ask_user
         self._watch: Watch | None = None
-        self._callers: Final[OrderedDict[str, _Caller]] = OrderedDict()  # the idle ones by age
+        self._callers: Final[OrderedDict[str, _Caller]] = OrderedDict()  # idle callers by age
         self._idle: Final[OrderedDict[str, None]] = OrderedDict()
         self._users: Final[dict[int, _Amount]] = {}
         self._users_running: Final[dict[int, int]] = {}
@@ -136,7 +141,7 @@ class Callers:
         self._changed = trio.Event()
         self._closed = False
         self._slices: Final = FairQueue[trio.Event]()
-        self._wanted = trio.Event()  # set when a slice is waited for
+        self._wanted = trio.Event()  # set when a caller waits for a slice
 
     def __len__(self) -> int:
         """Return the number of waiting calls."""
@@ -145,7 +150,7 @@ class Callers:
     # -- arriving -------------------------------------------------------------------------------------
 
     def check(self, sender: str, size: int, fds: int) -> None:
-        """Refuse a call for which there is no room. Raises CallRefusedError."""
+        """Refuse a call that exceeds a limit. Raises CallRefusedError."""
         caller = self._callers.get(sender)
         mine = caller.waiting if caller is not None else _Amount()
         user = caller.user if caller is not None else UNKNOWN
@@ -166,7 +171,7 @@ class Callers:
                 raise _too_much(f"{limits[2]} {kind}")
 
     def put(self, call: Waiting) -> None:
-        """Queue a call, and own it from here on: `gone` and `close` close it."""
+        """Queue a call and take ownership. `gone` and `close` close the call."""
         caller = self._callers.get(call.sender)
         if caller is None:
             caller = self._callers[call.sender] = _Caller(call.sender)
@@ -182,7 +187,7 @@ class Callers:
             self._queue(caller, call)
 
     def know(self, sender: str, user: int) -> None:
-        """Set the user of a caller and queue its early calls."""
+        """Set the user of a caller, and queue the caller's early calls."""
         caller = self._callers.get(sender)
         if caller is None or caller.user != UNKNOWN:
             return
@@ -196,7 +201,7 @@ class Callers:
             self._queue(caller, call)
 
     def gone(self, sender: str) -> None:
-        """Drop the waiting calls of a caller that left the bus, and end its running ones."""
+        """Drop the waiting calls of a caller that left the bus, and end the running calls."""
         caller = self._callers.get(sender)
         if caller is None:
             return
@@ -213,13 +218,13 @@ class Callers:
             self._forget(caller)
 
     def watch(self, watch: Watch) -> None:
-        """Watch all callers from now on; the owner of `watch` calls `gone`."""
+        """Watch all callers from now on. The owner of `watch` calls `gone`."""
         self._watch = watch
         for sender in list(self._callers):
             watch.add(sender)
 
     def close(self) -> None:
-        """Drop all calls and start no more."""
+        """Drop all calls, and start no more calls."""
         self._closed = True
         for sender in list(self._callers):
             self._watch = None
@@ -233,7 +238,7 @@ class Callers:
 
     def _count(self, caller: _Caller, call: Waiting, sign: int = 1) -> None:
         theirs = self._users.setdefault(caller.user, _Amount())
-        if caller.waiting.calls == (sign < 0):  # its first, or its last
+        if caller.waiting.calls == (sign < 0):  # the caller's first or last waiting call
             theirs.callers += sign
         for amount in (caller.waiting, theirs, self._all):
             amount.add(call, sign)
@@ -243,9 +248,9 @@ class Callers:
     # -- starting -------------------------------------------------------------------------------------
 
     async def next(self) -> Waiting | None:
-        """Wait for the next call to run, and return it; None after `close`.
+        """Wait for the next call to run, and return the call; None after `close`.
 
-        `done` must be called with it in the end.
+        The caller of this method finally passes the call to `done`.
         """
         while not self._closed:
             if (call := self.next_nowait()) is not None:
@@ -255,8 +260,8 @@ class Callers:
         return None
 
     def next_nowait(self) -> Waiting | None:
-        """Return the next call to run; None if no caller may start one."""
-        # Short and long calls take turns, or one kind would keep the other waiting for ever.
+        """Return the next call to run, or None if no caller may start a call."""
+        # Short and long calls take turns. Otherwise calls of one kind could wait for ever.
         self._long_first = not self._long_first
         for long in (self._long_first, not self._long_first):
             if not long:
@@ -322,7 +327,7 @@ class Callers:
     # -- slices ---------------------------------------------------------------------------------------
 
     async def turn(self, sender: str) -> None:
-        """Wait for this caller's turn to do a slice of work. Raises CallerGoneError."""
+        """Wait for a caller's turn to do a slice of work. Raises CallerGoneError."""
         caller = self._callers[sender]
         if not caller.is_gone:
             event = trio.Event()
@@ -344,7 +349,8 @@ class Callers:
                 await self._wanted.wait()
             else:
                 event.set()
-                # Two rounds: in the first one the slice runs, and in the second its caller can ask for the next.
+                # In the first round the slice runs. In the second round the caller can ask for the
+                # next slice.
                 await trio.lowlevel.checkpoint()
                 await trio.lowlevel.checkpoint()
 

@@ -1,8 +1,9 @@
-"""D-Bus bodies read and written in slices: a number of steps at a time, and a number in all.
+"""D-Bus bodies read and written in slices, with a limit on the steps of a body.
 
-A step is a value, or as many bytes of text as take as long. Somebody else chooses what is read here, so nothing is
-read whole because it is there: `Unpacker.run` and `Packer.run` stop after so many steps and go on with the next call, and
-both refuse what is more than their limit. Both are strict, and raise ValueError for what does not fit.
+A step is a value, or as many bytes of text as take the same time. Other programs choose the bodies
+that are read here, so a body is never read at once. `Unpacker.run` and `Packer.run` stop after a
+number of steps, and the next call continues. Both refuse a body with more steps than the limit.
+Both are strict, and raise ValueError for a body that does not fit the signature.
 """
 
 import struct
@@ -14,17 +15,17 @@ from typing import Any, Final
 from broker.wire.names import is_object_path
 from broker.wire.signature import BASIC, find_type_end, is_signature, is_single_type
 
-# Steps of one body. The longest list of rules has 50 000, and metadata of 64 KiB at most 16 384.
+# Steps of a body. The longest rule list has 50 000 steps, and metadata of 64 KiB at most 16 384.
 MAX_STEPS: Final = 100_000
-# Bytes of one body. 10 000 usual rules have a tenth of it.
+# Bytes of a body. A list of 10 000 typical rules has a tenth of this size.
 MAX_BODY: Final = 8 * 1024 * 1024
-# Steps between two turns of others. A step takes one to three microseconds.
+# Steps between the turns of other callers. A step takes one to three microseconds.
 STEPS_A_SLICE: Final = 1000
-# The specification's, of containers of all kinds together.
+# The specification's limit, for containers of all kinds together.
 MAX_DEPTH: Final = 64
 # Bytes of text that take as long as a value.
 BYTES_A_STEP: Final = 1024
-# Signatures that are remembered in their compiled form. Whoever calls us chooses them.
+# Compiled signatures that are remembered. Callers choose the signatures, so the number is limited.
 MAX_SIGNATURES: Final = 256
 
 _CODES: Final = {
@@ -45,12 +46,12 @@ _ALIGNMENTS: Final = {"s": 4, "o": 4, "a": 4, "g": 1, "v": 1, "(": 8, "{": 8}
 
 
 class TooLongError(ValueError):
-    """A body that is within the specification, and over a limit of ours."""
+    """A body is within the specification but over a limit of this program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A value that says its type."""
+    """A value with its type."""
 
     signature: str
     value: object
@@ -58,7 +59,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A complete type. `flat`: a basic one, or a struct or dict entry of such, which is read at once."""
+    """A complete type.
+
+    A flat type is read at once: a basic type, or a struct or dict entry of flat types.
+    """
 
     code: str
     alignment: int
@@ -76,7 +80,7 @@ def parse_kinds(signature: str) -> tuple[Kind, ...]:
 
 @lru_cache(MAX_SIGNATURES)
 def parse_kind(signature: str) -> Kind:
-    """Return the complete type that a variant is of. Raises ValueError."""
+    """Return the complete type of a variant's value. Raises ValueError."""
     if not is_single_type(signature):
         raise ValueError(f"a variant of {signature[:40]!r}")
     return _compile(signature)
@@ -85,7 +89,8 @@ def parse_kind(signature: str) -> Kind:
 def _split(signature: str) -> Iterator[Kind]:
     at = 0
     while at < len(signature):
-        if signature[at] == "{":  # no complete type, but all that its array is of
+        # a dict entry is no complete type, but the only content of its array
+        if signature[at] == "{":
             yield _compile(signature[at:])
             return
         end = find_type_end(signature, at)
@@ -107,7 +112,7 @@ def _compile(text: str) -> Kind:
 
 
 class _Work:
-    """Steps, counted."""
+    """A task whose steps are counted."""
 
     def __init__(self, steps: Iterator[None], limit: int) -> None:
         self._steps: Final = steps
@@ -115,15 +120,18 @@ class _Work:
         self._all = limit
         self._left = 0
         self._depth = 0
-        self.longest_slice = 0  # steps that were taken at a time at most
+        self.longest_slice = 0  # the largest number of steps taken at a time
 
     @property
     def spent(self) -> int:
-        """The number of steps that were taken."""
+        """Return the number of steps taken so far."""
         return self._limit - self._all
 
     def run(self, steps: int = STEPS_A_SLICE) -> bool:
-        """Take so many steps; say whether that was all. Raises ValueError, and is dead."""
+        """Take some steps, and return whether the work is finished.
+
+        Raises ValueError. The object cannot be used after an error.
+        """
         self._left = steps
         try:
             next(self._steps)
@@ -138,7 +146,7 @@ class _Work:
         return False
 
     def run_all(self) -> None:
-        """Take all steps. Raises ValueError."""
+        """Take all remaining steps. Raises ValueError."""
         while not self.run(self._limit):
             pass
 
@@ -155,7 +163,7 @@ class _Work:
 
 
 class Unpacker(_Work):
-    """Unpack a body; `values` is complete once `run` has returned True."""
+    """A reader of a body. `values` is complete once `run` has returned True."""
 
     def __init__(
         self,
@@ -203,7 +211,7 @@ class Unpacker(_Work):
 
     def _variant(self) -> Generator[None, None, Any]:
         kind = _SHORT.get(self._data[self._at : self._at + 3])
-        if kind is not None:  # as nearly all are
+        if kind is not None:  # nearly every variant has a basic type
             self._at += 3
             return Variant(kind.code, self._flat(kind))
         signature = self._signature()
@@ -283,7 +291,7 @@ class Unpacker(_Work):
 
     def _signature(self) -> str:
         length = self._fixed("y")
-        # Checking it costs as much as it is long.
+        # The check takes time in proportion to the signature's length.
         self._spend(length)
         text = self._text(length)
         if not is_signature(text):
@@ -310,9 +318,9 @@ class Unpacker(_Work):
 
 
 class Packer(_Work):
-    """Pack a little-endian body; `body` is complete once `run` has returned True.
+    """A writer of a little-endian body. `body` is complete once `run` has returned True.
 
-    An array's value may be an iterator. Its elements are then taken one by one, as the steps allow.
+    An array's value may be an iterator. The elements are then taken one by one, as the steps allow.
     """
 
     def __init__(
@@ -329,7 +337,7 @@ class Packer(_Work):
 
     @property
     def body(self) -> bytes:
-        """The bytes that were packed so far."""
+        """Return the bytes that were packed so far."""
         return bytes(self._out)
 
     def _put_all(self, signature: str, values: Sequence[object]) -> Iterator[None]:
@@ -418,5 +426,5 @@ class Packer(_Work):
 
 
 _SIGNATURE: Final = Kind("g", 1)
-# Variants of basic types, as they begin.
+# The first bytes of variants of basic types.
 _SHORT: Final = {bytes((1, ord(code), 0)): parse_kind(code) for code in sorted(BASIC)}

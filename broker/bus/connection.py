@@ -1,9 +1,11 @@
 """A connection to a bus, for trio code.
 
-`open_bus` gives a Bus for as long as its block lasts. Calls to us come in by `BusConnection.next_call`, in turns of those who
-call (callers.py), each with its descriptors, which whoever takes it must close (`with call:`), and with a
-body that is not read before `Call.unpack`. What a bus answers with an error
-comes out of `BusConnection.call` as CallRefusedError; a bus that went away as BusLostError, from everything.
+`open_bus` gives a BusConnection for the time of a block. `BusConnection.next_call` returns incoming
+calls, in turns of the callers (broker.bus.callers). A call owns its descriptors, and the receiver
+closes the descriptors (`with call:`). The body of a call is not read before `Call.unpack`.
+
+`BusConnection.call` raises CallRefusedError for an error of the called service. Every method raises
+BusLostError after the connection is lost, unless the method says otherwise.
 """
 
 import os
@@ -37,12 +39,12 @@ from broker.wire.interfaces import DRIVER, DRIVER_PATH, INSTANCE_FIELD
 from broker.wire.marshal import make_call, make_return, make_signal
 from broker.wire.sasl import SaslClient
 
-# Descriptors of one call: twice what AddServer understands.
+# Descriptors of a call: twice the number that AddServer understands.
 MAX_CALL_FDS: Final = 8
-# Bytes of three names, of 255 at most.
+# Bytes of three names, at most 255 bytes each.
 MAX_OWNER_CHANGE: Final = 1024
 CONNECT_TIMEOUT: Final = 10.0  # seconds, from connect to the answer to Hello
-# Seconds that the bus has at the end to take what was answered and told last.
+# Seconds that the bus has at the end to take the last answers and signals.
 CLOSE_TIMEOUT: Final = 0.5
 _PROBE: Final = ("/org/buswarden/Probe", "org.buswarden.Probe", "Probe")
 
@@ -61,7 +63,7 @@ BUS_DRIVER: Final = Destination(destination=DRIVER, path=DRIVER_PATH, interface=
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signal:
-    """A signal that came in."""
+    """A received signal."""
 
     sender: str
     path: str
@@ -73,7 +75,7 @@ class Signal:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Call:
-    """A method call that came in. It owns its descriptors: use it in a `with`."""
+    """A received method call. A call owns its descriptors and is used in a `with` block."""
 
     sender: str
     path: str
@@ -86,8 +88,8 @@ class Call:
     wants_reply: bool = True
     body: bytes = b""
     little: bool = True
-    size: int = 0  # of the body as it arrived
-    fd_count: int = 0  # likewise
+    size: int = 0  # of the body on arrival
+    fd_count: int = 0  # on arrival
     turn: Turn = trio.lowlevel.checkpoint  # to be awaited between slices of long work
 
     def __enter__(self) -> Self:
@@ -97,12 +99,12 @@ class Call:
         self.close()
 
     def close(self) -> None:
-        """Close the descriptors. Fine to call again."""
+        """Close the descriptors. May be called more than once."""
         close_fds(self.fds)
         self.fds.clear()
 
     async def unpack(self) -> list[Any]:
-        """Read the body, as the turns allow, and return the values. Raises CallRefusedError."""
+        """Read the body in turns, and return the values. Raises CallRefusedError."""
         if self.body:
             try:
                 self.values = await unpack_in_turns(
@@ -118,16 +120,17 @@ class Call:
 
 
 class BusConnection:
-    """An open connection. Made by `open_bus`."""
+    """An open connection, made by `open_bus`."""
 
     def __init__(self, address: str) -> None:
         self.address: Final = address
         self.unique_name = ""
         self.lost: Final = trio.Event()
-        # Signals are dropped unread unless they are wanted, which is judged by the header alone.
+        # Signals that are not wanted are dropped unread. The header alone decides.
         self.on_signal: Callable[[Signal], None] = _ignore
         self.wants_signal: Callable[[Header], bool] = is_owner_change
-        # Raises CallRefusedError for a call that need not even be stored, by its header.
+        # Raises CallRefusedError for a call that is refused by the header, before the call is
+        # stored.
         self.look_at_call: Callable[[Header], None] = _look_at_nothing
         self.calls: Final = Callers(self._ask_user)
         self._link: PatchedMessageBus | None = None
@@ -136,7 +139,7 @@ class BusConnection:
 
     @property
     def backlog(self) -> int:
-        """The number of messages that wait because the bus does not read."""
+        """Return the number of messages that wait because the bus does not read."""
         return self._link.backlog if self._link is not None else 0
 
     async def call(
@@ -148,9 +151,9 @@ class BusConnection:
         *,
         fds: Sequence[int] = (),
     ) -> list[Any]:
-        """Return the values of the reply. Descriptors must stay open until then.
+        """Return the values of the reply. Descriptors must stay open until the reply.
 
-        Raises CallRefusedError, BusLostError; ValueError if the values do not have this signature.
+        Raises CallRefusedError and BusLostError; ValueError if the values do not fit the signature.
         """
         link = self._open_link()
         serial = link.next_serial()
@@ -193,7 +196,10 @@ class BusConnection:
         *,
         destination: str | None = None,
     ) -> None:
-        """Send a signal to one connection, or to all that want it. Does nothing once the bus is lost."""
+        """Send a signal to a connection, or broadcast a signal.
+
+        Does nothing once the bus is lost.
+        """
         if self._link is None or self.lost.is_set():
             return
         body = pack(signature, values)
@@ -210,11 +216,11 @@ class BusConnection:
         )
 
     def answer(self, call: Call, signature: str = "", values: Sequence[object] = ()) -> None:
-        """Answer a call, if it wants to be answered. Raises ValueError if the values do not fit."""
+        """Answer a call if the call wants an answer. Raises ValueError if the values do not fit."""
         self.answer_body(call, signature, pack(signature, values))
 
     def answer_body(self, call: Call, signature: str, body: bytes) -> None:
-        """Answer a call with values that are packed already."""
+        """Answer a call with a packed body."""
         if not call.wants_reply or self.lost.is_set():
             return
         link = self._open_link()
@@ -229,42 +235,54 @@ class BusConnection:
         )
 
     def refuse(self, call: Call, name: str, text: str) -> None:
-        """Answer a call with an error, if it wants to be answered."""
+        """Answer a call with an error, if the call wants an answer."""
         if call.wants_reply and not self.lost.is_set():
             self._open_link().put_error(call.sender, call.serial, name, text)
 
     async def next_call(self) -> Call | None:
-        """Wait for a call whose turn it is; then call `done`. None: there will be none any more."""
+        """Wait for the next call in turn; None after the last call.
+
+        Pass the call to `in_its_place`.
+        """
         call = await self.calls.next()
         assert call is None or isinstance(call, Call)
         return call
 
     @contextmanager
     def in_its_place(self, call: Call) -> Iterator[None]:
-        """Answer a call inside the block; another call gets its place at the end, however that comes."""
+        """Answer a call inside the block.
+
+        The next call starts at the end of the block, however left.
+        """
         try:
             yield
         finally:
             self.calls.done(call)
 
     async def wait_room(self) -> None:
-        """Wait until the bus has taken most of what it is to be sent."""
+        """Wait until the bus has taken most of the unsent messages."""
         if self._link is not None:
             await self._link.room.wait()
 
     async def wait_sent(self) -> None:
-        """Wait until the bus has taken all that it was sent, or is lost."""
+        """Wait until the bus has taken all messages, or is lost."""
         if self._link is not None and self.backlog:
             await self._link.sent.wait()
 
     async def request_name(self, name: str) -> bool:
-        """Take a well-known name; say whether it is ours now. Never waits for it."""
+        """Request a well-known name, and return whether this connection owns the name now.
+
+        The request never queues.
+        """
         do_not_queue, primary_owner, already_owner = 4, 1, 4
         (result,) = await self.call(BUS_DRIVER, "RequestName", "su", [name, do_not_queue])
         return result in (primary_owner, already_owner)
 
     async def forwards_instance_field(self) -> bool:
-        """Find out whether this bus passes header field 10 on: dbus-broker does, dbus-daemon strips it."""
+        """Return whether the bus passes on header field 10.
+
+        dbus-broker does, and dbus-daemon does not.
+        """
         if self._probed is None:
             self._probed = trio.Event()
             self._send_probe()
@@ -278,14 +296,14 @@ class BusConnection:
         return self._link
 
     def _ask_user(self, sender: str) -> None:
-        """Ask the bus which user a caller is of, and tell `calls`."""
+        """Ask the bus for the user of a caller, and pass the answer to `calls`."""
 
         def take(reply: Reply | None, _error: Exception | None) -> None:
             values = reply.values if reply is not None else []
             is_known = reply is not None and reply.header.type == MessageType.METHOD_RETURN
             if is_known and values and isinstance(values[0], int):
                 self.calls.know(sender, values[0])
-            else:  # it left
+            else:  # the caller left
                 self.calls.gone(sender)
 
         link = self._open_link()
@@ -308,7 +326,7 @@ class BusConnection:
             )
         )
 
-    # -- what comes in: broker.bus.message_bus.Taker ---------------------------------------------------------
+    # -- incoming messages: broker.bus.message_bus.Taker -------------------------------------------
 
     def look(self, header: Header) -> bool:
         """Return whether to read a call or signal; refuse an unwanted call."""
@@ -330,7 +348,7 @@ class BusConnection:
         return True
 
     def take(self, header: Header, body: bytes, fds: list[int]) -> None:
-        """Take a call or signal that is wanted."""
+        """Take a wanted call or signal."""
         if header.type == MessageType.SIGNAL:
             close_fds(fds)
             self._take_signal(header, body)
@@ -385,7 +403,8 @@ class BusConnection:
         )
 
     async def _hello(self, sock: socket.socket) -> PatchedMessageBus:
-        # Before anything that may fail: the link closes the socket from here on.
+        # The link closes the socket from here on, so the link is stored before any step that may
+        # fail.
         link = PatchedMessageBus(sock, self)
         self._link = link
         link.on_lost = self._lost
@@ -408,7 +427,10 @@ class BusConnection:
 
 @asynccontextmanager
 async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIterator[BusConnection]:
-    """Connect, say Hello, and close at the end. Raises ConfigError if the bus is not there."""
+    """Connect, say Hello, and close at the end.
+
+    Raises ConfigError if the bus cannot be reached.
+    """
     async with open_loop():
         sock = await _connect(address, runtime_dir)
         bus = BusConnection(address)
@@ -431,7 +453,7 @@ async def open_bus(address: str, *, runtime_dir: str | None = None) -> AsyncIter
 
 @asynccontextmanager
 async def open_loop() -> AsyncIterator[None]:
-    """Run the asyncio loop for the connections that are opened within."""
+    """Run the asyncio loop for connections that are opened within the block."""
     if trio_asyncio.current_loop.get(None) is not None:
         yield
         return
@@ -439,7 +461,7 @@ async def open_loop() -> AsyncIterator[None]:
     async with trio_asyncio.open_loop():
         try:
             yield
-        except Exception as exc:  # noqa: BLE001 - carried past the loop's nurseries, which would wrap it
+        except Exception as exc:  # noqa: BLE001 - passed around the nurseries, which would wrap it
             failure = exc
     if failure is not None:
         raise failure
@@ -455,7 +477,7 @@ async def _connect(address: str, runtime_dir: str | None) -> socket.socket:
                 await _shake_hands(sock, candidate)
         except (OSError, PeerProtocolError, trio.TooSlowError) as exc:
             sock.close()
-            problem = getattr(exc, "strerror", None) or str(exc) or "it does not answer"
+            problem = getattr(exc, "strerror", None) or str(exc) or "no answer"
         except BaseException:
             sock.close()
             raise
@@ -465,7 +487,8 @@ async def _connect(address: str, runtime_dir: str | None) -> socket.socket:
 
 
 async def _shake_hands(sock: socket.socket, address: UnixAddress) -> None:
-    # Only lent to trio, as it is dbus-next's afterwards: so trio's object must never be closed.
+    # trio borrows the socket, because dbus-next uses the socket afterwards. So trio's socket object
+    # must never be closed.
     stream = trio.socket.from_stdlib_socket(sock)
     await stream.connect(address.path)
     client = SaslClient(os.geteuid())
@@ -475,10 +498,10 @@ async def _shake_hands(sock: socket.socket, address: UnixAddress) -> None:
     while not client.done:
         data = await stream.recv(4096)
         if not data:
-            raise PeerProtocolError("it hung up during the handshake")
+            raise PeerProtocolError("the bus hung up during the handshake")
         client.feed(data)
     if not client.unix_fds:
-        raise PeerProtocolError("it cannot pass descriptors")
+        raise PeerProtocolError("the bus cannot pass descriptors")
 
 
 def _make_call(  # noqa: PLR0913 - each one is a field of the message

@@ -1,14 +1,21 @@
-"""dbus-next's MessageBus, made to stand a bus with hostile peers on it. Only broker.bus.connection uses it.
+"""dbus-next's MessageBus, hardened against hostile peers.
 
-Of dbus-next 0.2.3 its connecting and its handlers of replies are kept. Replaced is what would let somebody
-else on the bus, or a busy moment, end the connection or stop us:
-- its reader ends it for a header field or message type that it does not know (dbus-broker forwards both),
-  takes a descriptor for whatever message comes next, and unpacks each message before anybody looks whose it is;
-- its writer ends it when the socket's buffer is full;
-- its handshake spins for ever when the bus hangs up, and its connect blocks;
-- its codec reads and writes a body whole, however long that takes.
-So the socket comes here authenticated. Values are those of broker.bus.values. What a bus may legally deliver never ends
-the connection: what is not wanted is skipped, by its header (intake.py).
+Only broker.bus.connection uses this module.
+
+The code keeps the connecting and the reply handlers of dbus-next 0.2.3. The parts below are
+replaced, because another program on the bus, or a busy moment, could end the connection or block
+the supervisor:
+
+- dbus-next's reader ends the connection for an unknown header field or message type, and
+  dbus-broker forwards both. The reader takes a descriptor for whatever message comes next. The
+  reader also unpacks each message before checking whether anyone wants the message.
+- dbus-next's writer ends the connection when the socket's buffer is full.
+- dbus-next's handshake loops for ever when the bus hangs up, and the connect blocks.
+- dbus-next's codec reads and writes a body at once, however long that takes.
+
+So the socket is already authenticated when passed to this class. Values are those of
+broker.bus.values. No message that a bus may legally deliver ends the connection: unwanted messages
+are skipped by their headers (broker.bus.message_intake).
 """
 
 import logging
@@ -33,9 +40,10 @@ from broker.wire.marshal import make_error
 
 LOGGER: Final = logging.getLogger(__name__)
 _CHUNK: Final = 64 * 1024
-# Reads of skipped bytes in one turn: other work must not wait behind 128 MiB of them.
+# Reads of skipped bytes in a turn. Other work must not wait behind 128 MiB of skipped bytes.
 SKIPS_A_TURN: Final = 32
-# Bytes that wait to be sent, beyond which refusals are dropped: callers make them faster than the bus reads.
+# Unsent bytes beyond which refusals are dropped, because callers can cause refusals faster than the
+# bus reads.
 MAX_UNSENT: Final = 4 * 1024 * 1024
 
 
@@ -45,7 +53,7 @@ class BusLostError(BrokerError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer to a call of ours."""
+    """An answer to a call of this program."""
 
     header: Header
     values: list[Any]
@@ -61,19 +69,19 @@ class Taker(Protocol):
         """
 
     def take(self, header: Header, body: bytes, fds: list[int]) -> None:
-        """Take one that is wanted, and the descriptors with it."""
+        """Take a wanted message with its descriptors."""
 
 
 @dataclass(slots=True)
 class _Expected:
-    """A reply that is waited for."""
+    """A reply that a caller waits for."""
 
     destination: str
     take: Callable[[Reply | None, Exception | None], None]
 
 
 class PatchedMessageBus(MessageBus):
-    """A dbus-next connection whose messages are read and written here."""
+    """A dbus-next connection with this module's own reading and writing."""
 
     def __init__(self, sock: socket.socket, taker: Taker) -> None:
         self._given: Final = sock
@@ -84,18 +92,18 @@ class PatchedMessageBus(MessageBus):
         self._intake: Final = MessageIntake(self._look)
         self._expected: Final[dict[int, _Expected]] = {}
         self.on_lost: Callable[[], None] = lambda: None
-        self.sent = trio.Event()  # nothing waits to be sent any more
-        self.room = trio.Event()  # little waits to be sent
+        self.sent = trio.Event()  # set when nothing waits to be sent
+        self.room = trio.Event()  # set when little waits to be sent
         self.room.set()
 
     def _setup_socket(self) -> None:
         self._sock = self._given
         self._sock.setblocking(False)
-        self._stream: Any = self._sock.makefile("wb")  # connect() writes Hello to it
+        self._stream: Any = self._sock.makefile("wb")  # connect() writes Hello to this stream
         self._fd = self._sock.fileno()
 
     async def _authenticate(self) -> None:
-        """Do nothing: the socket is authenticated already."""
+        """Do nothing, because the socket is already authenticated."""
 
     def next_serial(self) -> int:
         serial: int = self._serial % 0xFFFFFFFF + 1
@@ -103,33 +111,33 @@ class PatchedMessageBus(MessageBus):
         return serial
 
     def close(self) -> None:
-        """Close everything. Calls that wait fail."""
+        """Close the connection. Waiting calls fail."""
         self._finalize(BusLostError("closed"))
-        self._stream.detach()  # closing it would flush
+        self._stream.detach()  # closing the stream would flush the stream
         self._sock.close()
         close_fds(self._intake.close())
 
     def put_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send a message. Its descriptors are to stay open until it is sent."""
+        """Send a message. The caller keeps the descriptors open until the message is sent."""
         self._out.put(data, list(fds))
 
     def expect(
         self, serial: int, destination: str, take: Callable[[Reply | None, Exception | None], None]
     ) -> None:
-        """Give `take` the reply to a call, once, if `destination` sent it."""
+        """Pass the reply to a call to `take`, once, if `destination` sent the reply."""
         self._expected[serial] = _Expected(destination, take)
 
     def forget(self, serial: int) -> None:
-        """Wait for that reply no more."""
+        """Stop waiting for the reply to a call."""
         self._expected.pop(serial, None)
 
     def refuse(self, header: Header | Oversize, name: str, text: str) -> None:
-        """Answer a call with an error, if it wants one."""
+        """Answer a call with an error, if the call wants an answer."""
         if header.sender and not header.flags & Flag.NO_REPLY_EXPECTED:
             self.put_error(header.sender, header.serial, name, text)
 
     def put_error(self, destination: str, reply_serial: int, name: str, text: str) -> None:
-        """Send an error to a caller, if the bus takes what we send."""
+        """Send an error to a caller, unless too much waits to be sent."""
         if self.has_room:
             error = make_error(
                 self.next_serial(),
@@ -142,7 +150,7 @@ class PatchedMessageBus(MessageBus):
 
     @property
     def backlog(self) -> int:
-        """The number of messages that wait to be sent."""
+        """Return the number of messages that wait to be sent."""
         return self._out.backlog
 
     @property
@@ -158,7 +166,7 @@ class PatchedMessageBus(MessageBus):
                 return
 
     def _read(self) -> bool:
-        """Read once and take what came; say whether there was anything."""
+        """Read once and handle the bytes; return whether there were any bytes."""
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 _CHUNK, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
@@ -185,7 +193,8 @@ class PatchedMessageBus(MessageBus):
             return self._taker.look(header)
         expected = self._expected.get(header.reply_serial or 0)
         if expected is None or not _may_answer(expected.destination, header.sender):
-            # The handler of Hello is dbus-next's, and its answer the first message that there is.
+            # The handler of Hello belongs to dbus-next, and the answer to Hello is the first
+            # message.
             is_hello = header.reply_serial in self._method_return_handlers
             return is_hello and header.sender in (None, DRIVER)
         if header.body_length > MAX_BODY:
@@ -205,7 +214,7 @@ class PatchedMessageBus(MessageBus):
 
     def _take_message(self, header: Header, body: bytes, fds: list[int], *, cut: bool) -> None:
         if header.type not in (MessageType.METHOD_CALL, MessageType.SIGNAL):
-            close_fds(fds)  # nothing that we ask for has any
+            close_fds(fds)  # no expected reply has descriptors
             try:
                 values = unpack(header.signature, body, little=header.little) if body else []
             except ValueError as exc:
@@ -215,7 +224,9 @@ class PatchedMessageBus(MessageBus):
         elif cut:
             text = "lost the descriptors of a message of %s: raise the limit of open files"
             LOGGER.warning(text, header.sender)
-            self.refuse(header, LIMITS_EXCEEDED, "the broker has no file descriptors left for it")
+            self.refuse(
+                header, LIMITS_EXCEEDED, "the broker has no file descriptors left for this call"
+            )
         else:
             self._taker.take(header, body, fds)
 
@@ -234,7 +245,8 @@ class PatchedMessageBus(MessageBus):
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._out.clear()
-        # Not our superclass's, which keeps the error in a future that nobody awaits.
+        # The method of the direct superclass would keep the error in a future that is never
+        # awaited.
         BaseMessageBus._finalize(self, BusLostError(str(err)))  # noqa: SLF001
         waiting = list(self._expected.values())
         self._expected.clear()
@@ -270,12 +282,13 @@ class _Writer:
         self._link.room.set()
 
     def schedule_write(self, _msg: None = None, _future: None = None) -> None:
-        """Send it when the connection is ready; the name and form are dbus-next's."""
+        """Send when the connection is ready. dbus-next prescribes the name and the arguments."""
         if self._link.unique_name and not self._waiting:
             self._flush()
 
     def put(self, data: bytes, fds: list[int]) -> None:
-        # A view: cutting a copy of a long message off at each write would cost its square.
+        # A memoryview is cut without a copy. Copying a long message's rest at each write would take
+        # time in proportion to the square of the length.
         self._queue.append((memoryview(data), fds))
         self.unsent += len(data)
         self.schedule_write()
@@ -316,9 +329,12 @@ class _Writer:
 
 
 def _may_answer(destination: str, sender: str | None) -> bool:
-    """Return whether the called connection sent a reply; buses deliver forged ones.
+    """Return whether a reply may come from the called connection.
 
-    Who has a well-known name is not known here. Only the command line calls one.
+    The check is needed because buses deliver forged replies.
+
+    The owner of a well-known name is unknown here, so any sender may answer such a call. Only the
+    command line calls a well-known name.
     """
     if sender in (None, DRIVER, destination):
         return True

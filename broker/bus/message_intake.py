@@ -1,13 +1,20 @@
-"""The bus's byte stream cut into messages, of which those that nobody wants are never stored. No I/O.
+"""The byte stream of a bus, cut into messages. Unwanted messages are never stored. No I/O.
 
-Theory of operation. What a bus may legally deliver is up to 128 MiB a message, with 64 MiB of header fields, from anybody
-on it. So each message is looked at when its header is there, and before there is a body: `look` says whether it is
-wanted. What is not is skipped as it arrives. A header over MAX_HEAD is no message to us: its fields are gone
-through one by one for the sender's name, so that a call can be refused, and their texts are dropped on the way.
+Theory of operation. A bus may legally deliver messages of up to 128 MiB, with 64 MiB of header
+fields, from any sender. So `look` decides about each message when the header has arrived, before
+the body arrives. The bytes of an unwanted message are skipped on arrival. A header over MAX_HEAD is
+never parsed. The fields of such a header are skimmed one by one for the sender's name, so that a
+call can be refused, and the field values are dropped on the way.
 
-Descriptors. A bus sends a message's descriptors with its first byte, and the kernel ends a read behind them. So a
-batch belongs to the message that begins last within its read, and one that arrived before a message began is of a
-message that was skipped. If the kernel had no room for all (MSG_CTRUNC) the message goes without.
+Descriptors. A bus sends a message's descriptors with the message's first byte, and the kernel ends
+a read behind the bytes that were sent with descriptors:
+
+    read   1: | end of message A | B with fds |     the batch belongs to B
+    read   2: | rest of B | C ...
+
+So a batch belongs to the last message that begins within the read. A batch that arrived before the
+current message began belongs to a skipped message. If the kernel had no room for all descriptors
+(MSG_CTRUNC), the message is delivered without descriptors.
 """
 
 import struct
@@ -19,11 +26,12 @@ from typing import Final
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import FIXED_SIZE, Field, Header, MessageType, parse_header
 
-# Bytes of header fields. Of those that are defined only PATH may have more than 255, and no object of ours has.
+# Bytes of header fields. Of the defined fields only PATH may be longer than 255 bytes, and no
+# object of the broker has such a path.
 MAX_HEAD: Final = 8 * 1024
-# Fields of an oversize header that are gone through: those that are defined, and some that others made up.
+# Skimmed fields of an oversize header: the defined fields, and some unknown fields.
 MAX_FIELDS: Final = 64
-# Parsed headers that are remembered: a repeated call costs little, even if it is refused.
+# Remembered headers. A repeated call then costs little, even a refused call.
 MAX_REMEMBERED: Final = 256
 _MAX_NAME: Final = 255
 _FIXED: Final = {ord("l"): struct.Struct("<BBBBIII"), ord("B"): struct.Struct(">BBBBIII")}
@@ -32,7 +40,10 @@ _UINT32: Final = {ord("l"): struct.Struct("<I"), ord("B"): struct.Struct(">I")}
 
 @dataclass(frozen=True, slots=True)
 class ArrivedMessage:
-    """A message that is wanted, whole. Its descriptors are the taker's; `cut`: they are not all there."""
+    """A whole message that `look` wanted.
+
+    The receiver owns the descriptors. `cut`: descriptors are missing.
+    """
 
     header: Header
     body: bytes
@@ -42,7 +53,7 @@ class ArrivedMessage:
 
 @dataclass(frozen=True, slots=True)
 class Oversize:
-    """A message with a header that is not kept. The sender is empty if it could not be found cheaply."""
+    """A message with an oversize header. `sender` is empty if no sender was found cheaply."""
 
     type: int
     flags: int
@@ -52,7 +63,7 @@ class Oversize:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Descriptors of a message that was skipped: the taker closes them."""
+    """Descriptors of a skipped message. The receiver closes the descriptors."""
 
     fds: list[int]
 
@@ -62,7 +73,10 @@ Item = ArrivedMessage | Oversize | Dropped
 
 @dataclass(slots=True)
 class _DescriptorBatch:
-    """Descriptors that came with a read, which ended at this place of the stream."""
+    """Descriptors that came with a read.
+
+    `end` is the position of the read's end in the stream.
+    """
 
     end: int
     fds: list[int]
@@ -71,7 +85,7 @@ class _DescriptorBatch:
 
 @dataclass(slots=True)
 class _OversizeHeader:
-    """A header that is gone through field by field."""
+    """An oversize header that is skimmed field by field."""
 
     start: int  # of the message, in the stream
     order: int
@@ -80,28 +94,28 @@ class _OversizeHeader:
     serial: int
     fields_end: int
     end: int
-    fields: int = 0  # so far
+    fields: int = 0  # skimmed so far
     sender: str = ""
 
 
 @dataclass(slots=True)
 class MessageIntake:
-    """The stream of a bus. `look` is called with each header, but oversize ones, in order."""
+    """The stream of a bus. `look` is called in order with each header that is not oversize."""
 
     look: Callable[[Header], bool]
     skipped: int = 0  # bytes so far
     _buffer: bytearray = field(default_factory=bytearray)
-    _at: int = 0  # where in the stream the buffer begins
-    _skip: int = 0  # bytes that are still to be dropped
+    _at: int = 0  # position of the buffer's start in the stream
+    _skip: int = 0  # bytes still to be dropped
     _skim: _OversizeHeader | None = None
-    _wanted: Header | None = None  # of the message whose body is not complete yet
+    _wanted: Header | None = None  # header of the message whose body is not complete
     _size: int = 0  # of that message
     _parsed: dict[bytes, Header] = field(default_factory=dict)
     _batches: deque[_DescriptorBatch] = field(default_factory=deque)
 
     @property
     def held(self) -> int:
-        """The number of bytes that are stored."""
+        """Return the number of stored bytes."""
         return len(self._buffer)
 
     @property
@@ -110,7 +124,10 @@ class MessageIntake:
         return self._skip > 0
 
     def feed(self, data: bytes, fds: Sequence[int] = (), *, cut: bool = False) -> Iterator[Item]:
-        """Take what was read, and give what came of it. Raises PeerProtocolError: no bus says that."""
+        """Take the bytes of a read, and yield items.
+
+        Raises PeerProtocolError for an invalid stream.
+        """
         if fds or cut:
             end = self._at + len(self._buffer) + len(data)
             self._batches.append(_DescriptorBatch(end, list(fds), cut))
@@ -131,13 +148,13 @@ class MessageIntake:
             yield from self._drop_stale()
 
     def close(self) -> list[int]:
-        """Return every descriptor that is still here: the caller closes them."""
+        """Return every descriptor that is still held. The caller closes the descriptors."""
         return [fd for batch in self._batches for fd in batch.fds]
 
     # -- a message ----------------------------------------------------------------------------------
 
     def _begin(self) -> bool:
-        """Look at the next header; return False if it is not complete yet."""
+        """Look at the next header; return False if the header is not complete yet."""
         buffer = self._buffer
         if len(buffer) < FIXED_SIZE:
             return False
@@ -165,7 +182,7 @@ class MessageIntake:
         return True
 
     def _parse(self, raw: bytes, body: int, serial: int) -> Header | None:
-        """Return the header, None if it cannot be read."""
+        """Return the parsed header, or None for a header that cannot be parsed."""
         key = raw[:4] + raw[12:]  # all but the body's length and the serial
         known = self._parsed.get(key)
         if known is not None and bool(body) == bool(known.signature):
@@ -173,7 +190,8 @@ class MessageIntake:
         try:
             header = parse_header(raw)
         except PeerProtocolError:
-            # Within the bus's limits, and over those of the parser, for instance that of values in an unknown field.
+            # The header is within the limits of the bus but over a limit of the parser, for example
+            # the limit on values in an unknown field.
             return None
         if header.type != MessageType.METHOD_CALL:
             return header
@@ -200,13 +218,13 @@ class MessageIntake:
         return fds, False
 
     def _drop_stale(self) -> Iterator[Dropped]:
-        """Give up what came with messages that are past."""
+        """Drop the descriptors of past messages."""
         begun = self._at + self._skip
         while self._batches and self._batches[0].end <= begun:
             if fds := self._batches.popleft().fds:
                 yield Dropped(fds)
 
-    # -- what is not stored ---------------------------------------------------------------------------
+    # -- skipping ----------------------------------------------------------------------------------
 
     def _drop(self, data: bytes) -> bytes:
         size = min(self._skip, len(data))
@@ -216,13 +234,13 @@ class MessageIntake:
         return data[size:] if size else data
 
     def _pass(self, size: int) -> None:
-        """Skip bytes of the stream: buffered ones now, later ones when they come."""
+        """Skip bytes of the stream: buffered bytes now, later bytes on arrival."""
         here = min(size, len(self._buffer))
         del self._buffer[:here]
         self._at += here
         self._skip = size - here
 
-    # -- a header that is too long ----------------------------------------------------------------------
+    # -- an oversize header ------------------------------------------------------------------------
 
     def _skim_on(self) -> bool:
         """Skim the fields; return False if more bytes are needed."""
@@ -239,15 +257,18 @@ class MessageIntake:
             if skim.fields > MAX_FIELDS:
                 return True
             if not 0 < size <= skim.fields_end - self._at:
-                return True  # a type that no defined field has: not looked for any longer
+                return True  # no defined field has such a type, and the search ends
             self._pass(size)
         return False
 
     def _field(self, skim: _OversizeHeader, padding: int) -> int | None:
-        """Return how long the field that begins here is; 0: unknown, None: more of it is needed."""
+        """Return the length of the field that begins here.
+
+        Returns 0 for an unknown type, and None if more bytes are needed.
+        """
         buffer, value = self._buffer, padding + 4
         if len(buffer) < value + 4:
-            # A signature of few characters may be all that is left.
+            # The rest may be a short signature.
             return None if self._at + len(buffer) < skim.fields_end else 0
         code, length, kind = buffer[padding], buffer[padding + 1], chr(buffer[padding + 2])
         if length != 1 or kind not in "sogu":

@@ -1,4 +1,4 @@
-"""A queue that gives each user, and of a user each caller, what is theirs in turn. Pure."""
+"""A queue with turns for users, and for the callers of each user. Pure."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -8,7 +8,10 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Items by user and caller. Users take turns, the callers of one user take turns, and a caller's come in order."""
+    """Items by user and caller, taken in turns.
+
+    Users take turns, and the callers of a user take turns. The items of a caller come in order.
+    """
 
     def __init__(self) -> None:
         self._users: Final[OrderedDict[int, OrderedDict[str, deque[T]]]] = OrderedDict()
@@ -18,7 +21,7 @@ class FairQueue(Generic[T]):
         return self._count
 
     def put(self, user: int, caller: str, item: T) -> None:
-        """Put an item behind the caller's others."""
+        """Put an item behind the caller's other items."""
         self._users.setdefault(user, OrderedDict()).setdefault(caller, deque()).append(item)
         self._count += 1
 
@@ -27,7 +30,10 @@ class FairQueue(Generic[T]):
         may_user: Callable[[int], bool] = lambda _user: True,
         may: Callable[[int, str], bool] = lambda _user, _caller: True,
     ) -> T | None:
-        """Take the next item of whoever may have one and waited longest for a turn; None: nobody may."""
+        """Take the next item of the caller that waited longest for a turn, or None.
+
+        Users and callers for whom `may_user` or `may` is False are skipped.
+        """
         for user, callers in self._users.items():
             if not may_user(user):
                 continue
@@ -37,7 +43,7 @@ class FairQueue(Generic[T]):
         return None
 
     def drop(self, user: int, caller: str) -> list[T]:
-        """Take all that a caller has."""
+        """Take all items of a caller."""
         callers = self._users.get(user)
         if callers is None or caller not in callers:
             return []
@@ -48,7 +54,7 @@ class FairQueue(Generic[T]):
         return items
 
     def remove(self, user: int, caller: str, item: T) -> None:
-        """Take one out of turn. Fine if it is not there."""
+        """Take an item out of turn. A missing item is no error."""
         callers = self._users.get(user)
         if callers is None or item not in callers.get(caller, ()):
             return

@@ -1,8 +1,10 @@
-"""D-Bus values as Python has them, and their bytes.
+"""D-Bus values as Python values, and their marshalled bytes.
 
-A value is a str, int, bool, float, bytes (`ay`), list (array), dict (`a{..}`), tuple (struct, read as
-such, and written from a list as well), or a Variant. `pack` and `unpack` are inverse, raise ValueError, and do all of
-it at once: for what is short, or our own. What others send is read by `unpack_in_turns`.
+A value is a str, int, bool, float, bytes (`ay`), list (array), dict (`a{..}`), tuple (struct) or
+Variant. A struct may be written from a list, too.
+
+`pack` and `unpack` are inverse and raise ValueError. Both work through a body at once, which suits
+short bodies and bodies of this program. Bodies of others are read by `unpack_in_turns`.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +25,7 @@ __all__ = [
 ]
 
 Turn = Callable[[], Awaitable[None]]
-# A reply may have as many values as its bytes allow, because we asked for it.
+# A reply may have as many values as the bytes allow, because this program requested the reply.
 _NO_LIMIT: Final = 2**31
 
 
@@ -47,7 +49,10 @@ def unpack(signature: str, body: bytes, *, little: bool = True, whole: bool = Tr
 async def pack_in_turns(
     signature: str, values: Sequence[object], turn: Turn, *, max_bytes: int = MAX_BODY
 ) -> bytes:
-    """Return the bytes of a body, letting others have their turns. Raises ValueError, TooLongError."""
+    """Return the bytes of a body, with turns of other callers in between.
+
+    Raises ValueError and TooLongError.
+    """
     packer = Packer(signature, values, max_bytes=max_bytes)
     while not packer.run():
         await turn()
@@ -57,7 +62,10 @@ async def pack_in_turns(
 async def unpack_in_turns(
     signature: str, body: bytes, turn: Turn, *, little: bool = True, limit: int = MAX_STEPS
 ) -> list[Any]:
-    """Return the values of somebody else's body. Raises ValueError, TooLongError."""
+    """Return the values of another program's body, with turns of other callers in between.
+
+    Raises ValueError and TooLongError.
+    """
     unpacker = Unpacker(signature, body, little=little, limit=limit)
     while not unpacker.run():
         await turn()
@@ -65,7 +73,7 @@ async def unpack_in_turns(
 
 
 def plain(value: object) -> Any:
-    """Return the value without its variants' types."""
+    """Return a value with plain values in place of variants."""
     if isinstance(value, Variant):
         return plain(value.value)
     if isinstance(value, dict):
@@ -78,7 +86,7 @@ def plain(value: object) -> Any:
 
 
 def holds_descriptor(value: object) -> bool:
-    """Say whether a descriptor's index is anywhere in it."""
+    """Return whether a value contains the index of a descriptor."""
     if isinstance(value, Variant):
         return "h" in value.signature or holds_descriptor(value.value)
     if isinstance(value, dict):

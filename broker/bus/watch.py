@@ -1,6 +1,7 @@
-"""Watching names on a bus: who asked is told once when a name loses its owner.
+"""Watches of names on a bus: callbacks run once when a watched name loses its owner.
 
-One match rule a name, counted, so that a busy bus does not wake us for everybody's comings and goings.
+Each watched name has a match rule of its own, counted. So a busy bus does not wake the supervisor
+for the owner changes of other names.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ class Caller(Protocol):
 
 
 class NameWatch:
-    """The names that are watched on one bus. Give it every signal by `take`."""
+    """The watched names of a bus. The owner passes every signal to `take`."""
 
     def __init__(self, bus: Caller) -> None:
         self.on_gone: Callable[[str], None] = _ignore
@@ -39,14 +40,17 @@ class NameWatch:
         return name in self._counts
 
     def add(self, name: str) -> None:
-        """Watch a name. What is called on this bus afterwards is answered after the watch is on."""
+        """Watch a name. Calls sent to the bus later are answered after the watch has begun."""
         count = self._counts.get(name, 0)
         self._counts[name] = count + 1
         if count == 0:
             self._send("AddMatch", name)
 
     def discard(self, name: str) -> None:
-        """Undo one `add`. Names that are not watched are ignored: they may be gone already."""
+        """Undo one `add`.
+
+        Names without a watch are ignored, because the owner may be gone already.
+        """
         count = self._counts.pop(name, 0)
         if count > 1:
             self._counts[name] = count - 1
@@ -54,7 +58,7 @@ class NameWatch:
             self._send("RemoveMatch", name)
 
     def take(self, signal: Signal) -> None:
-        """Look at a signal."""
+        """Handle a signal."""
         if (
             signal.sender != DRIVER
             or signal.member != "NameOwnerChanged"
@@ -66,7 +70,7 @@ class NameWatch:
             self._gone(name)
 
     async def check(self) -> None:
-        """Find out which names were gone already when they were added."""
+        """Look for names whose owner was already gone when the watch began."""
         for name in list(self._counts):
             (has_owner,) = await self._bus.call(BUS_DRIVER, "NameHasOwner", "s", [name])
             if not has_owner:
@@ -79,7 +83,7 @@ class NameWatch:
             self.on_gone(name)
 
     def _send(self, member: str, name: str) -> None:
-        # A bus that is lost tells nothing any more: there will be another watch on another connection.
+        # A lost bus reports no more changes. The next connection gets a watch of its own.
         with contextlib.suppress(BusLostError):
             self._bus.send(BUS_DRIVER, member, "s", [_match(name)])
 
