@@ -71,8 +71,8 @@ class Printer:
 class Tap:
     """Sees what one connection passes on, before it is sent."""
 
-    def __init__(self, core: ConnectionState, label: str, printer: Printer) -> None:
-        self._core: Final = core
+    def __init__(self, state: ConnectionState, label: str, printer: Printer) -> None:
+        self._state: Final = state
         self._label: Final = label
         self._printer: Final = printer
         self._to_bus: Final = _Place()
@@ -80,9 +80,9 @@ class Tap:
 
     def look(self) -> None:
         """Print what was put into the output since the last time."""
-        for data in self._to_bus.new(self._core.to_bus):
+        for data in self._to_bus.new(self._state.to_bus):
             self._passed(data, "->")
-        for data in self._to_app.new(self._core.to_app):
+        for data in self._to_app.new(self._state.to_app):
             self._passed(data, "<-")
 
     def denied(self, denial: Denial) -> None:
@@ -98,8 +98,8 @@ class Tap:
     def _passed(self, data: bytes, arrow: str) -> None:
         header = parse_or_skim(data)
         own = FIRST_GATE_SERIAL <= header.serial < REPLY_SERIAL
-        if arrow == "->" and own and header.serial in self._core.calls_to_bus:
-            entry = self._core.calls_to_bus[header.serial]
+        if arrow == "->" and own and header.serial in self._state.calls_to_bus:
+            entry = self._state.calls_to_bus[header.serial]
             if isinstance(entry, InterceptedCall) and entry.is_own:
                 return
             if isinstance(entry, InterceptedCall) and entry.then.kind == "translate":
@@ -108,7 +108,7 @@ class Tap:
         self._print("allowed", arrow, f"{peer} {describe(header)}")
 
     def _print(self, verdict: str, arrow: str, text: str) -> None:
-        client = self._core.unique_name or "?"
+        client = self._state.unique_name or "?"
         self._printer.line(f"{verdict} {self._label} {client} {arrow} {text}")
 
 

@@ -53,8 +53,8 @@ class PassthroughFilter:
     def __init__(
         self, bus: BusState, sandbox: SandboxView, judge: Judge, *, app_takes_fds: bool
     ) -> None:
-        self.core: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
-        self.core.reply_handlers.clear()  # the app would get the answers
+        self.state: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
+        self.state.reply_handlers.clear()  # the app would get the answers
         self.from_app: Final = ReceiveBuffer(sandbox)
         self._from_bus: Final = ReceiveBuffer(None)
         self.spent = self.answered = 0
@@ -66,15 +66,15 @@ class PassthroughFilter:
         """The number of descriptors that wait for their message."""
         return self.from_app.fd_count + self._from_bus.fd_count
 
-    def go_on(self) -> None:
+    def resume_reading(self) -> None:
         """Do nothing: no message waits."""
 
-    def work(self) -> None:
+    def do_chores(self) -> None:
         """Do nothing: there are no chores."""
 
     def change_rules(self, judge: Judge) -> None:
         """Keep other rules, by which nothing is judged either."""
-        self.core.judge = judge
+        self.state.judge = judge
 
     def close(self) -> list[int]:
         """Return every descriptor that is still here: the caller closes them."""
@@ -92,19 +92,19 @@ class PassthroughFilter:
 
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
-        intake = self.from_app
-        whole = intake.feed(data, fds)
+        buffer = self.from_app
+        whole = buffer.feed(data, fds)
         if whole is None:
             return
         pos = run = 0
-        out = self.core.to_bus
+        out = self.state.to_bus
         while pos + FIXED_SIZE <= len(whole):
             size = measure(whole, pos)
             if pos + size > len(whole):
                 self._check_size(size)
-                intake.expect(size)
+                buffer.expect(size)
                 break
-            if not intake.has_fds and _key(whole, pos, size) in self._clean:
+            if not buffer.has_fds and _key(whole, pos, size) in self._clean:
                 self.spent += 1
                 pos += size
                 continue
@@ -115,30 +115,30 @@ class PassthroughFilter:
             run = pos
         if run < pos:
             out.append(whole[run:pos])
-        intake.consume(whole, pos)
+        buffer.consume(whole, pos)
 
     def _check_size(self, size: int) -> None:
-        limit = self.core.sandbox.limits.bytes_held
-        if self.core.sandbox.bytes_held + size > limit:
+        limit = self.state.sandbox.limits.bytes_held
+        if self.state.sandbox.bytes_held + size > limit:
             raise PeerQuotaError(f"a message of {size} bytes, with bytes_held={limit} in all")
 
     def _look_at(self, data: bytes, at: int) -> None:
         """Pass on a message whose header was not seen before. Raises PeerProtocolError."""
-        core = self.core
+        state = self.state
         self.spent += JUDGED_COST
         header = parse_header(data)
         fds = self.from_app.peek_fds(header.unix_fds, at)
-        if fds and not core.app_takes_fds:
+        if fds and not state.app_takes_fds:
             raise PeerProtocolError("file descriptors that were not negotiated")
         self.from_app.drop_fds(len(fds))
         if header.type > MessageType.SIGNAL:  # the specification wants unknown types ignored
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
             return
         if _has_forgeries(header):
             data = serialise_header(header) + data[header.size :]
         elif not fds:
             self._remember(_key(data, 0, len(data)))
-        core.to_bus.append(Chunk(data, fds) if fds else data)
+        state.to_bus.append(Chunk(data, fds) if fds else data)
 
     def _remember(self, key: _Key) -> None:
         if len(key[0]) <= MAX_REMEMBERED_BYTES:
@@ -150,18 +150,18 @@ class PassthroughFilter:
 
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
         """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
-        intake = self._from_bus
-        whole = intake.feed(arrived, fds)
+        buffer = self._from_bus
+        whole = buffer.feed(arrived, fds)
         if whole is None:
             return
         pos = run = 0
-        out = self.core.to_app
+        out = self.state.to_app
         while pos + FIXED_SIZE <= len(whole):
             size = measure(whole, pos, BUS_LIMITS)
             if pos + size > len(whole):
-                intake.expect(size)
+                buffer.expect(size)
                 break
-            if intake.has_fds or not self.core.unique_name:
+            if buffer.has_fds or not self.state.unique_name:
                 if run < pos:
                     out.append(whole[run:pos])
                 self._bring(whole[pos : pos + size], pos)
@@ -169,31 +169,31 @@ class PassthroughFilter:
             pos += size
         if run < pos:
             out.append(whole[run:pos])
-        intake.consume(whole, pos)
+        buffer.consume(whole, pos)
 
     def _bring(self, data: bytes, at: int) -> None:
         """Pass a message to the app that has descriptors, or may be the answer to Hello."""
-        core = self.core
+        state = self.state
         header = parse_or_skim(data)  # what a bus may deliver is the app's own matter
         fds = self._from_bus.peek_fds(header.unix_fds, at)
         self._from_bus.drop_fds(len(fds))
-        if not core.unique_name and header.type == MessageType.METHOD_RETURN:
-            core.unique_name = str(read_reply(header, data, "s")[0])
-            core.sandbox.said_hello(core)
-        if fds and not core.app_takes_fds:
-            core.sandbox.close_fds(fds)
+        if not state.unique_name and header.type == MessageType.METHOD_RETURN:
+            state.unique_name = str(read_reply(header, data, "s")[0])
+            state.sandbox.said_hello(state)
+        if fds and not state.app_takes_fds:
+            state.sandbox.close_fds(fds)
             self._refuse_fds(header)
             return
-        core.deliver(data, fds)
+        state.deliver(data, fds)
 
     def _refuse_fds(self, header: Header) -> None:
         """Say that the app takes no descriptors, to whoever waits to hear of the message."""
-        core = self.core
+        state = self.state
         if header.type in _REPLIES:
-            core.deliver(without_fds(header)[1])
+            state.deliver(without_fds(header)[1])
         elif header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
             text = "The receiver takes no file descriptors"
-            core.refuse_caller(header.sender or "", header.serial, errors.NOT_SUPPORTED, text)
+            state.refuse_caller(header.sender or "", header.serial, errors.NOT_SUPPORTED, text)
 
 
 def _key(data: bytes, pos: int, size: int) -> _Key:

@@ -124,7 +124,7 @@ class ProxySandbox(Sandbox):
         """Return the filter of a new connection."""
         mediator = self._make_filter(bus, copy_judge(self._judge), app_takes_fds=app_takes_fds)
         if isinstance(mediator, LoggedFilter | LoggedPassthroughFilter):
-            mediator.tap = Tap(mediator.core, PurePath(self._group.path).name, self._printer)
+            mediator.tap = Tap(mediator.state, PurePath(self._group.path).name, self._printer)
         return mediator
 
     def _make_filter(self, bus: BusState, judge: ProxyJudge, *, app_takes_fds: bool) -> Mediator:
@@ -140,20 +140,20 @@ class ProxySandbox(Sandbox):
             clock=time.monotonic,
         )
 
-    def said_hello(self, core: ConnectionState) -> None:
+    def said_hello(self, state: ConnectionState) -> None:
         """Register a connection, before its app can use it."""
-        assert isinstance(core.judge, ProxyJudge)
-        core.judge.unique_name = core.unique_name
-        super().said_hello(core)
+        assert isinstance(state.judge, ProxyJudge)
+        state.judge.unique_name = state.unique_name
+        super().said_hello(state)
 
-    def denied(self, core: ConnectionState, denial: Denial) -> None:
+    def denied(self, state: ConnectionState, denial: Denial) -> None:
         """Print a refusal, if that is wanted."""
         self.denied_count += 1
         for link in self.connections:
             judging = link.filter
             if not isinstance(judging, LoggedFilter | LoggedPassthroughFilter):
                 continue
-            if judging.core is core:
+            if judging.state is state:
                 judging.tap.denied(denial)
 
 
@@ -175,8 +175,8 @@ class LoggedFilter(Filter):
     def _look(self) -> None:
         self.tap.look()
         # The fast path would pass on known messages unprinted.
-        self.core.forget_verdicts()
-        self.core.bus_reply_at.clear()
+        self.state.forget_verdicts()
+        self.state.bus_reply_at.clear()
 
 
 class LoggedPassthroughFilter(PassthroughFilter):

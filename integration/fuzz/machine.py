@@ -67,7 +67,7 @@ class FilterMachine(RuleBasedStateMachine):
         """A connection that ended is followed by another, and what was said is said to that one."""
         if self.world.ended:
             said, heard = self.said, self.heard
-            self.begin(self.in_force, self.world.filter.core.app_takes_fds)
+            self.begin(self.in_force, self.world.filter.state.app_takes_fds)
             self.said, self.heard = said, heard
 
     # -- the app -----------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class FilterMachine(RuleBasedStateMachine):
             self.check_answer(serial, right=0)
             if serial in self.witness.waiting:
                 self.check_answer(serial, right=self.serial)
-        for caller, serial in list(self.world.filter.core.calls_to_app):
+        for caller, serial in list(self.world.filter.state.calls_to_app):
             self.say(changed(answer_to(serial, ME), destination=caller, sender=None), [0])
 
     def numbered(self, message: bytes) -> bytes:
@@ -119,8 +119,8 @@ class FilterMachine(RuleBasedStateMachine):
         wants_reply = header.type == MessageType.METHOD_CALL and not (
             header.flags & Flag.NO_REPLY_EXPECTED
         )
-        full = len(self.world.filter.core.calls_to_bus) >= LIMITS.pending_calls
-        waits = self.world.filter.core.awaits_reply(header.serial)
+        full = len(self.world.filter.state.calls_to_bus) >= LIMITS.pending_calls
+        waits = self.world.filter.state.awaits_reply(header.serial)
         got, sent = self.say(dress(message), sizes)
         if not exact or not self.world.is_settled:
             return
@@ -142,7 +142,7 @@ class FilterMachine(RuleBasedStateMachine):
         """An answer leaves the sandbox if the call came in and has no answer yet."""
         reply = changed(answer_to(serial, ME, error=error), destination=caller, sender=None)
         exact = self.world.is_settled
-        expected = (caller, serial) in self.world.filter.core.calls_to_app
+        expected = (caller, serial) in self.world.filter.state.calls_to_app
         _, sent = self.say(reply, sizes)
         if exact and self.world.is_settled:
             assert len(self.world.sent) - sent == expected
@@ -192,7 +192,7 @@ class FilterMachine(RuleBasedStateMachine):
         """A name is asked for if it may be owned."""
         arguments = ("su", name, 0) if member == "RequestName" else ("s", name)
         exact = self.world.is_settled and not self.busy(serial)
-        used = self.world.filter.core.requested_names
+        used = self.world.filter.state.requested_names
         full = member == "RequestName" and name not in used and len(used) >= LIMITS.names
         allowed = self.witness.judge.own(name).allowed and not full
         _, sent = self.say(driver_call(serial, member, *arguments), [0])
@@ -217,8 +217,8 @@ class FilterMachine(RuleBasedStateMachine):
 
     def busy(self, serial: int) -> bool:
         """Say whether the next call with this serial is refused for that, or for their number."""
-        core = self.world.filter.core
-        return core.awaits_reply(serial) or len(core.calls_to_bus) >= LIMITS.pending_calls
+        state = self.world.filter.state
+        return state.awaits_reply(serial) or len(state.calls_to_bus) >= LIMITS.pending_calls
 
     # -- the others ----------------------------------------------------------------------------------
 
@@ -247,9 +247,9 @@ class FilterMachine(RuleBasedStateMachine):
         fds = header.unix_fds
         is_call = header.type == MessageType.METHOD_CALL
         exact = self.world.is_settled
-        core = self.world.filter.core
+        state = self.world.filter.state
         wants_reply = is_call and not header.flags & Flag.NO_REPLY_EXPECTED
-        full = wants_reply and len(core.calls_to_app) >= LIMITS.pending_calls
+        full = wants_reply and len(state.calls_to_app) >= LIMITS.pending_calls
         got, sent = len(self.world.got), len(self.world.sent)
         if sender not in self.world.model.uniques:
             return
@@ -257,7 +257,7 @@ class FilterMachine(RuleBasedStateMachine):
         if not exact or not self.world.is_settled:
             return
         allowed = self.witness.may_receive(header) and not full
-        allowed = allowed and (core.app_takes_fds or not fds)
+        allowed = allowed and (state.app_takes_fds or not fds)
         assert len(self.world.got) - got == allowed
         replies = [m for m in self.world.sent[sent:] if m.header.type == MessageType.ERROR]
         assert len(replies) == (wants_reply and not allowed)

@@ -106,9 +106,9 @@ class World:
             judged_a_turn=TURN,
             clock=lambda: 0.0,
         )
-        self.filter.core.chores.room = 3 * NAME_WORK
-        self.host.cores.append(self.filter.core)
-        self.bus.members.add(self.filter.core)
+        self.filter.state.chores.room = 3 * NAME_WORK
+        self.host.states.append(self.filter.state)
+        self.bus.members.add(self.filter.state)
         self.paused = False
         self.ended = False
         self.got: Final[list[Message]] = []  # by the app
@@ -177,7 +177,7 @@ class World:
     def speaker_uses(self, rules: AccessList) -> None:
         """Swap the rules of the other sandbox: they may say who hears its broadcasts."""
         if self.bus.set_broadcast_judge(BOXED, Judge(rules, bus="session", me=OTHER_APP)):
-            self.filter.core.forget_verdicts()
+            self.filter.state.forget_verdicts()
 
     def stranger_appears(self) -> None:
         """Let somebody connect from a sandbox under a name that the app may have guessed."""
@@ -193,7 +193,7 @@ class World:
     def tag(self, unique_name: str) -> None:
         """Let a peer ask to be told in each message which sandbox it is from."""
         self.bus.wants_instance_field.add(unique_name)
-        self.filter.core.forget_verdicts()
+        self.filter.state.forget_verdicts()
 
     def step(self) -> None:
         """Let the bus deal with one thing, if it waits for any."""
@@ -246,9 +246,11 @@ class World:
         self._pump()
 
     def _take_turns(self) -> None:
-        while (self.filter.yielded or self.filter.core.chores) and not self.ended:
+        while (self.filter.yielded or self.filter.state.chores) and not self.ended:
             self.filter.spent = 0
-            self._try(self.filter.work if self.filter.core.chores else self.filter.go_on)
+            self._try(
+                self.filter.do_chores if self.filter.state.chores else self.filter.resume_reading
+            )
         self.filter.spent = 0
 
     def _try(self, what: Callable[[], None]) -> None:
@@ -274,12 +276,12 @@ class World:
             self._take_turns()
 
     def _drain(self) -> None:
-        core = self.filter.core
-        for message in self._messages(core.to_app):
+        state = self.filter.state
+        for message in self._messages(state.to_app):
             self.witness.to_app(message)
             self.got.append(message)
-        for message in self._messages(core.to_bus):
-            entry = core.calls_to_bus.get(message.header.serial)
+        for message in self._messages(state.to_bus):
+            entry = state.calls_to_bus.get(message.header.serial)
             is_own = isinstance(entry, InterceptedCall) and entry.is_own
             self._questions += is_own
             self.witness.to_bus(message, is_own=is_own)
@@ -312,23 +314,23 @@ class World:
             self._broken = True
 
     def _check_tables(self) -> None:
-        core = self.filter.core
+        state = self.filter.state
         own = sum(
             isinstance(entry, InterceptedCall) and entry.is_own
-            for entry in core.calls_to_bus.values()
+            for entry in state.calls_to_bus.values()
         )
-        plain = [entry for entry in core.calls_to_bus.values() if isinstance(entry, Replier)]
+        plain = [entry for entry in state.calls_to_bus.values() if isinstance(entry, Replier)]
         lent = sum(not (entry.owner or entry.name) for entry in plain)
-        assert len(core.calls_to_bus) - own - lent <= LIMITS.pending_calls
-        assert len(core.calls_to_bus) == len(self.witness.waiting) or not self.is_settled
-        assert len(core.calls_to_app) <= LIMITS.pending_calls
-        assert core.matches.count <= LIMITS.match_rules
-        assert sum(count for _, count in core.matches.items()) == core.matches.count
-        assert len(core.requested_names) <= LIMITS.names
+        assert len(state.calls_to_bus) - own - lent <= LIMITS.pending_calls
+        assert len(state.calls_to_bus) == len(self.witness.waiting) or not self.is_settled
+        assert len(state.calls_to_app) <= LIMITS.pending_calls
+        assert state.matches.count <= LIMITS.match_rules
+        assert sum(count for _, count in state.matches.items()) == state.matches.count
+        assert len(state.requested_names) <= LIMITS.names
         assert self.filter.tracked_names <= LIMITS.tracked_names
-        assert len(core.callers) <= MAX_CALLERS
-        assert all(serial >= FIRST_GATE_SERIAL for serial in core.translated_serials)
-        assert all(len(table) <= MAX_REMEMBERED for table in (*core.tables, core.bus_replies))
+        assert len(state.callers) <= MAX_CALLERS
+        assert all(serial >= FIRST_GATE_SERIAL for serial in state.translated_serials)
+        assert all(len(table) <= MAX_REMEMBERED for table in (*state.tables, state.bus_replies))
         assert self.host.bytes_held == self.filter.from_app.held
         assert self.host.bytes_held <= LIMITS.bytes_held + FIXED_SIZE + 2 * 2**16
         assert sorted(self._passed + self.host.closed) == sorted(

@@ -65,19 +65,19 @@ class FakeHost:
     identity: Identity = APP
     limits: SandboxLimits = field(default_factory=SandboxLimits)
     bytes_held: int = 0
-    cores: list[ConnectionState] = field(default_factory=list)
+    states: list[ConnectionState] = field(default_factory=list)
     denials: list[Denial] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
     messages: MessageBudget = field(default_factory=lambda: MessageBudget(25_000))
     recorder: HeaderRecorder = field(default_factory=lambda: HeaderRecorder("c1"))
 
-    def denied(self, core: ConnectionState, denial: Denial) -> None:
-        assert core.sandbox is self
+    def denied(self, state: ConnectionState, denial: Denial) -> None:
+        assert state.sandbox is self
         self.denials.append(denial)
 
-    def said_hello(self, core: ConnectionState) -> None:
-        core.bus.connected(core.unique_name, self.id, self.identity)
-        core.bus.payers.joined(core.unique_name, self.messages)
+    def said_hello(self, state: ConnectionState) -> None:
+        state.bus.connected(state.unique_name, self.id, self.identity)
+        state.bus.payers.joined(state.unique_name, self.messages)
 
     def close_fds(self, fds: Sequence[int]) -> None:
         self.closed += fds
@@ -339,9 +339,9 @@ class Dialogue:
             app_takes_fds=app_takes_fds,
             clock=no_time,
         )
-        self.core: Final = self.filter.core
-        self.host.cores.append(self.core)
-        self.bus.members.add(self.core)
+        self.state: Final = self.filter.state
+        self.host.states.append(self.state)
+        self.bus.members.add(self.state)
         self.paused = False
         self.works = True  # on chores, until they are done
         self.got: Final[list[Message]] = []  # by the app
@@ -427,10 +427,10 @@ class Dialogue:
 
     def _pump(self) -> None:
         while True:
-            while self.works and self.core.chores:
-                self.filter.work()
-            self.got.extend(_messages(self.core.to_app))
-            self._late.extend(_messages(self.core.to_bus))
+            while self.works and self.state.chores:
+                self.filter.do_chores()
+            self.got.extend(_messages(self.state.to_app))
+            self._late.extend(_messages(self.state.to_bus))
             if self.paused or not self._late:
                 return
             answer = self.model.handle(self._late.pop(0))

@@ -30,7 +30,7 @@ class Lines(Printer):
 def make_tap() -> tuple[Dialogue, Tap, Lines]:
     talk = Dialogue(access("send:org.a"), owners={"org.a": ":1.2"})
     lines = Lines()
-    return talk, Tap(talk.core, "sock", lines), lines
+    return talk, Tap(talk.state, "sock", lines), lines
 
 
 def test_what_passes_is_told_with_its_direction() -> None:
@@ -51,7 +51,7 @@ def test_everything_is_told_once() -> None:
         tap.look()
         tap.look()
         if serial == 8:
-            talk.core.to_bus.clear()  # it was sent
+            talk.state.to_bus.clear()  # it was sent
             tap.look()
     talk.filter.feed_app(call(10, "org.a") + call(11, "org.a"))
     tap.look()
@@ -60,7 +60,7 @@ def test_everything_is_told_once() -> None:
 
 def test_a_refusal_comes_behind_what_passed_before_it() -> None:
     talk, tap, lines = make_tap()
-    talk.core.to_bus.append(call(7, "org.a"))
+    talk.state.to_bus.append(call(7, "org.a"))
     tap.denied(Denial("send", "call", "org.b", "/p", "x.Y", "M", "no rule", ""))
     assert [line.split()[0] for line in lines.lines] == ["allowed", "denied"]
     assert lines.lines[1] == f"denied sock {ME} -> org.b call x.Y.M at /p: no rule"
@@ -94,14 +94,14 @@ def test_refusals_of_all_kinds(denial: Denial, line: str) -> None:
 def test_calls_of_the_gates_own_are_not_told() -> None:
     talk = Dialogue(access("send:org.a"), owners={"org.a": ":1.2"}, hello=False)
     talk.filter.feed_app(driver_call(1, "Hello"))
-    talk.core.to_bus.clear()
+    talk.state.to_bus.clear()
     lines = Lines()
-    tap = Tap(talk.core, "sock", lines)
+    tap = Tap(talk.state, "sock", lines)
     answer = marshal.make_return(
         1, reply_serial=1, destination=ME, sender=DRIVER, signature="s", values=(ME,)
     )
     talk.filter.feed_bus(answer)
-    asked = [parse_header(data) for item in talk.core.to_bus for data in [bytes_of(item)]]
+    asked = [parse_header(data) for item in talk.state.to_bus for data in [bytes_of(item)]]
     assert {"AddMatch", "GetNameOwner"} <= {header.member for header in asked}
     assert all(header.serial >= FIRST_GATE_SERIAL for header in asked)
     tap.look()
@@ -116,7 +116,7 @@ def test_before_hello_nobody_has_a_name() -> None:
     talk = Dialogue(hello=False)
     lines = Lines()
     talk.filter.feed_app(driver_call(1, "Hello"))
-    Tap(talk.core, "sock", lines).look()
+    Tap(talk.state, "sock", lines).look()
     assert lines.lines[0].startswith(f"allowed sock ? -> {DRIVER} call {DRIVER}.Hello at ")
 
 

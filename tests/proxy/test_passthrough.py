@@ -36,7 +36,7 @@ class Stage:
         judge = Judge(AccessList(rules=(everything(None),)), bus="bus", me=APP)
         bus = make_bus()
         self.passage = PassthroughFilter(bus, self.host, judge, app_takes_fds=takes_fds)
-        self.core = self.passage.core
+        self.state = self.passage.state
         if hello:
             self.app(HELLO)
             self.bus(ANSWER)
@@ -44,12 +44,12 @@ class Stage:
     def app(self, data: bytes, *fds: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """Let the app send; return what goes to the bus."""
         self.passage.feed_app(data, fds)
-        return taken(self.core.to_bus)
+        return taken(self.state.to_bus)
 
     def bus(self, data: bytes, *fds: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """Let the bus send; return what goes to the app."""
         self.passage.feed_bus(data, fds)
-        return taken(self.core.to_app)
+        return taken(self.state.to_app)
 
 
 def taken(output: list[bytes | Chunk]) -> list[tuple[bytes, tuple[int, ...]]]:
@@ -70,10 +70,10 @@ def with_fds(message: bytes, count: int) -> bytes:
 def test_hello_passes_and_its_answer_is_noticed() -> None:
     stage = Stage(hello=False)
     assert joined(stage.app(HELLO)) == HELLO
-    assert stage.core.unique_name == ""
+    assert stage.state.unique_name == ""
     assert joined(stage.bus(ANSWER)) == ANSWER
-    assert stage.core.unique_name == ME
-    assert stage.core.bus.identities  # the host was told
+    assert stage.state.unique_name == ME
+    assert stage.state.bus.identities  # the host was told
 
 
 MESSAGES = (
@@ -225,7 +225,7 @@ def test_an_app_without_descriptors_gets_none() -> None:
     asked = changed(with_fds(call(6, ME), 1), sender=":1.2")
     assert stage.bus(asked, 102) == []
     assert stage.bus(changed(asked, flags=NO_REPLY), 103) == []
-    ((refused, _),) = taken(stage.core.to_bus)
+    ((refused, _),) = taken(stage.state.to_bus)
     assert (parse_header(refused).reply_serial, parse_header(refused).destination) == (6, ":1.2")
     assert stage.host.closed == [100, 101, 102, 103]
 

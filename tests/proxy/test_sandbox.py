@@ -79,17 +79,17 @@ def test_what_judges_a_connection(loop: Loop, options: list[str], kind: type[obj
     sandbox, _ = make(loop, *options)
     judging = sandbox.make_filter(bus(), app_takes_fds=True)
     assert type(judging) is kind
-    assert judging.core.app_takes_fds
+    assert judging.state.app_takes_fds
 
 
 def test_each_connection_has_a_judge_of_its_own(loop: Loop) -> None:
     sandbox, _ = make(loop, "--filter")
     one, two = (sandbox.make_filter(bus(), app_takes_fds=True) for _ in range(2))
-    one.core.unique_name = ":1.5"
-    sandbox.said_hello(one.core)
-    assert isinstance(one.core.judge, ProxyJudge)
-    assert isinstance(two.core.judge, ProxyJudge)
-    assert (one.core.judge.unique_name, two.core.judge.unique_name) == (":1.5", "")
+    one.state.unique_name = ":1.5"
+    sandbox.said_hello(one.state)
+    assert isinstance(one.state.judge, ProxyJudge)
+    assert isinstance(two.state.judge, ProxyJudge)
+    assert (one.state.judge.unique_name, two.state.judge.unique_name) == (":1.5", "")
 
 
 @pytest.mark.parametrize("filtered", [True, False])
@@ -97,7 +97,7 @@ def test_every_message_is_printed_known_or_not(loop: Loop, filtered: bool) -> No
     sandbox, lines = make(loop, "--log", *(["--filter"] if filtered else []))
     judging = sandbox.make_filter(bus(), app_takes_fds=True)
     judging.feed_app(driver_call(1, "Hello"))
-    judging.core.to_bus.clear()
+    judging.state.to_bus.clear()
     judging.feed_bus(
         marshal.make_return(
             1,
@@ -110,7 +110,7 @@ def test_every_message_is_printed_known_or_not(loop: Loop, filtered: bool) -> No
     )
     lines.lines.clear()
     for serial in range(2, 6):
-        judging.core.to_bus.clear()
+        judging.state.to_bus.clear()
         judging.feed_app(call(serial, "org.freedesktop.DBus", "Ping", interface=None))
     assert [line.rpartition("#")[2] for line in lines.lines] == ["2", "3", "4", "5"]
     assert all(line.startswith(f"allowed sock {ME} -> ") for line in lines.lines)
@@ -127,7 +127,7 @@ def test_a_message_of_any_legal_size_passes() -> None:
 def test_nobody_is_known_but_by_name() -> None:
     shared = bus()
     talk = Dialogue(shared=shared)
-    assert talk.core.unique_name == ME
+    assert talk.state.unique_name == ME
     assert not shared.identities
     assert not shared.sandboxes
 

@@ -84,4 +84,4 @@ def _links(sandbox: Sandbox, bus: str) -> list[AppConnection]:
 def _is_joined(sandbox: Sandbox, bus: str) -> bool:
     """Say whether a connection is on its way to that bus, and has no name there yet."""
     filters = [link.filter for link in _links(sandbox, bus)]
-    return any(one is None or not one.core.unique_name for one in filters)
+    return any(one is None or not one.state.unique_name for one in filters)

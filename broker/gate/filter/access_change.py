@@ -19,26 +19,26 @@ class AccessChange:
 
     def __init__(
         self,
-        core: ConnectionState,
+        state: ConnectionState,
         owners: NameOwners,
-        sight: NameVisibility,
+        visibility: NameVisibility,
     ) -> None:
-        self._core: Final = core
+        self._state: Final = state
         self._owners: Final = owners
-        self._sight: Final = sight
+        self._visibility: Final = visibility
         # Names that the app saw when the rules changed, until it has been told what the change brought.
         self.known_to_app: frozenset[str] | None = None
         self.changing = 0  # changes of which the app has not yet been told what they took
 
     def apply(self, judge: Judge) -> None:
         """Judge every message from now on by these rules."""
-        core = self._core
-        before, core.judge = core.judge, judge
-        core.forget_verdicts()
-        if not core.unique_name:
+        state = self._state
+        before, state.judge = state.judge, judge
+        state.forget_verdicts()
+        if not state.unique_name:
             return
-        if core.bus.set_broadcast_judge(core.unique_name, judge):
-            for member in core.bus.members:
+        if state.bus.set_broadcast_judge(state.unique_name, judge):
+            for member in state.bus.members:
                 member.forget_verdicts()
         self._release_names()
         self.changing += 1
@@ -50,12 +50,12 @@ class AccessChange:
         kept: dict[str, str] = {}
         for owner in sorted(self._owners.views.owners()):
             steps = before.steps + judge.steps
-            saw = self._sight.visible(before, owner)
+            saw = self._visibility.visible(before, owner)
             if known is not None:  # it has not heard yet of what the last change brought
                 saw &= known
-            sees = self._sight.visible(judge, owner)
+            sees = self._visibility.visible(judge, owner)
             for name in sorted(saw - sees):
-                self._sight.tell_owner_change(name, owner, "")
+                self._visibility.tell_owner_change(name, owner, "")
             kept.update(dict.fromkeys(saw & sees, owner))
             names = len(self._owners.names_of(owner))
             yield NAME_WORK * names + STEP_WORK * (before.steps + judge.steps - steps)
@@ -64,27 +64,27 @@ class AccessChange:
         yield from self._owners.follow(judge.uses, self.tell_new)
         for name in sorted(kept.keys() - self._owners.names.keys()):
             # Seen because of its owner alone, who is nobody to ask for any more.
-            self._sight.tell_owner_change(name, kept[name], "")
+            self._visibility.tell_owner_change(name, kept[name], "")
             yield NAME_WORK
         self.changing -= 1
 
     def _release_names(self) -> None:
         """Give back the names that the app may own no more."""
-        core = self._core
-        for name in [name for name in core.requested_names if not core.judge.own(name).allowed]:
-            del core.requested_names[name]
-            core.bus.payers.moves("", name)  # the change of rules is the cause
-            core.call_driver("ReleaseName", "s", (name,), ReplyAction("ignore"))
+        state = self._state
+        for name in [name for name in state.requested_names if not state.judge.own(name).allowed]:
+            del state.requested_names[name]
+            state.bus.payers.moves("", name)  # the change of rules is the cause
+            state.call_driver("ReleaseName", "s", (name,), ReplyAction("ignore"))
 
     def tell_new(self) -> Work:
         """Tell of the names that came into sight with the rules that are in force now."""
-        return self._tell_new(self._core.judge)
+        return self._tell_new(self._state.judge)
 
     def _tell_new(self, judge: Judge) -> Work:
         told, self.known_to_app = self.known_to_app or frozenset(), None
         for owner in sorted(self._owners.views.owners()):
             steps = judge.steps
-            for name in sorted(self._sight.visible(judge, owner) - told):
-                self._sight.tell_owner_change(name, "", owner)
+            for name in sorted(self._visibility.visible(judge, owner) - told):
+                self._visibility.tell_owner_change(name, "", owner)
             names = len(self._owners.names_of(owner))
             yield NAME_WORK * names + STEP_WORK * (judge.steps - steps)

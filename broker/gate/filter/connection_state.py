@@ -87,14 +87,14 @@ class SandboxView(Protocol):
         """The recorder of its messages."""
 
     @property
-    def cores(self) -> Collection["ConnectionState"]:
+    def states(self) -> Collection["ConnectionState"]:
         """Its connections, those in their handshakes left out."""
 
-    def denied(self, core: "ConnectionState", denial: Denial) -> None:
+    def denied(self, state: "ConnectionState", denial: Denial) -> None:
         """Report a refusal."""
 
-    def said_hello(self, core: "ConnectionState") -> None:
-        """Register `core.unique_name`, before the app gets to know it."""
+    def said_hello(self, state: "ConnectionState") -> None:
+        """Register `state.unique_name`, before the app gets to know it."""
 
     def close_fds(self, fds: Sequence[int]) -> None:
         """Close descriptors."""
@@ -217,12 +217,12 @@ class ConnectionState:
     @property
     def all_match_rules(self) -> int:
         """How many match rules the connections of the sandbox have together."""
-        return sum(core.matches.count for core in self.sandbox.cores)
+        return sum(state.matches.count for state in self.sandbox.states)
 
     @property
     def all_names(self) -> int:
         """How many names they own or wait for together."""
-        return sum(len(core.requested_names) for core in self.sandbox.cores)
+        return sum(len(state.requested_names) for state in self.sandbox.states)
 
     # -- serials and calls of the gate's own ------------------------------------------------------
 

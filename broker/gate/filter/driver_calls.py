@@ -147,10 +147,12 @@ LOOK_UPS: Final = frozenset(
 class BusDriverCalls:
     """The bus, as one app may use it."""
 
-    def __init__(self, core: ConnectionState, owners: NameOwners, sight: NameVisibility) -> None:
-        self._core: Final = core
+    def __init__(
+        self, state: ConnectionState, owners: NameOwners, visibility: NameVisibility
+    ) -> None:
+        self._state: Final = state
         self._owners: Final = owners
-        self._sight: Final = sight
+        self._visibility: Final = visibility
         self._methods: Final[dict[str, Callable[[Header, bytes], bool]]] = {
             "Hello": self._hello,
             "AddMatch": self._add_match,
@@ -164,29 +166,29 @@ class BusDriverCalls:
             "ListQueuedOwners": self._list_queued,
         }
         self._methods.update(dict.fromkeys(LOOK_UPS, self._look_up))
-        core.reply_handlers["hello"] = self._greeted
-        core.reply_handlers["add-match"] = self._added_match
-        core.reply_handlers["list"] = self._listed
-        core.reply_handlers["credentials"] = self._told_credentials
-        core.reply_handlers["request-name"] = self._requested_name
+        state.reply_handlers["hello"] = self._greeted
+        state.reply_handlers["add-match"] = self._added_match
+        state.reply_handlers["list"] = self._listed
+        state.reply_handlers["credentials"] = self._told_credentials
+        state.reply_handlers["request-name"] = self._requested_name
 
     def call(self, header: Header, data: bytes) -> bool:
         """Deal with one call. False: it must wait until the owners are known."""
-        core = self._core
+        state = self._state
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
-        if wants_reply and core.awaits_reply(header.serial):
+        if wants_reply and state.awaits_reply(header.serial):
             text = f"a call with serial {header.serial} already waits"
-            core.answer_error(header.serial, errors.ACCESS_DENIED, text)
+            state.answer_error(header.serial, errors.ACCESS_DENIED, text)
             return True
-        if wants_reply and len(core.calls_to_bus) >= core.sandbox.limits.pending_calls:
-            text = f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already"
-            core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
+        if wants_reply and len(state.calls_to_bus) >= state.sandbox.limits.pending_calls:
+            text = f"pending_calls={state.sandbox.limits.pending_calls} wait for a reply already"
+            state.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
             return True
         try:
             return self._dispatch(header, data)
         except CallRefusedError as exc:
             if wants_reply:
-                core.answer_error(header.serial, exc.dbus_name, str(exc))
+                state.answer_error(header.serial, exc.dbus_name, str(exc))
             return True
 
     def _dispatch(self, header: Header, data: bytes) -> bool:
@@ -200,7 +202,7 @@ class BusDriverCalls:
         if header.interface in (None, DRIVER):
             method = self._methods.get(member)
             if method is not None:
-                if member in BY_RULE_TOO and self._core.judge.access.bus_by_rule:
+                if member in BY_RULE_TOO and self._state.judge.access.bus_by_rule:
                     self._demand_rule(header)
                 return method(header, data)
         if header.interface in (None, PEER) and member == "Ping":
@@ -235,7 +237,7 @@ class BusDriverCalls:
         return self._pass(header, data)
 
     def _demand_rule(self, header: Header) -> None:
-        verdict = self._core.judge.send(
+        verdict = self._state.judge.send(
             (DRIVER,), header.path, header.interface, header.member, None
         )
         if verdict.allowed:
@@ -267,7 +269,7 @@ class BusDriverCalls:
             reason,
             origin,
         )
-        self._core.sandbox.denied(self._core, denial)
+        self._state.sandbox.denied(self._state, denial)
 
     # -- passing on --------------------------------------------------------------------------------
 
@@ -288,58 +290,58 @@ class BusDriverCalls:
         return self._send(made, body, then)
 
     def _send(self, header: Header, body: bytes, then: ReplyAction | None) -> bool:
-        core = self._core
+        state = self._state
         serial = header.serial
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
         # dbus-daemon answers also what wants no reply, and with an error what it cannot pass on: what comes
         # under a serial of the app's, once it has said Hello, may be about anything that had it.
-        is_safe = not core.unique_name or (then is None and wants_reply)
+        is_safe = not state.unique_name or (then is None and wants_reply)
         if serial >= FIRST_GATE_SERIAL or not is_safe:
-            serial = core.next_gate_serial()
+            serial = state.next_gate_serial()
             if wants_reply:
-                then = core.translated(header.serial, then)
+                then = state.translated(header.serial, then)
         made = replace(header, serial=serial, unix_fds=0)
-        core.to_bus.append(serialise_header(made) + body)
+        state.to_bus.append(serialise_header(made) + body)
         if wants_reply:
-            core.calls_to_bus[serial] = BUS_DRIVER if then is None else InterceptedCall(then)
+            state.calls_to_bus[serial] = BUS_DRIVER if then is None else InterceptedCall(then)
         return True
 
     # -- Hello --------------------------------------------------------------------------------------
 
     def _hello(self, header: Header, _data: bytes) -> bool:
-        core = self._core
-        if core.unique_name or core.greeting:
+        state = self._state
+        if state.unique_name or state.greeting:
             raise CallRefusedError(errors.FAILED, "Already handled an Hello message")
         if header.flags & Flag.NO_REPLY_EXPECTED:
             raise PeerProtocolError("a Hello that wants no reply")
-        core.greeting = True
+        state.greeting = True
         return self._call(header, "", (), ReplyAction("hello"))
 
     def _greeted(
         self, _then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
-        core = self._core
+        state = self._state
         if reply.type != MessageType.METHOD_RETURN:
             raise PeerQuotaError(f"the bus refused Hello: {reply.error_name}")
-        core.unique_name = str(read_reply(reply, data, "s")[0])
-        core.sandbox.said_hello(core)
-        core.bus.set_broadcast_judge(core.unique_name, core.judge)
-        self._owners.hold(self._owners.follow(core.judge.uses))
-        if not core.bus.knows_absent_name_errors:
+        state.unique_name = str(read_reply(reply, data, "s")[0])
+        state.sandbox.said_hello(state)
+        state.bus.set_broadcast_judge(state.unique_name, state.judge)
+        self._owners.hold(self._owners.follow(state.judge.uses))
+        if not state.bus.knows_absent_name_errors:
             self._owners.look_up_absent_names()
-        core.deliver(data, fds)
+        state.deliver(data, fds)
 
     # -- match rules ------------------------------------------------------------------------------
 
     def _add_match(self, header: Header, data: bytes) -> bool:
-        core = self._core
+        state = self._state
         rule = _match_rule(header, data)
-        limit = core.sandbox.limits.match_rules
-        if core.all_match_rules >= limit:
+        limit = state.sandbox.limits.match_rules
+        if state.all_match_rules >= limit:
             raise CallRefusedError(
                 errors.LIMITS_EXCEEDED, f"match_rules={limit} are in use already"
             )
-        core.matches.add(rule)
+        state.matches.add(rule)
         text = rule.canonical()
         return self._call(header, "s", (text,), ReplyAction("add-match", (text,)))
 
@@ -348,52 +350,52 @@ class BusDriverCalls:
     ) -> None:
         if reply.type == MessageType.ERROR:
             rule = parse_match_rule(str(then.values[0]))
-            if rule in self._core.matches:
-                self._core.matches.drop(rule)
-        self._core.deliver(data, fds)
+            if rule in self._state.matches:
+                self._state.matches.drop(rule)
+        self._state.deliver(data, fds)
 
     def _remove_match(self, header: Header, data: bytes) -> bool:
         rule = _match_rule(header, data)
-        if rule not in self._core.matches:
+        if rule not in self._state.matches:
             raise CallRefusedError(
                 errors.MATCH_RULE_NOT_FOUND,
                 "The given match rule wasn't found and can't be removed",
             )
-        self._core.matches.drop(rule)
+        self._state.matches.drop(rule)
         return self._call(header, "s", (rule.canonical(),))
 
     # -- looking names up ---------------------------------------------------------------------------
 
     def _look_up(self, header: Header, data: bytes) -> bool:
         name = bus_name(header, data)
-        if not self._sight.knows_enough(name):
+        if not self._visibility.knows_enough(name):
             self._owners.look_up(name)
             return False
         if self._owners.waiting:
             return False
-        if self._sight.sees(name):
+        if self._visibility.sees(name):
             then = (
                 ReplyAction("credentials") if header.member == "GetConnectionCredentials" else None
             )
             return self._call(header, "s", (name,), then)
-        core = self._core
+        state = self._state
         self._report(header, "the name may not be seen", direction="see", name=name)
         if header.member == "NameHasOwner":
             if not header.flags & Flag.NO_REPLY_EXPECTED:
-                core.answer(header.serial, "b", (False,))
+                state.answer(header.serial, "b", (False,))
             return True
-        raise CallRefusedError(*core.bus.absent_name_error(header.member or "", name))
+        raise CallRefusedError(*state.bus.absent_name_error(header.member or "", name))
 
     def _told_credentials(
         self, _then: ReplyAction, _reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
-        core = self._core
+        state = self._state
         if fds:
             # From dbus 1.16 on ProcessFD is among them. For an app's connection it is the gate's process, for a
             # service's a process of the host. No sandbox may hold either.
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
             data = without_descriptors(data)
-        core.deliver(data)
+        state.deliver(data)
 
     def _start_service(self, header: Header, data: bytes) -> bool:
         name, flags = arguments(header, data, "su")
@@ -401,29 +403,29 @@ class BusDriverCalls:
         if not is_well_known_name(name):
             raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
         target = self._owners.names.get(name)
-        if target is None and self._core.judge.any_send:
+        if target is None and self._state.judge.any_send:
             self._owners.look_up(name)
             return False
         if self._owners.waiting:
             return False
         if name == DRIVER or self._may_start(name, target):
             return self._call(header, "su", (name, flags))
-        core = self._core
+        state = self._state
         self._report(header, "no rule allows sending to it", name=name)
-        if self._sight.sees(name):
+        if self._visibility.sees(name):
             raise CallRefusedError(
                 errors.ACCESS_DENIED,
                 f"This sandbox may not start {name}: no rule allows sending to it",
             )
-        raise CallRefusedError(*core.bus.absent_name_error("StartServiceByName", name))
+        raise CallRefusedError(*state.bus.absent_name_error("StartServiceByName", name))
 
     def _may_start(self, name: str, target: Replier | None) -> bool:
-        core = self._core
+        state = self._state
         owner = target.owner if target is not None else ""
         names = {name}
-        if owner and not core.bus.judges_names_alone:
+        if owner and not state.bus.judges_names_alone:
             names |= self._owners.names_of(owner)
-        return core.judge.start(names, core.bus.peer(owner)).allowed
+        return state.judge.start(names, state.bus.peer(owner)).allowed
 
     def _list(self, header: Header, _data: bytes) -> bool:
         if self._owners.waiting:
@@ -431,9 +433,9 @@ class BusDriverCalls:
         return self._call(header, "", (), ReplyAction("list"))
 
     def _listed(self, _then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
-        core = self._core
+        state = self._state
         if reply.type != MessageType.METHOD_RETURN:
-            core.deliver(data, fds)
+            state.deliver(data, fds)
             return
         (names,) = read_reply(reply, data, "as")
         assert isinstance(names, (list, tuple))
@@ -443,18 +445,18 @@ class BusDriverCalls:
 
     def _give_list(self, serial: int, asked: int, names: Sequence[Value]) -> Work:
         """Answer the call `asked` with those names that may be seen."""
-        core = self._core
+        state = self._state
         seen: list[str] = []
         for name in names:
-            steps = core.judge.steps
-            if self._sight.sees(str(name)):
+            steps = state.judge.steps
+            if self._visibility.sees(str(name)):
                 seen.append(str(name))
-            yield NAME_WORK + STEP_WORK * (core.judge.steps - steps)
-        core.deliver(
+            yield NAME_WORK + STEP_WORK * (state.judge.steps - steps)
+        state.deliver(
             marshal.make_return(
                 serial,
                 reply_serial=asked,
-                destination=core.unique_name,
+                destination=state.unique_name,
                 sender=DRIVER,
                 signature="as",
                 values=(seen,),
@@ -464,17 +466,17 @@ class BusDriverCalls:
     # -- owning names -------------------------------------------------------------------------------
 
     def _request_name(self, header: Header, data: bytes) -> bool:
-        core = self._core
+        state = self._state
         name, flags = arguments(header, data, "su")
         name = str(name)
         assert isinstance(flags, int)
         self._must_own(header, name)
-        limit = core.sandbox.limits.names
-        if name not in core.requested_names and core.all_names >= limit:
+        limit = state.sandbox.limits.names
+        if name not in state.requested_names and state.all_names >= limit:
             raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
-        core.bus.payers.moves(core.unique_name, name)
-        core.name_requests += 1
-        request = core.requested_names[name] = core.name_requests
+        state.bus.payers.moves(state.unique_name, name)
+        state.name_requests += 1
+        request = state.requested_names[name] = state.name_requests
         then = ReplyAction("request-name", (name, request))
         return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), then)
 
@@ -482,20 +484,20 @@ class BusDriverCalls:
         self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
         name, request = then.values
-        names = self._core.requested_names
+        names = self._state.requested_names
         got = (
             reply.type == MessageType.METHOD_RETURN and read_reply(reply, data, "u")[0] in HAS_NAME
         )
         # The answer to a later request for the name may be another.
         if not got and names.get(str(name)) == request:
             del names[str(name)]
-        self._core.deliver(data, fds)
+        self._state.deliver(data, fds)
 
     def _release_name(self, header: Header, data: bytes) -> bool:
         name = str(arguments(header, data, "s")[0])
         self._must_own(header, name)
-        self._core.bus.payers.moves(self._core.unique_name, name)
-        self._core.requested_names.pop(name, None)
+        self._state.bus.payers.moves(self._state.unique_name, name)
+        self._state.requested_names.pop(name, None)
         return self._call(header, "s", (name,))
 
     def _list_queued(self, header: Header, data: bytes) -> bool:
@@ -506,7 +508,7 @@ class BusDriverCalls:
     def _must_own(self, header: Header, name: str) -> None:
         if not is_well_known_name(name):
             raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
-        verdict = self._core.judge.own(name)
+        verdict = self._state.judge.own(name)
         if verdict.allowed:
             return
         origin = verdict.rule.origin if verdict.rule is not None else ""

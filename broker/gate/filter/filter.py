@@ -1,9 +1,9 @@
 """One connection's judgement: bytes and descriptors in, bytes and descriptors out. No I/O.
 
 The fast path is here: a message whose header bytes were judged before costs a slice and a look-up, and runs of such
-messages are passed on as one slice. Everything else is cut out whole and handed to `AppMessages` or `BusMessages`. Read core.py's
-theory of operation first. Feed what arrived, then send all of `core.to_bus` and `core.to_app`. While `held` is true do not
-read from the app: it waits for an answer of the bus, or (`yielded`) others have to have their turn before `go_on`.
+messages are passed on as one slice. Everything else is cut out whole and handed to `AppMessages` or `BusMessages`. Read connection_state.py's
+theory of operation first. Feed what arrived, then send all of `state.to_bus` and `state.to_app`. While `held` is true do not
+read from the app: it waits for an answer of the bus, or (`yielded`) others have to have their turn before `resume_reading`.
 `spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away. What
 else the bus brings is charged here, to whoever caused it (payers.py); `billed` is the time of that.
 """
@@ -63,58 +63,58 @@ class Filter:
         judged_a_turn: int = sys.maxsize,
         clock: Callable[[], float],
     ) -> None:
-        self.core: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
+        self.state: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
         self.held = False
         self.yielded = False
         self.spent = self.answered = 0
         self.billed = 0.0
         self._clock: Final = clock
         self._turn = judged_a_turn * JUDGED_COST
-        self._owners: Final = NameOwners(self.core, self._synced)
-        self._sight: Final = NameVisibility(self.core, self._owners)
-        driver = BusDriverCalls(self.core, self._owners, self._sight)
-        self._outgoing: Final = AppMessages(self.core, self._owners, self._sight, driver)
-        self._incoming: Final = BusMessages(self.core, self._owners, self._sight)
-        self._swap: Final = AccessChange(self.core, self._owners, self._sight)
+        self._owners: Final = NameOwners(self.state, self._synced)
+        self._visibility: Final = NameVisibility(self.state, self._owners)
+        driver = BusDriverCalls(self.state, self._owners, self._visibility)
+        self._app_messages: Final = AppMessages(self.state, self._owners, self._visibility, driver)
+        self._bus_messages: Final = BusMessages(self.state, self._owners, self._visibility)
+        self._access_change: Final = AccessChange(self.state, self._owners, self._visibility)
         self.from_app: Final = ReceiveBuffer(sandbox)
         self._from_bus: Final = ReceiveBuffer(None)
         # What came from the bus and waits; everything behind it waits with it, to come in order.
         self._stash: Final[deque[Arrived]] = deque()
         self._stashed_bytes = 0
         self._wake = False
-        core = self.core
+        state = self.state
         recorder = sandbox.recorder
         self._recorder: Final = recorder
-        self._pass_app: Final = make_pass(core.to_bus, recorder.note_from_app)
-        self._pass_bus: Final = make_pass(core.to_app, recorder.note_from_bus)
+        self._pass_app: Final = make_pass(state.to_bus, recorder.note_from_app)
+        self._pass_bus: Final = make_pass(state.to_app, recorder.note_from_bus)
         self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
-            **dict.fromkeys(CALLS, core.app_calls),
-            **dict.fromkeys(MUTE_CALLS, core.app_mute),
-            **dict.fromkeys(SIGNALS, core.app_signals),
+            **dict.fromkeys(CALLS, state.app_calls),
+            **dict.fromkeys(MUTE_CALLS, state.app_mute),
+            **dict.fromkeys(SIGNALS, state.app_signals),
         }
         self._budgets: Final = bus.payers.budgets
         self.bus_tables: Final[dict[int, Mapping[bytes, str]]] = {
-            **dict.fromkeys(CALLS, core.bus_calls),
-            **dict.fromkeys(MUTE_CALLS, core.bus_mute),
-            **dict.fromkeys(SIGNALS, core.bus_signals),
+            **dict.fromkeys(CALLS, state.bus_calls),
+            **dict.fromkeys(MUTE_CALLS, state.bus_mute),
+            **dict.fromkeys(SIGNALS, state.bus_signals),
         }
 
     # -- rules ---------------------------------------------------------------------------------------
 
     def change_rules(self, judge: Judge) -> None:
         """Judge every message from now on by these rules."""
-        self._swap.apply(judge)
-        self._resume()
-        self.held = self.held or bool(self.core.chores)
+        self._access_change.apply(judge)
+        self._release_held()
+        self.held = self.held or bool(self.state.chores)
 
-    def work(self) -> None:
+    def do_chores(self) -> None:
         """Do a slice of what takes long. Raises as `feed_bus` does."""
         start = self._clock()
-        self.core.chores.do_slice()
+        self.state.chores.do_slice()
         took = self._clock() - start
-        self.core.bus.payers.charge(self.core.unique_name, int(took * BUSY_SECOND))
-        self._resume()
-        if self.core.chores:
+        self.state.bus.payers.charge(self.state.unique_name, int(took * BUSY_SECOND))
+        self._release_held()
+        if self.state.chores:
             self.held = True
         elif self.held and not self.yielded:
             self.held = False
@@ -123,18 +123,18 @@ class Filter:
     @property
     def is_changing(self) -> bool:
         """Return whether the app is still to be told of names that a change of rules hid."""
-        return self._swap.changing > 0
+        return self._access_change.changing > 0
 
-    def go_on(self) -> None:
+    def resume_reading(self) -> None:
         """Others had their turn: see to what waits. Raises as `feed_app` does."""
         if self.yielded:
-            self.yielded, self.held = False, bool(self.core.chores)
+            self.yielded, self.held = False, bool(self.state.chores)
             self.feed_app(b"")
 
     @property
     def bus_is_clear(self) -> bool:
         """True when nothing from the bus waits."""
-        return self._from_bus.is_idle and not (self._stash or self.core.chores)
+        return self._from_bus.is_idle and not (self._stash or self.state.chores)
 
     @property
     def fds(self) -> int:
@@ -164,18 +164,18 @@ class Filter:
 
     def dump(self, fds: Fds) -> FilterDump:
         """Return all of it but the rules, descriptors as indexes. Raises HandoverError."""
-        if self.core.to_app or self.core.to_bus:
+        if self.state.to_app or self.state.to_bus:
             raise HandoverError("something is still to be sent")
-        told = self._swap.known_to_app
-        core = self.core.dump(self._owners.changes_of)
+        told = self._access_change.known_to_app
+        state = self.state.dump(self._owners.changes_of)
         return FilterDump(
-            app_takes_fds=self.core.app_takes_fds,
+            app_takes_fds=self.state.app_takes_fds,
             held=self.held,
             yielded=self.yielded,
             wake=self._wake,
-            state=core,
-            owners=self._owners.dump(core.asked_names()),
-            recently_visible=tuple(self._sight.recently_visible),
+            state=state,
+            owners=self._owners.dump(state.asked_names()),
+            recently_visible=tuple(self._visibility.recently_visible),
             known_to_app=None if told is None else tuple(sorted(told)),
             from_app=self.from_app.dump(fds),
             from_bus=self._from_bus.dump(fds),
@@ -185,11 +185,11 @@ class Filter:
     def load(self, dump: FilterDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump. Raises ValueError if it cannot be."""
         self.held, self.yielded, self._wake = dump.held, dump.yielded, dump.wake
-        histories = self._owners.load(dump.owners, self._swap.tell_new)
-        self.core.load(dump.state, self._owners.since)
+        histories = self._owners.load(dump.owners, self._access_change.tell_new)
+        self.state.load(dump.state, self._owners.since)
         del histories  # the calls that wait have them now
-        self._sight.recently_visible.update(dict.fromkeys(dump.recently_visible))
-        self._swap.known_to_app = (
+        self._visibility.recently_visible.update(dict.fromkeys(dump.recently_visible))
+        self._access_change.known_to_app = (
             None if dump.known_to_app is None else frozenset(dump.known_to_app)
         )
         self.from_app.load(dump.from_app, fds)
@@ -203,7 +203,7 @@ class Filter:
     @property
     def fits_rules(self) -> bool:
         """False if the rules ask for other names than when they were last looked at."""
-        return not self.core.unique_name or self._owners.uses == self.core.judge.uses
+        return not self.state.unique_name or self._owners.uses == self.state.judge.uses
 
     # -- from the app ----------------------------------------------------------------------------------
 
@@ -213,18 +213,18 @@ class Filter:
         self, data: bytes, fds: Sequence[int] = ()
     ) -> None:
         """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
-        core, intake = self.core, self.from_app
-        plain = not fds and intake.is_idle
+        state, buffer = self.state, self.from_app
+        plain = not fds and buffer.is_idle
         if not plain or self.held or not data:
             data = self._take_from_app(data, fds) or b""
             if not data:
                 return
         end = len(data)
         pos = run = known = 0
-        pending = core.calls_to_bus
-        room = core.sandbox.limits.pending_calls
-        calls = core.app_calls
-        tables = self.app_tables if plain or not intake.has_fds else {}
+        pending = state.calls_to_bus
+        room = state.sandbox.limits.pending_calls
+        calls = state.app_calls
+        tables = self.app_tables if plain or not buffer.has_fds else {}
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
@@ -260,81 +260,81 @@ class Filter:
             self._pass_app(data, run, pos)
         self.spent += known
         if pos < end or not plain:
-            intake.consume(data, pos)
+            buffer.consume(data, pos)
 
     def _take_from_app(self, data: bytes, fds: Sequence[int]) -> bytes | None:
         """Put what arrived behind what is held; return it all if it can be looked at now."""
-        core = self.core
-        intake = self.from_app
-        ready = intake.feed(data, fds)
+        state = self.state
+        buffer = self.from_app
+        ready = buffer.feed(data, fds)
         if self.held:
             if ready is not None:
-                intake.unread(ready)
+                buffer.unread(ready)
             return None
         if ready is None:
-            if core.sandbox.bytes_held <= core.sandbox.limits.bytes_held or not intake.held:
+            if state.sandbox.bytes_held <= state.sandbox.limits.bytes_held or not buffer.held:
                 return None
             # Other connections of the sandbox took what was left when this message began.
-            ready = intake.take_all()
+            ready = buffer.take_all()
         return ready
 
     def known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
         """Return where a reply of a known shape ends, 0 if it has to be looked at; it is given then."""
         start = pos + 16 + (fields + 7 & -8)
-        at = self.core.app_reply_at.get(start - pos)
+        at = self.state.app_reply_at.get(start - pos)
         if at is None or start + body > end:
             return 0
         at += pos
-        caller = self.core.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        caller = self.state.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
         serial = U32.unpack_from(data, pos + 8)[0]
         if caller is None or not 0 < serial < FIRST_GATE_SERIAL:
             return 0
         key = (caller, U32.unpack_from(data, at)[0])
-        if key not in self.core.calls_to_app:
+        if key not in self.state.calls_to_app:
             return 0
-        self.core.calls_to_app.discard(key)
+        self.state.calls_to_app.discard(key)
         return start + body
 
     def _app_message(self, data: bytes, pos: int) -> int:
         """Deal with one message from the app; return where it ends, 0 if it has to wait."""
-        intake = self.from_app
+        buffer = self.from_app
         if self.spent >= self._turn:
             self.held = self.yielded = True
             return 0
         size = measure(data, pos)
         if pos + size > len(data):
-            limit = self.core.sandbox.limits.bytes_held
-            if self.core.sandbox.bytes_held + size <= limit:
-                intake.expect(size)
+            limit = self.state.sandbox.limits.bytes_held
+            if self.state.sandbox.bytes_held + size <= limit:
+                buffer.expect(size)
                 return 0
             return self._refuse_too_large(data, pos, size)
         header = self._recorder.parse_from_app(data, pos)
         # Whoever drops the message closes them, so they are taken only when it will not wait.
-        fds = intake.peek_fds(header.unix_fds, pos)
-        if header.unix_fds and not self.core.app_takes_fds:
+        fds = buffer.peek_fds(header.unix_fds, pos)
+        if header.unix_fds and not self.state.app_takes_fds:
             raise PeerProtocolError("file descriptors that were not negotiated")
-        if not self._outgoing.message(header, data[pos : pos + size], fds):
+        if not self._app_messages.message(header, data[pos : pos + size], fds):
             self.held = True
             return 0
         self.spent += JUDGED_COST
-        intake.drop_fds(len(fds))
+        buffer.drop_fds(len(fds))
         return pos + size
 
     def _refuse_too_large(self, data: bytes, pos: int, size: int) -> int:
         """Refuse a message that is over the sandbox's budget; the rest of it is not stored."""
-        intake = self.from_app
+        buffer = self.from_app
         header_size = measure_header(data, pos)
         if len(data) - pos < header_size:
-            intake.expect(header_size)
+            buffer.expect(header_size)
             return 0
         header = parse_header(data, pos)
         if header.unix_fds:
             raise PeerQuotaError("a message over the budget, with file descriptors")
-        limit = self.core.sandbox.limits.bytes_held
-        self._outgoing.refuse_too_large(
+        limit = self.state.sandbox.limits.bytes_held
+        self._app_messages.refuse_too_large(
             header, f"a message of {size} bytes, with bytes_held={limit} in all for this sandbox"
         )
-        intake.skip(pos + size - len(data))
+        buffer.skip(pos + size - len(data))
         return len(data)
 
     # -- from the bus ----------------------------------------------------------------------------------
@@ -343,15 +343,15 @@ class Filter:
         self, arrived: bytes, fds: Sequence[int] = ()
     ) -> None:
         """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
-        intake = self._from_bus
-        plain = not fds and intake.is_idle
-        data = arrived if plain else intake.feed(arrived, fds)
+        buffer = self._from_bus
+        plain = not fds and buffer.is_idle
+        data = arrived if plain else buffer.feed(arrived, fds)
         if data is None:
             return
         pos, run, end = 0, 0, len(data)
         answered = 0  # bytes of replies to the app's calls
-        chores = self.core.chores
-        fast = not (intake.has_fds or self._stash or chores)
+        chores = self.state.chores
+        fast = not (buffer.has_fds or self._stash or chores)
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
@@ -383,9 +383,9 @@ class Filter:
         if run < pos:
             self._pass_bus(data, run, pos)
         if pos < end or not plain:
-            intake.consume(data, pos)
+            buffer.consume(data, pos)
         if self._wake:
-            self._resume()
+            self._release_held()
         if chores:
             self.held = True
         self.answered += answered // BYTES_A_MESSAGE
@@ -393,90 +393,90 @@ class Filter:
     def _known_bus_reply(self, data: bytes, place: Place) -> int:
         """Return where a reply of a known shape, and those like it behind it, end; 0 if it has to be looked at."""
         pos, start, stop = place
-        core = self.core
-        at = core.bus_reply_at.get(start - pos)
+        state = self.state
+        at = state.bus_reply_at.get(start - pos)
         if at is None:
             return 0
         at += pos
-        sender = core.bus_replies.get(data[pos + 12 : at] + data[at + 4 : start])
-        entry = core.calls_to_bus.get(asked := U32.unpack_from(data, at)[0])
+        sender = state.bus_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        entry = state.calls_to_bus.get(asked := U32.unpack_from(data, at)[0])
         if sender is None or entry is None or entry.owner != sender:
             return 0
-        del core.calls_to_bus[asked]
-        return stop + (stop - pos) * match_reply_run(data, place, at, core.calls_to_bus, sender)
+        del state.calls_to_bus[asked]
+        return stop + (stop - pos) * match_reply_run(data, place, at, state.calls_to_bus, sender)
 
     def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
-        core = self.core
-        if table is core.bus_calls:
-            if len(core.calls_to_app) >= core.sandbox.limits.pending_calls:
+        state = self.state
+        if table is state.bus_calls:
+            if len(state.calls_to_app) >= state.sandbox.limits.pending_calls:
                 return False
-            core.calls_to_app.add((caller, serial))
+            state.calls_to_app.add((caller, serial))
         if (budget := self._budgets.get(caller)) is not None:
             budget.charge(1 + size // BYTES_A_MESSAGE)
         return True
 
     def _bus_message(self, data: bytes, pos: int) -> int:
         """Deal with one message from the bus; return where it ends, 0 if it is not whole."""
-        intake = self._from_bus
+        buffer = self._from_bus
         start = self._clock()
         size = measure(data, pos, BUS_LIMITS)
         if measure_header(data, pos, BUS_LIMITS) > MAX_HEADER:
             return self._leave_out(data, pos, size, TOO_LARGE)
         if pos + size > len(data):
-            intake.expect(size)
+            buffer.expect(size)
             return 0
-        waits = self._stash or self.core.chores
-        if not (waits or intake.has_fds) and self._known_refusal(data, pos, size):
+        waits = self._stash or self.state.chores
+        if not (waits or buffer.has_fds) and self._known_refusal(data, pos, size):
             return pos + size
         try:
             header = self._recorder.parse_from_bus(data, pos)
         except PeerProtocolError as exc:
             return self._leave_out(data, pos, size, str(exc))
-        fds = intake.peek_fds(header.unix_fds, pos)
+        fds = buffer.peek_fds(header.unix_fds, pos)
         self._take_in(Arrived(header, data[pos : pos + size], fds), start)
-        intake.drop_fds(len(fds))
+        buffer.drop_fds(len(fds))
         return pos + size
 
     def _take_in(self, arrived: Arrived, start: float) -> None:
         """Judge a message from the bus, or queue it behind waiting ones."""
-        waiting = len(self.core.calls_to_bus)
-        in_order = not (self._stash or self.core.chores) or self._cannot_wait(arrived.header)
+        waiting = len(self.state.calls_to_bus)
+        in_order = not (self._stash or self.state.chores) or self._cannot_wait(arrived.header)
         if not (in_order and self._hear(arrived, start)):
             self._stash.append(arrived)
             self._stashed_bytes += len(arrived.data)
-        if len(self.core.calls_to_bus) < waiting:
+        if len(self.state.calls_to_bus) < waiting:
             self.answered += len(arrived.data) // BYTES_A_MESSAGE
         # One message alone may be as large as the bus allows.
-        is_much = self._stashed_bytes > self.core.sandbox.limits.bytes_queued
+        is_much = self._stashed_bytes > self.state.sandbox.limits.bytes_queued
         if is_much and len(self._stash) > 1:
             raise PeerQuotaError("too much arrived while the owners of names were asked for")
 
     def _leave_out(self, data: bytes, pos: int, size: int, why: str) -> int:
         """Go over a message that is not read; return as `_bus_message` does."""
-        intake = self._from_bus
+        buffer = self._from_bus
         header_size = measure_header(data, pos, BUS_LIMITS)
         if pos + header_size > len(data):
             if data[pos + 1] in AWAITED:
-                intake.expect(header_size)
+                buffer.expect(header_size)
                 return 0
             header = skim_fixed(data, pos)  # no program waits for a signal: none of it is stored
         else:
             header = skim_header(data, pos)
         # They were sent with the beginning of their message.
-        self.core.sandbox.close_fds(intake.take_fds_before(pos + size))
-        intake.skip(max(0, pos + size - len(data)))
+        self.state.sandbox.close_fds(buffer.take_fds_before(pos + size))
+        buffer.skip(max(0, pos + size - len(data)))
         start = self._clock()
-        in_place = leave_out(self.core, header, why)
+        in_place = leave_out(self.state, header, why)
         cost = max(HEARD_COST, int((self._clock() - start) * BUSY_SECOND))
-        self.core.bus.payers.charge(header.sender or "", cost + size // BYTES_A_MESSAGE)
+        self.state.bus.payers.charge(header.sender or "", cost + size // BYTES_A_MESSAGE)
         if in_place is not None:
             self._take_in(Arrived(parse_header(in_place), in_place, ()), self._clock())
         return min(pos + size, len(data))
 
     def _known_refusal(self, data: bytes, pos: int, size: int) -> bool:
         """Refuse a broadcast that was refused before; return whether it was one."""
-        refusals = self.core.bus_refused
+        refusals = self.state.bus_refused
         first, _, _, fields = FIXED.unpack_from(data, pos)
         if not refusals or first not in _SIGNALS:
             return False
@@ -485,24 +485,24 @@ class Filter:
         if denial is None:
             return False
         self._recorder.note_from_bus(data, pos, header_size)
-        self.core.sandbox.denied(self.core, denial)
-        self.core.bus.payers.charge(denial.peer, 1 + size // BYTES_A_MESSAGE)
+        self.state.sandbox.denied(self.state, denial)
+        self.state.bus.payers.charge(denial.peer, 1 + size // BYTES_A_MESSAGE)
         return True
 
     def _hear(self, arrived: Arrived, start: float) -> bool:
         """Deal with a message, at the cost of whoever caused it. False: it must wait."""
         header, data, fds = arrived
-        if not self._incoming.message(header, data, fds):
+        if not self._bus_messages.message(header, data, fds):
             return False
         took = self._clock() - start
         self.billed += took
-        self._incoming.charge(len(data) // BYTES_A_MESSAGE, int(took * BUSY_SECOND))
+        self._bus_messages.charge(len(data) // BYTES_A_MESSAGE, int(took * BUSY_SECOND))
         return True
 
     def _cannot_wait(self, header: Header) -> bool:
         """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
-        entry = self.core.calls_to_bus.get(header.reply_serial or 0)
-        return isinstance(entry, InterceptedCall) and (entry.is_own or not self.core.unique_name)
+        entry = self.state.calls_to_bus.get(header.reply_serial or 0)
+        return isinstance(entry, InterceptedCall) and (entry.is_own or not self.state.unique_name)
 
     # -- waiting for owners ---------------------------------------------------------------------------
 
@@ -510,7 +510,7 @@ class Filter:
         # Called from within a loop over a buffer: what waited goes on when that loop is done.
         self._wake = True
 
-    def _resume(self) -> None:
+    def _release_held(self) -> None:
         while self._wake and not self._owners.waiting:
             self._wake = False
             # One of these messages may start long work. The messages behind it wait for the end of that.

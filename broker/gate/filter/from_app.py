@@ -44,31 +44,31 @@ class AppMessages:
 
     def __init__(
         self,
-        core: ConnectionState,
+        state: ConnectionState,
         owners: NameOwners,
-        sight: NameVisibility,
+        visibility: NameVisibility,
         driver: DriverCalls,
     ) -> None:
-        self._core: Final = core
+        self._state: Final = state
         self._owners: Final = owners
-        self._sight: Final = sight
+        self._visibility: Final = visibility
         self._driver: Final = driver
-        core.reply_handlers["refuse"] = self._refuse_now
+        state.reply_handlers["refuse"] = self._refuse_now
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
-        core = self._core
-        if not core.unique_name and not self._is_hello(header):
-            if core.greeting:
+        state = self._state
+        if not state.unique_name and not self._is_hello(header):
+            if state.greeting:
                 return False
             self._refuse_before_hello(header)
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
             return True
         if header.type == MessageType.METHOD_CALL:
             if header.destination is None or header.destination == DRIVER:
                 if not self._driver.call(header, data):
                     return False
-                core.sandbox.close_fds(fds)
+                state.sandbox.close_fds(fds)
                 return True
             return self._call(header, data, fds)
         if header.type == MessageType.SIGNAL:
@@ -79,7 +79,7 @@ class AppMessages:
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
             self._reply(header, data, fds)
         else:  # the specification wants unknown types ignored
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
         return True
 
     # -- before Hello ---------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class AppMessages:
         if header.type != MessageType.METHOD_CALL or header.destination not in (None, DRIVER):
             raise PeerProtocolError("sent a message before Hello")
         if not header.flags & Flag.NO_REPLY_EXPECTED:
-            self._core.answer_error(
+            self._state.answer_error(
                 header.serial,
                 errors.ACCESS_DENIED,
                 "Client tried to send a message other than Hello without being registered",
@@ -104,90 +104,90 @@ class AppMessages:
 
     def refuse_too_large(self, header: Header, text: str) -> None:
         """Refuse a message of which only the header is known. Whoever waits for it is told."""
-        core = self._core
+        state = self._state
         key = (header.destination or "", header.reply_serial or 0)
         if header.type == MessageType.METHOD_CALL:
             if not header.flags & Flag.NO_REPLY_EXPECTED:
-                core.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
-        elif header.type != MessageType.SIGNAL and key in core.calls_to_app:
-            core.calls_to_app.discard(key)
-            core.refuse_caller(*key, errors.LIMITS_EXCEEDED, text)
+                state.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
+        elif header.type != MessageType.SIGNAL and key in state.calls_to_app:
+            state.calls_to_app.discard(key)
+            state.refuse_caller(*key, errors.LIMITS_EXCEEDED, text)
 
     # -- calls and signals ------------------------------------------------------------------------
 
     def _call(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
-        core = self._core
+        state = self._state
         target = self._target(header)
         if target is None:
             return False
         if self._over_limit(header, fds):
             return True
         names, peer = self._other_end(header, target)
-        verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
+        verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
         if not verdict.allowed:
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
             self._refuse(header, verdict, names, peer)
             return True
         if header.flags & Flag.NO_REPLY_EXPECTED:
             plain = self._emit(header, data, fds, target)
             if plain:
-                core.app_mute.remember(data[12 : header.size], True, *_names(header, target))
+                state.app_mute.remember(data[12 : header.size], True, *_names(header, target))
             return True
         plain = self._emit(header, data, fds, target)
         if header.serial < FIRST_GATE_SERIAL:
-            core.calls_to_bus[header.serial] = target
+            state.calls_to_bus[header.serial] = target
         if plain:
-            core.app_calls.remember(data[12 : header.size], target, *_names(header, target))
+            state.app_calls.remember(data[12 : header.size], target, *_names(header, target))
         return True
 
     def _over_limit(self, header: Header, fds: tuple[int, ...]) -> bool:
-        core = self._core
+        state = self._state
         mute = bool(header.flags & Flag.NO_REPLY_EXPECTED)
         if len(fds) > MAX_FDS:
             problem = (errors.LIMITS_EXCEEDED, f"{len(fds)} file descriptors, {MAX_FDS} at most")
-        elif not mute and core.awaits_reply(header.serial):
+        elif not mute and state.awaits_reply(header.serial):
             problem = (errors.ACCESS_DENIED, f"a call with serial {header.serial} already waits")
-        elif not mute and len(core.calls_to_bus) >= core.sandbox.limits.pending_calls:
+        elif not mute and len(state.calls_to_bus) >= state.sandbox.limits.pending_calls:
             problem = (
                 errors.LIMITS_EXCEEDED,
-                f"pending_calls={core.sandbox.limits.pending_calls} wait for a reply already",
+                f"pending_calls={state.sandbox.limits.pending_calls} wait for a reply already",
             )
         else:
             return False
-        core.sandbox.close_fds(fds)
+        state.sandbox.close_fds(fds)
         if header.type == MessageType.METHOD_CALL and not mute:
-            core.answer_error(header.serial, *problem)
+            state.answer_error(header.serial, *problem)
         return True
 
     def _signal(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
-        core = self._core
+        state = self._state
         if header.destination == DRIVER:  # e.g. a forged ActivationFailure
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
             verdict = Verdict(allowed=False, rule=None, reason="the bus takes no signals")
-            core.sandbox.denied(core, denial("send", header, DRIVER, verdict))
+            state.sandbox.denied(state, denial("send", header, DRIVER, verdict))
             return True
         target = self._target(header)
         if target is None:
             return False
         names, peer = self._other_end(header, target)
-        verdict = core.judge.send(names, header.path, header.interface, header.member, peer)
+        verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, target):
-                core.app_signals.remember(data[12 : header.size], True, *_names(header, target))
+                state.app_signals.remember(data[12 : header.size], True, *_names(header, target))
         else:
-            core.sandbox.close_fds(fds)
-            core.sandbox.denied(core, denial("send", header, header.destination or "", verdict))
+            state.sandbox.close_fds(fds)
+            state.sandbox.denied(state, denial("send", header, header.destination or "", verdict))
         return True
 
     def _broadcast(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
-        core = self._core
-        verdict = core.judge.broadcast(header.path, header.interface, header.member)
+        state = self._state
+        verdict = state.judge.broadcast(header.path, header.interface, header.member)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, None):
-                core.app_signals.remember(data[12 : header.size], True)
+                state.app_signals.remember(data[12 : header.size], True)
         else:
-            core.sandbox.close_fds(fds)
-            core.sandbox.denied(core, denial("send", header, "", verdict))
+            state.sandbox.close_fds(fds)
+            state.sandbox.denied(state, denial("send", header, "", verdict))
 
     def _target(self, header: Header) -> Replier | None:
         """Return who is written to; None if that has to be asked first."""
@@ -197,7 +197,7 @@ class AppMessages:
             return None if self._owners.waiting else Replier(name)
         target = self._owners.names.get(name)
         if target is None:
-            if not self._core.judge.any_send and self._sight.knows_enough(name):
+            if not self._state.judge.any_send and self._visibility.knows_enough(name):
                 return Replier("", name)
             self._owners.look_up(name)
             return None
@@ -205,67 +205,69 @@ class AppMessages:
         return None if self._owners.waiting else target
 
     def _other_end(self, header: Header, target: Replier) -> tuple[set[str], Identity | None]:
-        core = self._core
+        state = self._state
         name = header.destination or ""
         names = {name}
-        if target.owner and (target.owner == name or not core.bus.judges_names_alone):
+        if target.owner and (target.owner == name or not state.bus.judges_names_alone):
             names |= self._owners.names_of(target.owner)
-        return names, core.bus.peer(target.owner)
+        return names, state.bus.peer(target.owner)
 
     def _refuse(
         self, header: Header, verdict: Verdict, names: Collection[str], peer: Identity | None
     ) -> None:
-        core = self._core
+        state = self._state
         name = header.destination or ""
-        core.sandbox.denied(core, denial("send", header, name, verdict))
+        state.sandbox.denied(state, denial("send", header, name, verdict))
         if header.flags & Flag.NO_REPLY_EXPECTED:
             return
-        seen = core.judge.see(names, peer).allowed
+        seen = state.judge.see(names, peer).allowed
         question = "unique" if name[:1] == ":" else "call"
         if header.flags & Flag.NO_AUTO_START:
             question += "-no-start"
         text = refusal(header, name, verdict)
-        if name in core.callers and not seen:
+        if name in state.callers and not seen:
             # It may be seen as long as it lives, and nothing has told us of its end.
             then = ReplyAction("refuse", (header.serial, name, question, text))
-            core.call_driver("NameHasOwner", "s", (name,), then)
+            state.call_driver("NameHasOwner", "s", (name,), then)
             return
-        self._say_why(header.serial, name, question, text if seen or self._sight.sees(name) else "")
+        self._say_why(
+            header.serial, name, question, text if seen or self._visibility.sees(name) else ""
+        )
 
     def _refuse_now(
         self, then: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
     ) -> None:
         serial, name, question, text = then.values
         assert isinstance(serial, int)
-        callers = self._core.callers
+        callers = self._state.callers
         if reply.signature == "b" and not read_reply(reply, data, "b")[0]:
             callers.pop(str(name), None)
         self._say_why(serial, str(name), str(question), str(text) if name in callers else "")
 
     def _say_why(self, serial: int, name: str, question: str, text: str) -> None:
         """Refuse in words, or without any as if the name were not there."""
-        core = self._core
+        state = self._state
         if text:
-            core.answer_error(serial, errors.ACCESS_DENIED, text)
+            state.answer_error(serial, errors.ACCESS_DENIED, text)
         else:
-            core.answer_error(serial, *core.bus.absent_name_error(question, name))
+            state.answer_error(serial, *state.bus.absent_name_error(question, name))
 
     # -- replies ----------------------------------------------------------------------------------
 
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
-        core = self._core
+        state = self._state
         key = (header.destination or "", header.reply_serial or 0)
-        if key not in core.calls_to_app or len(fds) > MAX_FDS:
-            core.sandbox.close_fds(fds)
+        if key not in state.calls_to_app or len(fds) > MAX_FDS:
+            state.sandbox.close_fds(fds)
             if header.destination not in (None, DRIVER):
-                core.sandbox.denied(
-                    core,
+                state.sandbox.denied(
+                    state,
                     Denial("send", "reply", key[0], "", "", "", "no call waits for it", ""),
                 )
             return
-        core.calls_to_app.discard(key)
+        state.calls_to_app.discard(key)
         if self._emit(header, data, fds, Replier(key[0])):
-            remember_shape(core.app_replies, core.app_reply_at, header, data, key[0])
+            remember_shape(state.app_replies, state.app_reply_at, header, data, key[0])
 
     # -- onto the bus -------------------------------------------------------------------------------
 
@@ -273,12 +275,12 @@ class AppMessages:
         self, header: Header, data: bytes, fds: tuple[int, ...], target: Replier | None
     ) -> bool:
         """Pass a message on, cleaned; return True if it went as it came, and may be remembered."""
-        core = self._core
-        clean, untouched = cleaned(core, header, data, target)
+        state = self._state
+        clean, untouched = cleaned(state, header, data, target)
         if fds:
-            core.to_bus.append(Chunk(clean, fds))
+            state.to_bus.append(Chunk(clean, fds))
             return False
-        core.to_bus.append(clean)
+        state.to_bus.append(clean)
         return untouched and header.little
 
 
@@ -288,15 +290,15 @@ def _names(header: Header, target: Replier) -> tuple[str, str]:
 
 
 def cleaned(
-    core: ConnectionState, header: Header, data: bytes, target: Replier | None
+    state: ConnectionState, header: Header, data: bytes, target: Replier | None
 ) -> tuple[bytes, bool]:
     """Return the message as the bus may have it, and whether it is as it was.
 
     A serial of the gate's own range is translated; the reply will be translated back.
     """
     extra = {}
-    if _may_reach_who_wants_tags(core, header, target):
-        extra[INSTANCE_FIELD] = ("o", INSTANCE_PREFIX + core.sandbox.id)
+    if _may_reach_who_wants_tags(state, header, target):
+        extra[INSTANCE_FIELD] = ("o", INSTANCE_PREFIX + state.sandbox.id)
     dirty = (
         header.has_unknown
         or header.has_misplaced  # a path in a reply would only be in its receiver's way
@@ -305,9 +307,9 @@ def cleaned(
     )
     serial = header.serial
     if serial >= FIRST_GATE_SERIAL:
-        serial = core.next_gate_serial()
+        serial = state.next_gate_serial()
         if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
-            core.calls_to_bus[serial] = InterceptedCall(core.translated(header.serial), target)
+            state.calls_to_bus[serial] = InterceptedCall(state.translated(header.serial), target)
     elif not dirty and not extra:
         return data, True
     new = serialise_header(replace(header, serial=serial), extra=extra)
@@ -315,7 +317,7 @@ def cleaned(
 
 
 def _may_reach_who_wants_tags(
-    core: ConnectionState, header: Header, target: Replier | None
+    state: ConnectionState, header: Header, target: Replier | None
 ) -> bool:
     """Return whether a receiver of the message may have asked for header field 10.
 
@@ -323,8 +325,8 @@ def _may_reach_who_wants_tags(
     that nobody owns may be a service's that is being started, and that asks before it takes what waits for it.
     """
     name = header.destination
-    if not core.bus.gives_instance_field:
+    if not state.bus.gives_instance_field:
         return False
     if name is not None and name[:1] == ":":
-        return name in core.bus.wants_instance_field
-    return bool(core.bus.wants_instance_field) or (target is not None and not target.owner)
+        return name in state.bus.wants_instance_field
+    return bool(state.bus.wants_instance_field) or (target is not None and not target.owner)

@@ -45,19 +45,21 @@ class Arrived(NamedTuple):
 class BusMessages:
     """The bus side of one connection."""
 
-    def __init__(self, core: ConnectionState, owners: NameOwners, sight: NameVisibility) -> None:
-        self._core: Final = core
+    def __init__(
+        self, state: ConnectionState, owners: NameOwners, visibility: NameVisibility
+    ) -> None:
+        self._state: Final = state
         self._owners: Final = owners
-        self._sight: Final = sight
+        self._visibility: Final = visibility
         # The payer of the current message, and its count.
         self._cause = ""
         self._cost = 0
         self._arrives = False  # the message announces the payer's own connection
-        core.reply_handlers["count-callers"] = self._counted
+        state.reply_handlers["count-callers"] = self._counted
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         """Deal with one whole message. False: it must wait until the owners are known."""
-        self._cause, self._cost, self._arrives = self._core.unique_name, ANSWER_COST, False
+        self._cause, self._cost, self._arrives = self._state.unique_name, ANSWER_COST, False
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
             if self._owners.waiting and self._kind_of(header) == "list":
                 return False
@@ -65,14 +67,14 @@ class BusMessages:
         elif header.type == MessageType.SIGNAL and header.sender in (DRIVER, None):
             if self._owners.waiting and header.member == "NameOwnerChanged":
                 return False
-            self._core.sandbox.close_fds(fds)
+            self._state.sandbox.close_fds(fds)
             self._driver_signal(header, data)
         elif header.type in (MessageType.METHOD_CALL, MessageType.SIGNAL):
-            if self._owners.waiting or not self._core.unique_name:
+            if self._owners.waiting or not self._state.unique_name:
                 return False
             self._from_peer(header, data, fds)
         else:
-            self._core.sandbox.close_fds(fds)
+            self._state.sandbox.close_fds(fds)
         return True
 
     def charge(self, size: int, took: int) -> None:
@@ -82,37 +84,37 @@ class BusMessages:
         """
         cost = max(self._cost + size, took)
         if self._arrives:
-            self._core.bus.payers.charge_arrival(self._cause, cost)
+            self._state.bus.payers.charge_arrival(self._cause, cost)
         else:
-            self._core.bus.payers.charge(self._cause, cost)
+            self._state.bus.payers.charge(self._cause, cost)
 
     # -- replies -----------------------------------------------------------------------------------
 
     def _kind_of(self, header: Header) -> str:
         """Return the kind of `ReplyAction` that a reply is waited for with; "" if it is simply passed on."""
-        entry = self._core.calls_to_bus.get(header.reply_serial or 0)
+        entry = self._state.calls_to_bus.get(header.reply_serial or 0)
         if not isinstance(entry, InterceptedCall):
             return ""
         then = entry.then.after if entry.then.kind == "translate" else entry.then
         return then.kind if then is not None else ""
 
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
-        core = self._core
+        state = self._state
         sender = header.sender or DRIVER
-        entry = core.calls_to_bus.get(header.reply_serial or 0)
+        entry = state.calls_to_bus.get(header.reply_serial or 0)
         if entry is None or not self._may_answer(entry, sender):
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
             if sender != DRIVER:
                 self._cause, self._cost = sender, HEARD_COST
-                core.sandbox.denied(
-                    core, Denial("receive", "reply", sender, "", "", "", "not asked for", "")
+                state.sandbox.denied(
+                    state, Denial("receive", "reply", sender, "", "", "", "not asked for", "")
                 )
             return
         # The bus may add descriptors to credentials of which the app never gets any: no reason to refuse.
         app_gets_fds = self._kind_of(header) != "credentials"
-        del core.calls_to_bus[header.reply_serial or 0]
-        if fds and not core.app_takes_fds and app_gets_fds:
-            core.sandbox.close_fds(fds)
+        del state.calls_to_bus[header.reply_serial or 0]
+        if fds and not state.app_takes_fds and app_gets_fds:
+            state.sandbox.close_fds(fds)
             fds = ()
             header, data = without_fds(header)
         untouched = not header.has_unknown
@@ -122,11 +124,11 @@ class BusMessages:
         if isinstance(entry, InterceptedCall):
             if entry.is_own:
                 self._cost = QUESTION_COST
-            core.handle_reply(entry.then, header, data, fds)
+            state.handle_reply(entry.then, header, data, fds)
             return
-        core.deliver(data, fds)
+        state.deliver(data, fds)
         if untouched and not fds and header.little and header.sender:
-            remember_shape(core.bus_replies, core.bus_reply_at, header, data, sender)
+            remember_shape(state.bus_replies, state.bus_reply_at, header, data, sender)
 
     def _may_answer(self, entry: Replier | InterceptedCall, sender: str) -> bool:
         """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
@@ -138,44 +140,44 @@ class BusMessages:
     # -- signals of the bus itself -----------------------------------------------------------------
 
     def _driver_signal(self, header: Header, data: bytes) -> None:
-        core = self._core
+        state = self._state
         self._cost = HEARD_COST
         if header.member == "NameOwnerChanged" and header.interface == DRIVER:
             self._owner_changed(header, data)
         elif header.destination is not None:  # NameAcquired, NameLost
             self._find_mover(header, data)
-            core.deliver(self._clean(header, data))
+            state.deliver(self._clean(header, data))
         else:
             self._cause = ""
-            verdict = core.judge.receive(
+            verdict = state.judge.receive(
                 (DRIVER,), header.path, header.interface, header.member, None, broadcast=True
             )
             if verdict.allowed:
-                core.deliver(self._clean(header, data))
+                state.deliver(self._clean(header, data))
 
     def _owner_changed(self, header: Header, data: bytes) -> None:
         if header.signature != "sss":
             return
         arguments = marshal.read_body("sss", data[header.size :], little=header.little)
         name, old, new = (str(argument) for argument in arguments)
-        self._cause = self._core.bus.payers.who_moved(name, new, old)
+        self._cause = self._state.bus.payers.who_moved(name, new, old)
         self._arrives = name[:1] == ":" and not old
-        changes = self._sight.owner_changed(name, old, new)
+        changes = self._visibility.owner_changed(name, old, new)
         self._cost += len(changes) * TOLD_COST
         for change in changes:
             said = self._clean(header, data) if change == (name, old, new) else None
-            self._sight.tell_owner_change(*change, said)
+            self._visibility.tell_owner_change(*change, said)
 
     def _find_mover(self, header: Header, data: bytes) -> None:
         """Charge NameAcquired or NameLost to the connection that caused it."""
         if header.signature == "s":
             (name,) = marshal.read_body("s", data[header.size :], little=header.little)
-            self._cause = self._core.bus.payers.who_asked(str(name)) or self._cause
+            self._cause = self._state.bus.payers.who_asked(str(name)) or self._cause
 
     # -- calls and signals of others -----------------------------------------------------------------
 
     def _from_peer(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
-        core = self._core
+        state = self._state
         sender = header.sender or ""
         self._cause, self._cost = sender, HEARD_COST
         is_call = header.type == MessageType.METHOD_CALL
@@ -184,37 +186,37 @@ class BusMessages:
         problem = None
         if not verdict.allowed:
             refused = denial("receive", header, sender, verdict)
-            core.sandbox.denied(core, refused)
+            state.sandbox.denied(state, refused)
             if header.destination is None and not fds and header.little:
-                core.bus_refused.remember(data[12 : header.size], refused, sender)
+                state.bus_refused.remember(data[12 : header.size], refused, sender)
             problem = (
                 errors.ACCESS_DENIED,
                 f"The sandboxed receiver takes no such call: {verdict.reason}",
             )
-        elif fds and not core.app_takes_fds:
+        elif fds and not state.app_takes_fds:
             problem = (errors.NOT_SUPPORTED, "The receiver takes no file descriptors")
-        elif wants_reply and len(core.calls_to_app) >= core.sandbox.limits.pending_calls:
+        elif wants_reply and len(state.calls_to_app) >= state.sandbox.limits.pending_calls:
             problem = (errors.LIMITS_EXCEEDED, "Too many calls wait for the receiver's reply")
             self._count_callers()
         if problem is not None:
-            core.sandbox.close_fds(fds)
+            state.sandbox.close_fds(fds)
             if wants_reply:
-                core.refuse_caller(sender, header.serial, *problem)
+                state.refuse_caller(sender, header.serial, *problem)
             return
-        core.deliver(self._clean(header, data), fds)
+        state.deliver(self._clean(header, data), fds)
         if is_call:
-            core.remember_caller(sender)
+            state.remember_caller(sender)
         if wants_reply:
-            core.calls_to_app.add((sender, header.serial))
+            state.calls_to_app.add((sender, header.serial))
         if not fds and header.little and not header.has_unknown:
             self._remember(header, data[12 : header.size], sender)
 
     def _judge(self, header: Header, sender: str) -> Verdict:
         """Judge by our rules; a sandbox's broadcast also by its own, if they say who hears it."""
-        core = self._core
-        peer = core.bus.peer(sender)
+        state = self._state
+        peer = state.bus.peer(sender)
         broadcast = header.destination is None
-        verdict = core.judge.receive(
+        verdict = state.judge.receive(
             self._owners.names_of(sender),
             header.path,
             header.interface,
@@ -226,38 +228,38 @@ class BusMessages:
             return verdict
         if peer is UNKNOWN:
             return NOT_KNOWN
-        speaker = core.bus.broadcast_judges.get(sender)
+        speaker = state.bus.broadcast_judges.get(sender)
         if speaker is None:
             return verdict
         return speaker.judge_broadcast_receiver(
-            header.path, header.interface, header.member, core.sandbox.identity
+            header.path, header.interface, header.member, state.sandbox.identity
         )
 
     def _count_callers(self) -> None:
         """Calls of callers that are gone may never be answered: find out which these are."""
-        if not self._core.counts_callers:
-            self._core.counts_callers = True
-            self._core.call_driver("ListNames", "", (), ReplyAction("count-callers"))
+        if not self._state.counts_callers:
+            self._state.counts_callers = True
+            self._state.call_driver("ListNames", "", (), ReplyAction("count-callers"))
 
     def _counted(
         self, _then: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
     ) -> None:
-        self._core.counts_callers = False
+        self._state.counts_callers = False
         if reply.signature == "as":
             (names,) = marshal.read_body("as", data[reply.size :], little=reply.little)
             assert isinstance(names, tuple)
             there = frozenset(names)
-            asked = self._core.calls_to_app
+            asked = self._state.calls_to_app
             asked -= {key for key in asked if key[0] not in there}
 
     def _remember(self, header: Header, key: bytes, sender: str) -> None:
-        core = self._core
+        state = self._state
         if header.type == MessageType.SIGNAL:
-            core.bus_signals.remember(key, sender, sender)
+            state.bus_signals.remember(key, sender, sender)
         elif header.flags & Flag.NO_REPLY_EXPECTED:
-            core.bus_mute.remember(key, sender, sender)
+            state.bus_mute.remember(key, sender, sender)
         else:
-            core.bus_calls.remember(key, sender, sender)
+            state.bus_calls.remember(key, sender, sender)
 
     def _clean(self, header: Header, data: bytes) -> bytes:
         """Leave out what the bus let through and does not define: it could be forged."""

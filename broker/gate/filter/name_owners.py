@@ -51,13 +51,13 @@ ASKED_A_TURN: Final = 4
 class NameOwners:
     """The names of one connection's rules, and those its app wrote to."""
 
-    def __init__(self, core: ConnectionState, synced: Callable[[], None]) -> None:
-        self._core: Final = core
+    def __init__(self, state: ConnectionState, synced: Callable[[], None]) -> None:
+        self._state: Final = state
         self._synced: Final = synced
         self.names: Final[dict[str, Replier]] = {}
         self.waiting = 0  # answers that are on their way
         self._then: Callable[[], Work] | None = None
-        self.views: Final = Views(core.bus)
+        self.views: Final = Views(state.bus)
         # Of names with calls that wait, which hold it: who owned them meanwhile.
         self._histories: Final[WeakValueDictionary[str, OwnerHistory]] = WeakValueDictionary()
         self._extra: Final[OrderedDict[str, None]] = OrderedDict()
@@ -66,10 +66,10 @@ class NameOwners:
         self._asking = 0
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
         self._matches: Final[set[str]] = set()
-        core.reply_handlers["owner"] = self._told
-        core.reply_handlers["owners"] = self._listed
-        core.reply_handlers["wording"] = self._worded
-        core.reply_handlers["must-work"] = self._worked
+        state.reply_handlers["owner"] = self._told
+        state.reply_handlers["owners"] = self._listed
+        state.reply_handlers["wording"] = self._worded
+        state.reply_handlers["must-work"] = self._worked
 
     @property
     def extra_count(self) -> int:
@@ -90,7 +90,7 @@ class NameOwners:
         self._then = then
         self.waiting += 1  # keeps synced() from coming early
         before, self._uses = self._uses, uses
-        asked = {_target_of(entry).name for entry in self._core.calls_to_bus.values()}
+        asked = {_target_of(entry).name for entry in self._state.calls_to_bus.values()}
         for name in list(self.names):
             yield NAME_WORK
             if self._relevant(name):
@@ -111,7 +111,7 @@ class NameOwners:
     def look_up(self, name: str) -> None:
         """Know one more name, which no rule names."""
         self._extra[name] = None
-        while len(self._extra) > max(self._core.sandbox.limits.tracked_names, 1):
+        while len(self._extra) > max(self._state.sandbox.limits.tracked_names, 1):
             oldest, _ = self._extra.popitem(last=False)
             if not self._relevant(oldest):
                 self._forget(oldest)
@@ -120,7 +120,7 @@ class NameOwners:
 
     def look_up_absent_names(self) -> None:
         """Ask the bus what it says of names that are not there, to say the same of hidden ones."""
-        absent = self._core.bus.absent_name
+        absent = self._state.bus.absent_name
         for question in _LOOK_UPS:
             self._ask(question, "s", (absent,), ReplyAction("wording", (question, absent)))
         then = ReplyAction("wording", ("StartServiceByName", absent))
@@ -130,11 +130,11 @@ class NameOwners:
             self._ping(ABSENT_UNIQUE, flags, f"unique{question}")
 
     def _ping(self, name: str, flags: int, question: str) -> None:
-        serial = self._core.next_gate_serial()
+        serial = self._state.next_gate_serial()
         then = ReplyAction("wording", (question, name))
-        self._core.calls_to_bus[serial] = InterceptedCall(then, Replier(name), is_own=True)
+        self._state.calls_to_bus[serial] = InterceptedCall(then, Replier(name), is_own=True)
         self.waiting += 1
-        self._core.to_bus.append(
+        self._state.to_bus.append(
             marshal.make_call(
                 serial,
                 destination=name,
@@ -151,7 +151,7 @@ class NameOwners:
         if header.type == MessageType.ERROR and header.signature == "s":
             (text,) = marshal.read_body("s", data[header.size :], little=header.little)
             question, asked = map(str, then.values)
-            self._core.bus.learn_absent_name_error(
+            self._state.bus.learn_absent_name_error(
                 question, asked, header.error_name or "", str(text)
             )
         self._answered()
@@ -178,7 +178,7 @@ class NameOwners:
         self._follow(target, old, new)
         if not new and name not in self._uses.exact and name not in self._extra:
             del self.names[name]  # names come and go: those of a subtree or glob have no end
-        self._core.forget_about(name, old, new)
+        self._state.forget_about(name, old, new)
         return True
 
     # -- inside --------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class NameOwners:
         self._keep_history(target)
         if target.owner:
             self.views.take(target.owner, name)
-        self._core.forget_about(name, target.owner)
+        self._state.forget_about(name, target.owner)
 
     def _set_matches(self) -> None:
         """Bring the match rules of the connection in line with what is to be known."""
@@ -242,7 +242,7 @@ class NameOwners:
         for text in sorted(wanted - self._matches):
             self._ask("AddMatch", "s", (text,), ReplyAction("must-work"))
         for text in sorted(self._matches - wanted):
-            self._core.call_driver("RemoveMatch", "s", (text,), ReplyAction("ignore"))
+            self._state.call_driver("RemoveMatch", "s", (text,), ReplyAction("ignore"))
         self._matches.clear()
         self._matches.update(wanted)
 
@@ -250,12 +250,12 @@ class NameOwners:
         self, member: str, signature: str, values: tuple[Value, ...], then: ReplyAction
     ) -> None:
         self.waiting += 1
-        self._core.call_driver(member, signature, values, then)
+        self._state.call_driver(member, signature, values, then)
 
     def hold(self, work: Work) -> None:
         """Begin a chore, and hold messages that need owners until it is done."""
         self.waiting += 1
-        self._core.chores.begin(self._held(work))
+        self._state.chores.begin(self._held(work))
 
     def _held(self, work: Work) -> Work:
         yield from work
@@ -282,7 +282,7 @@ class NameOwners:
         while self._unasked and self._asking < ASKED_A_TURN:
             self._asking += 1
             name = self._unasked.popleft()
-            self._core.call_driver("GetNameOwner", "s", (name,), ReplyAction("owner", (name,)))
+            self._state.call_driver("GetNameOwner", "s", (name,), ReplyAction("owner", (name,)))
 
     def _told(self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
         self._asking = max(0, self._asking - 1)  # an earlier gate did not count

@@ -22,7 +22,7 @@ AWAITED: Final = (MessageType.METHOD_CALL, MessageType.METHOD_RETURN, MessageTyp
 _KINDS: Final = {MessageType.METHOD_CALL: "call", MessageType.SIGNAL: "signal"}
 
 
-def leave_out(core: ConnectionState, header: Header, why: str) -> bytes | None:
+def leave_out(state: ConnectionState, header: Header, why: str) -> bytes | None:
     """Report a message of which only the skimmed header is known; return what the app gets in its place.
 
     Raises PeerProtocolError if the bus itself made it: what it says of owners must not be missed.
@@ -31,13 +31,13 @@ def leave_out(core: ConnectionState, header: Header, why: str) -> bytes | None:
         raise PeerProtocolError(f"the bus sent an unreadable message: {why}")
     sender = header.sender or ""
     kind = _KINDS.get(MessageType(header.type), "reply") if header.type in AWAITED else "signal"
-    core.sandbox.denied(core, Denial("receive", kind, sender, "", "", "", why, ""))
+    state.sandbox.denied(state, Denial("receive", kind, sender, "", "", "", why, ""))
     if not sender:  # it stands behind more values than are read
         return None
     text = f"The message cannot be delivered: {why}"
     if header.type == MessageType.METHOD_CALL:
         if not header.flags & Flag.NO_REPLY_EXPECTED:
-            core.refuse_caller(sender, header.serial, errors.LIMITS_EXCEEDED, text)
+            state.refuse_caller(sender, header.serial, errors.LIMITS_EXCEEDED, text)
         return None
     if header.type not in AWAITED or not header.reply_serial:
         return None
@@ -46,6 +46,6 @@ def leave_out(core: ConnectionState, header: Header, why: str) -> bytes | None:
         reply_serial=header.reply_serial,
         name=errors.LIMITS_EXCEEDED,
         text=text,
-        destination=core.unique_name or None,
+        destination=state.unique_name or None,
         sender=sender,
     )

@@ -21,8 +21,8 @@ MAX_LATELY_SEEN: Final = 256
 class NameVisibility:
     """What one app may see."""
 
-    def __init__(self, core: ConnectionState, owners: NameOwners) -> None:
-        self._core: Final = core
+    def __init__(self, state: ConnectionState, owners: NameOwners) -> None:
+        self._state: Final = state
         self._owners: Final = owners
         self.recently_visible: Final[OrderedDict[str, None]] = OrderedDict()
 
@@ -32,30 +32,30 @@ class NameVisibility:
             name[:1] == ":"
             or name == DRIVER
             or name in self._owners.names
-            or not self._core.judge.owner_matters
+            or not self._state.judge.owner_matters
         )
 
     def sees(self, name: str) -> bool:
         """Judge by what is known now."""
-        return self.would_see(self._core.judge, name)
+        return self.would_see(self._state.judge, name)
 
     def would_see(self, judge: Judge, name: str) -> bool:
         """Judge the same by other rules."""
-        core = self._core
-        if name in (DRIVER, core.unique_name) or name in core.callers:
+        state = self._state
+        if name in (DRIVER, state.unique_name) or name in state.callers:
             return True
         target = self._owners.names.get(name)
         owner = name if name[:1] == ":" else target.owner if target is not None else ""
-        if owner and (owner in core.callers or owner == core.unique_name):
+        if owner and (owner in state.callers or owner == state.unique_name):
             return True
-        if owner and (owner == name or not core.bus.judges_names_alone):
+        if owner and (owner == name or not state.bus.judges_names_alone):
             return self._owners.views.sees(judge, owner)
-        return judge.see((name,), core.bus.peer(owner)).allowed
+        return judge.see((name,), state.bus.peer(owner)).allowed
 
     def visible(self, judge: Judge, owner: str) -> frozenset[str]:
         """Return the names of an owner that may be seen by these rules."""
         owned = self._owners.names_of(owner) - {owner}
-        if self._core.bus.judges_names_alone:
+        if self._state.bus.judges_names_alone:
             return frozenset(name for name in owned if self.would_see(judge, name))
         # All names of an owner are seen if one of them is: it is judged once, however many these are.
         return frozenset(owned) if self.would_see(judge, owner) else frozenset()
@@ -69,12 +69,12 @@ class NameVisibility:
         """
         if name[:1] == ":":
             told = (
-                self._core.bus.tells_unique_names
+                self._state.bus.tells_unique_names
                 or self.sees(name)
                 or name in self.recently_visible
             )
             if not new:
-                self._core.callers.pop(name, None)
+                self._state.callers.pop(name, None)
                 self.recently_visible.pop(name, None)
             return [(name, old, new)] if told else []
         told_old = old if self.sees(name) else ""
@@ -98,8 +98,8 @@ class NameVisibility:
         The match rules of the gate bring changes that the app did not ask for. `said` is the bus's own signal of this
         change. Without it the change is one of visibility, and the gate makes the signal.
         """
-        if self._core.matches.want_owner_change(name, old, new):
-            self._core.deliver(said or _owner_changed(name, old, new))
+        if self._state.matches.want_owner_change(name, old, new):
+            self._state.deliver(said or _owner_changed(name, old, new))
 
 
 def _owner_changed(name: str, old: str, new: str) -> bytes:

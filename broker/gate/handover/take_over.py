@@ -121,8 +121,8 @@ def without_connections(
     if used != list(range(len(used))):
         raise HandoverError("the descriptors are in another order than expected")
     bare = msgspec.structs.replace(dump, connections=(), lingering=(), waiting=())
-    cores = [(link.bus, link.filter.state) for link in dump.connections if link.filter is not None]
-    names = [(bus, core.unique_name) for bus, core in cores if core.unique_name]
+    states = [(link.bus, link.filter.state) for link in dump.connections if link.filter is not None]
+    names = [(bus, state.unique_name) for bus, state in states if state.unique_name]
     names += [(rest.bus, rest.unique_name) for rest in dump.lingering]
     return bare, fds[: len(used)], names
 
@@ -133,18 +133,18 @@ class _NoSandbox:
     id: Final = "c0"
     identity: Final = Identity(type="org.buswarden.Test", app="app")
     limits: Final = SandboxLimits()
-    cores: Final[tuple[ConnectionState, ...]] = ()
+    states: Final[tuple[ConnectionState, ...]] = ()
 
     def __init__(self) -> None:
         self.recorder: Final = HeaderRecorder(self.id)
         self.bytes_held = 0
         self.denials = 0
 
-    def denied(self, _core: ConnectionState, _denial: Denial) -> None:
+    def denied(self, _state: ConnectionState, _denial: Denial) -> None:
         self.denials += 1
 
-    def said_hello(self, core: ConnectionState) -> None:
-        core.bus.connected(core.unique_name, self.id, self.identity)
+    def said_hello(self, state: ConnectionState) -> None:
+        state.bus.connected(state.unique_name, self.id, self.identity)
 
     def close_fds(self, fds: Sequence[int]) -> None:
         assert not fds
@@ -160,16 +160,16 @@ def check_judgement() -> None:
     judging = Filter(bus, host, judge, app_takes_fds=True, clock=time.monotonic)
     judging.feed_app(_call(1, DRIVER, "Hello"))
     _answer_all(judging)
-    judging.core.to_app.clear()
+    judging.state.to_app.clear()
     allowed = _call(2, "org.example.Yes", "Do")
     judging.feed_app(allowed)
-    passed = list(judging.core.to_bus)
-    judging.core.to_bus.clear()
+    passed = list(judging.state.to_bus)
+    judging.state.to_bus.clear()
     judging.feed_app(_call(3, "org.example.No", "Do"))
     _answer_all(judging)  # it asked who that is
-    refused = b"".join(bytes(item) for item in judging.core.to_app if isinstance(item, bytes))
+    refused = b"".join(bytes(item) for item in judging.state.to_app if isinstance(item, bytes))
     good = (
-        judging.core.unique_name == ":1.1"
+        judging.state.unique_name == ":1.1"
         and passed == [allowed]
         and refused
         and parse_header(refused).error_name in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER)
@@ -187,9 +187,9 @@ def _call(serial: int, name: str, member: str) -> bytes:
 
 def _answer_all(judging: Filter) -> None:
     """Answer as a bus on which nobody is: Hello with a name, all else with nothing or an error."""
-    while judging.core.to_bus:
-        sent = b"".join(bytes(item) for item in judging.core.to_bus if isinstance(item, bytes))
-        judging.core.to_bus.clear()
+    while judging.state.to_bus:
+        sent = b"".join(bytes(item) for item in judging.state.to_bus if isinstance(item, bytes))
+        judging.state.to_bus.clear()
         while sent:
             size = measure(sent, 0)
             header = parse_header(sent)

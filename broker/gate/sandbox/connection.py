@@ -60,7 +60,7 @@ class AppConnection:
         self._filter: Mediator | None = None
         self._closed = False
         self._new_judge: Judge | None = None
-        self._goes_on = self._works = False  # in the next turn
+        self._resumes_soon = self._does_chores_soon = False  # in the next turn
         self._is_throttled = False
         self._was_unfinished = 0  # the message that was half here when it was last charged
         # First the handshake's; then, now and then, that of a message which is half here, by its number.
@@ -111,32 +111,32 @@ class AppConnection:
         if self._upstream is None:
             if self._bus_sock is not None:
                 self._bus_sock.close()
-        elif self._filter is not None and (unique_name := self._filter.core.unique_name):
+        elif self._filter is not None and (unique_name := self._filter.state.unique_name):
             self.sandbox.linger(self.bus, unique_name, self._upstream.release())
         else:  # it cannot have sent anything that the bus would deliver
             self._upstream.close()
         self.sandbox.connection_closed(self)
 
     def _filter_closed(self, closing: Mediator) -> None:
-        core = closing.core
+        state = closing.state
         self.sandbox.messages.take_more(closing.spent)  # by what ended it
         close_fds(closing.close())
-        close_fds(descriptors_of([*core.to_bus, *core.to_app]))
-        self.bus.members.discard(core)
+        close_fds(descriptors_of([*state.to_bus, *state.to_app]))
+        self.bus.members.discard(state)
         self.bus.connections.discard(self)
 
     @ends_connection_on_error
     def ask_if_read(self, number: int) -> None:
         """Ask the bus a question whose answer shows that it has read all before it."""
-        if self._filter is not None and self._filter.core.unique_name:
-            self._filter.core.call_driver("GetId", "", (), ReplyAction(KIND, (number,)))
+        if self._filter is not None and self._filter.state.unique_name:
+            self._filter.state.call_driver("GetId", "", (), ReplyAction(KIND, (number,)))
             self._send()
 
     def _has_read(
         self, then: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]
     ) -> None:
         assert self._filter is not None
-        self.bus.has_read(self._filter.core.unique_name, int(then.values[0]))
+        self.bus.has_read(self._filter.state.unique_name, int(then.values[0]))
 
     def _too_slow(self) -> None:
         seconds = self.sandbox.limits.handshake_seconds
@@ -225,12 +225,12 @@ class AppConnection:
     def _judge_with(self, upstream: SocketStream, *, app_takes_fds: bool) -> Mediator:
         """Have messages judged from now on."""
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
-        self.bus.members.add(judging.core)
+        self.bus.members.add(judging.state)
         self.bus.connections.add(self)
         self._app.readable = self._judge_app
         upstream.readable = self._judge_bus
         self._meter = Meter(judging, budget := self.sandbox.messages)
-        judging.core.reply_handlers[KIND] = self._has_read
+        judging.state.reply_handlers[KIND] = self._has_read
         if isinstance(judging, Filter):
             install_fast_path(self, Accounting(judging, budget, self._meter), self._app, upstream)
         return judging
@@ -286,22 +286,22 @@ class AppConnection:
         upstream = self._upstream
         assert judging is not None
         assert upstream is not None
-        core = judging.core
-        if core.to_app:
-            self._app.write(core.to_app)
+        state = judging.state
+        if state.to_app:
+            self._app.write(state.to_app)
             if self._app.queued:
                 end_slowest_reader(self, self.sandbox.connections, self.sandbox.limits.bytes_queued)
-        if core.to_bus:
-            upstream.write(core.to_bus)
+        if state.to_bus:
+            upstream.write(state.to_bus)
         if judging.spent:
             first = judging.from_app.unfinished == self._was_unfinished != 0
             self._is_throttled = self.sandbox.charge(judging.spent, self.read_on, goes_first=first)
             self._was_unfinished = judging.from_app.unfinished
             judging.spent = 0
         if judging.yielded:
-            self._go_on_soon()
-        if core.chores:
-            self._work_soon(upstream)
+            self._resume_reading_soon()
+        if state.chores:
+            self._do_chores_soon(upstream)
         if judging.from_app.unfinished and self._deadline is None:
             self._watch_message(judging.from_app.unfinished)
         reads = not (judging.held or upstream.queued or self._is_throttled)
@@ -340,27 +340,27 @@ class AppConnection:
         else:
             self._app.pause(reading=not self._server.done)
 
-    def _go_on_soon(self) -> None:
+    def _resume_reading_soon(self) -> None:
         upstream = self._upstream
         assert upstream is not None
-        if not (self._goes_on or upstream.queued or self._is_throttled):
-            self._goes_on = True
-            self._loop.next_turn(self._go_on)
+        if not (self._resumes_soon or upstream.queued or self._is_throttled):
+            self._resumes_soon = True
+            self._loop.next_turn(self._resume_reading)
 
-    def _work_soon(self, upstream: SocketStream) -> None:
-        if not self._works:
-            self._works = True
+    def _do_chores_soon(self, upstream: SocketStream) -> None:
+        if not self._does_chores_soon:
+            self._does_chores_soon = True
             upstream.pause(reading=False)
-            self._loop.next_turn(self._work)
+            self._loop.next_turn(self._do_chores)
 
     @ends_connection_on_error
-    def _work(self) -> None:
+    def _do_chores(self) -> None:
         """Do a slice of what takes long, and read on when all is done."""
-        self._works = False
+        self._does_chores_soon = False
         if self._filter is None or self._upstream is None or self._closed:
             return
-        self._filter.work()
-        if not self._filter.core.chores:
+        self._filter.do_chores()
+        if not self._filter.state.chores:
             self._upstream.pause(reading=True)
         self._send()
 
@@ -369,16 +369,16 @@ class AppConnection:
         """Do all that takes long now: the connection is about to be handed over."""
         if self._filter is None or self._upstream is None:
             return
-        while self._filter.core.chores:
-            self._filter.work()
+        while self._filter.state.chores:
+            self._filter.do_chores()
             self._send()
         self._upstream.pause(reading=True)
 
     @ends_connection_on_error
-    def _go_on(self) -> None:
-        self._goes_on = False
+    def _resume_reading(self) -> None:
+        self._resumes_soon = False
         if self._filter is not None and not self._closed:
-            self._meter.go_on()
+            self._meter.resume_reading()
             self._send()
 
     def _watch_message(self, number: int) -> None:
@@ -433,8 +433,8 @@ class AppConnection:
             if dump.filter is not None:
                 judging = self._judge_with(self._upstream, app_takes_fds=dump.filter.app_takes_fds)
                 judging.load(dump.filter, fds)
-                if unique_name := judging.core.unique_name:
-                    self.bus.set_broadcast_judge(unique_name, judging.core.judge)
+                if unique_name := judging.state.unique_name:
+                    self.bus.set_broadcast_judge(unique_name, judging.state.judge)
                     self.bus.payers.joined(unique_name, self.sandbox.messages)
                 return
             self.sandbox.judge(self.bus.name)  # is needed in the middle of a read
@@ -455,8 +455,8 @@ class AppConnection:
             self._bus_sock.detach()
         self.bus.connections.discard(self)
         if self._filter is not None:
-            self.bus.members.discard(self._filter.core)
-            self.bus.broadcast_judges.pop(self._filter.core.unique_name, None)
+            self.bus.members.discard(self._filter.state)
+            self.bus.broadcast_judges.pop(self._filter.state.unique_name, None)
 
     def _load_deadline(self, dump: AppConnectionDump) -> None:
         assert self._deadline is not None
@@ -474,7 +474,7 @@ class AppConnection:
         judging = self._filter
         if judging is not None:
             if not judging.fits_rules:
-                judging.change_rules(judging.core.judge)
+                judging.change_rules(judging.state.judge)
             self._send()
         elif self._server.done and self._upstream is None:
             self._connect()

@@ -21,13 +21,13 @@ _CUT: Final = "…"
 _OWN_SIGNALS: Final = ("org.buswarden.", CONTAINERS1)
 
 
-def is_news(core: ConnectionState, denial: Denial) -> bool:
+def is_news(state: ConnectionState, denial: Denial) -> bool:
     """Say whether a refusal is to be counted and told: all but those of the broker's own signals are.
 
     The broker is in no sandbox. What a sandbox sends under these names is told as anything else.
     """
     is_own = denial.interface.startswith(_OWN_SIGNALS) and denial.kind == "signal"
-    return not (is_own and denial.direction == "receive") or denial.peer in core.bus.identities
+    return not (is_own and denial.direction == "receive") or denial.peer in state.bus.identities
 
 
 class DenialReports:

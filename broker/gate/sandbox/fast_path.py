@@ -102,11 +102,11 @@ def _count_as_sent(exc: OSError, size: int) -> int:
 
 def _make_app_note(payers: Accounting) -> TryForward:
     judging, budget, meter = payers.judging, payers.budget, payers.meter
-    core = judging.core
-    pending, calls, tables = core.calls_to_bus, core.app_calls, judging.app_tables
-    room = core.sandbox.limits.pending_calls
+    state = judging.state
+    pending, calls, tables = state.calls_to_bus, state.app_calls, judging.app_tables
+    room = state.sandbox.limits.pending_calls
     unpack = FIXED.unpack_from
-    trace = core.sandbox.recorder.note_from_app
+    trace = state.sandbox.recorder.note_from_app
 
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)
@@ -138,11 +138,11 @@ def _make_app_note(payers: Accounting) -> TryForward:
 
 def _make_bus_note(payers: Accounting) -> TryForward:
     judging, meter = payers.judging, payers.meter
-    core = judging.core
-    pending, tables = core.calls_to_bus, judging.bus_tables
-    reply_at, shapes = core.bus_reply_at, core.bus_replies
+    state = judging.state
+    pending, tables = state.calls_to_bus, judging.bus_tables
+    reply_at, shapes = state.bus_reply_at, state.bus_replies
     unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
-    trace = core.sandbox.recorder.note_from_bus
+    trace = state.sandbox.recorder.note_from_bus
 
     def note(data: bytes, size: int) -> bool:
         first, body, serial, fields = unpack(data)

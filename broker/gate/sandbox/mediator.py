@@ -13,16 +13,16 @@ from policy.match import Judge
 
 
 class Mediator(Protocol):
-    """Bytes and descriptors in, bytes and descriptors out, in `core.to_bus` and `core.to_app`."""
+    """Bytes and descriptors in, bytes and descriptors out, in `state.to_bus` and `state.to_app`."""
 
     held: bool  # do not read from the app
-    yielded: bool  # call `go_on` in a later turn
+    yielded: bool  # call `resume_reading` in a later turn
     spent: int  # the cost of the app's messages since the caller last took it away
     answered: int  # the cost of the replies to them
     billed: float  # seconds that the bus's messages took and their senders paid for
 
     @property
-    def core(self) -> ConnectionState: ...
+    def state(self) -> ConnectionState: ...
 
     @property
     def from_app(self) -> ReceiveBuffer: ...
@@ -53,10 +53,10 @@ class Mediator(Protocol):
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
         """Take bytes from the bus. Raises PeerProtocolError or PeerQuotaError: end the connection."""
 
-    def go_on(self) -> None:
+    def resume_reading(self) -> None:
         """Continue after a yield. Raises as `feed_app` does."""
 
-    def work(self) -> None:
+    def do_chores(self) -> None:
         """Do a slice of the chores. Raises as `feed_bus` does."""
 
     def change_rules(self, judge: Judge) -> None:

@@ -39,8 +39,8 @@ class Meter:
         self._clock: Final = clock
         self._asked: tuple[float, int] | None = None  # when, and what had been paid
         # Who has none passes all answers on, those to calls of the gate's own as well.
-        self._asks: Final = bool(judging.core.reply_handlers)
-        judging.core.reply_handlers[KIND] = self._answered
+        self._asks: Final = bool(judging.state.reply_handlers)
+        judging.state.reply_handlers[KIND] = self._answered
         self.counted = self.answered = 0  # since the last question
         self.ask_from = EVERY if self._asks else sys.maxsize
 
@@ -48,9 +48,9 @@ class Meter:
         """Have judged what the app sent. Raises as the filter does."""
         self._measure_app(lambda: self._judging.feed_app(data, fds), len(data))
 
-    def go_on(self) -> None:
+    def resume_reading(self) -> None:
         """Have judged what waits for its turn. Raises as the filter does."""
-        self._measure_app(self._judging.go_on, 0)
+        self._measure_app(self._judging.resume_reading, 0)
 
     def feed_bus(self, data: bytes, fds: Sequence[int], *, pays: bool) -> None:
         """Have judged what the bus sent. Raises as the filter does.
@@ -79,7 +79,7 @@ class Meter:
             judging.spent = max(judging.spent + size // BYTES_A_MESSAGE, least)
             self._spend(start, 0)
         # Half of a message is not on its way to the bus yet.
-        if judging.core.to_bus:
+        if judging.state.to_bus:
             self._ask_if_due()
 
     def _spend(self, start: float, answered: int) -> None:
@@ -91,12 +91,12 @@ class Meter:
         self.answered += answered
 
     def _ask_if_due(self) -> None:
-        core = self._judging.core
-        if self.counted >= self.ask_from and core.unique_name:
+        state = self._judging.state
+        if self.counted >= self.ask_from and state.unique_name:
             self._asked = (self._clock(), self.counted - self.answered)
             self.counted = self.answered = 0
             self.ask_from = sys.maxsize
-            core.call_driver("GetId", "", (), ReplyAction(KIND))
+            state.call_driver("GetId", "", (), ReplyAction(KIND))
 
     def _answered(
         self, _then: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]

@@ -244,7 +244,7 @@ class Sandbox:
         for link in list(self.connections):
             judging = link.filter
             if judging is not None and link in self.connections:
-                yield from link.change_rules(self.judge(judging.core.bus.name))
+                yield from link.change_rules(self.judge(judging.state.bus.name))
                 yield CHANGE_WORK
 
     def _compiled(
@@ -278,9 +278,9 @@ class Sandbox:
     # -- connections -------------------------------------------------------------------------------
 
     @property
-    def cores(self) -> list[ConnectionState]:
+    def states(self) -> list[ConnectionState]:
         """Its connections, those in their handshakes left out."""
-        return [link.filter.core for link in self.connections if link.filter is not None]
+        return [link.filter.state for link in self.connections if link.filter is not None]
 
     @property
     def is_listening(self) -> bool:
@@ -371,13 +371,13 @@ class Sandbox:
             clock=time.monotonic,
         )
 
-    def said_hello(self, core: ConnectionState) -> None:
+    def said_hello(self, state: ConnectionState) -> None:
         """Register a connection, before its app can use it."""
-        core.bus.connected(core.unique_name, self.id, self.identity)
-        core.bus.payers.joined(core.unique_name, self.messages)
-        self._emit(Connected(self.id, core.bus.name, core.unique_name))
+        state.bus.connected(state.unique_name, self.id, self.identity)
+        state.bus.payers.joined(state.unique_name, self.messages)
+        self._emit(Connected(self.id, state.bus.name, state.unique_name))
         for link in self.connections:
-            if link.filter is not None and link.filter.core is core:
+            if link.filter is not None and link.filter.state is state:
                 link.said_hello()
         self._changed(self)
 
@@ -385,9 +385,9 @@ class Sandbox:
         """Forget a connection."""
         self.connections.pop(link, None)
         self._waiting.pop(link.read_on, None)
-        core = link.filter.core if link.filter is not None else None
-        if core is not None and core.unique_name:
-            core.bus.payers.left(core.unique_name, self.id, list(core.requested_names))
+        state = link.filter.state if link.filter is not None else None
+        if state is not None and state.unique_name:
+            state.bus.payers.left(state.unique_name, self.id, list(state.requested_names))
         self._end_if_done()
 
     def linger(self, bus: BusState, unique_name: str, sock: socket.socket) -> None:
@@ -469,16 +469,16 @@ class Sandbox:
 
     # -- reports -----------------------------------------------------------------------------------
 
-    def denied(self, core: ConnectionState, denial: Denial) -> None:
+    def denied(self, state: ConnectionState, denial: Denial) -> None:
         """Report a refusal, or count it when there are too many."""
-        if not is_news(core, denial):
+        if not is_news(state, denial):
             return
         self.denied_count += 1
-        self._reports.add(core.bus.name, denial)
+        self._reports.add(state.bus.name, denial)
 
     def state(self) -> SandboxState:
         """Return what the supervisor may want to know."""
-        named = [(core.bus.name, core.unique_name) for core in self.cores if core.unique_name]
+        named = [(state.bus.name, state.unique_name) for state in self.states if state.unique_name]
         gone = [(rest.bus, rest.unique_name) for rest in self.lingering]
         return SandboxState(
             spec=self.spec,

@@ -52,15 +52,15 @@ def connection_usage(judging: Mediator | None, *, queued: int, fds: int) -> Usag
     """Return it. Without a filter it is in its handshakes."""
     if judging is None:
         return Usage(connections=1, handshake_seconds=1)
-    core = judging.core
+    state = judging.state
     return Usage(
         connections=1,
         bytes_queued=queued,
-        pending_calls=len(core.calls_to_bus) + len(core.calls_to_app),
-        match_rules=core.matches.count,
-        names=len(core.requested_names),
+        pending_calls=len(state.calls_to_bus) + len(state.calls_to_app),
+        match_rules=state.matches.count,
+        names=len(state.requested_names),
         tracked_names=judging.tracked_names,
         fds=fds,
-        handshake_seconds=not core.unique_name,
+        handshake_seconds=not state.unique_name,
         message_seconds=bool(judging.from_app.unfinished),
     )

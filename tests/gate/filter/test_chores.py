@@ -71,7 +71,7 @@ def test_a_chore_that_fails_is_not_begun_again() -> None:
 
 
 def steps(talk: Dialogue) -> int:
-    return talk.core.judge.steps
+    return talk.state.judge.steps
 
 
 def test_attack_c4_a_change_of_rules_looks_at_few_names_a_turn() -> None:
@@ -80,13 +80,13 @@ def test_attack_c4_a_change_of_rules_looks_at_few_names_a_turn() -> None:
     talk.works = False
     turns, told = 0, 0
     talk.use(OTHERS)
-    while talk.core.chores:
+    while talk.state.chores:
         before = steps(talk)
-        talk.filter.work()
-        told, turns = max(told, now := len(talk.core.to_app)), turns + 1
+        talk.filter.do_chores()
+        told, turns = max(told, now := len(talk.state.to_app)), turns + 1
         # Each looked at is charged as NAME_WORK at the least, and an owner is looked at whole.
         assert now <= SLICE // NAME_WORK + MAX_NAMES
-        assert steps(talk) - before <= SLICE // STEP_WORK + talk.core.judge.cost.steps
+        assert steps(talk) - before <= SLICE // STEP_WORK + talk.state.judge.cost.steps
         talk._pump()
     assert turns > 2 * MANY * NAME_WORK // SLICE - 2
     assert len([m for m in talk.got if m.text == "signal NameOwnerChanged"]) > MANY // 2
@@ -97,10 +97,10 @@ def test_attack_c4_a_list_of_many_names_is_answered_in_turns() -> None:
     talk.works = False
     answers = talk.app(driver_call(5, "ListNames"), driver_call(6, "GetId"))
     turns = 0
-    while talk.core.chores:
+    while talk.state.chores:
         assert not answers  # in order, whatever takes long
         assert talk.is_held()
-        talk.filter.work()
+        talk.filter.do_chores()
         answers = talk.deliver()
         turns += 1
     assert [m.header.reply_serial for m in talk.got] == [5, 6]
@@ -136,7 +136,7 @@ def test_in_slices_the_app_hears_the_same(before: AccessList, after: AccessList)
     heard = []
     for room in (SLICE, 1):
         talk = Dialogue(before, owners=FEW)
-        talk.core.chores.room = room
+        talk.state.chores.room = room
         talk.subscribe()
         talk.use(after)
         talk.use(before)
@@ -150,7 +150,7 @@ def test_in_slices_the_app_hears_the_same(before: AccessList, after: AccessList)
 
 def test_whatever_comes_meanwhile_waits_and_is_judged_by_the_new_rules() -> None:
     talk = Dialogue(access("send:org.a?", "receive:org.a?"), owners=FEW)
-    talk.core.chores.room = 1
+    talk.state.chores.room = 1
     talk.subscribe()
     talk.works = False
     talk.use(access("send:org.b?", "receive:org.b?"))
@@ -173,7 +173,7 @@ def test_whatever_comes_meanwhile_waits_and_is_judged_by_the_new_rules() -> None
 
 def test_what_is_told_of_one_change_is_known_to_the_next() -> None:
     talk = Dialogue(access(), owners=FEW)
-    talk.core.chores.room = 1
+    talk.state.chores.room = 1
     talk.subscribe()
     talk.works = False
     for rules in (access("see:org.a?"), access("see:org.b?"), access("see:org.a?")):

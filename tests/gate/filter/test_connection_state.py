@@ -23,9 +23,9 @@ def make_core() -> ConnectionState:
 
 
 def test_own_serials_are_those_that_no_call_waits_with() -> None:
-    core = make_core()
-    core.calls_to_bus[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
-    assert [core.next_gate_serial() for _ in range(3)] == [
+    state = make_core()
+    state.calls_to_bus[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
+    assert [state.next_gate_serial() for _ in range(3)] == [
         FIRST_GATE_SERIAL,
         FIRST_GATE_SERIAL + 2,
         FIRST_GATE_SERIAL + 3,
@@ -33,27 +33,27 @@ def test_own_serials_are_those_that_no_call_waits_with() -> None:
 
 
 def test_own_serials_begin_again_at_their_end() -> None:
-    core = make_core()
-    core._next_gate_serial = LAST_SERIAL
-    assert [core.next_gate_serial(), core.next_gate_serial()] == [LAST_SERIAL, FIRST_GATE_SERIAL]
+    state = make_core()
+    state._next_gate_serial = LAST_SERIAL
+    assert [state.next_gate_serial(), state.next_gate_serial()] == [LAST_SERIAL, FIRST_GATE_SERIAL]
 
 
 def test_own_serials_that_are_all_in_use_end_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("broker.gate.filter.connection_state.LAST_SERIAL", FIRST_GATE_SERIAL + 2)
-    core = make_core()
-    core.calls_to_bus.update(
+    state = make_core()
+    state.calls_to_bus.update(
         dict.fromkeys(range(FIRST_GATE_SERIAL, FIRST_GATE_SERIAL + 3), Replier(":1.2"))
     )
     with pytest.raises(PeerQuotaError, match="too many"):
-        core.next_gate_serial()
+        state.next_gate_serial()
 
 
 def test_only_serials_of_the_app_wait_for_the_app() -> None:
-    core = make_core()
-    core.calls_to_bus.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
-    assert [core.awaits_reply(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [
+    state = make_core()
+    state.calls_to_bus.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
+    assert [state.awaits_reply(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [
         True,
         False,
         False,
@@ -90,9 +90,9 @@ def test_shape_that_is_too_long_leaves_nothing() -> None:
 
 
 def test_stranger_that_was_judged_as_host_drops_the_verdicts() -> None:
-    core = make_core()
-    core.app_calls.remember(b"key", Replier(":1.5"), ":1.5")
-    core.stranger_appeared(":1.6")
-    assert core.app_calls
-    core.stranger_appeared(":1.5")
-    assert not core.app_calls
+    state = make_core()
+    state.app_calls.remember(b"key", Replier(":1.5"), ":1.5")
+    state.stranger_appeared(":1.6")
+    assert state.app_calls
+    state.stranger_appeared(":1.5")
+    assert not state.app_calls

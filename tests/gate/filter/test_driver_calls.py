@@ -180,7 +180,7 @@ def test_bad_match_rule_is_refused(rule: str, error: str) -> None:
     talk = Dialogue(EVERYTHING)
     assert answer(talk, driver_call(2, "AddMatch", "s", rule)) == (f"error {error}",)
     assert not talk.sent
-    assert talk.core.matches.count == 0
+    assert talk.state.matches.count == 0
 
 
 def test_match_rule_that_was_not_added_cannot_be_removed() -> None:
@@ -200,12 +200,12 @@ def test_match_rules_are_counted() -> None:
     assert answer(talk, add) == ("error LimitsExceeded",)
     assert answer(talk, driver_call(2, "RemoveMatch", "s", "")) == ()
     assert answer(talk, add) == ()
-    assert talk.core.matches.count == 2
+    assert talk.state.matches.count == 2
 
 
 def test_match_rules_of_all_connections_are_counted_together() -> None:
     talk, other = Dialogue(limits=SandboxLimits(match_rules=2)), Dialogue(me=":1.8")
-    talk.host.cores.append(other.core)
+    talk.host.states.append(other.state)
     add = driver_call(2, "AddMatch", "s", "")
     assert answer(other, add) == answer(talk, add) == ()
     assert answer(talk, add) == ("error LimitsExceeded",)
@@ -217,8 +217,8 @@ def test_match_rule_that_the_bus_refuses_does_not_count() -> None:
     talk = Dialogue()
     talk.model.refuse["AddMatch"] = (errors.LIMITS_EXCEEDED, "full")
     assert answer(talk, driver_call(2, "AddMatch", "s", "")) == ("error LimitsExceeded",)
-    assert talk.core.matches.count == 0
-    assert not talk.core.matches
+    assert talk.state.matches.count == 0
+    assert not talk.state.matches
 
 
 CALLS = [

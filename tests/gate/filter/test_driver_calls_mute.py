@@ -49,7 +49,7 @@ def test_an_error_that_nobody_waits_for_does_not_make_a_rule_uncounted(flags: in
             driver_call(100 + number, "AddMatch", "s", f"member='M{number}'", flags=flags),
         )
     assert len([rule for rule in talk.model.matches if "member='M" in rule]) == 4
-    assert talk.core.matches.count == 4
+    assert talk.state.matches.count == 4
 
 
 @pytest.mark.parametrize("flags", [0, NO_REPLY])

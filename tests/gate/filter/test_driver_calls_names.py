@@ -316,7 +316,7 @@ def test_names_have_a_budget() -> None:
 def test_names_of_all_connections_are_counted_together() -> None:
     rules = access("own:org.me.*")
     talk, other = Dialogue(rules, limits=SandboxLimits(names=2)), Dialogue(rules, me=":1.8")
-    talk.host.cores.append(other.core)
+    talk.host.states.append(other.state)
     assert answer(other, request("org.me.a")) == answer(talk, request("org.me.b")) == (1,)
     assert answer(talk, request("org.me.c")) == ("error LimitsExceeded",)
     assert answer(talk, request("org.me.b")) == (2,)
@@ -337,7 +337,7 @@ def test_taking_own_away_releases_the_name() -> None:
     assert sorted(talk.model.owners) == ["org.keep", "org.me.b"]
     talk.use(access())
     assert not talk.model.owners
-    assert not talk.core.requested_names
+    assert not talk.state.requested_names
 
 
 @pytest.mark.parametrize("second", [request("org.a", serial=3), changed(request("org.a"), flags=1)])

@@ -36,7 +36,7 @@ def test_second_hello_is_refused_and_changes_nothing() -> None:
     talk = Dialogue()
     assert names(talk.app(driver_call(2, "Hello"))) == ["error Failed"]
     assert not talk.model.seen
-    assert talk.core.unique_name == ME
+    assert talk.state.unique_name == ME
 
 
 def test_second_hello_is_refused_while_the_first_is_on_its_way() -> None:
@@ -163,7 +163,7 @@ def test_run_of_known_messages_is_one_slice() -> None:
     talk.app(call(2, "org.a"))
     run = b"".join(call(serial, "org.a") for serial in range(3, 9))
     talk.filter.feed_app(run)
-    assert talk.core.to_bus == [run]
+    assert talk.state.to_bus == [run]
 
 
 def test_known_header_with_serial_zero_ends_the_connection() -> None:
@@ -208,8 +208,8 @@ def test_remembered_verdicts_are_bounded() -> None:
         talk.app(call(n, "org.a", f"M{n}", flags=NO_REPLY), call(n, "org.a", f"M{n}"))
         talk.deliver(signal(n, f"M{n}", sender=":1.2"))
         talk.reply(talk.model.calls[-1], sender=":1.2")
-    core = talk.core
-    for table in (core.app_calls, core.app_mute, core.bus_signals, core.bus_replies):
+    state = talk.state
+    for table in (state.app_calls, state.app_mute, state.bus_signals, state.bus_replies):
         assert 0 < len(table) <= 512
 
 
@@ -217,7 +217,7 @@ def test_header_that_is_very_long_is_not_remembered() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     talk.app(call(2, "org.a", path="/" + "a" * 1000))
     assert len(talk.arrived) == 1
-    assert not talk.core.app_calls
+    assert not talk.state.app_calls
 
 
 # -- budgets of bytes ------------------------------------------------------------------------------

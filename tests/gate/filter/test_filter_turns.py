@@ -23,7 +23,7 @@ def talk() -> Dialogue:
 
 def go_on(talk: Dialogue) -> None:
     talk.filter.spent = 0
-    talk.filter.go_on()
+    talk.filter.resume_reading()
     talk.app()
 
 
@@ -47,7 +47,7 @@ def test_messages_that_are_new_come_in_turns_and_in_order(talk: Dialogue) -> Non
     assert talk.filter.yielded
     assert talk.host.bytes_held
     talk.filter.spent = 0
-    talk.filter.go_on()
+    talk.filter.resume_reading()
     talk.app()
     assert names(talk.model.seen) == expected[: 2 * A_TURN]
     talk.app(call(99, "org.a", "Behind", flags=NO_REPLY))

@@ -100,6 +100,6 @@ def test_shapes_of_one_length_do_not_hide_each_other() -> None:
         )
         talk.app(moved, moved)
     assert [m.header.reply_serial for m in talk.model.seen] == list(range(8, 20))
-    places = talk.core.app_reply_at
-    for shape in talk.core.app_replies:
+    places = talk.state.app_reply_at
+    for shape in talk.state.app_replies:
         assert len(shape) + 16 in places

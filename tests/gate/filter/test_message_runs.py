@@ -148,11 +148,11 @@ def test_a_read_is_judged_as_each_message_by_itself(messages: list[bytes], answe
     for message in messages:
         apart.app(message)
     assert names(together.model.seen) == names(apart.model.seen)
-    assert together.core.calls_to_bus.keys() == apart.core.calls_to_bus.keys()
+    assert together.state.calls_to_bus.keys() == apart.state.calls_to_bus.keys()
     if answers:
         answer = [a_reply(m.header.serial) for m in apart.model.calls for _ in range(2)]
         together.deliver(*answer)
         for message in answer:
             apart.deliver(message)
-    assert together.core.calls_to_bus.keys() == apart.core.calls_to_bus.keys()
+    assert together.state.calls_to_bus.keys() == apart.state.calls_to_bus.keys()
     assert [m.raw for m in together.got] == [m.raw for m in apart.got]

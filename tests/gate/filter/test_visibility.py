@@ -56,15 +56,15 @@ def test_caller_is_forgotten_with_its_end() -> None:
     talk.subscribe()
     gone = told(talk.deliver(talk.model.leave(":1.2")))
     assert gone[-1] == (":1.2", ":1.2", "")
-    assert ":1.2" not in talk.core.callers
+    assert ":1.2" not in talk.state.callers
 
 
 def test_remembered_callers_are_bounded() -> None:
     talk = Dialogue()
     for n in range(MAX_CALLERS + 10):
         talk.deliver(changed(call(8, ME, flags=1), sender=f":2.{n}"))
-    assert len(talk.core.callers) == MAX_CALLERS
-    assert ":2.0" not in talk.core.callers
+    assert len(talk.state.callers) == MAX_CALLERS
+    assert ":2.0" not in talk.state.callers
 
 
 def test_name_is_seen_by_who_owns_it() -> None:
@@ -115,7 +115,7 @@ def test_caller_that_is_gone_is_as_one_that_never_was() -> None:
     assert names(talk.app(question)) == ["error AccessDenied"]
     talk.model.leave(":1.2")
     assert names(talk.app(question)) == ["error ServiceUnknown"]
-    assert not talk.core.callers
+    assert not talk.state.callers
 
 
 def test_owner_changes_are_heard_only_by_who_asked() -> None:
@@ -144,7 +144,7 @@ def test_end_of_a_sandboxed_peer_is_heard() -> None:
     peer = Dialogue(shared=shared, me=":1.8", identity=APP)
     talk = Dialogue(access("see:,peer=same-app"), shared=shared)
     talk.subscribe()
-    shared.members.discard(peer.core)
+    shared.members.discard(peer.state)
     shared.gone(":1.8")
     assert told(talk.deliver(talk.model.leave(":1.8"))) == [(":1.8", ":1.8", "")]
 
@@ -154,7 +154,7 @@ def test_lately_seen_connections_are_bounded() -> None:
     talk.subscribe()
     for n in range(MAX_LATELY_SEEN + 10):
         talk.change("org.a", f":2.{n}")
-    assert len(talk.filter._sight.recently_visible) == MAX_LATELY_SEEN
+    assert len(talk.filter._visibility.recently_visible) == MAX_LATELY_SEEN
 
 
 # -- changes of rules -----------------------------------------------------------------------------------------

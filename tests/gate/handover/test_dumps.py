@@ -188,16 +188,16 @@ def handed_over(player: Player) -> tuple[Player, FilterDump, BusDump]:
     bus = BusState(bus_dump.name, bus_dump.address, NameLedger(), ABSENT)
     bus.load(bus_dump)
     host = FakeHost(identity=talk.host.identity, limits=talk.host.limits)
-    judging = Filter(bus, host, talk.core.judge, app_takes_fds=dump.app_takes_fds, clock=no_time)
-    host.cores.append(judging.core)
-    bus.members.add(judging.core)
+    judging = Filter(bus, host, talk.state.judge, app_takes_fds=dump.app_takes_fds, clock=no_time)
+    host.states.append(judging.state)
+    bus.members.add(judging.state)
     judging.load(dump, fds.all)
-    if judging.core.unique_name:
-        bus.set_broadcast_judge(judging.core.unique_name, judging.core.judge)
+    if judging.state.unique_name:
+        bus.set_broadcast_judge(judging.state.unique_name, judging.state.judge)
     twin = Dialogue.__new__(Dialogue)
     vars(twin).update(
         vars(talk)
-        | {"bus": bus, "host": host, "filter": judging, "core": judging.core, "got": []}
+        | {"bus": bus, "host": host, "filter": judging, "state": judging.state, "got": []}
         | {name: copy.deepcopy(vars(talk)[name]) for name in ("model", "_late")}
     )
     other = Player(twin)
@@ -234,9 +234,9 @@ def test_another_goes_on_as_the_one_would_have(
     assert other.talk.filter.fds == talk.filter.fds
     assert other.talk.is_held() == talk.is_held()
     # What is remembered is not handed over: with it a message may go on while others wait.
-    talk.core.forget_verdicts()
-    talk.core.bus_replies.clear()
-    talk.core.bus_reply_at.clear()
+    talk.state.forget_verdicts()
+    talk.state.bus_replies.clear()
+    talk.state.bus_reply_at.clear()
     talk.got.clear()
     talk.host.denials.clear()
     talk.host.closed.clear()
@@ -265,7 +265,7 @@ def test_a_reply_that_nobody_here_knows_to_deal_with_is_refused() -> None:
         strange = msgspec.structs.replace(
             dump, state=msgspec.structs.replace(dump.state, calls=(calls,))
         )
-        new = Filter(talk.bus, FakeHost(), talk.core.judge, app_takes_fds=True, clock=no_time)
+        new = Filter(talk.bus, FakeHost(), talk.state.judge, app_takes_fds=True, clock=no_time)
         with pytest.raises(ValueError, match="of-the-future"):
             new.load(strange, [])
 
@@ -281,7 +281,7 @@ def test_rules_that_ask_for_other_names_are_noticed() -> None:
     one, other = Dialogue(RULES[0], owners=OWNERS), Dialogue(RULES[4], owners=OWNERS)
     assert one.filter.fits_rules
     dump = one.filter.dump(Fds())
-    new = Filter(other.bus, FakeHost(), other.core.judge, app_takes_fds=True, clock=no_time)
+    new = Filter(other.bus, FakeHost(), other.state.judge, app_takes_fds=True, clock=no_time)
     new.load(dump, [])
     assert not new.fits_rules
 
@@ -289,7 +289,7 @@ def test_rules_that_ask_for_other_names_are_noticed() -> None:
 def test_late_speakers_keep_their_rules() -> None:
     rules = access("send:org.example.*")
     talk = Dialogue(access("receive:"), owners=OWNERS)
-    judge = Dialogue(rules).core.judge
+    judge = Dialogue(rules).state.judge
     talk.bus.connected(":1.77", "c9", talk.host.identity)
     talk.bus.connected(":1.78", "c9", talk.host.identity)
     talk.bus.broadcast_judges.update({":1.77": judge, ":1.78": judge})
@@ -345,7 +345,7 @@ def test_attack_c3_a_name_of_many_owners_is_written_once() -> None:
         talk = Dialogue(access("send:org.a"), owners={"org.a": ":1.1"})
         for number in range(3000):
             talk.filter.feed_app(call(10 + number, "org.a"))
-            talk.core.to_bus.clear()
+            talk.state.to_bus.clear()
         for number in range(changes):
             talk.change("org.a", f":1.{number + 2}")
         sizes.append(len(encode(talk.filter.dump(Fds()))))
@@ -357,7 +357,7 @@ def test_attack_c3_changes_between_calls_cost_a_few_bytes_each() -> None:
     talk = Dialogue(access("send:org.a"), owners={"org.a": ":1.1"})
     for number in range(1000):
         talk.filter.feed_app(call(10 + number, "org.a"))
-        talk.core.to_bus.clear()
+        talk.state.to_bus.clear()
         talk.change("org.a", f":1.{number + 2}")
     assert len(encode(talk.filter.dump(Fds()))) < 1000 * 40
 

@@ -12,8 +12,8 @@ import pytest
 GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
-_about _account _recorder absent_name connector recorder _app _budgets _buses _clock _core _driver _drained _emit _changed _full _incoming _judging _least _loop _methods _most
-_outgoing _owners _rate _reports _sandbox _sight _swap _synced _turn app_tables bus bus_tables core fd reply_handlers
+_about _account _recorder absent_name connector recorder _app _budgets _buses _clock _state _driver _drained _emit _changed _full _bus_messages _judging _least _loop _methods _most
+_app_messages _owners _rate _reports _sandbox _visibility _access_change _synced _turn app_tables bus bus_tables state fd reply_handlers
 from_app id identity limits sandbox sock
 """
 CORE: Final = """
@@ -69,7 +69,7 @@ FIELDS: Final = {
     ),
     "sandbox/connection.py:AppConnection": (
         LINK,
-        "_bus_sock _client _closed _goes_on _meter _new_judge _server _works",
+        "_bus_sock _client _closed _does_chores_soon _meter _new_judge _resumes_soon _server",
     ),
     "sandbox/meter.py:Meter": ("", "_asked _asks _budget answered ask_from counted"),
     "sandbox/budgets.py:MessageBudget": ("_filled caused left", ""),

@@ -319,8 +319,8 @@ def test_attack_c4_rules_are_in_force_at_once_and_done_when_the_app_has_been_tol
     served.follow_all()
     ended = served.set_access("send:org.n*0")
     world.turn(times=1)
-    assert judging.core.chores
-    assert judging.core.judge.access == access("send:org.n*0")
+    assert judging.state.chores
+    assert judging.state.judge.access == access("send:org.n*0")
     turns = 0
     world.app.send(driver_call(5, "GetId"))
     served.end.send(served.model.owner_changed("org.n1", ":1.10", ":1.11"))
@@ -350,7 +350,7 @@ def test_what_takes_long_is_done_before_a_connection_is_handed_over(world: World
     served.follow_all()
     served.set_access("send:org.n*0")
     world.sandbox.settle()
-    assert not judging.core.chores
+    assert not judging.state.chores
     assert not judging.is_changing
     fds = Fds()
     link.dump(fds)
@@ -375,7 +375,7 @@ def test_attack_c4_rules_that_were_handed_over_are_compiled_in_turns(world: Worl
     world.let_in()
     (link,) = world.sandbox.connections
     assert link.filter is not None
-    assert link.filter.core.judge.access is rules
+    assert link.filter.state.judge.access is rules
     assert len(world.far.ends) == 1
 
 
@@ -392,7 +392,7 @@ def test_rules_that_are_set_meanwhile_are_those_in_force(world: World) -> None:
     world.let_in()
     (link,) = world.sandbox.connections
     assert link.filter is not None
-    assert link.filter.core.judge.access is newer
+    assert link.filter.state.judge.access is newer
     assert world.sandbox.judge("session").access is newer
 
 

@@ -42,8 +42,8 @@ class World:
     def send(self, count: int = 1) -> list[str]:
         """Send known messages; return what the gate asks the bus behind them."""
         self.meter.feed_app(call(5, "org.a", flags=NO_REPLY) * count, ())
-        *_, last = self.filter.core.to_bus
-        self.filter.core.to_bus.clear()
+        *_, last = self.filter.state.to_bus
+        self.filter.state.to_bus.clear()
         assert isinstance(last, bytes)
         header = parse_header(last)
         return [header.member or ""] if header.destination == "org.freedesktop.DBus" else []
@@ -64,13 +64,13 @@ class World:
 
     def asks(self) -> bool:
         """Whether there is a question to the bus that waits for its answer."""
-        return bool(self.filter.core.calls_to_bus)
+        return bool(self.filter.state.calls_to_bus)
 
     def answer(self) -> None:
         """Have the bus answer the question."""
-        (entry,) = self.filter.core.calls_to_bus.values()
-        self.filter.core.calls_to_bus.clear()
-        self.filter.core.handle_reply(entry.then, None, b"", ())  # type: ignore[union-attr, arg-type]
+        (entry,) = self.filter.state.calls_to_bus.values()
+        self.filter.state.calls_to_bus.clear()
+        self.filter.state.handle_reply(entry.then, None, b"", ())  # type: ignore[union-attr, arg-type]
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_each_read_counts_however_little_it_brings(world: World) -> None:
         world.meter.feed_app(message[at : at + 1], ())
         assert world.filter.spent == 1
     world.filter.spent = 0
-    world.meter.go_on()
+    world.meter.resume_reading()
     assert world.filter.spent == 0
 
 
@@ -180,7 +180,7 @@ def test_no_answer_costs_more_than_a_second(world: World) -> None:
 
 
 def test_bus_is_not_asked_where_the_app_would_get_the_answer(world: World) -> None:
-    world.filter.core.reply_handlers.clear()
+    world.filter.state.reply_handlers.clear()
     world.meter = Meter(world.filter, world.budget, world.clock)
     assert world.send(EVERY) == []
 
