@@ -60,7 +60,7 @@ class Told:
     def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
         return ()
 
-    def tagged(self) -> list[tuple[str, str]]:
+    def instance_field_wishes(self) -> list[tuple[str, str]]:
         return []
 
     def lost(self, sandbox: str) -> None:

@@ -92,6 +92,7 @@ PROSE_MENDED: Final = (
     "broker.api.dispatch",
     "broker.api.subscribers",
     "broker.bus",
+    "broker.engines",
     "broker.gate.io.listener",
     "broker.gate.filter.read_barrier",
     "broker.gate.filter.chores",

@@ -1,1 +1,1 @@
-"""How a bus is mediated."""
+"""Engines, each a way to mediate a bus."""

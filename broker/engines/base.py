@@ -1,4 +1,4 @@
-"""What the supervisor asks of an engine, whatever mediates the bus behind it."""
+"""The interface between the supervisor and an engine, whichever program mediates the bus behind it."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ from policy.rules import AccessList
 
 
 class EngineLostError(BrokerError):
-    """The engine went away before it answered: what was asked may or may not have been done."""
+    """The engine went away before it answered, so a request may or may not have been carried out."""
 
 
 @contextlib.contextmanager
 def ignore_ended_sandbox() -> Iterator[None]:
-    """Have something ended that may have ended by itself meanwhile, or with its gate."""
+    """Ignore the refusal of a request that ends a sandbox, if the sandbox has ended already."""
     try:
         yield
     except CallRefusedError as exc:
@@ -25,78 +25,86 @@ def ignore_ended_sandbox() -> Iterator[None]:
 
 
 class Listener(Protocol):
-    """Who is told by an engine. Called in step with its answers: when a request has returned, whatever
-    had happened before has been told."""
+    """The receiver of an engine's events.
+
+    Events come in step with answers: when a request has returned, all earlier events have been passed on.
+    """
 
     def take_event(self, event: Event) -> None:
-        """Something happened."""
+        """Take note of an event."""
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
-        """The engine was started, or connected to: this is what it has."""
+        """Take note of all that the engine has, after it was started or connected to."""
 
     def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
-        """Return what it was to have by that snapshot, and did not: to be served with these descriptors."""
+        """Return the sandboxes, with their descriptors, that the engine must serve and that the snapshot lacked."""
 
-    def tagged(self) -> Sequence[tuple[str, str]]:
-        """Return who wants header field 10, as bus and unique name: told before any sandbox is served again."""
+    def instance_field_wishes(self) -> Sequence[tuple[str, str]]:
+        """Return the connections, as bus and unique name, that requested the instance field.
+
+        The engine is told of them before it serves a missing sandbox.
+        """
 
     def lost(self, sandbox: str) -> None:
-        """It does not take that sandbox again."""
+        """Take note that the engine refuses to serve a missing sandbox."""
 
 
 class Engine(Protocol):
-    """Serves the sandboxes' sockets. All of it raises CallRefusedError and EngineLostError."""
+    """A server of the sandboxes' sockets. All requests raise CallRefusedError and EngineLostError."""
 
     @property
     def name(self) -> str:
-        """Which engine this is."""
+        """The engine's name, as in the configuration."""
 
     @property
     def pid(self) -> int:
-        """The process that serves them now."""
+        """The process that serves now, or served last."""
 
     def serving(self, bus: str) -> str:
-        """Return which engine serves new sandboxes on that bus: one may use another."""
+        """Return the name of the engine that serves new sandboxes on a bus: one engine may use another."""
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
-        """Return the paths that the buses themselves know a sandbox by, by bus; empty while it gets another."""
+        """Return the paths, by bus, of the instances that buses themselves made for a sandbox.
+
+        A path is empty while the bus is asked for another instance.
+        """
 
     def bus_restarted(self, bus: str) -> None:
-        """What was known of that bus holds no more: it started anew."""
+        """Discard what is known of a bus, because it was started anew."""
 
     @property
     def held(self) -> HeldSockets:
-        """What it listens on, a second time: closed by the engine."""
+        """Duplicates of the listening sockets. The engine closes them."""
 
     @property
     def last_crash(self) -> str:
-        """A line about the last time that it died; empty if it did not."""
+        """A line about the last crash; empty if there was none."""
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
-        """Begin to serve. The descriptors remain the caller's, who may close them afterwards."""
+        """Begin to serve a sandbox. The caller owns the descriptors, and may close them afterwards."""
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
-        """Swap the rules. When it returns no message is judged by the old ones."""
+        """Replace the rules of a sandbox. No message is judged by the old rules after the return."""
 
     async def stop_listening(self, sandbox: str) -> None:
-        """Take no more connections."""
+        """Accept no more connections from a sandbox."""
 
     async def stop(self, sandbox: str, reason: str = "stopped") -> None:
-        """Also end the connections. When it returns, the listener has been told of the end, and why it came."""
+        """End a sandbox and its connections. The listener is told of the end and its reason before the return."""
 
     async def who(self, bus: str, unique_name: str) -> str | None:
-        """Return which sandbox is behind a connection to that bus, "" if that is not known; None for a host."""
+        """Return the sandbox behind a connection to a bus: "" if that is unknown, None for a host."""
 
     async def use(self, sandbox: str | None = None) -> Usage:
-        """Return what a sandbox, or all of them together, take of their limits."""
+        """Return the usage of limits by a sandbox, or by all sandboxes together."""
 
     async def request_instance_field(
         self, bus: str, unique_name: str, *, wanted: bool = True
     ) -> None:
-        """Put header field 10 into what sandboxes send to this connection, or no more."""
+        """Add the instance field to messages from sandboxes to this connection, or stop adding it."""
 
     async def upgrade(self) -> tuple[int, int]:
-        """Replace the process that serves by a new one, with no connection closed; return both pids.
+        """Replace the serving process by a new one without closing a connection; return both pids.
 
-        Raises CallRefusedError if the old one serves on.
+        Raises CallRefusedError if the old process continues to serve.
         """

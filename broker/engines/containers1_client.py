@@ -1,14 +1,14 @@
-"""Talking to buses that have Containers1 themselves: what they understand, and the servers that they make.
+"""Client of buses that have Containers1 themselves: their dialects, and the servers that they make.
 
-Nothing of it is remembered but what each bus understands, and for a while that it did not say so. One that
-fails is asked again after a pause that grows; who wants something of it before is told at once what was wrong.
+The client remembers the dialect of each bus, and nothing else. A bus that failed is asked again after a pause that
+grows. Requests during the pause are refused at once, with the error of the last try.
 """
 
 import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -16,12 +16,13 @@ import trio
 
 from broker.bus.values import pack
 from broker.control_protocol.messages import CallBus, Called, ContainerServer, SandboxSpec
+from broker.engines.backoff import ExponentialBackoff
 from broker.engines.base import EngineLostError
 from broker.engines.containers1_dialect import (
     ACCESS_TAKES,
     ADD_TAKES,
     Dialect,
-    describe,
+    instance_paths,
     make_access_body,
     make_add_body,
     parse_dialect,
@@ -44,51 +45,53 @@ from broker.wire.interfaces import CONTAINERS1, INTROSPECTABLE, PEER, PROPERTIES
 
 LOGGER: Final = logging.getLogger(__name__)
 UNDO_TIMEOUT: Final = 2.0  # seconds
-# Before a bus that did not answer is asked again: each time is CALL_SECONDS for who waits for it.
-FIRST_PAUSE: Final = 5.0  # seconds; it doubles
+# Before a bus that did not answer is asked again. Each try costs its caller up to CALL_SECONDS.
+FIRST_PAUSE: Final = 5.0  # seconds; doubles
 LONGEST_PAUSE: Final = 300.0
 
 
 @dataclass(slots=True)
-class _Known:
-    """What is known of a bus, for one user."""
+class _Bus:
+    """The dialect and the last failure of a bus, for one user."""
 
     dialect: Dialect | None = None
     is_asked: bool = False
-    why: CallRefusedError | None = None  # it did not answer, or not as it should
+    error: CallRefusedError | None = None  # of the last try, if the answer was missing or wrong
     until: float = 0.0
-    pause: float = FIRST_PAUSE
+    backoff: ExponentialBackoff = field(
+        default_factory=lambda: ExponentialBackoff(FIRST_PAUSE, LONGEST_PAUSE)
+    )
 
     @property
     def is_pausing(self) -> bool:
-        """Whether it is not to be asked for anything now."""
-        return self.why is not None and trio.current_time() < self.until
+        """Return whether the bus must not be asked for anything now."""
+        return self.error is not None and trio.current_time() < self.until
 
     def check(self) -> None:
-        """Raise what went wrong, as long as it is not to be asked again."""
-        if self.why is not None and self.is_pausing:
-            raise CallRefusedError(self.why.dbus_name, str(self.why))
+        """Raise the last error while the pause lasts."""
+        if self.error is not None and self.is_pausing:
+            raise CallRefusedError(self.error.dbus_name, str(self.error))
 
-    def went_wrong(self, exc: CallRefusedError) -> None:
-        """Wait before it is asked again."""
-        if not self.is_pausing:  # else others were waiting at the same time
-            self.why, self.until = exc, trio.current_time() + self.pause
-            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+    def failed(self, exc: CallRefusedError) -> None:
+        """Begin a pause."""
+        if not self.is_pausing:  # else several requests failed at the same time
+            self.error, self.until = exc, trio.current_time() + self.backoff.next()
 
-    def went_well(self) -> None:
-        """Ask as often as there is something to ask."""
-        self.why, self.pause = None, FIRST_PAUSE
+    def succeeded(self) -> None:
+        """End the pause, and make the next one short again."""
+        self.error = None
+        self.backoff.reset()
 
 
 class Containers1Client:
-    """All buses, asked by way of `call`, which raises CallRefusedError and EngineLostError."""
+    """Requests to all buses, sent by `call`, which raises CallRefusedError and EngineLostError."""
 
     def __init__(self, call: Callable[[CallBus], Awaitable[Called]]) -> None:
         self._call: Final = call
-        self._known: Final[dict[tuple[str, int], _Known]] = {}  # by bus and user
+        self._known: Final[dict[tuple[str, int], _Bus]] = {}  # by bus and user
 
     def supports(self, bus: str) -> bool:
-        """Say whether that bus labels, by what it said last."""
+        """Return whether a bus labels connections, by its last answer."""
         return any(
             known.dialect is not None and not known.is_pausing
             for (name, _), known in self._known.items()
@@ -96,32 +99,35 @@ class Containers1Client:
         )
 
     def may_label(self, bus: str, uid: int) -> bool:
-        """Say whether it does, or is to be asked."""
-        known = self._known.get((bus, uid), _Known())
+        """Return whether a bus labels connections, or has not been asked yet."""
+        known = self._known.get((bus, uid), _Bus())
         return not known.is_pausing and (known.dialect is not None or not known.is_asked)
 
     def forget(self, bus: str, uid: int | None = None) -> None:
-        """It may be another bus now, for that user or for all."""
+        """Ask a bus again next time, for one user or for all, because it may be another bus now."""
         for (name, user), known in self._known.items():
             if name == bus and uid in (None, user):
                 known.is_asked = False
-                known.went_well()
+                known.succeeded()
 
     async def dialect(self, bus: str, uid: int) -> Dialect | None:
-        """Return how the bus is talked to, asked once a connection; None: it has no Containers1. Raises CallRefusedError."""
-        known = self._known.setdefault((bus, uid), _Known())
+        """Return the dialect of a bus; None if it has no Containers1. Raises CallRefusedError.
+
+        The bus is asked once for each of its connections.
+        """
+        known = self._known.setdefault((bus, uid), _Bus())
         if not known.is_asked:
             known.check()
             try:
                 known.dialect = await self._ask_dialect(bus, uid)
             except CallRefusedError as exc:
-                # A bus that is not there will be another, and keeps nobody waiting.
+                # No pause for a bus that is gone: it refuses at once, and comes back as another bus.
                 if exc.dbus_name != DISCONNECTED:
                     known.dialect = None
-                    known.went_wrong(exc)
+                    known.failed(exc)
                 raise
             known.is_asked = True
-            known.went_well()
+            known.succeeded()
             if known.dialect is None:
                 LOGGER.info("bus %s has no %s for user %d", bus, CONTAINERS1, uid)
         return known.dialect
@@ -132,7 +138,7 @@ class Containers1Client:
         )
         (xml,) = read_values(called, "s")
         if (dialect := parse_dialect(str(xml), ())) is None:
-            # Nothing more is wanted of it: the gate need not stay there.
+            # No further request follows, so the gate may close its connection to this bus.
             await self._call(CallBus(bus=bus, uid=uid, interface=PEER, member="Ping", leave=True))
             return None
         called = await self._call(
@@ -148,7 +154,7 @@ class Containers1Client:
         return msgspec.structs.replace(dialect, arguments=frozenset(read_arguments(called)))
 
     async def add_server(self, spec: SandboxSpec, bus: str) -> ContainerServer | None:
-        """Have the bus make a server; None: it has none to give. Raises CallRefusedError."""
+        """Ask a bus to make a server for a sandbox; None if it has no Containers1. Raises CallRefusedError."""
         dialect = await self.dialect(bus, spec.uid)
         if dialect is None:
             return None
@@ -167,11 +173,11 @@ class Containers1Client:
             called = await self._call(request)
         except CallRefusedError as exc:
             if exc.dbus_name == NO_REPLY:
-                known.went_wrong(exc)
-            elif exc.dbus_name in (UNKNOWN_METHOD, UNKNOWN_INTERFACE):  # it started anew
+                known.failed(exc)
+            elif exc.dbus_name in (UNKNOWN_METHOD, UNKNOWN_INTERFACE):  # the bus was started anew
                 self.forget(bus, spec.uid)
             raise
-        known.went_well()
+        known.succeeded()
         instance = read_instance(called)
         try:
             address = read_address(called)
@@ -180,26 +186,19 @@ class Containers1Client:
             is_gone = False
             if instance:
                 with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-                    made = dialect.upstream(instance, "")
+                    made = dialect.server(instance, "")
                     is_gone = await self.stop_server(spec.uid, bus, made)
             if is_gone:
-                # It went away meanwhile, and is to be waited for: there is nothing wrong with what it makes.
+                # The bus went away meanwhile. The caller waits for it, because its address was not at fault.
                 raise CallRefusedError(DISCONNECTED, str(exc)) from exc
             raise
-        return dialect.upstream(instance, address)
+        return dialect.server(instance, address)
 
-    async def stop_server(self, uid: int, bus: str, upstream: ContainerServer) -> bool:
-        """End what was made and is not used; say whether that bus is gone. If we cannot, the gate does."""
-        request = CallBus(
-            bus=bus,
-            uid=uid,
-            interface=CONTAINERS1,
-            member=upstream.stop,
-            signature="o",
-            body=pack("o", [upstream.instance]),
-        )
+    async def stop_server(self, uid: int, bus: str, server: ContainerServer) -> bool:
+        """End a server that is not used; return whether its bus is gone. On failure the gate ends it."""
+        body = pack("o", [server.instance])
         try:
-            await self._call(request)
+            await self._call_method(bus, uid, server.stop, "o", body)
         except CallRefusedError as exc:
             return exc.dbus_name == DISCONNECTED
         except EngineLostError:
@@ -207,39 +206,50 @@ class Containers1Client:
         return False
 
     async def set_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
-        """Tell a bus that has rules of its own that they have changed."""
+        """Send the changed rules of a sandbox to a bus, if the bus enforces rules itself."""
         try:
             dialect = await self.dialect(bus, spec.uid)
             if dialect is None or not dialect.takes_rules:
                 return
-            request = CallBus(
-                bus=bus,
-                uid=spec.uid,
-                interface=CONTAINERS1,
-                member=dialect.set_access,
-                signature=ACCESS_TAKES,
-                body=make_access_body(spec, bus, instance),
-            )
-            await self._call(request)
+            body = make_access_body(spec, bus, instance)
+            await self._call_method(bus, spec.uid, dialect.set_access, ACCESS_TAKES, body)
         except CallRefusedError as exc:
-            LOGGER.warning("%s: bus %s keeps the rules that it has: %s", spec.id, bus, exc)
+            LOGGER.warning("%s: bus %s keeps the old rules: %s", spec.id, bus, exc)
+
+    async def _call_method(
+        self, bus: str, uid: int, member: str, signature: str, body: bytes
+    ) -> Called:
+        """Call a method of Containers1."""
+        return await self._call(
+            CallBus(
+                bus=bus,
+                uid=uid,
+                interface=CONTAINERS1,
+                member=member,
+                signature=signature,
+                body=body,
+            )
+        )
 
     async def sync(self, spec: SandboxSpec | None) -> None:
-        """Wait until the buses have done what the gate told them: they go by the order of the calls."""
+        """Wait until a sandbox's buses have carried out all earlier calls of the gate.
+
+        A bus handles calls in their order, so the answer to a Ping comes after them.
+        """
         if spec is None:
             return
-        for bus in describe(spec.container_servers):
+        for bus in instance_paths(spec.container_servers):
             with contextlib.suppress(CallRefusedError, EngineLostError):
                 await self._call(CallBus(bus=bus, uid=spec.uid, interface=PEER, member="Ping"))
 
 
 def _check_reachable(address: str) -> None:
-    """See whether somebody listens there. Raises CallRefusedError."""
+    """Connect to an address once, to learn whether a server listens there. Raises CallRefusedError."""
     problem = "no address"
     try:
         places = parse_address(address)
     except ConfigError as exc:
-        raise CallRefusedError(FAILED, f"it gave an address that is none: {exc}") from exc
+        raise CallRefusedError(FAILED, f"the bus returned an invalid address: {exc}") from exc
     for place in places:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
             try:
@@ -250,4 +260,4 @@ def _check_reachable(address: str) -> None:
                 problem = exc.strerror or str(exc)
             else:
                 return
-    raise CallRefusedError(FAILED, f"the socket that it made cannot be reached: {problem}")
+    raise CallRefusedError(FAILED, f"the socket that the bus made cannot be reached: {problem}")

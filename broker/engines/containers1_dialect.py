@@ -1,7 +1,7 @@
-"""How a bus that has Containers1 itself is to be talked to: names, arguments, bodies. Pure.
+"""Dialects of Containers1: the names, arguments and bodies that a bus understands. Pure.
 
-The interface was proposed under other names than it was merged under, and is to get more arguments: what a bus has it
-says itself, by Introspect and SupportedArguments.
+The interface was merged under other names than it was proposed under, and will get more arguments. A bus therefore
+describes its own dialect, by Introspect and SupportedArguments.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from broker.wire.errors import FAILED, CallRefusedError
 from broker.wire.interfaces import CONTAINERS1
 from policy.usos.convert import make_superset
 
-# Where the component of an app stands in the metadata, which is the one place that a bus has for it.
+# The key of an app's component in the metadata, because a bus has no other place for it.
 COMPONENT: Final = "org.buswarden.Component"
 ADD_TAKES: Final = "ssa{sv}a{sv}"
 ADD_GIVES: Final = "oays"
@@ -26,12 +26,12 @@ _ADD: Final = ("AddServer", "AddContainerServer")
 _STOP: Final = ("StopInstance", "RemoveContainerServer")
 _STOP_LISTENING: Final = ("StopListening",)
 _SET_ACCESS: Final = ("SetContainerAccess",)
-# That of a bus is a tenth of it. It is read in the supervisor's loop.
+# Ten times a bus's description. The text is parsed in the supervisor's loop.
 MAX_DESCRIPTION: Final = 256 * 1024  # characters
 
 
 class Dialect(msgspec.Struct, frozen=True, kw_only=True):
-    """What one bus understands. An empty name is a method that it does not have."""
+    """The methods and arguments of one bus. An empty name stands for a method that the bus lacks."""
 
     add: str
     stop: str
@@ -41,11 +41,12 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def takes_rules(self) -> bool:
-        """Whether it is to have rules: what could not be changed later would come to be less than ours allow."""
+        """Return whether the bus is given rules."""
+        # Rules that cannot be changed would refuse what later rules allow.
         return "Allow" in self.arguments and bool(self.set_access)
 
-    def upstream(self, instance: str, address: str) -> ContainerServer:
-        """Return what the gate is to know of an instance."""
+    def server(self, instance: str, address: str) -> ContainerServer:
+        """Return the description of an instance for the gate."""
         return ContainerServer(
             instance=instance,
             address=address,
@@ -55,9 +56,9 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_dialect(xml: str, arguments: Sequence[str]) -> Dialect | None:
-    """Return how a bus with that description is talked to; None: it has no Containers1 that we know.
+    """Return the dialect of a bus from its introspection XML; None if it has no known Containers1.
 
-    Raises CallRefusedError if it is no description.
+    Raises CallRefusedError if the XML is malformed.
     """
     methods = _Description().read(xml)
 
@@ -91,7 +92,7 @@ def make_add_body(spec: SandboxSpec, bus: str, dialect: Dialect) -> bytes:
 def _metadata(spec: SandboxSpec) -> bytes:
     """Return a marshalled `a{sv}` of metadata and component."""
     metadata = spec.metadata or _EMPTY
-    if COMPONENT.encode() in metadata:  # somebody else's word for it
+    if COMPONENT.encode() in metadata:  # written by the creator, who must not choose the component
         (values,) = unpack("a{sv}", metadata)
         values.pop(COMPONENT, None)
         metadata = pack("a{sv}", [values])
@@ -104,7 +105,10 @@ def _metadata(spec: SandboxSpec) -> bytes:
 
 
 def _append_dict(body: bytearray, marshalled: bytes) -> None:
-    """Put a marshalled `a{sv}` behind other values: its entries are aligned to 8, wherever its length stands."""
+    """Append a marshalled `a{sv}` to other values.
+
+    Its entries are aligned to 8 bytes, wherever its length stands.
+    """
     body += bytes(-len(body) % 4)
     body += marshalled[:4]
     body += bytes(-len(body) % 8)
@@ -117,7 +121,7 @@ def make_access_body(spec: SandboxSpec, bus: str, instance: str) -> bytes:
 
 
 def read_instance(called: Called) -> str:
-    """Return the path of an instance that was made; empty if it does not begin with one."""
+    """Return the path of a new instance; empty if the answer does not begin with a path."""
     if not called.signature.startswith("o"):
         return ""
     try:
@@ -128,38 +132,38 @@ def read_instance(called: Called) -> str:
 
 
 def read_address(called: Called) -> str:
-    """Return the address of an instance that was made. Raises CallRefusedError."""
+    """Return the address of a new instance. Raises CallRefusedError."""
     _path, _socket, address = read_values(called, ADD_GIVES)
     return str(address)
 
 
 def read_values(called: Called, signature: str) -> Sequence[object] | list[str]:
-    """Return what was answered. Raises CallRefusedError if it is not of this type."""
+    """Return the values of an answer. Raises CallRefusedError if the answer has another type."""
     if called.signature != signature:
         text = f"it answered with {called.signature[:40]!r} where {signature!r} was due"
         raise CallRefusedError(FAILED, text)
     try:
         return unpack(signature, called.body, little=called.little)
     except ValueError as exc:
-        raise CallRefusedError(FAILED, f"it answered nonsense: {exc}") from exc
+        raise CallRefusedError(FAILED, f"the bus returned a malformed answer: {exc}") from exc
 
 
 def read_arguments(called: Called) -> Sequence[str]:
     """Return the value of SupportedArguments. Raises CallRefusedError."""
     (value,) = read_values(called, "v")
     if not isinstance(value, Variant) or value.signature != "as":
-        raise CallRefusedError(FAILED, "its SupportedArguments are no list of names")
+        raise CallRefusedError(FAILED, "the bus's SupportedArguments is not a list of names")
     names: Sequence[str] = value.value  # type: ignore[assignment]
     return names
 
 
-def describe(upstreams: Mapping[str, ContainerServer]) -> dict[str, str]:
-    """Return the bus's instance paths, by bus."""
-    return {bus: one.instance for bus, one in upstreams.items() if one.instance}
+def instance_paths(servers: Mapping[str, ContainerServer]) -> dict[str, str]:
+    """Return the paths of the buses' own instances, by bus."""
+    return {bus: one.instance for bus, one in servers.items() if one.instance}
 
 
 class _Description:
-    """Reads what the methods of Containers1 take and give. Nothing that is not in the text itself is ever read."""
+    """A reader of the signatures of Containers1's methods. It reads nothing but the text itself."""
 
     def __init__(self) -> None:
         self._parser: Final = expat.ParserCreate()
@@ -176,12 +180,13 @@ class _Description:
     def read(self, xml: str) -> dict[str, tuple[str, str]]:
         """Return signatures by method. Raises CallRefusedError."""
         if len(xml) > MAX_DESCRIPTION:
-            text = f"its description has {len(xml)} characters, of {MAX_DESCRIPTION} at most"
+            text = f"the bus's introspection XML has {len(xml)} characters, of {MAX_DESCRIPTION} at most"
             raise CallRefusedError(FAILED, text)
         try:
             self._parser.Parse(xml, True)
         except expat.ExpatError as exc:
-            raise CallRefusedError(FAILED, f"its description is nonsense: {exc}") from exc
+            text = f"the bus returned malformed introspection XML: {exc}"
+            raise CallRefusedError(FAILED, text) from exc
         return {
             name: ("".join(takes), "".join(gives)) for name, (takes, gives) in self._methods.items()
         }
@@ -205,7 +210,9 @@ class _Description:
         self, _name: str, _system: str | None, _public: str | None, has_subset: object
     ) -> None:
         if has_subset:
-            raise CallRefusedError(FAILED, "its description has declarations of its own")
+            raise CallRefusedError(
+                FAILED, "the bus's introspection XML declares elements of its own"
+            )
 
     def _refuse_entity(self, *_declaration: object) -> None:
-        raise CallRefusedError(FAILED, "its description has entities of its own")
+        raise CallRefusedError(FAILED, "the bus's introspection XML declares entities of its own")

@@ -1,4 +1,14 @@
-"""One control connection to a gate: requests out, answers and events in."""
+"""A control connection to a gate: requests go out, answers and events come in.
+
+The gate numbers the events that must not be lost (ends and refusals), and repeats unconfirmed ones to the next
+supervisor. Each frame to the gate carries the number of the last event that was dealt with:
+
+    gate                                    supervisor
+    Ended(c1), number 7               ->    takes the event
+    Denied(c2), number 8              ->    takes the event
+                                            waits up to CONFIRM_PAUSE for a request to send anyway
+    drops 7 and 8 from its journal    <-    any request, or Confirm, with number 8
+"""
 
 import contextlib
 import logging
@@ -34,24 +44,24 @@ from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError, PeerProtocolEr
 
 LOGGER: Final = logging.getLogger(__name__)
 _CHUNK: Final = 64 * 1024
-# Seconds for one frame to leave: a gate that reads nothing for so long is none.
+# Seconds for one frame to be sent. A gate that reads nothing for so long counts as gone.
 SEND_TIMEOUT: Final = 10.0
-# Seconds: events that come close together are confirmed together.
+# Seconds in which events are gathered, to be confirmed together.
 CONFIRM_PAUSE: Final = 0.1
 
 
 class EventSink(Protocol):
-    """Who is told what comes in, in step with the answers."""
+    """The receiver of events and snapshots, called in step with the answers."""
 
     def take_event(self, event: Event) -> None:
-        """Something happened."""
+        """Take note of an event."""
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
-        """That is what there is."""
+        """Take note of all that the gate has."""
 
 
 class ControlConnection:
-    """A connection that is open. Use it in a `with`; it is dead after `run` has returned."""
+    """An open connection, for use in a `with`. Dead after `run` has returned."""
 
     def __init__(self, sock: trio.socket.SocketType, listener: EventSink) -> None:
         self._sock: Final = sock
@@ -60,9 +70,9 @@ class ControlConnection:
         self._serial = 0
         self._sending: Final = trio.Lock()
         self._dead = False
-        self._parts: Final[list[SandboxState]] = []  # of a snapshot that is not whole yet
-        self.broken = ""  # what was wrong with what the gate said, if it ended for that
-        self._heard = 0  # the number of the last event that was dealt with
+        self._parts: Final[list[SandboxState]] = []  # of an incomplete snapshot
+        self.broken = ""  # how the gate broke the protocol, if the connection ended for that
+        self._heard = 0  # the number of the last event that the sink took
         self._confirmed = 0
         self._unconfirmed = trio.Event()
         self.ended: Final = trio.Event()
@@ -74,7 +84,7 @@ class ControlConnection:
         self.close()
 
     def close(self) -> None:
-        """Hang up. Requests that wait fail."""
+        """Close the connection. Waiting requests fail."""
         self._dead = True
         self._sock.close()
         self.ended.set()
@@ -83,13 +93,13 @@ class ControlConnection:
         self._unconfirmed.set()
 
     async def request(self, body: Request, fds: Sequence[int] = ()) -> Answer:
-        """Return the answer. Raises CallRefusedError if it is Refused, and EngineLostError."""
+        """Send a request and return its answer. Raises CallRefusedError and EngineLostError."""
         answer, given = await self.request_fds(body, fds)
         close_fds(given)
         return answer
 
     async def request_fds(self, body: Request, fds: Sequence[int] = ()) -> tuple[Answer, list[int]]:
-        """Return the answer with its descriptors, which are the caller's. Raises as `request`."""
+        """Send a request; return its answer and descriptors, which the caller owns. Raises as `request`."""
         waiter = _PendingRequest()
         self._serial += 1
         serial = self._serial
@@ -109,7 +119,7 @@ class ControlConnection:
         return waiter.answer, waiter.fds
 
     async def confirm_events(self) -> None:
-        """Say now and then which events have been dealt with, until the gate hangs up."""
+        """Confirm events that no other request has confirmed, until the gate hangs up."""
         while not self._dead:
             await self._unconfirmed.wait()
             with trio.move_on_after(CONFIRM_PAUSE):
@@ -128,7 +138,7 @@ class ControlConnection:
                     _CHUNK, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
                 )
                 given, cut = received_fds(ancillary), bool(flags & socket.MSG_CTRUNC)
-                if cut:  # some alone are of no use
+                if cut:  # an incomplete set of descriptors is of no use
                     close_fds(given)
                     given = []
                 for envelope, fds in reader.feed(data, given, cut=cut):
@@ -136,7 +146,7 @@ class ControlConnection:
                 if not data:
                     break
         except (OSError, trio.ClosedResourceError):
-            pass  # as good as its end
+            pass  # the same as end of file
         except PeerProtocolError as exc:
             self.broken = str(exc)
             LOGGER.error("the gate broke the control protocol: %s", exc)  # noqa: TRY400 - no defect of ours
@@ -159,7 +169,7 @@ class ControlConnection:
                 return
             body = msgspec.structs.replace(body, sandboxes=tuple(self._parts))
             self._parts.clear()
-            # Here and not in the task that asked: the events that follow are about this one.
+            # Here and not in the requesting task, because the events that follow build on this snapshot.
             self._listener.take_snapshot(body)
         if envelope.fds == LOST:
             body = Refused(LIMITS_EXCEEDED, "the supervisor has no file descriptors left")
@@ -171,7 +181,7 @@ class ControlConnection:
             close_fds(fds)
 
     async def _send(self, serial: int, body: Request, fds: Sequence[int]) -> None:
-        """Send a frame whole, cancelled or not: half of one would end the connection."""
+        """Send a whole frame, even if cancelled, because half a frame would end the connection."""
         async with self._sending:
             if self._dead:
                 raise EngineLostError("the gate went away")
@@ -181,7 +191,7 @@ class ControlConnection:
                 try:
                     await self._send_all(make_frame(envelope), fds)
                 except (OSError, trio.ClosedResourceError) as exc:
-                    if fds and getattr(exc, "errno", None) in SCARCE:  # nothing of it was sent
+                    if fds and getattr(exc, "errno", None) in SCARCE:  # nothing was sent
                         text = "too many file descriptors are in flight to the gate: try again"
                         raise CallRefusedError(LIMITS_EXCEEDED, text) from exc
                     self.close()
@@ -199,7 +209,7 @@ class ControlConnection:
 
 
 class _PendingRequest:
-    """Who waits for an answer."""
+    """A request whose answer has not come yet."""
 
     __slots__ = ("answer", "done", "fds")
 
@@ -210,7 +220,7 @@ class _PendingRequest:
 
 
 async def connect(control: Path) -> trio.socket.SocketType | None:
-    """Connect to a gate's control socket; None if nobody listens there."""
+    """Connect to a gate's control socket; return None if no gate listens there."""
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         await sock.connect(os.fspath(control))

@@ -1,6 +1,7 @@
-"""What is kept of a gate that died: a text file with when and how, and the headers of its last messages.
+"""Reports of gates that died: a text file with time, cause, and the headers of the last messages.
 
-The newest few stay, in the runtime folder. The gate wrote the headers (broker/gate/recorder.py); bodies are never in there.
+The newest MAX_CRASHES files are kept in the runtime folder. The gate recorded the headers (broker/gate/recorder.py).
+Bodies are never recorded.
 """
 
 import logging
@@ -15,22 +16,23 @@ from broker.posix.files import open_file, read_small, write_file
 
 LOGGER: Final = logging.getLogger(__name__)
 TRACE: Final = "gate-trace"
-# Where a gate that systemd started puts the trace of one that died before it.
+# The trace of a gate that died, moved aside by the next gate that systemd started.
 MOVED: Final = "gate-trace.old"
 MAX_CRASHES: Final = 5
 _PATTERN: Final = "gate-crash-*.txt"
-# Far longer than the line that we write.
+# Far longer than the first line of a report.
 _MAX_FIRST_LINE: Final = 1000
-# Of another version of the gate it may be larger.
+# Another version of the gate may write a larger trace.
 _MAX_TRACE: Final = 16 * SIZE
 
 
 def keep_crash(
     folder: Path, pid: int, status: int | None, now: float, *, unseen: bool = False
 ) -> str:
-    """Write down that the gate died, and return that in a line.
+    """Write a report on a gate that died, and return its first line.
 
-    `status` is what `os.waitpid` gives; None: it was not ours to wait for. `unseen`: it died some time before.
+    `status` comes from `os.waitpid`, and is None if the gate was another process's child. `unseen` says that the
+    gate died some time before `now`.
     """
     when = datetime.fromtimestamp(now, UTC)
     at = f"{'before' if unseen else 'at'} {when:%Y-%m-%d %H:%M:%S} UTC"
@@ -45,19 +47,19 @@ def keep_crash(
         trace.unlink(missing_ok=True)
         _drop_old(folder)
     except OSError as exc:
-        LOGGER.warning("%s: no record of it in %s: %s", line, folder, exc)
+        LOGGER.warning("%s: cannot write a crash report in %s: %s", line, folder, exc)
         return line
     return f"{line}; the headers of its last messages are in {path}"
 
 
 def find_trace(folder: Path) -> Path:
-    """Return where the trace of one that died is, if there is one: another may write its own by now."""
+    """Return where the trace of a dead gate would be: moved aside, if another gate writes its own by now."""
     moved = folder / MOVED
     return moved if moved.exists() else folder / TRACE
 
 
 def last_crash(folder: Path) -> str:
-    """Return a line about the last gate that died; empty if there is none on record."""
+    """Return one line about the last gate that died; empty if there is no report."""
     paths = sorted(folder.glob(_PATTERN))
     if not paths:
         return ""
@@ -77,13 +79,13 @@ def _drop_old(folder: Path) -> None:
 def _describe_time(when: float) -> str:
     try:
         return f"{datetime.fromtimestamp(when, UTC):%H:%M:%S.%f}"
-    except (ValueError, OverflowError, OSError):  # the file says what it says
+    except (ValueError, OverflowError, OSError):  # the file may hold any number
         return "at some time"
 
 
 def _describe_end(status: int | None) -> str:
     if status is None:
-        return "died (how, only the supervisor that started it could tell)"
+        return "died (only the supervisor that started it knows how)"
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"exited with {code}"

@@ -1,4 +1,14 @@
-"""The gate's process: started so that it outlives us, watched, and written down when it dies."""
+"""The gate's process: started so that it outlives the supervisor, watched, and reported on when it dies.
+
+A gate ends with the supervisor that started it, or with a later supervisor in the same folder. So the pids of
+gates that supervisors started stand in a file, the mark. The file must be right whenever a supervisor dies:
+
+    written before a start:      the pid that serves now, if any, and "?"
+    written after posix_spawn:   the pid that serves now, if any, and the new pid
+    written once it serves:      the new pid
+
+A "?" stands for a gate whose pid was not known yet. A supervisor that reads one treats the running gate as its own.
+"""
 
 import contextlib
 import logging
@@ -18,65 +28,66 @@ from broker.posix.files import read_small, write_file
 from broker.wire.errors import BrokerError
 
 LOGGER: Final = logging.getLogger(__name__)
-START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says it listens
+START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says that the gate listens
 EXIT_TIMEOUT: Final = 1.0  # seconds, from the end of the connection to the end of the process
-# In place of the number of a gate that is about to be started: should we end in between, it is ours all the same.
+# Stands in the mark for a gate that is about to be started, whose pid is not known yet.
 _ANY: Final = "?"
 _MAX_MARK: Final = 4096  # bytes: a few process numbers
 
-# Has a gate started by another: argv, environment, and the descriptors for its ends. Returns its pid, 0 for "no".
+# Asks the running gate to start another: argv, environment, descriptors. Returns the new pid; 0 for a refusal.
 StartNext = Callable[[tuple[str, ...], dict[str, str], Sequence[int]], Awaitable[int]]
 
 
 class GateError(BrokerError):
-    """There is no gate, and it cannot be started."""
+    """No gate is running, and none can be started."""
 
 
 class GateProcess:
-    """The one that serves the socket `control`, whoever started it."""
+    """The process that serves the socket `control`, whichever process started it."""
 
     def __init__(self, control: Path, command: Sequence[str]) -> None:
         self._control: Final = control
         self._command: Final = tuple(command)
         self._children: Final[set[int]] = set()
-        # Says which gate was started by a supervisor, and so is to end with one.
         self._mark: Final = control.with_suffix(".pid")
-        self._end = -1  # a pidfd: readable when it has ended
+        self._pidfd = -1  # readable when the gate has ended
         self.pid = 0
 
     @property
     def folder(self) -> Path:
-        """Where its socket and what it leaves are."""
+        """The folder of the control socket, the trace and the crash reports."""
         return self._control.parent
 
     @property
     def is_ours(self) -> bool:
-        """Whether one of us started it: this supervisor, or one before it in this folder."""
+        """Return whether this supervisor started the gate, or an earlier supervisor with the same folder."""
         noted = self._noted()
         return self.pid in self._children or str(self.pid) in noted or _ANY in noted
 
     def watch(self, pid: int) -> None:
-        """Take note which process it is."""
+        """Watch the process that serves."""
         self.forget()
         self.pid = pid
         try:
-            self._end = os.pidfd_open(pid)
+            self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             pass
-        except OSError as exc:  # its connection tells, too
-            LOGGER.warning("the gate (process %d) is not watched: %s", pid, exc.strerror)
+        except OSError as exc:  # the end of the control connection shows a death, too
+            LOGGER.warning("gate process %d is not watched: %s", pid, exc.strerror)
 
     def forget(self) -> None:
-        """Watch it no more."""
-        if self._end >= 0:
-            os.close(self._end)
-            self._end = -1
+        """Stop watching the process."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     async def start(self) -> None:
-        """Start a gate, where none is, and wait until it listens. Raises GateError."""
+        """Start a gate where none runs, and wait until it listens. Raises GateError."""
         if self._control.exists() and (self.folder / TRACE).exists():
-            self._keep_unseen(self.pid or self._noted_pid())  # else the next one writes over it
-        # A supervisor before us may have been about to start one, which may yet be the one that serves.
+            self._keep_unseen(
+                self.pid or self._noted_pid()
+            )  # before the new gate overwrites the trace
+        # An earlier supervisor may have started a gate just before it died, and that gate may come first.
         earlier = self._noted()[-1:]
         try:
             pid = await self._start(())
@@ -86,28 +97,28 @@ class GateProcess:
         self._note(str(pid))
 
     def keep_moved(self) -> None:
-        """Write down one that died and was replaced when nobody saw it."""
+        """Report on a gate that died and was replaced while no supervisor ran."""
         if (self.folder / MOVED).exists():
             self._keep_unseen(self.pid)
 
     async def start_next(self, take_over: int, ask: StartNext) -> int:
-        """Start a gate that takes over at that socket when it is told to. Raises GateError.
+        """Start a gate that will take over through that socket. Raises GateError.
 
-        `ask` has the gate that serves start it, if that one is a service of its own.
+        If the serving gate is a service of systemd, `ask` requests that gate to start the next one.
         """
         return await self._start((take_over,), ask)
 
     def replaced(self, pid: int) -> None:
-        """Take note that another process serves now."""
+        """Watch another process, which serves now."""
         if self.is_ours:
             self._note(str(pid))
         self.watch(pid)
         self._reap()
 
     def give_up(self, pid: int) -> None:
-        """End a gate that was to be the next one."""
+        """Kill a gate that was to be the next one."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # a child that was not waited for: the number is its own
+            os.kill(pid, signal.SIGKILL)  # an unreaped child, whose pid no other process can have
         if self.is_ours:
             self._note(str(self.pid))
 
@@ -120,7 +131,7 @@ class GateProcess:
                     pid = await self._spawn(ready_there, take_over, ask)
                 finally:
                     os.close(ready_there)
-                await self._wait_ready(ready, pid, "is in the log" if take_over else "stands above")
+                await self._wait_ready(ready, pid, "in the log" if take_over else "above")
             finally:
                 os.close(ready)
         except OSError as exc:
@@ -134,7 +145,7 @@ class GateProcess:
             pid = await ask(argv, _environment(), [ready, *take_over])
             if pid:
                 return pid
-        # Of two either may be the one that serves, should we end before we know.
+        # If this supervisor dies before the hand-over ends, either of the two may be the one that serves.
         before = [str(self.pid)] if take_over else self._noted()[-1:]
         is_noted = not take_over or self.is_ours
         if is_noted:
@@ -154,15 +165,15 @@ class GateProcess:
         try:
             with trio.move_on_after(START_TIMEOUT) as scope:
                 await trio.lowlevel.wait_readable(ready)
-        except trio.Cancelled:  # it would serve nobody
+        except trio.Cancelled:  # no supervisor would use this gate
             self.give_up(pid)
             raise
         if scope.cancelled_caught:
             self.give_up(pid)
-            raise GateError(f"the gate did not say that it listens, in {START_TIMEOUT:.0f} s")
+            raise GateError(f"the gate did not begin to listen in {START_TIMEOUT:.0f} s")
         if not os.read(ready, 1):
             self.give_up(pid)
-            raise GateError(f"the gate did not start: its message {where}")
+            raise GateError(f"the gate did not start: see its message {where}")
 
     def _noted(self) -> list[str]:
         try:
@@ -171,46 +182,47 @@ class GateProcess:
             return []
 
     def _noted_pid(self) -> int:
-        """Return the gate that was noted last; 0: not known."""
+        """Return the pid that was noted last; 0 if none is known."""
         return next((int(word) for word in reversed(self._noted()) if word.isdigit()), 0)
 
     def _note(self, *words: str) -> None:
-        """Say which gates are ours, whole or not at all."""
+        """Write the pids of our gates into the mark, whole or not at all."""
         try:
             if words:
                 write_file(self._mark, " ".join(words).encode())
             else:
                 self._mark.unlink(missing_ok=True)
         except OSError as exc:
-            LOGGER.warning("%s: %s: the next supervisor will not end the gate", self._mark, exc)
+            text = "cannot write %s: %s: the next supervisor will not end the gate"
+            LOGGER.warning(text, self._mark, exc)
 
     def _keep_unseen(self, pid: int) -> None:
         LOGGER.error("%s", keep_crash(self.folder, pid, None, time.time(), unseen=True))
 
     async def has_died(self) -> bool:
-        """Say whether it ended, after its connection did; keep a record if it was not told to."""
-        if self._end < 0 or not await self._wait_end():
+        """Return whether the gate has ended, after its connection did; write a report if it died."""
+        if self._pidfd < 0 or not await self._wait_end():
             return False
         status = self._reap(self.pid)
         self.forget()
-        # Whoever ends in order takes his socket away, or, if that is systemd's, the trace.
+        # A gate that ends in order removes its socket; if systemd owns the socket, it removes the trace.
         if self._control.exists() and (self.is_ours or find_trace(self.folder).exists()):
             LOGGER.error("%s", keep_crash(self.folder, self.pid, status, time.time()))
         else:
             self._tidy()
-            LOGGER.warning("the gate (process %d) was ended by somebody else", self.pid)
+            LOGGER.warning("gate process %d was terminated by another program", self.pid)
         return True
 
     async def wait_exit(self) -> None:
-        """Wait for its end after it was told to, so that whoever waits for us finds it gone."""
+        """Wait for the end of a gate that was told to end, and kill it if it does not."""
         self._tidy()
-        if self._end >= 0 and not await self._wait_end():
-            signal.pidfd_send_signal(self._end, signal.SIGKILL)
+        if self._pidfd >= 0 and not await self._wait_end():
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self._reap()
 
     async def _wait_end(self) -> bool:
         with trio.move_on_after(EXIT_TIMEOUT) as scope:
-            await trio.lowlevel.wait_readable(self._end)
+            await trio.lowlevel.wait_readable(self._pidfd)
         return not scope.cancelled_caught
 
     def _tidy(self) -> None:
@@ -218,7 +230,7 @@ class GateProcess:
         (self.folder / TRACE).unlink(missing_ok=True)
 
     def _reap(self, wanted: int = 0) -> int | None:
-        """Take note of gates that ended; return how the wanted one did."""
+        """Reap the gates that have ended; return the wait status of the wanted one."""
         found = None
         for pid in list(self._children):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -229,7 +241,10 @@ class GateProcess:
 
 
 def _environment() -> dict[str, str]:
-    """The gate must find the same code as we, installed or not (`-P` keeps it from our folder)."""
+    """Return an environment in which the gate finds this code, installed or not.
+
+    The option `-P` keeps Python from looking into the current folder.
+    """
     here = str(Path(broker.__file__).parent.parent)
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,7 +1,19 @@
-"""A new gate in place of the one that serves, without one connection closed: asked for, and seen to its end.
+"""Replacing the serving gate by a new one without closing a connection.
 
-The two gates do it between themselves (broker/gate/handover/channel.py), and the control connection goes with the rest: what
-is asked of the old one meanwhile the new one answers. Whatever goes wrong, the old one serves on.
+The supervisor starts the new gate, and the two gates do the rest themselves (broker/gate/handover/channel.py):
+
+    supervisor                        old gate                        new gate
+    starts the new gate, with
+    one end of a socket pair    ----------------------------->
+                                                                <-    Offer (the versions it can read)
+    HandOver, with the other end ->   stops all other work
+                                      state and descriptors     ->    loads them, checks its judgement
+                                                                <-    Ready
+                                      Go, and exits             ->    serves
+                                 <----------------------------        HandedOver, on the same control connection
+
+Requests that come meanwhile wait in the control connection, and the new gate answers them. If any step fails, the
+old gate continues to serve.
 """
 
 import socket
@@ -23,17 +35,17 @@ from broker.engines.control_connection import ControlConnection
 from broker.engines.gate_process import GateError, GateProcess
 from broker.wire.errors import FAILED, NOT_SUPPORTED, CallRefusedError
 
-# Seconds for each step: so long nobody is served if the new gate hangs.
+# Seconds for each step. No app is served for so long if the new gate hangs.
 HAND_OVER_TIMEOUT: Final = 5.0
-# And for the answer, should the old one hang: more than 10 000 sandboxes take.
+# Seconds for the answer, in case the old gate hangs. A hand-over of 10 000 sandboxes takes less.
 ANSWER_TIMEOUT: Final = 60.0
 
 
 async def upgrade(link: ControlConnection, process: GateProcess) -> None:
-    """Replace the gate. Raises CallRefusedError if the old one serves on, and EngineLostError."""
+    """Replace the gate. Raises CallRefusedError if the old gate continues to serve, and EngineLostError."""
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    except OSError as exc:  # too few descriptors: no reason for us to end
+    except OSError as exc:  # too few descriptors, which must not end the supervisor
         text = f"the new gate cannot be started: {exc.strerror}"
         raise CallRefusedError(FAILED, text) from exc
     with ours:
@@ -54,7 +66,9 @@ async def _start(link: ControlConnection, process: GateProcess, fd: int) -> int:
         try:
             answer = await link.request(StartNext(argv, environment), fds)
         except CallRefusedError as exc:
-            if exc.dbus_name == NOT_SUPPORTED:  # it is nobody's service: we start it
+            if (
+                exc.dbus_name == NOT_SUPPORTED
+            ):  # no service of systemd: the supervisor starts the gate
                 return 0
             raise
         return answer.pid if isinstance(answer, Started) else 0
@@ -62,7 +76,7 @@ async def _start(link: ControlConnection, process: GateProcess, fd: int) -> int:
     try:
         return await process.start_next(fd, ask)
     except GateError as exc:
-        raise CallRefusedError(FAILED, f"the new gate does not take over: {exc}") from exc
+        raise CallRefusedError(FAILED, f"the new gate cannot take over: {exc}") from exc
 
 
 async def _ask(link: ControlConnection, fd: int) -> Answer:

@@ -1,8 +1,10 @@
-"""What the gate listens on, held a second time: so that a gate which dies takes no socket with it.
+"""Duplicates of the gate's listening sockets, so that a gate that dies loses none of them.
 
-A key is (sandbox, bus); no bus is the read end of its close-notification pipe. Descriptors are closed when their sandbox
-ends or listens no more. Whoever keeps them somewhere else as well, for the case that we die too, is told by
-`on_change`, and gives them back by `adopt` before there is a gate.
+The key of a descriptor is (sandbox, bus); an empty bus stands for the read end of the close-notification pipe. A
+descriptor is closed when its sandbox ends or stops listening.
+
+A second keeper, for the case that the supervisor dies too, learns of each change by `on_change`, and gives its
+descriptors back by `adopt` before a gate is started.
 """
 
 import contextlib
@@ -13,17 +15,17 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Final
 
 LOGGER: Final = logging.getLogger(__name__)
-PIPE: Final = ""  # in place of a bus
+PIPE: Final = ""  # in place of a bus name
 
 
 class HeldSockets:
-    """Descriptors of ours, by sandbox and bus."""
+    """Owned descriptors, by sandbox and bus."""
 
     def __init__(self) -> None:
-        # Called with sandbox, bus, and the descriptor: None when it is about to be closed.
+        # Called with sandbox, bus and descriptor; with None for a descriptor that is about to be closed.
         self.on_change: Callable[[str, str, int | None], None] = _ignore
         self._fds: Final[dict[str, dict[str, int]]] = {}
-        # For each question to the gate what it is about, without what has ended since.
+        # For each request that waits for the gate: the sandboxes it concerns that have not ended since.
         self._asked: Final[dict[object, set[str]]] = {}
 
     def __contains__(self, sandbox: str) -> bool:
@@ -33,14 +35,14 @@ class HeldSockets:
         return iter(list(self._fds))
 
     def of(self, sandbox: str) -> Mapping[str, int]:
-        """Return what is held of a sandbox: lent, not given."""
+        """Return the descriptors of a sandbox by bus. This object continues to own them."""
         return self._fds.get(sandbox, {})
 
     @contextlib.contextmanager
     def unless_ended(self, sandboxes: Iterable[str]) -> Iterator[Container[str]]:
-        """Give those of the sandboxes that the gate is asked about that have not ended meanwhile.
+        """Return a set of sandboxes from which those are removed that end during the `with`.
 
-        Of the others nothing may be held any more: nobody would tell us again to let it go.
+        Nothing may be held of an ended sandbox any more, because its end is announced only once.
         """
         question = object()
         living = self._asked[question] = set(sandboxes)
@@ -50,28 +52,28 @@ class HeldSockets:
             del self._asked[question]
 
     def end(self, sandbox: str) -> None:
-        """It has ended: close what is held of it, and see to it that no more is."""
+        """Close the descriptors of a sandbox that has ended, and let `unless_ended` know."""
         for living in self._asked.values():
             living.discard(sandbox)
         self.drop(sandbox)
 
     def keep(self, sandbox: str, bus: str, fd: int) -> None:
-        """Hold a duplicate. Without descriptors to spare the sandbox goes without."""
+        """Hold a duplicate of a descriptor, or log a warning if no descriptor is left."""
         try:
             own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError as exc:
-            LOGGER.warning("%s: its socket cannot be held: %s", sandbox, exc.strerror)
+            LOGGER.warning("%s: cannot hold its listening socket: %s", sandbox, exc.strerror)
             return
         self.adopt(sandbox, bus, own)
 
     def adopt(self, sandbox: str, bus: str, fd: int) -> None:
-        """Hold this very one: it is ours from here on."""
+        """Hold a descriptor, and own it from now on."""
         self.drop(sandbox, bus)
         self._fds.setdefault(sandbox, {})[bus] = fd
         self.on_change(sandbox, bus, fd)
 
     def drop(self, sandbox: str, bus: str | None = None) -> None:
-        """Close what is held of a sandbox, or of it for one bus. Fine if there is nothing."""
+        """Close the descriptors of a sandbox, or its descriptor for one bus. Harmless if none is held."""
         held = self._fds.get(sandbox, {})
         for which in [bus] if bus is not None else list(held):
             if (fd := held.pop(which, None)) is not None:
@@ -82,12 +84,12 @@ class HeldSockets:
             self._fds.pop(sandbox, None)
 
     def drop_listeners(self, sandbox: str) -> None:
-        """It takes no more connections."""
+        """Close the listening sockets of a sandbox, but not its pipe."""
         for bus in [bus for bus in self.of(sandbox) if bus != PIPE]:
             self.drop(sandbox, bus)
 
     def close(self) -> None:
-        """Close all of them, and tell nobody: they may be wanted by who comes after us."""
+        """Close all descriptors without calling `on_change`: the second keeper holds them for the next supervisor."""
         self.on_change = _ignore
         for sandbox in self:
             self.drop(sandbox)

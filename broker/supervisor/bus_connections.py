@@ -17,6 +17,7 @@ import trio
 
 from broker.bus.connection import BUS_DRIVER, BusConnection, Call, open_bus
 from broker.control_protocol.messages import BusSpec
+from broker.engines.backoff import ExponentialBackoff
 from broker.supervisor.storage.state_file import StateFile
 from broker.wire.errors import BrokerError, CallRefusedError
 from broker.wire.header import Header
@@ -62,24 +63,6 @@ class Answerer(Protocol):
         """Refuse a call of which the header says enough. Raises CallRefusedError."""
 
 
-class ExponentialBackoff:
-    """How long to wait before the next try: longer each time, and never as long as everybody else."""
-
-    def __init__(self, chance: Callable[[], float] = random.random) -> None:
-        self._chance: Final = chance
-        self._count = 0
-
-    def next(self) -> float:
-        """Return the seconds: between half and all of what this try may take."""
-        most = min(FIRST_PAUSE * 2.0**self._count, LONGEST_PAUSE)
-        self._count = min(self._count + 1, 32)
-        return most * (0.5 + self._chance() / 2)
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self._count = 0
-
-
 class ReconnectingBus:
     """One bus. `on_back` and `on_gone` are to be set before it may be lost."""
 
@@ -90,7 +73,7 @@ class ReconnectingBus:
         self._address: Final = spec.address
         self._wanted: Final = name  # of ours, on the bus
         self._gone_after: Final = gone_after
-        self._backoff: Final = ExponentialBackoff()
+        self._backoff: Final = ExponentialBackoff(FIRST_PAUSE, LONGEST_PAUSE, chance=random.random)
         self.id = ""  # of the bus that was met last
         self._bus: BusConnection | None = None
         self._changed = trio.Event()

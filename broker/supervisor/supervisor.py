@@ -290,7 +290,7 @@ class Supervisor:
             for one in found
         ]
 
-    def tagged(self) -> list[tuple[str, str]]:
+    def instance_field_wishes(self) -> list[tuple[str, str]]:
         """Return who wants header field 10, as bus and unique name."""
         return self.tags.wishes
 

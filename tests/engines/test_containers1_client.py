@@ -96,14 +96,14 @@ async def test_many_that_wait_at_once_are_one_failure(
 
     async def make(number: int) -> None:
         with pytest.raises(CallRefusedError):
-            await engine._labels.add_server(make_spec(number), "session")
+            await engine._client.add_server(make_spec(number), "session")
 
     async with trio.open_nursery() as nursery:
         for number in range(5):
             nursery.start_soon(make, number)
     assert calls(engine.drivers["session"], "AddServer") > 1
     await trio.sleep(FIRST_PAUSE + 1)
-    assert not engine._labels._known["session", make_spec().uid].is_pausing
+    assert not engine._client._known["session", make_spec().uid].is_pausing
 
 
 @pytest.mark.parametrize("mode", ["none", "silent"])

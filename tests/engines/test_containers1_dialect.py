@@ -114,8 +114,8 @@ def test_another_interface_is_none_that_we_know(xml: str) -> None:
         ("<node></interface>", "mismatched tag"),
         (REAL + "<node/>", "junk after document element"),
         (REAL.replace("<node>", "<node>&x;").replace("<!DOCTYPE", "<!DOCTYP"), "syntax error"),
-        ("<!DOCTYPE node [<!ENTITY a 'b'>]><node>&a;</node>", "declarations of its own"),
-        ("<!DOCTYPE node SYSTEM 'x' [<!ATTLIST node a CDATA 'b'>]><node/>", "declarations"),
+        ("<!DOCTYPE node [<!ENTITY a 'b'>]><node>&a;</node>", "declares elements of its own"),
+        ("<!DOCTYPE node SYSTEM 'x' [<!ATTLIST node a CDATA 'b'>]><node/>", "declares elements"),
         (REAL + " " * MAX_DESCRIPTION, f"of {MAX_DESCRIPTION} at most"),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_crash_is_on_record_with_its_last_messages(tmp_path: Path) -> None:
         (signal.SIGKILL, "was killed by SIGKILL"),
         (63, "was killed by signal 63"),
         (3 << 8, "exited with 3"),
-        (None, "only the supervisor that started it could tell"),
+        (None, "only the supervisor that started it knows how"),
     ],
 )
 def test_how_it_ended_is_said(tmp_path: Path, status: int | None, words: str) -> None:

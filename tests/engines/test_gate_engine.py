@@ -21,7 +21,7 @@ from broker.control_protocol.messages import (
     SetContainerServer,
     Snapshot,
 )
-from broker.engines import gate_engine as gate_module
+from broker.engines import gate_engine as gate_module, restart_limits
 from broker.engines.base import EngineLostError
 from broker.engines.gate_engine import GateEngine, _ListenerTee
 from broker.engines.gate_process import GateError
@@ -116,7 +116,9 @@ async def test_what_another_engine_left_is_known_or_given_up(
                 "session", ":1.1"
             )  # which the gate answers after what was asked before
         assert dict(engine.instances("c0")) == ({"session": "/i"} if upstream.instance else {})
-        assert ("c0: bus session lost what labelled it" in caplog.text) == (not upstream.instance)
+        assert ("c0: bus session lost its container server" in caplog.text) == (
+            not upstream.instance
+        )
         assert engine.serving("session") == "gate"
     told = Told()
     async with kept(make_engine(tmp_path), told) as engine:
@@ -150,7 +152,7 @@ async def test_a_server_that_is_lost_is_given_up(
     state = msgspec.structs.replace(make_state(make_record()), spec=spec)
     ears.take_snapshot(Snapshot(protocol=1, pid=1, buses=(), sandboxes=(state,)))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         ears.take_event(ContainerServerLost("c0", "session"))
         await trio.sleep(60)
         nursery.cancel_scope.cancel()
@@ -201,11 +203,11 @@ async def test_a_gate_that_does_not_start_is_an_error(tmp_path: Path) -> None:
 
 async def test_gates_are_not_started_for_ever(tmp_path: Path) -> None:
     await trio.lowlevel.checkpoint()  # a clock is all it needs of trio
-    engine = make_engine(tmp_path)
-    for _ in range(gate_module.MAX_STARTS):
-        engine._count_start()
+    limits = make_engine(tmp_path)._limits
+    for _ in range(restart_limits.MAX_STARTS):
+        limits.count_start()
     with pytest.raises(GateError, match="5 times"):
-        engine._count_start()
+        limits.count_start()
 
 
 async def be_given_up(
@@ -225,7 +227,7 @@ async def be_given_up(
 async def test_a_gate_that_hangs_up_at_once_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "REFUSAL_PAUSE", 0.001)
+    monkeypatch.setattr(restart_limits, "REFUSAL_PAUSE", 0.001)
 
     async def hang_up(stream: trio.SocketStream) -> None:
         await stream.aclose()
@@ -236,7 +238,7 @@ async def test_a_gate_that_hangs_up_at_once_is_given_up(
 async def test_a_gate_that_cannot_be_understood_is_given_up_and_the_reason_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "REFUSAL_PAUSE", 0.001)
+    monkeypatch.setattr(restart_limits, "REFUSAL_PAUSE", 0.001)
 
     async def babble(stream: trio.SocketStream) -> None:
         with contextlib.suppress(trio.BrokenResourceError):
@@ -244,7 +246,7 @@ async def test_a_gate_that_cannot_be_understood_is_given_up_and_the_reason_said(
             await stream.receive_some(1)
             await trio.sleep(0.01)
 
-    await be_given_up(tmp_path, babble, "does not talk to us: control frame of 4294967295")
+    await be_given_up(tmp_path, babble, "refuses this supervisor: control frame of 4294967295")
 
 
 async def test_a_gate_that_never_answers_is_an_error(
@@ -254,7 +256,7 @@ async def test_a_gate_that_never_answers_is_an_error(
     with trio.socket.socket(trio.socket.AF_UNIX) as mute:
         await mute.bind(str(tmp_path / "gate.sock"))
         mute.listen()
-        with trio.fail_after(10), pytest.raises(GateError, match="says nothing"):
+        with trio.fail_after(10), pytest.raises(GateError, match="did not answer"):
             await make_engine(tmp_path).keep_connected(Told())
 
 

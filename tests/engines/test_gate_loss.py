@@ -18,10 +18,10 @@ from broker.control_protocol.messages import (
     RequestInstanceField,
     SandboxSpec,
 )
-from broker.engines import gate_engine as gate_module
+from broker.engines import gate_engine as gate_module, restart_limits
 from broker.engines.base import EngineLostError
 from broker.engines.crash_reports import MOVED, TRACE
-from broker.engines.gate_engine import batches
+from broker.engines.gate_engine import _batches
 from broker.engines.gate_process import GateError, GateProcess
 from broker.engines.held_sockets import PIPE
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
@@ -71,7 +71,7 @@ class Restoring(Told):
     def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
         return self.wanted
 
-    def tagged(self) -> list[tuple[str, str]]:
+    def instance_field_wishes(self) -> list[tuple[str, str]]:
         return self.wishes
 
     def lost(self, sandbox: str) -> None:
@@ -80,7 +80,7 @@ class Restoring(Told):
 
 def test_descriptors_are_asked_for_a_frame_at_a_time() -> None:
     states = [make_state(make_record(number)) for number in range(450)]
-    found = list(batches(iter(states)))
+    found = list(_batches(iter(states)))
     assert [name for batch in found for name in batch] == [state.spec.id for state in states]
     assert [len(batch) for batch in found] == [200, 200, 50]
 
@@ -148,7 +148,7 @@ async def test_what_a_new_gate_refuses_is_given_up(
         assert await engine.who("session", "c1") is None
         assert told.given_up == ["c1"]
         assert "c1" not in engine.held
-        assert "c1: the gate does not take it again: " in caplog.text
+        assert "c1: the new gate refuses this sandbox: " in caplog.text
         assert "it has ended: add it anew" in caplog.text
         os.close(read)
         os.close(write)
@@ -246,7 +246,7 @@ async def test_a_gate_that_somebody_ended_is_no_crash(
         await engine.who("session", ":1.1")
         assert engine.pid != old
         assert not engine.last_crash
-        assert "ended by somebody else" in caplog.text
+        assert "terminated by another program" in caplog.text
         await engine.shutdown()
 
 
@@ -328,7 +328,7 @@ async def test_one_that_was_first_is_the_gate(
 async def test_a_replacement_that_never_starts_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "START_PAUSE", 0.001)
+    monkeypatch.setattr(restart_limits, "START_PAUSE", 0.001)
     with pytest.RaisesGroup(pytest.RaisesExc(GateError, match="5 times")):
         async with kept(make_engine(tmp_path)) as engine:
             (tmp_path / "refuse").touch()

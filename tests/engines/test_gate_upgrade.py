@@ -96,7 +96,7 @@ async def test_who_is_not_wanted_is_given_up() -> None:
 
 async def test_who_does_not_start_is_no_reason_to_ask() -> None:
     link, process = FakeLink(Done()), FakeProcess(GateError("it did not start"))
-    with pytest.raises(CallRefusedError, match="does not take over: it did not start"):
+    with pytest.raises(CallRefusedError, match="cannot take over: it did not start"):
         await run(link, process)
     assert not link.asked
 

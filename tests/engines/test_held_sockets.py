@@ -80,4 +80,4 @@ def test_what_cannot_be_duplicated_is_not_held(
     os.close(kept.write)
     kept.held.keep("c1", "session", kept.write)
     assert "c1" not in kept.held
-    assert "cannot be held" in caplog.text
+    assert "cannot hold its listening socket" in caplog.text

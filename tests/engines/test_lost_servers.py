@@ -5,7 +5,7 @@ import trio
 import trio.testing
 
 from broker.control_protocol.messages import ContainerServer, SandboxSpec
-from broker.engines.lost_servers import LOST, MAX_MENDING, ContainerServerTable
+from broker.engines.lost_servers import LOST, MAX_RECREATING, ContainerServerTable
 from policy.rules import AccessList
 from tests.helpers.records import make_record, make_state
 
@@ -78,9 +78,9 @@ async def test_one_bus_does_not_keep_another_waiting() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(upkeep.recreate_lost, mend)
-        for number in range(MAX_MENDING + 2):
+        for number in range(MAX_RECREATING + 2):
             upkeep.keep(make_spec(number, session=LOST))
         upkeep.keep(make_spec(number, other=LOST))
         await trio.testing.wait_all_tasks_blocked()
-        assert (seen.count("session"), seen.count("other")) == (MAX_MENDING, 1)
+        assert (seen.count("session"), seen.count("other")) == (MAX_RECREATING, 1)
         nursery.cancel_scope.cancel()

@@ -87,7 +87,7 @@ async def test_a_snapshot_while_a_bus_is_waited_for(
     snapshot = Snapshot(protocol=1, pid=1, buses=(), sandboxes=(lost,))
     engine.gone = True
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         engine.lose(ContainerServerLost("c0", "session"))
         for _ in range(3):
             await trio.sleep(1)
@@ -107,7 +107,7 @@ async def test_a_gate_that_is_not_there_is_asked_again(
     await engine.add(make_spec(), [fd])
     engine.refuse = EngineLostError("there is no gate")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(3)
         engine.refuse = None
@@ -136,7 +136,7 @@ async def test_rules_that_change_while_a_server_is_made_again_reach_the_bus(
     engine = Slow(session=driver)
     await engine.add(make_spec(access=lists[0]), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(2.5)  # it is asked what it has, in two calls, and then for a server
         assert driver.made == 2
@@ -190,7 +190,7 @@ async def test_a_server_that_the_gate_refuses_is_ended_and_made_again(
     engine = Refusing(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
@@ -241,7 +241,7 @@ async def test_a_bus_that_is_not_there_is_waited_for(
     engine = Engine(session=FakeDriver())
     await engine.add(make_spec(), [fd])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         engine.gone = True
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(30)
@@ -297,7 +297,7 @@ async def test_a_bus_that_comes_back_without_it(
         engine.lose(ContainerServerLost("c0", "session"))
     if is_required:
         assert engine.requests(StopSandbox) == [StopSandbox("c0")]
-        assert "does not take it again" in caplog.text
+        assert "ended, because bus session refuses it" in caplog.text
     else:
         assert engine.requests(SetContainerServer) == [SetContainerServer("c0", "session", None)]
     engine.held.close()
@@ -311,7 +311,7 @@ async def test_a_bus_that_comes_back_and_hangs(
     await engine.add(make_spec(), [fd])
     driver = engine.drivers["session"] = FakeDriver(mode="hangs")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         engine.lose(ContainerServerLost("c0", "session"))
         await trio.sleep(60)
         assert engine.requests(StopSandbox) == []

@@ -39,7 +39,7 @@ class Engine(Containers1Engine):
         self.asked: list[Request] = []
         self.refuse: Exception | None = None
         self.gone = False
-        self._looked.set()
+        self._buses_are_known.set()
 
     async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
         await trio.lowlevel.checkpoint()
@@ -88,7 +88,7 @@ def fd() -> Any:
 @asynccontextmanager
 async def remaking(engine: Engine) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._upkeep.recreate_lost, engine._mend)
+        nursery.start_soon(engine._servers.recreate_lost, engine._recreate)
         yield
         await trio.testing.wait_all_tasks_blocked(0.001)
         nursery.cancel_scope.cancel()

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import given, strategies as st
 
 from broker.bus.connection import BusConnection, Call, Destination, open_bus, open_loop
 from broker.bus.message_bus import BusLostError
 from broker.control_protocol.messages import BusSpec
 from broker.supervisor import bus_connections
 from broker.supervisor.bus_connections import (
-    ExponentialBackoff,
     ReconnectingBus,
     StartError,
     serve_calls,
@@ -144,13 +142,3 @@ async def test_calls_are_answered_on_whichever_connection_there_is(tmp_path: Pat
                 await lose(fake, line)
         with pytest.raises(BusLostError):
             await client.call(target, "Who")
-
-
-@given(st.floats(0, 1, exclude_max=True), st.integers(1, 50))
-def test_pauses_grow_to_a_bound(chance: float, tries: int) -> None:
-    backoff = ExponentialBackoff(lambda: chance)
-    pauses = [backoff.next() for _ in range(tries)]
-    assert pauses == sorted(pauses)
-    assert all(0 < pause <= bus_connections.LONGEST_PAUSE for pause in pauses)
-    backoff.reset()
-    assert backoff.next() == pauses[0]

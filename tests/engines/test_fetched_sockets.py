@@ -40,7 +40,7 @@ async def test_what_a_gate_that_runs_listens_on_is_borrowed_once(
     assert list(held) == ["c0", "c1", "c2"]
     lender.refuses = True
     await fetch_listening_sockets(lender, held, [make_state(make_record(3))])  # type: ignore[arg-type]
-    assert "cannot be held" in caplog.text
+    assert "cannot hold the gate's listening sockets" in caplog.text
     held.close()
 
 
