@@ -165,7 +165,7 @@ HANDS_OVER_SINCE: Final = 3
 
 
 class GateEngine:
-    """One gate at a time, reached at the socket `control`."""
+    """An engine that serves by one gate at a time, reached at the socket `control`."""
 
     def __init__(
         self, *, control: Path, buses: Sequence[BusSpec], command: Sequence[str] | None = None
