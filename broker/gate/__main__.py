@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from broker.gate.dumps import Failed, HandoverError, HandoverHeader
-from broker.gate.handover.channel import Channel
+from broker.gate.dumps import HandoverError, HandoverHeader
+from broker.gate.handover.channel import Channel, Failed
 from broker.gate.handover.take_over import LONGEST_WAIT, offer, take_over
 from broker.gate.io.loop import READABLE, Loop
 from broker.gate.recorder import trace_into

@@ -29,7 +29,7 @@ class BusIdQuery:
     ) -> None:
         self.bus: Final = bus
         # The supervisor's requests that wait for it, with the names that they are about.
-        self.asked: list[tuple[int, str]] = []
+        self.waiting_requests: list[tuple[int, str]] = []
         self._loop: Final = loop
         self._done: Final = done
         self._client: Final = SaslClient(uid)

@@ -267,82 +267,34 @@ class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     unclaimed: tuple[tuple[str, str, str], ...] = ()  # (instance, interface, how to undo it)
 
 
+class SupervisorChannelDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The control socket, the supervisor's connection, and the events that no supervisor has confirmed."""
+
+    listening: int
+    stream: StreamDump | None = None
+    requests: bytes = b""  # frames behind the request to hand over, the last one perhaps unfinished
+    request_fds: tuple[int, ...] = ()
+    journal: EventJournal
+
+
 class HandoverHeader(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
     """The first frame: what is there once, and how many sandboxes follow."""
 
     version: int
     pid: int
-    control: int
-    supervisor: StreamDump | None = None
-    serial: int  # of the request that this is the answer to
-    protocol: int  # of whoever made it
-    unanswered: bytes = b""  # what the supervisor sent behind it
-    unanswered_fds: tuple[int, ...] = ()
+    serial: int  # of the request to hand over
+    protocol: int  # of the supervisor that made it
+    channel: SupervisorChannelDump
     buses: tuple[BusDump, ...] = ()
     bus_clients: tuple[BusClientDump, ...] = ()
-    journal: EventJournal
     sandboxes: int = 0
 
 
-class Offer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The new gate is there, and can read these versions."""
-
-    pid: int
-    reads: tuple[int, ...]
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The new gate has everything, and has tried it."""
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The new gate cannot take it."""
-
-    text: str
-
-
-class Go(msgspec.Struct, frozen=True, tag=True):
-    """The old gate will not read any more: the new one begins."""
-
-
-Word = Offer | Ready | Failed | Go
 _ROW: Final = struct.Struct("=4I")
-_encoder: Final = msgspec.msgpack.Encoder()
-_words: Final = msgspec.msgpack.Decoder(Word)
 
 
 class HandoverError(Exception):
     """It does not work out, and why: the old gate goes on."""
-
-
-def encode(frame: msgspec.Struct) -> bytes:
-    """Return a frame's bytes. Equal state gives equal bytes."""
-    return _encoder.encode(frame)
-
-
-def decode_word(data: bytes) -> Word:
-    """Read what the other side says. Raises HandoverError."""
-    try:
-        word: Word = _words.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise HandoverError(f"the other gate said something else than expected: {exc}") from exc
-    return word
-
-
-def decode_opening(data: bytes) -> HandoverHeader:
-    """Read a first frame. Raises HandoverError."""
-    try:
-        return msgspec.msgpack.decode(data, type=HandoverHeader)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise HandoverError(f"the old gate's state: {exc}") from exc
-
-
-def decode_sandbox(data: bytes) -> SandboxDump:
-    """Read a sandbox. Raises HandoverError."""
-    try:
-        return msgspec.msgpack.decode(data, type=SandboxDump)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise HandoverError(f"the old gate's state: {exc}") from exc
 
 
 class PlainCalls:

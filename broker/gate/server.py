@@ -1,26 +1,18 @@
-"""The gate: every sandbox and bus it serves, and the supervisor's control socket.
+"""The gate: all sandboxes and buses that one process serves, and the supervisor's requests about them.
 
-The gate outlives its supervisor. While none is connected it goes on with the rules it has, and keeps in bounded room
-(kept.py) what no snapshot tells; the next supervisor gets a snapshot when it asks for one.
+The gate outlives its supervisor. While no supervisor is connected the gate keeps the rules that it has, and the next
+supervisor asks for a snapshot. supervisor_channel.py carries requests, answers and events; this module carries them out.
 """
 
 import logging
 import math
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, assert_never
 
-from broker.control_protocol.framing import (
-    LOST,
-    MAX_FRAME_FDS,
-    MAX_PART_BYTES,
-    FrameReader,
-    make_frame,
-    split_snapshot,
-)
+from broker.control_protocol.framing import LOST, MAX_FRAME_FDS, MAX_PART_BYTES, split_snapshot
 from broker.control_protocol.messages import (
     PROTOCOL,
     AddSandbox,
@@ -29,7 +21,6 @@ from broker.control_protocol.messages import (
     Confirm,
     Done,
     Envelope,
-    Event,
     HandedOver,
     HandOver,
     Listeners,
@@ -54,167 +45,87 @@ from broker.control_protocol.messages import (
 )
 from broker.gate.bus_id_query import BusIdQuery
 from broker.gate.containers1.servers import ContainerServers
-from broker.gate.dumps import VERSION, Fds, HandoverError, HandoverHeader, SandboxDump, pick
-from broker.gate.event_journal import EventJournal
+from broker.gate.dumps import VERSION, Fds, HandoverError, HandoverHeader, SandboxDump
 from broker.gate.filter.bus_state import BusState, make_absent_name
 from broker.gate.filter.chores import Work
 from broker.gate.handover.channel import Channel, exit_now, hand_over
 from broker.gate.instance_field import InstanceFieldRounds
-from broker.gate.io.loop import READABLE, Loop
+from broker.gate.io.loop import Loop
 from broker.gate.io.slices import Sliced
-from broker.gate.io.stream import SocketStream, StreamClosedError
 from broker.gate.name_ledger import NameLedger
-from broker.gate.output import Chunk
 from broker.gate.sandbox.sandbox import Sandbox
+from broker.gate.supervisor_channel import SupervisorChannel
 from broker.gate.systemd_service import SystemdService
 from broker.posix.channels import READABLE_KIND, ends_with_its_writers, listens
 from broker.posix.descriptors import close_fds
 from broker.posix.reserve import is_reserved
-from broker.posix.sockets import peer_uid, stream_socket_from_fd
 from broker.wire import errors
-from broker.wire.errors import CallRefusedError, PeerProtocolError
+from broker.wire.errors import CallRefusedError
 
 LOGGER: Final = logging.getLogger(__name__)
-# A supervisor that does not read is not ours to wait for: it is cut off and can come back.
-MAX_UNREAD: Final = 64 * 1024 * 1024
 ABSENT_NAME: Final = make_absent_name(os.urandom(16))
-# Seconds for it to take what it is told last, of the end of up to 10 000 sandboxes.
-LAST_WORDS: Final = 2.0
+# Seconds for the supervisor to read the last events: the ends of up to 10 000 sandboxes.
+DRAIN_SECONDS: Final = 2.0
 
 
 class Gate:
-    """All of it."""
+    """The sandboxes and buses of one gate process."""
 
     def __init__(
-        self, loop: Loop, manager: SystemdService | None = None, folder: Path | None = None
+        self, loop: Loop, service: SystemdService | None = None, folder: Path | None = None
     ) -> None:
+        """Make a gate without sandboxes; `folder` has the files that outlive a gate that dies."""
         self._loop: Final = loop
-        self._folder: Final = folder  # for what the next gate has to know if this one dies
-        self._manager: Final = manager or SystemdService({})
+        self._folder: Final = folder
+        self._service: Final = service or SystemdService({})
         self._buses: Final[dict[str, BusState]] = {}
-        self._meetings: Final[dict[BusState, BusIdQuery]] = {}
+        self._id_queries: Final[dict[BusState, BusIdQuery]] = {}
         self._sandboxes: Final[dict[str, Sandbox]] = {}
-        self._upstreams: Final = ContainerServers(
-            loop, self._sandboxes, self._emit, self._answer_late
+        self._channel: Final = SupervisorChannel(loop, self._answer, self._supervisor_lost)
+        self._container_servers: Final = ContainerServers(
+            loop, self._sandboxes, self._channel.emit, self._channel.answer
         )
-        self._own: Final = self._upstreams.own
-        self._tagging: Final = InstanceFieldRounds(loop, self._answer_late)
-        self._kept = EventJournal()
-        self._supervisor: SocketStream | None = None
-        self._reader = FrameReader()
-        self._asked: Final[deque[tuple[Envelope, list[int]]]] = deque()  # and not looked at
-        self._is_working = False  # on a request that takes more than a turn: the others wait
-        self._control = -1  # what it listens on for supervisors
-        self._most_unread: float = MAX_UNREAD  # and more while a snapshot is on its way
-
-    # -- the supervisor's connection ---------------------------------------------------------------
+        self._bus_clients: Final = self._container_servers.bus_clients
+        self._instance_fields: Final = InstanceFieldRounds(loop, self._channel.answer)
 
     def serve(self, listening: socket.socket) -> None:
-        """Take supervisors, one at a time, of our own uid or root. The socket is ours from here on."""
-        listening.setblocking(False)
-        self._control = listening.fileno()
-        self._loop.add(listening.fileno(), READABLE, lambda _events: self._accept(listening))
+        """Accept supervisors on this socket, which is the gate's from here on."""
+        self._channel.serve(listening)
 
     def close(self) -> None:
-        """End every sandbox, and the supervisor's connection once it has been told."""
+        """End every sandbox, and the supervisor's connection once it has read so."""
         self._shut_down()
-        if self._supervisor is not None:
-            self._supervisor.drain(LAST_WORDS)
-        self._lose_supervisor("the gate ends")
+        self._channel.drain(DRAIN_SECONDS)
+        self._channel.lose("the gate ends")
 
-    def _accept(self, listening: socket.socket) -> None:
-        try:
-            sock, _ = listening.accept()
-        except OSError as exc:
-            LOGGER.warning("control-accept: %s", exc.strerror)
-            return
-        if (uid := peer_uid(sock)) not in (0, os.geteuid()):
-            LOGGER.warning("control-refused uid=%d", uid)
-            sock.close()
-            return
-        if self._supervisor is not None:
-            LOGGER.warning("control-refused: a supervisor is connected")
-            sock.close()
-            return
-        sock.setblocking(False)
-        self._reader = FrameReader()
-        self._supervisor = SocketStream(self._loop, sock, self._readable, self._bound_unread)
-        self._bound_unread()
-        for number, event in self._kept.replay():
-            self._write(Envelope(serial=0, body=event, number=number))
+    def _supervisor_lost(self) -> None:
+        """Forget all requests that wait for something: nobody reads their answers."""
+        self._bus_clients.supervisor_lost()
+        for sandbox in self._sandboxes.values():
+            sandbox.waiting_requests.clear()
+        for query in self._id_queries.values():
+            query.waiting_requests.clear()
+        self._instance_fields.give_up("the supervisor is gone")
 
-    def _readable(self) -> None:
-        supervisor = self._supervisor
-        assert supervisor is not None
-        try:
-            data, fds, cut = supervisor.read_or_lose_fds()
-            self._asked.extend(self._reader.feed(data, fds, cut=cut))
-            self._answer_all()
-        except BlockingIOError:
-            return
-        except StreamClosedError:
-            self._lose_supervisor("closed")
-        except PeerProtocolError as exc:
-            self._lose_supervisor(str(exc))
-
-    def _lose_supervisor(self, reason: str) -> None:
-        LOGGER.info("supervisor-gone: %s", reason)
-        while self._asked:  # and waits for what takes long: nobody was told that it is done
-            close_fds(self._asked.popleft()[1])
-        close_fds(self._reader.take_all_fds())
-        if self._supervisor is not None:
-            self._supervisor.close()
-            self._supervisor = None
-            self._own.supervisor_lost()
-            for sandbox in self._sandboxes.values():
-                sandbox.waiting_requests.clear()
-            for meeting in self._meetings.values():
-                meeting.asked.clear()
-            self._tagging.give_up("the supervisor is gone")  # which is told nothing any more
-
-    def _write(self, envelope: Envelope, fds: Sequence[int] = ()) -> None:
-        """Send an envelope with its descriptors, which are the supervisor's from here on."""
-        supervisor = self._supervisor
-        if supervisor is None:
-            close_fds(fds)
-            return
-        frame = make_frame(envelope)
-        try:
-            supervisor.write([Chunk(frame, tuple(fds)) if fds else frame])
-        except StreamClosedError:
-            self._lose_supervisor("closed")
-            return
-        if supervisor.queued > self._most_unread:
-            self._lose_supervisor("does not read")
-
-    def _emit(self, event: Event) -> None:
-        number = self._kept.add(event, is_told=self._supervisor is not None)
-        self._write(Envelope(serial=0, body=event, number=number))
-
-    # -- requests ------------------------------------------------------------------------------------
-
-    def _answer_all(self) -> None:
-        """Answer one request after the other, until one takes longer than a turn of the loop."""
-        while self._asked and not self._is_working:
-            self._answer(*self._asked.popleft())
+    # -- requests ----------------------------------------------------------------------------------
 
     def _answer(self, envelope: Envelope, fds: list[int]) -> None:
         answer: Answer
         given: Sequence[int] = ()
-        self._kept.confirm(envelope.number)
+        self._channel.confirm(envelope.number)
         if isinstance(envelope.body, AddSandbox):
-            self._work_on(envelope.serial, self._add(envelope.body.spec, fds), fds)
+            self._answer_in_slices(envelope.serial, self._add(envelope.body.spec, fds), fds)
             return
         if isinstance(envelope.body, SetAccess):
-            self._work_on(envelope.serial, self._set_access(envelope.body), fds)
+            self._answer_in_slices(envelope.serial, self._set_access(envelope.body), fds)
             return
         try:
             if envelope.fds == LOST:
                 raise _no_descriptors()
             if isinstance(envelope.body, TakeListeners):
-                answer, given = self._lend(envelope.body)
+                answer, given = self._duplicate_listeners(envelope.body)
             elif isinstance(envelope.body, StartNext):
-                answer = self._manager.start_next(envelope.body, fds)
+                answer = self._service.start_next(envelope.body, fds)
             elif isinstance(envelope.body, HandOver):
                 self._hand_over(envelope.serial, envelope.body, fds)
             elif self._begin(envelope.serial, envelope.body):
@@ -224,73 +135,71 @@ class Gate:
         except CallRefusedError as exc:
             close_fds(fds)
             answer = Refused(exc.dbus_name, str(exc))
-        self._write(Envelope(serial=envelope.serial, body=answer, fds=len(given)), given)
+        self._channel.answer(envelope.serial, answer, given)
 
     def _begin(self, serial: int, body: object) -> bool:
-        """Start a request that writes its own answer; return False for any other."""
+        """Start a request that is answered elsewhere, perhaps later; return False for any other."""
         match body:
             case TakeSnapshot():
-                self._tell_snapshot(serial, body)
+                self._send_snapshot(serial, body)
             case CallBus():
-                self._own.call(self._bus(body.bus), body, serial)
+                self._bus_clients.call(self._find_bus(body.bus), body, serial)
             case WhoIs():
-                self._say_who(serial, body)
+                self._identify(serial, body)
             case RequestInstanceField():
-                self._tag(serial, body)
+                self._request_instance_field(serial, body)
             case StopSandbox():
                 self._stop(serial, body)
             case _:
                 return False
         return True
 
-    def _work_on(self, serial: int, work: Work, fds: list[int]) -> None:
-        """Do a request that compiles rules in slices, then answer it."""
-        asker = self._supervisor
+    def _answer_in_slices(self, serial: int, work: Work, fds: list[int]) -> None:
+        """Do a request that compiles rules in slices, then answer it. Later requests wait."""
+        asker = self._channel.connection
 
         def ended(refused: CallRefusedError | None) -> None:
-            self._is_working = False
+            self._channel.is_busy = False
             answer: Answer = Done()
             if refused is not None:
                 close_fds(fds)
                 answer = Refused(refused.dbus_name, str(refused))
-            if self._supervisor is asker:  # another one did not ask
-                self._write(Envelope(serial=serial, body=answer))
+            if self._channel.connection is asker:  # else the serial is of another connection
+                self._channel.answer(serial, answer)
 
-        self._is_working = True
-        Sliced(self._loop, work, ended).begin(self._answer_all)
+        self._channel.is_busy = True
+        Sliced(self._loop, work, ended).begin(self._channel.serve_requests)
 
-    def _say_who(self, serial: int, request: WhoIs) -> None:
-        bus = self._bus(request.bus)
+    def _identify(self, serial: int, request: WhoIs) -> None:
+        """Answer which sandbox has a unique name; ask the bus for its id first if that matters."""
+        bus = self._find_bus(request.bus)
         if bus.is_authenticated or not bus.ledger.is_doubtful(request.unique_name):
-            self._answer_late(serial, SandboxOf(bus.who(request.unique_name)))
+            self._channel.answer(serial, SandboxOf(bus.who(request.unique_name)))
             return
-        meeting = self._meetings.get(bus)
-        if meeting is None:
-            meeting = BusIdQuery(self._loop, bus, os.geteuid(), self._has_met)
-            self._meetings[bus] = meeting
-        meeting.asked.append((serial, request.unique_name))
+        query = self._id_queries.get(bus)
+        if query is None:
+            query = BusIdQuery(self._loop, bus, os.geteuid(), self._id_query_ended)
+            self._id_queries[bus] = query
+        query.waiting_requests.append((serial, request.unique_name))
 
-    def _has_met(self, meeting: BusIdQuery) -> None:
-        bus = meeting.bus
-        if self._meetings.get(bus) is meeting:
-            del self._meetings[bus]
-        asked, meeting.asked = meeting.asked, []
-        for serial, unique_name in asked:
+    def _id_query_ended(self, query: BusIdQuery) -> None:
+        bus = query.bus
+        if self._id_queries.get(bus) is query:
+            del self._id_queries[bus]
+        requests, query.waiting_requests = query.waiting_requests, []
+        for serial, unique_name in requests:
             answer: SandboxOf | Refused = SandboxOf(bus.who(unique_name))
             if not bus.is_authenticated:
                 answer = Refused(errors.DISCONNECTED, f"bus {bus.name} does not say which it is")
-            self._answer_late(serial, answer)
+            self._channel.answer(serial, answer)
 
     def _stop(self, serial: int, request: StopSandbox) -> None:
-        sandbox = self._find(request.sandbox)
+        sandbox = self._find_sandbox(request.sandbox)
         sandbox.waiting_requests.append(serial)
         sandbox.stop(request.reason)
 
-    def _answer_late(self, asked: int, answer: Answer) -> None:
-        self._write(Envelope(serial=asked, body=answer))
-
-    def _lend(self, request: TakeListeners) -> tuple[Listeners, Sequence[int]]:
-        """Return duplicates of what sandboxes listen on. Raises CallRefusedError."""
+    def _duplicate_listeners(self, request: TakeListeners) -> tuple[Listeners, Sequence[int]]:
+        """Return duplicates of the sandboxes' listening sockets and pipes. Raises CallRefusedError."""
         sandboxes = [one for id_ in request.sandboxes if (one := self._sandboxes.get(id_))]
         what = [(one.id, bus, fd) for one in sandboxes for bus, fd in one.descriptors()]
         if len(what) > MAX_FRAME_FDS:
@@ -306,19 +215,21 @@ class Gate:
     def _carry_out(self, request: Request) -> Answer:
         match request:
             case StopListening():
-                self._find(request.sandbox).stop_listening()
+                self._find_sandbox(request.sandbox).stop_listening()
             case SetBuses():
                 for spec in request.buses:
                     if spec.name not in self._buses:
                         self._buses[spec.name] = self._make_bus(spec.name, spec.address)
                     self._buses[spec.name].address = spec.address
             case TakeUsage():
-                return self._use(request.sandbox)
+                return self._usage(request.sandbox)
             case Shutdown():
                 self._shut_down()
             case SetContainerServer():
-                self._bus(request.bus)
-                self._upstreams.set(self._find(request.sandbox), request.bus, request.server)
+                self._find_bus(request.bus)
+                self._container_servers.set(
+                    self._find_sandbox(request.sandbox), request.bus, request.server
+                )
             case (
                 AddSandbox()
                 | SetAccess()
@@ -344,7 +255,7 @@ class Gate:
         if spec.id in self._sandboxes:
             raise CallRefusedError(errors.FAILED, f"sandbox {spec.id} is there already")
         for listener in spec.listeners:
-            self._bus(listener.bus)
+            self._find_bus(listener.bus)
         wanted = [listener.fd for listener in spec.listeners]
         if spec.close_notify is not None:
             wanted.append(spec.close_notify)
@@ -353,10 +264,10 @@ class Gate:
         _check_kinds(spec, fds)
         if is_reserved(fds):
             raise _no_descriptors()
-        sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
+        sandbox = self._make_sandbox(spec)
         yield from sandbox.compile()
-        self._own.claim(spec.id, spec.uid, spec.container_servers)
-        self._kept.forget_end(spec.id)
+        self._bus_clients.claim(spec.id, spec.uid, spec.container_servers)
+        self._channel.forget_end(spec.id)
         self._sandboxes[spec.id] = sandbox
         try:
             sandbox.open(fds)
@@ -364,24 +275,27 @@ class Gate:
             sandbox.stop("stopped")
             raise CallRefusedError(errors.FAILED, exc.strerror or "no room") from exc
 
+    def _make_sandbox(self, spec: SandboxSpec) -> Sandbox:
+        return Sandbox(self._loop, spec, self._buses, self._channel.emit, self._sandbox_changed)
+
     def _set_access(self, request: SetAccess) -> Work:
-        yield from self._find(request.sandbox).set_access(request.access)
+        yield from self._find_sandbox(request.sandbox).set_access(request.access)
 
-    def _tag(self, serial: int, request: RequestInstanceField) -> None:
-        bus = self._bus(request.bus)
+    def _request_instance_field(self, serial: int, request: RequestInstanceField) -> None:
+        bus = self._find_bus(request.bus)
         if request.wanted:
-            self._tagging.wish(bus, request.unique_name, serial)
+            self._instance_fields.wish(bus, request.unique_name, serial)
         else:
-            self._tagging.take_back(bus, request.unique_name)
-            self._answer_late(serial, Done())
+            self._instance_fields.take_back(bus, request.unique_name)
+            self._channel.answer(serial, Done())
 
-    def _find(self, sandbox: str) -> Sandbox:
+    def _find_sandbox(self, sandbox: str) -> Sandbox:
         found = self._sandboxes.get(sandbox)
         if found is None:
             raise CallRefusedError(errors.NOT_CONTAINER, f"no sandbox {sandbox[:40]!r}")
         return found
 
-    def _bus(self, name: str) -> BusState:
+    def _find_bus(self, name: str) -> BusState:
         bus = self._buses.get(name)
         if bus is None:
             raise CallRefusedError(errors.INVALID_ARGS, f"no bus {name[:40]!r}")
@@ -390,39 +304,40 @@ class Gate:
     def _sandbox_changed(self, sandbox: Sandbox) -> None:
         if sandbox.is_over:
             self._sandboxes.pop(sandbox.id, None)
-        self._upstreams.follow(sandbox)
+        self._container_servers.follow(sandbox)
         if sandbox.is_over:
             for serial in sandbox.waiting_requests:
-                self._answer_late(serial, Done())
+                self._channel.answer(serial, Done())
             sandbox.waiting_requests.clear()
 
-    def _tell_snapshot(self, serial: int, request: TakeSnapshot) -> None:
+    def _send_snapshot(self, serial: int, request: TakeSnapshot) -> None:
         buses = tuple(bus.spec() for bus in self._buses.values())
         head = Snapshot(protocol=PROTOCOL, pid=os.getpid(), buses=buses, sandboxes=())
         states = [sandbox.state() for sandbox in self._sandboxes.values()]
-        # It is as long as it is, and was asked for.
-        self._most_unread = math.inf
-        for part in split_snapshot(head, states, MAX_PART_BYTES if request.in_parts else math.inf):
-            self._write(Envelope(serial=serial, body=part))
-        self._bound_unread()
+        most = MAX_PART_BYTES if request.in_parts else math.inf
+        with self._channel.without_bound():
+            for part in split_snapshot(head, states, most):
+                self._channel.answer(serial, part)
 
-    def _bound_unread(self) -> None:
-        """Have room for as much as ever beyond what there is."""
-        queued = self._supervisor.queued if self._supervisor is not None else 0
-        self._most_unread = queued + MAX_UNREAD
-
-    def _use(self, sandbox: str | None) -> Usage:
+    def _usage(self, sandbox: str | None) -> Usage:
         if sandbox is not None:
-            return self._find(sandbox).usage()
+            return self._find_sandbox(sandbox).usage()
         return sum((one.usage() for one in self._sandboxes.values()), Usage())
 
-    # -- handing over ---------------------------------------------------------------------------------
+    def _shut_down(self) -> None:
+        for sandbox in list(self._sandboxes.values()):
+            sandbox.stop("stopped")
+            sandbox.abandon()
+        self._bus_clients.close()
+        self._loop.stop()
+
+    # -- handing over ------------------------------------------------------------------------------
 
     def _hand_over(self, serial: int, request: HandOver, fds: list[int]) -> NoReturn:
-        """Have another process go on. Raises CallRefusedError, and nothing has changed."""
+        """Hand over to another gate and exit. Raises CallRefusedError, and nothing has changed."""
         if len(fds) != 1:
             raise CallRefusedError(errors.INVALID_ARGS, "HandOver takes one descriptor")
-        self._own.settle()
+        self._bus_clients.settle()
         self._settle()
         channel = Channel(fds.pop(), request.seconds)
         try:
@@ -434,70 +349,54 @@ class Gate:
             raise CallRefusedError(errors.FAILED, text) from exc
         finally:
             channel.close()
-        exit_now(self._manager.replaced)
+        exit_now(self._service.replaced)
 
     def _settle(self) -> None:
-        """Settle what is not handed over: chores of connections, meetings, barriers."""
+        """Settle what is not handed over: chores of connections, id queries, barriers."""
         for sandbox in self._sandboxes.values():
             sandbox.settle()
-        for meeting in list(self._meetings.values()):
-            meeting.end()
-            self._has_met(meeting)
-        self._tagging.give_up("the gate is being replaced: try again")
+        for query in list(self._id_queries.values()):
+            query.end()
+            self._id_query_ended(query)
+        self._instance_fields.give_up("the gate is being replaced: try again")
         known = {rest for sandbox in self._sandboxes.values() for rest in sandbox.lingering}
         for bus in self._buses.values():
             for rest in [one for one in bus.lingering.values() if one not in known]:
-                rest.close()  # its sandbox's end has been told
+                rest.close()  # the end of its sandbox has been told
 
     def dumper(self, serial: int, protocol: int, pid: int) -> Callable[[Fds], HandoverHeader]:
-        """Return what makes the first frame of a hand-over that is asked for by that request."""
+        """Return the function that makes the first frame of the hand-over of that request."""
 
         def dump(fds: Fds) -> HandoverHeader:
-            rest, rest_fds = self._reader.rest()
-            asked = [make_frame(envelope) for envelope, _ in self._asked]
-            asked_fds = [fd for _, own in self._asked for fd in own]
             return HandoverHeader(
                 version=VERSION,
                 pid=pid,
-                control=fds.put(self._control),
-                supervisor=self._supervisor.dump(fds) if self._supervisor is not None else None,
                 serial=serial,
                 protocol=protocol,
-                unanswered=b"".join([*asked, rest]),
-                unanswered_fds=fds.put_all([*asked_fds, *rest_fds]),
+                channel=self._channel.dump(fds),
                 buses=tuple(bus.dump() for bus in self._buses.values()),
-                bus_clients=self._own.dump(fds),
-                journal=self._kept,
+                bus_clients=self._bus_clients.dump(fds),
                 sandboxes=len(self._sandboxes),
             )
 
         return dump
 
-    def load(self, opening: HandoverHeader, fds: Sequence[int]) -> None:
-        """Be as the gate was that made the dump, but for its sandboxes, and for going on: `resume` does that."""
-        self.serve(stream_socket_from_fd(fds[opening.control]))
-        if opening.supervisor is not None:
-            sock = stream_socket_from_fd(fds[opening.supervisor.fd])
-            self._supervisor = SocketStream(self._loop, sock, self._readable, self._bound_unread)
-            self._supervisor.load(opening.supervisor, fds)
-            self._bound_unread()
-        self._asked.extend(self._reader.feed(opening.unanswered, pick(fds, opening.unanswered_fds)))
-        self._kept = opening.journal
-        for one in opening.buses:
+    def load(self, header: HandoverHeader, fds: Sequence[int]) -> None:
+        """Restore the state from `header`. `add_empty` adds the sandboxes, and `resume` continues."""
+        self._channel.load(header.channel, fds)
+        for one in header.buses:
             bus = self._buses[one.name] = self._make_bus(one.name, one.address)
             bus.load(one)
-        self._own.load(opening.bus_clients, self._buses, fds)
+        self._bus_clients.load(header.bus_clients, self._buses, fds)
 
     def add_empty(self, dump: SandboxDump) -> Sandbox:
-        """Return a new sandbox, for one that was there."""
-        spec = dump.spec
-        sandbox = Sandbox(self._loop, spec, self._buses, self._emit, self._sandbox_changed)
-        self._sandboxes[sandbox.id] = sandbox
+        """Return a new sandbox of the dump's id, into which the dump is to be loaded."""
+        sandbox = self._sandboxes[dump.spec.id] = self._make_sandbox(dump.spec)
         return sandbox
 
     def resume(self, serial: int) -> None:
-        """Go on where the gate was that made the dump."""
-        self._write(Envelope(serial=serial, body=HandedOver(os.getpid())))
+        """Continue after `load`; `serial` is that of the request to hand over."""
+        self._channel.answer(serial, HandedOver(os.getpid()))
         for bus in self._buses.values():
             try:
                 bus.resume()
@@ -505,18 +404,14 @@ class Gate:
                 LOGGER.warning("ledger bus=%s: %s", bus.name, exc)
         for sandbox in list(self._sandboxes.values()):
             sandbox.resume()
-        self._answer_all()
-
-    def _shut_down(self) -> None:
-        for sandbox in list(self._sandboxes.values()):
-            sandbox.stop("stopped")
-            sandbox.abandon()
-        self._own.close()
-        self._loop.stop()
+        self._channel.serve_requests()
 
 
 def _check_kinds(spec: SandboxSpec, fds: Sequence[int]) -> None:
-    """Check once more what the supervisor has checked: the gate would wait for it for good."""
+    """Check the kinds of descriptors again, as the supervisor did. Raises CallRefusedError.
+
+    The gate would wait for ever for the end of a descriptor that has none.
+    """
     for listener in spec.listeners:
         if not listens(fds[listener.fd]):
             raise CallRefusedError(errors.INVALID_ARGS, "Socket is not a listening socket")

@@ -14,9 +14,9 @@ from typing import Final
 
 from broker.control_protocol.messages import PROTOCOL, Usage
 from broker.gate import __main__ as gate_main, server
-from broker.gate.dumps import READS, Failed, Offer
-from broker.gate.handover import take_over
-from broker.gate.handover.channel import Channel
+from broker.gate.dumps import READS
+from broker.gate.handover import self_check, take_over
+from broker.gate.handover.channel import Channel, Failed, Offer
 from policy.match import Judge
 from policy.rules import NO_ACCESS, Identity
 
@@ -27,7 +27,7 @@ OTHER_VERSION: Final = max(READS) + 97  # of the hand-over, which no gate here w
 def main() -> int:
     how, *argv = sys.argv[1:]
     if how == "defect":
-        server.Gate._use = _use  # type: ignore[method-assign]  # noqa: SLF001
+        server.Gate._usage = _usage  # type: ignore[method-assign]  # noqa: SLF001
     if "--take-over" not in argv or how in ("none", "defect"):
         return gate_main.main(argv)
     if how == "newer":
@@ -37,7 +37,7 @@ def main() -> int:
     if how == "exit":
         return 3
     if how == "test":
-        vars(take_over)["Judge"] = _never_allows
+        vars(self_check)["Judge"] = _never_allows
         return gate_main.main(argv)
     if how == "corrupt":
         vars(take_over)["dump_equals"] = lambda *_: False
@@ -64,7 +64,7 @@ def _go_on(how: str, channel: Channel) -> None:
     time.sleep(LONG)
 
 
-def _use(self: server.Gate, sandbox: str | None) -> Usage:
+def _usage(self: server.Gate, sandbox: str | None) -> Usage:
     if self._sandboxes:
         raise RuntimeError(f"a defect, asked for {sandbox}")
     return Usage()

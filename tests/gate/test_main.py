@@ -48,5 +48,5 @@ def test_a_defect_ends_the_process_and_no_sandbox(supervisor: Supervisor) -> Non
     for sandbox in supervisor.gate._sandboxes.values():  # which the end of a process closes
         for sock, _ in sandbox._listening.values():
             sock.close()
-    assert supervisor.gate._supervisor is not None
-    supervisor.gate._supervisor.sock.close()
+    assert supervisor.gate._channel.connection is not None
+    supervisor.gate._channel.connection.sock.close()

@@ -109,7 +109,7 @@ def test_refusals_without_a_supervisor_are_told_on_its_return(supervisor: Superv
     refusal = Denied(
         sandbox="c1", bus="session", direction="send", kind="call", peer="org.example.X"
     )
-    supervisor.gate._emit(refusal)
+    supervisor.gate._channel.emit(refusal)
     assert [e.body for e in come_back(supervisor)] == [refusal]
 
 

@@ -35,7 +35,7 @@ from broker.control_protocol.messages import (
     Usage,
     WhoIs,
 )
-from broker.gate import server
+from broker.gate import server, supervisor_channel
 from broker.gate.io.loop import Loop
 from broker.gate.sandbox.budgets import MessageBudget
 from broker.gate.server import Gate
@@ -81,7 +81,7 @@ class Supervisor:
         frame = make_frame(Envelope(serial=self.serial, body=request, fds=len(fds)))
         socket.send_fds(self.sock, [frame], fds)
         self.turn()
-        while self.gate._is_working:
+        while self.gate._channel.is_busy:
             self.turn(1)
         answers = [e for e in self.take() if e.serial]
         assert [e.serial for e in answers] == [self.serial]
@@ -321,7 +321,7 @@ def test_use_is_told_of_one_sandbox_and_of_all(
 
 
 def works(supervisor: Supervisor) -> bool:
-    return supervisor.gate._is_working
+    return supervisor.gate._channel.is_busy
 
 
 def globs(count: int, pattern: str) -> AccessList:
@@ -338,7 +338,7 @@ def test_attack_c4_changing_to_many_globs_leaves_others_their_turns(supervisor: 
     def turn() -> None:
         nonlocal turns
         turns += 1
-        if supervisor.gate._is_working:
+        if supervisor.gate._channel.is_busy:
             supervisor.loop.next_turn(turn)
 
     request = SetAccess("c0", globs(9990, "/org/x{}/**/y*z"))
@@ -431,8 +431,8 @@ def test_a_snapshot_may_be_longer_than_what_a_supervisor_leaves_unread(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "MAX_PART_BYTES", 100_000)
-    monkeypatch.setattr(server, "MAX_UNREAD", 100_000)
-    supervisor.gate._bound_unread()
+    monkeypatch.setattr(supervisor_channel, "MAX_UNREAD", 100_000)
+    supervisor.gate._channel._bound_unread()
     ids = add_long(supervisor, 12)
     supervisor.sock.send(make_frame(Envelope(serial=77, body=TakeSnapshot(in_parts=True))))
     supervisor.turn()
@@ -445,7 +445,7 @@ def test_a_snapshot_may_be_longer_than_what_a_supervisor_leaves_unread(
     parts = [one.body for one in got if isinstance(one.body, Snapshot)]
     assert [state.spec.id for part in parts for state in part.sandboxes] == ids
     assert supervisor.events == [Ended(id_, "close-notify") for id_ in ids]
-    assert supervisor.gate._most_unread == 100_000  # as before
+    assert supervisor.gate._channel._most_unread == 100_000  # as before
 
 
 def test_attack_f2_a_descriptor_that_cannot_end_is_refused_by_the_gate_too(

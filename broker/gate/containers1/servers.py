@@ -14,7 +14,6 @@ from broker.control_protocol.messages import (
 )
 from broker.gate.containers1.bus_client import BusClients
 from broker.gate.io.loop import Loop
-from broker.gate.sandbox.connection import AppConnection
 from broker.gate.sandbox.sandbox import Sandbox
 
 
@@ -28,7 +27,7 @@ class ContainerServers:
         emit: Callable[[Event], None],
         answer: Callable[[int, Called | Refused], None],
     ) -> None:
-        self.own: Final = BusClients(loop, self)
+        self.bus_clients: Final = BusClients(loop, self)
         self._sandboxes: Final = sandboxes
         self._emit: Final = emit
         self._answer: Final = answer
@@ -37,9 +36,9 @@ class ContainerServers:
         """Have a sandbox's connections to a bus made there, and end the server before. Raises CallRefusedError."""
         uid, before = sandbox.spec.uid, sandbox.spec.container_servers.get(bus)
         if upstream is not None:
-            self.own.claim(sandbox.id, uid, {bus: upstream})
+            self.bus_clients.claim(sandbox.id, uid, {bus: upstream})
         if before is not None:  # nobody else ever would
-            self.own.stop(uid, {bus: before})
+            self.bus_clients.stop(uid, {bus: before})
         sandbox.set_container_server(bus, upstream)
         self.follow(sandbox)
 
@@ -47,12 +46,12 @@ class ContainerServers:
         """Tell the buses what a sandbox has no use for any more."""
         uid, upstreams = sandbox.spec.uid, sandbox.spec.container_servers
         if sandbox.is_over:
-            self.own.stop(uid, upstreams)
+            self.bus_clients.stop(uid, upstreams)
         elif not sandbox.is_listening:
             for bus, upstream in upstreams.items():
                 # Who is on the way there would be refused, and a bus ends a server that it has nobody left on.
-                if upstream.stop_listening and not _is_joined(sandbox, bus):
-                    self.own.stop_listening(uid, {bus: upstream})
+                if upstream.stop_listening and not sandbox.is_connecting(bus):
+                    self.bus_clients.stop_listening(uid, {bus: upstream})
                     told = msgspec.structs.replace(upstream, stop_listening="")
                     sandbox.set_container_server(bus, told)
 
@@ -65,7 +64,7 @@ class ContainerServers:
         found = self._sandboxes.get(sandbox)
         if found is None:
             return
-        if found.is_listening or _links(found, bus):
+        if found.is_listening or found.has_connections(bus):
             found.stop("instance-removed")
         else:  # it took no more connections there, and the last one has left
             found.set_container_server(bus, None)
@@ -75,13 +74,3 @@ class ContainerServers:
         if (found := self._sandboxes.get(sandbox)) is not None:
             found.set_container_server(bus, ContainerServer())
             self._emit(ContainerServerLost(sandbox, bus))
-
-
-def _links(sandbox: Sandbox, bus: str) -> list[AppConnection]:
-    return [link for link in sandbox.connections if link.bus.name == bus]
-
-
-def _is_joined(sandbox: Sandbox, bus: str) -> bool:
-    """Say whether a connection is on its way to that bus, and has no name there yet."""
-    filters = [link.filter for link in _links(sandbox, bus)]
-    return any(one is None or not one.state.unique_name for one in filters)

@@ -14,20 +14,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from broker.gate.dumps import (
-    VERSION,
-    Failed,
-    Fds,
-    Go,
-    HandoverError,
-    HandoverHeader,
-    Offer,
-    Ready,
-    SandboxDump,
-    Word,
-    decode_word,
-    encode,
-)
+from broker.gate.dumps import VERSION, Fds, HandoverError, HandoverHeader, SandboxDump
 from broker.posix.descriptors import ANCILLARY_SIZE, SCM_MAX_FD, close_fds, received_fds, rights
 
 # Bytes of one packet: some of them fit into the socket's buffer.
@@ -36,6 +23,32 @@ PACKET: Final = 65536
 MAX_FRAME: Final = 1 << 40
 _HEAD: Final = struct.Struct("<QI")  # bytes and descriptors that follow
 Dump = Callable[[Fds], SandboxDump]
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The new gate is there, and can read these versions."""
+
+    pid: int
+    reads: tuple[int, ...]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The new gate has everything, and has tried it."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The new gate cannot take it."""
+
+    text: str
+
+
+class Go(msgspec.Struct, frozen=True, tag=True):
+    """The old gate will not read any more: the new one begins."""
+
+
+Word = Offer | Ready | Failed | Go
+_encoder: Final = msgspec.msgpack.Encoder()
+_words: Final = msgspec.msgpack.Decoder(Word)
 
 
 class Channel:
@@ -118,7 +131,7 @@ class Channel:
 
 
 def hand_over(
-    channel: Channel, opening: Callable[[Fds], HandoverHeader], dumps: Iterable[Dump]
+    channel: Channel, header: Callable[[Fds], HandoverHeader], dumps: Iterable[Dump]
 ) -> None:
     """Give everything to the gate at the other end. When it returns, that one serves. Raises HandoverError."""
     offer = channel.hear()
@@ -130,7 +143,7 @@ def hand_over(
         raise HandoverError(f"it reads hand-over version {known}; this one writes {VERSION}")
     gc.disable()  # nothing of this is garbage
     try:
-        for dump in (opening, *dumps):
+        for dump in (header, *dumps):
             channel.send(*_write(dump))
     finally:
         gc.enable()
@@ -167,3 +180,33 @@ def dump_equals(
     again = Fds()
     # As values: a newer gate may write more fields than an older one.
     return dump(again) == received and again.all == list(fds)
+
+
+def encode(frame: msgspec.Struct) -> bytes:
+    """Return a frame's bytes. Equal state gives equal bytes."""
+    return _encoder.encode(frame)
+
+
+def decode_word(data: bytes) -> Word:
+    """Read what the other side says. Raises HandoverError."""
+    try:
+        word: Word = _words.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the other gate said something else than expected: {exc}") from exc
+    return word
+
+
+def decode_header(data: bytes) -> HandoverHeader:
+    """Read a first frame. Raises HandoverError."""
+    try:
+        return msgspec.msgpack.decode(data, type=HandoverHeader)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the old gate's state: {exc}") from exc
+
+
+def decode_sandbox(data: bytes) -> SandboxDump:
+    """Read a sandbox. Raises HandoverError."""
+    try:
+        return msgspec.msgpack.decode(data, type=SandboxDump)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise HandoverError(f"the old gate's state: {exc}") from exc

@@ -282,6 +282,15 @@ class Sandbox:
         """Its connections, those in their handshakes left out."""
         return [link.filter.state for link in self.connections if link.filter is not None]
 
+    def has_connections(self, bus: str) -> bool:
+        """Return whether an app is connected to that bus, or about to be."""
+        return any(connection.bus.name == bus for connection in self.connections)
+
+    def is_connecting(self, bus: str) -> bool:
+        """Return whether a connection to that bus has no unique name yet."""
+        filters = [each.filter for each in self.connections if each.bus.name == bus]
+        return any(judging is None or not judging.state.unique_name for judging in filters)
+
     @property
     def is_listening(self) -> bool:
         """Whether it takes connections."""

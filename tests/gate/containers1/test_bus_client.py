@@ -202,8 +202,8 @@ def test_attack_c7_what_is_strange_is_left_out(stage: Stage) -> None:
 def test_a_connection_that_is_not_ready_is_not_handed_over(stage: Stage) -> None:
     stage.bus.quiet = True
     asked = stage.start(PING)
-    stage.gate._own.settle()
-    assert stage.gate._own.dump(Fds()) == ()
+    stage.gate._bus_clients.settle()
+    assert stage.gate._bus_clients.dump(Fds()) == ()
     stage.go_on()
     (answer,) = [e.body for e in stage.take() if e.serial == asked]
     assert isinstance(answer, Refused)

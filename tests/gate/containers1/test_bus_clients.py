@@ -196,7 +196,7 @@ def test_the_connection_is_handed_over(stage: Stage) -> None:
     unclaimed = stage.make()
     stage.bus.quiet = True
     stage.start(ADD)
-    own = stage.gate._own
+    own = stage.gate._bus_clients
     fds = Fds()
     (dump,) = own.dump(fds)
     assert [path for path, *_ in dump.unclaimed] == [unclaimed.instance]
@@ -206,11 +206,11 @@ def test_the_connection_is_handed_over(stage: Stage) -> None:
     gate = type(stage.gate)(other.loop)
     gate._buses.update(stage.gate._buses)
     copies = [os.dup(fd) for fd in fds.all]
-    gate._own.load([dump], gate._buses, copies)
+    gate._bus_clients.load([dump], gate._buses, copies)
     again = Fds()
-    assert gate._own.dump(again)[0] == dump
+    assert gate._bus_clients.dump(again)[0] == dump
     assert again.all == copies
-    gate._own.settle()
-    assert gate._own.dump(Fds()) != ()
-    gate._own.close()
+    gate._bus_clients.settle()
+    assert gate._bus_clients.dump(Fds()) != ()
+    gate._bus_clients.close()
     other.loop.close()

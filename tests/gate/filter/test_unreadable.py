@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from broker.gate.dumps import Fds, FilterDump, encode
+from broker.gate.dumps import Fds, FilterDump
 from broker.gate.filter.filter import Filter
+from broker.gate.handover.channel import encode
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import MAX_FIELDS, MessageType, parse_header

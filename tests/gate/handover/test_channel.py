@@ -10,19 +10,18 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from broker.gate.dumps import (
-    READS,
-    VERSION,
+from broker.gate.dumps import READS, VERSION, Fds, HandoverError, StreamDump
+from broker.gate.handover.channel import (
+    PACKET,
+    Channel,
     Failed,
-    Fds,
     Go,
-    HandoverError,
     Offer,
     Ready,
-    StreamDump,
     Word,
+    dump_equals,
+    hand_over,
 )
-from broker.gate.handover.channel import PACKET, Channel, dump_equals, hand_over
 from broker.posix.descriptors import SCM_MAX_FD, close_fds
 
 OFFER: Final = Offer(pid=7, reads=READS)

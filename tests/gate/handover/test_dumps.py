@@ -17,23 +17,25 @@ from broker.gate.dumps import (
     CallDump,
     Fds,
     FilterDump,
-    Go,
     HandoverError,
-    Offer,
     PlainCalls,
     RateLimitedLogDump,
     ReplierDump,
     ReplyAction,
     SandboxDump,
-    decode_opening,
-    decode_sandbox,
-    decode_word,
-    encode,
     unpack_rows,
 )
 from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.filter import Filter
-from broker.gate.handover.take_over import check_judgement
+from broker.gate.handover.channel import (
+    Go,
+    Offer,
+    decode_header,
+    decode_sandbox,
+    decode_word,
+    encode,
+)
+from broker.gate.handover.self_check import check_judgement
 from broker.gate.name_ledger import NameLedger
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
@@ -306,7 +308,7 @@ def test_late_speakers_keep_their_rules() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"\x81\xa4type\xa3Xxx", encode(Go())[:-1]])
 def test_nonsense_is_a_reason(data: bytes) -> None:
-    for decode in (decode_word, decode_opening, decode_sandbox):
+    for decode in (decode_word, decode_header, decode_sandbox):
         with pytest.raises(HandoverError):
             decode(data)
 

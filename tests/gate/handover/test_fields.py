@@ -12,7 +12,7 @@ import pytest
 GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
-_about _account _recorder absent_name connector recorder _app _budgets _buses _clock _state _driver _drained _emit _changed _full _bus_messages _judging _least _loop _methods _most
+_about _account _on_lost _on_request _recorder absent_name connector recorder _app _budgets _buses _clock _state _driver _drained _emit _changed _full _bus_messages _judging _least _loop _methods _most
 _app_messages _owners _rate _reports _sandbox _visibility _access_change _synced _turn app_tables bus bus_tables state fd reply_handlers
 from_app id identity limits sandbox sock
 """
@@ -76,9 +76,14 @@ FIELDS: Final = {
     "sandbox/budgets.py:RateLimitedLog": ("_second suppressed suppressed_ever used", ""),
     "sandbox/denial_reports.py:DenialReports": ("left unreported", ""),
     "sandbox/sandbox.py:Sandbox": (SANDBOX, "_is_preparing _judges bytes_held is_over lost"),
+    "supervisor_channel.py:SupervisorChannel": (
+        "_journal _listening _reader _requests _stream",
+        # A request that takes more than a turn is done before the next one, which hands over, is looked at.
+        "_most_unread is_busy",
+    ),
     "server.py:Gate": (
-        "_asked _control _kept _own _reader _sandboxes _supervisor",
-        "_folder _is_working _manager _meetings _most_unread _tagging _upstreams",
+        "_bus_clients _channel _sandboxes",
+        "_container_servers _folder _id_queries _instance_fields _service",
     ),
 }
 

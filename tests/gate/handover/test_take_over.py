@@ -35,14 +35,13 @@ from broker.gate import server as server_module
 from broker.gate.dumps import (
     AppConnectionDump,
     BudgetDump,
-    Failed,
     HandoverError,
     RateLimitedLogDump,
     SandboxDump,
     StreamDump,
 )
 from broker.gate.handover import take_over as successor
-from broker.gate.handover.channel import Channel
+from broker.gate.handover.channel import Channel, Failed
 from broker.gate.handover.take_over import offer, take_over, without_connections
 from broker.gate.io.loop import Loop
 from broker.gate.sandbox.connection import AppConnection
