@@ -21,6 +21,9 @@ ACTOR_WIDTH, STEP_HEIGHT, HEAD_HEIGHT = 190, 34, 56
 NAME_WIDTH, CELL_WIDTH, ROW_HEIGHT, HEADING_HEIGHT = 300, 120, 30, 56
 MARKS: Final = {"yes": ("●", "#2a7"), "no": ("○", "#b33"), "part": ("◐", "#b80")}
 
+# Of the copy below a text that lines may cross.
+HALO: Final = ' stroke="white" stroke-width="4"'
+
 Table = Mapping[str, Any]
 Point = tuple[int, int]
 
@@ -42,6 +45,12 @@ def draw(description: Table) -> str:
 def _text(at: Point, text: str, *, anchor: str = "middle", style: str = "") -> str:
     x, y = at
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{style}>{escape(text)}</text>'
+
+
+def _haloed(at: Point, text: str, *, anchor: str = "middle") -> str:
+    """Return a text that stays readable where a line crosses."""
+    below = _text(at, text, anchor=anchor, style=HALO)
+    return f"{below}\n{_text(at, text, anchor=anchor)}"
 
 
 def _lines(at: Point, lines: Sequence[str], *, bold: bool = True) -> Iterator[str]:
@@ -85,7 +94,7 @@ def _draw_boxes(description: Table) -> tuple[int, int, list[str]]:
         if "text" in arrow:
             x, y = arrow["text_at"]
             for number, line in enumerate(arrow["text"]):
-                parts.append(_text((x, y + number * LINE), line, anchor="start"))
+                parts.append(_haloed((x, y + number * LINE), line, anchor="start"))
     width, height = description["size"]
     return width, height, parts
 
@@ -114,12 +123,15 @@ def _draw_step(step: Table, places: Mapping[str, int], y: int) -> Iterator[str]:
     end = places[step.get("to", step["from"])]
     text = step["text"]
     if start == end:  # work within one actor
+        is_last = start == max(places.values())  # there is no room to the right
         yield f'<circle cx="{start}" cy="{y - 4}" r="3.5" fill="#333"/>'
-        yield _text((start + 10, y), text, anchor="start")
+        yield _haloed(
+            (start - 10 if is_last else start + 10, y), text, anchor="end" if is_last else "start"
+        )
         return
     towards = 4 if end > start else -4
     yield _arrow([(start, y), (end - towards, y)], dashed=step.get("dashed", False))
-    yield _text(((start + end) // 2, y - 5), text)
+    yield _haloed(((start + end) // 2, y - 5), text)
 
 
 def _draw_grid(description: Table) -> tuple[int, int, list[str]]:
