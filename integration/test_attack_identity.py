@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from broker.wire.header import Flag, MessageType
-from integration.harness.messages import Message, make_header, make_message
+from broker.wire.header import MessageType
+from integration.harness.messages import Message
 from integration.harness.processes import wait_gone
 from integration.harness.rawclient import BUS, BUS_PATH, CallError, RawClient
 from integration.harness.stage import Stage
@@ -43,17 +43,7 @@ SIXTEEN = 16
 
 def make_call(client: RawClient, destination: str, member: str, body: str = "") -> bytes:
     """Return a call that wants no reply."""
-    header = make_header(
-        MessageType.METHOD_CALL,
-        client.next_serial(),
-        flags=Flag.NO_REPLY_EXPECTED,
-        path=PATH,
-        interface=INTERFACE,
-        member=member,
-        destination=destination,
-        signature="s",
-    )
-    return make_message(header, (body,))
+    return client.make_mute_call(destination, PATH, INTERFACE, member, body)
 
 
 def make_backlog(client: RawClient, destination: str, count: int = BACKLOG) -> bytes:

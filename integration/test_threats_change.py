@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.wire.header import Flag, MessageType
+from broker.wire.header import MessageType
 from integration.harness.buses import KINDS, open_bus
 from integration.harness.messages import make_header, make_message
 from integration.harness.other_user import NOBODY, as_user
@@ -58,17 +58,7 @@ def stage(scene: Scene) -> Stage:
 
 def mute(client: RawClient, destination: str, member: str, number: int) -> bytes:
     """Return a call that wants no reply."""
-    header = make_header(
-        MessageType.METHOD_CALL,
-        client.next_serial(),
-        flags=Flag.NO_REPLY_EXPECTED,
-        path=PATH,
-        interface=INTERFACE,
-        member=member,
-        destination=destination,
-        signature="s",
-    )
-    return make_message(header, (str(number),))
+    return client.make_mute_call(destination, PATH, INTERFACE, member, str(number))
 
 
 # -- rules ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Final, Literal
 import msgspec
 
 from broker.control_protocol.messages import BusSpec, SandboxLimits
+from broker.posix.files import read_small
 from broker.wire.address import MAX_PATH, parse_address
 from broker.wire.errors import ConfigError
 
@@ -64,6 +65,8 @@ class ConfiguredLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return SandboxLimits(connections=self.max_connections_per_container, **mine)
 
 
+# Bytes of a configuration file. One with all keys has two thousand.
+MAX_FILE: Final = 1024 * 1024
 SYSTEM_LIMITS: Final = ConfiguredLimits(
     max_containers=512, max_containers_per_user=16, max_container_metadata_bytes=4096
 )
@@ -121,12 +124,12 @@ def load_config(
 
 def _load_file(path: Path) -> _File:
     try:
-        data = path.read_bytes()
+        data = read_small(path, MAX_FILE)
     except OSError as exc:
         raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
     try:
         return msgspec.toml.decode(data, type=_File)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: {exc}") from exc
 
 

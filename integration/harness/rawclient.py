@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from broker.wire.address import parse_address
-from broker.wire.header import FIXED_SIZE, MessageType, measure, parse_header
+from broker.wire.header import FIXED_SIZE, Flag, MessageType, measure, parse_header
 from broker.wire.sasl import SaslClient
 from integration.harness.messages import Message, make_header, make_message
 
@@ -116,6 +116,22 @@ class RawClient:
         )
         self.send_raw(make_message(header, values), fds)
         return serial
+
+    def make_mute_call(
+        self, destination: str, path: str, interface: str, member: str, text: str = ""
+    ) -> bytes:
+        """Return a call that wants no reply, not sent yet."""
+        header = make_header(
+            MessageType.METHOD_CALL,
+            self.next_serial(),
+            flags=Flag.NO_REPLY_EXPECTED,
+            path=path,
+            interface=interface,
+            member=member,
+            destination=destination,
+            signature="s",
+        )
+        return make_message(header, (text,))
 
     def emit(
         self,

@@ -1,10 +1,11 @@
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from broker.control_protocol.messages import BusSpec, SandboxLimits
-from broker.supervisor.config import SYSTEM_BUS, load_config
+from broker.supervisor.config import MAX_FILE, SYSTEM_BUS, load_config
 from broker.wire.errors import ConfigError
 
 ENVIRON = {
@@ -118,3 +119,25 @@ def test_the_engine_is_the_flags_or_the_files_or_nobodys(tmp_path: Path) -> None
     path.write_text('engine = "another"\n')
     with pytest.raises(ConfigError, match="engine"):
         load_config(path, environ=ENVIRON)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"\xff = 1", "utf-8"), (b"#" * (MAX_FILE + 1), f"more than {MAX_FILE} bytes")],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(
+    tmp_path: Path, content: bytes, why: str
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=why) as caught:
+        load_config(path, environ={"XDG_RUNTIME_DIR": "/run/user/1"})
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_or_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="not a file"):
+            load_config(path, environ={"XDG_RUNTIME_DIR": "/run/user/1"})
