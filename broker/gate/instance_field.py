@@ -68,8 +68,8 @@ class InstanceFieldRounds:
             return
         wishes = self._rounds[bus] = self._next.pop(bus)
         bus.wants_instance_field.update(wishes)
-        for state in bus.members:
-            state.forget_verdicts()
+        for member in bus.members:
+            member.forget_all()
         self._number += 1
         number = self._number
         self._loop.call_later(BARRIER_SECONDS, partial(self._too_long, bus, number))

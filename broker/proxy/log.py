@@ -12,13 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from broker.gate.filter.connection_state import (
-    FIRST_GATE_SERIAL,
-    REPLY_SERIAL,
-    ConnectionState,
-    InterceptedCall,
-)
+from broker.gate.filter.connection_state import REPLY_SERIAL, ConnectionState
 from broker.gate.filter.denials import Denial
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall
 from broker.gate.output import Output
 from broker.wire.header import BUS_LIMITS, Header, MessageType, measure
 from broker.wire.skim import parse_or_skim
@@ -98,8 +94,8 @@ class Tap:
     def _passed(self, data: bytes, arrow: str) -> None:
         header = parse_or_skim(data)
         own = FIRST_GATE_SERIAL <= header.serial < REPLY_SERIAL
-        if arrow == "->" and own and header.serial in self._state.calls_to_bus:
-            entry = self._state.calls_to_bus[header.serial]
+        if arrow == "->" and own and header.serial in self._state.pending.calls_to_bus:
+            entry = self._state.pending.calls_to_bus[header.serial]
             if isinstance(entry, InterceptedCall) and entry.is_own:
                 return
             if isinstance(entry, InterceptedCall) and entry.then.kind == "translate":

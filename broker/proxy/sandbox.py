@@ -175,8 +175,8 @@ class LoggedFilter(Filter):
     def _look(self) -> None:
         self.tap.look()
         # The fast path would pass on known messages unprinted.
-        self.state.forget_verdicts()
-        self.state.bus_reply_at.clear()
+        self.state.verdicts.forget_all()
+        self.state.verdicts.bus_reply_at.clear()
 
 
 class LoggedPassthroughFilter(PassthroughFilter):

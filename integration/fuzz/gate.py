@@ -7,7 +7,7 @@ happens. An input is things that happen: a byte says which, and what follows say
 from collections.abc import Callable
 from typing import Final
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import BUS_ADDS, FIXED_SIZE, MAX_FIELDS, measure, parse_header
 from broker.wire.interfaces import DRIVER

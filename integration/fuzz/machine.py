@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire.errors import NAME_HAS_NO_OWNER
 from broker.wire.header import Flag, MessageType, parse_header
 from broker.wire.interfaces import DRIVER
@@ -101,7 +101,7 @@ class FilterMachine(RuleBasedStateMachine):
             self.check_answer(serial, right=0)
             if serial in self.witness.waiting:
                 self.check_answer(serial, right=self.serial)
-        for caller, serial in list(self.world.filter.state.calls_to_app):
+        for caller, serial in list(self.world.filter.state.pending.calls_to_app):
             self.say(changed(answer_to(serial, ME), destination=caller, sender=None), [0])
 
     def numbered(self, message: bytes) -> bytes:
@@ -119,8 +119,8 @@ class FilterMachine(RuleBasedStateMachine):
         wants_reply = header.type == MessageType.METHOD_CALL and not (
             header.flags & Flag.NO_REPLY_EXPECTED
         )
-        full = len(self.world.filter.state.calls_to_bus) >= LIMITS.pending_calls
-        waits = self.world.filter.state.awaits_reply(header.serial)
+        full = len(self.world.filter.state.pending.calls_to_bus) >= LIMITS.pending_calls
+        waits = self.world.filter.state.pending.awaits_reply(header.serial)
         got, sent = self.say(dress(message), sizes)
         if not exact or not self.world.is_settled:
             return
@@ -142,7 +142,7 @@ class FilterMachine(RuleBasedStateMachine):
         """An answer leaves the sandbox if the call came in and has no answer yet."""
         reply = changed(answer_to(serial, ME, error=error), destination=caller, sender=None)
         exact = self.world.is_settled
-        expected = (caller, serial) in self.world.filter.state.calls_to_app
+        expected = (caller, serial) in self.world.filter.state.pending.calls_to_app
         _, sent = self.say(reply, sizes)
         if exact and self.world.is_settled:
             assert len(self.world.sent) - sent == expected
@@ -218,7 +218,10 @@ class FilterMachine(RuleBasedStateMachine):
     def busy(self, serial: int) -> bool:
         """Say whether the next call with this serial is refused for that, or for their number."""
         state = self.world.filter.state
-        return state.awaits_reply(serial) or len(state.calls_to_bus) >= LIMITS.pending_calls
+        return (
+            state.pending.awaits_reply(serial)
+            or len(state.pending.calls_to_bus) >= LIMITS.pending_calls
+        )
 
     # -- the others ----------------------------------------------------------------------------------
 
@@ -249,7 +252,7 @@ class FilterMachine(RuleBasedStateMachine):
         exact = self.world.is_settled
         state = self.world.filter.state
         wants_reply = is_call and not header.flags & Flag.NO_REPLY_EXPECTED
-        full = wants_reply and len(state.calls_to_app) >= LIMITS.pending_calls
+        full = wants_reply and len(state.pending.calls_to_app) >= LIMITS.pending_calls
         got, sent = len(self.world.got), len(self.world.sent)
         if sender not in self.world.model.uniques:
             return

@@ -4,7 +4,7 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire.header import parse_header
 from integration.fuzz.world import NAMES, PEERS, STRANGER
 from policy.rules import Access, AccessList, Peer, Rule

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from broker.gate.filter.bus_state import ABSENT_UNIQUE, BusState
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, REPLY_SERIAL
+from broker.gate.filter.connection_state import REPLY_SERIAL
 from broker.gate.filter.driver_calls import NEVER_INTERFACES, NEVER_MEMBERS
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire.header import Field, Flag, Header, MessageType
 from broker.wire.interfaces import DRIVER, INSTANCE_FIELD, INSTANCE_PREFIX
 from broker.wire.matchrule import parse_match_rule

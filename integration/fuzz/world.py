@@ -6,13 +6,9 @@ from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.filter.chores import NAME_WORK
-from broker.gate.filter.connection_state import (
-    FIRST_GATE_SERIAL,
-    MAX_CALLERS,
-    InterceptedCall,
-    Replier,
-)
+from broker.gate.filter.connection_state import MAX_CALLERS
 from broker.gate.filter.filter import Filter
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall, Replier
 from broker.gate.filter.verdict_cache import MAX_REMEMBERED
 from broker.gate.output import Chunk, Output
 from broker.gate.sandbox.budgets import MessageBudget
@@ -108,7 +104,7 @@ class World:
         )
         self.filter.state.chores.room = 3 * NAME_WORK
         self.host.states.append(self.filter.state)
-        self.bus.members.add(self.filter.state)
+        self.bus.members.add(self.filter.state.verdicts)
         self.paused = False
         self.ended = False
         self.got: Final[list[Message]] = []  # by the app
@@ -177,7 +173,7 @@ class World:
     def speaker_uses(self, rules: AccessList) -> None:
         """Swap the rules of the other sandbox: they may say who hears its broadcasts."""
         if self.bus.set_broadcast_judge(BOXED, Judge(rules, bus="session", me=OTHER_APP)):
-            self.filter.state.forget_verdicts()
+            self.filter.state.verdicts.forget_all()
 
     def stranger_appears(self) -> None:
         """Let somebody connect from a sandbox under a name that the app may have guessed."""
@@ -193,7 +189,7 @@ class World:
     def tag(self, unique_name: str) -> None:
         """Let a peer ask to be told in each message which sandbox it is from."""
         self.bus.wants_instance_field.add(unique_name)
-        self.filter.state.forget_verdicts()
+        self.filter.state.verdicts.forget_all()
 
     def step(self) -> None:
         """Let the bus deal with one thing, if it waits for any."""
@@ -281,7 +277,7 @@ class World:
             self.witness.to_app(message)
             self.got.append(message)
         for message in self._messages(state.to_bus):
-            entry = state.calls_to_bus.get(message.header.serial)
+            entry = state.pending.calls_to_bus.get(message.header.serial)
             is_own = isinstance(entry, InterceptedCall) and entry.is_own
             self._questions += is_own
             self.witness.to_bus(message, is_own=is_own)
@@ -317,20 +313,25 @@ class World:
         state = self.filter.state
         own = sum(
             isinstance(entry, InterceptedCall) and entry.is_own
-            for entry in state.calls_to_bus.values()
+            for entry in state.pending.calls_to_bus.values()
         )
-        plain = [entry for entry in state.calls_to_bus.values() if isinstance(entry, Replier)]
+        plain = [
+            entry for entry in state.pending.calls_to_bus.values() if isinstance(entry, Replier)
+        ]
         lent = sum(not (entry.owner or entry.name) for entry in plain)
-        assert len(state.calls_to_bus) - own - lent <= LIMITS.pending_calls
-        assert len(state.calls_to_bus) == len(self.witness.waiting) or not self.is_settled
-        assert len(state.calls_to_app) <= LIMITS.pending_calls
+        assert len(state.pending.calls_to_bus) - own - lent <= LIMITS.pending_calls
+        assert len(state.pending.calls_to_bus) == len(self.witness.waiting) or not self.is_settled
+        assert len(state.pending.calls_to_app) <= LIMITS.pending_calls
         assert state.matches.count <= LIMITS.match_rules
         assert sum(count for _, count in state.matches.items()) == state.matches.count
         assert len(state.requested_names) <= LIMITS.names
         assert self.filter.tracked_names <= LIMITS.tracked_names
         assert len(state.callers) <= MAX_CALLERS
-        assert all(serial >= FIRST_GATE_SERIAL for serial in state.translated_serials)
-        assert all(len(table) <= MAX_REMEMBERED for table in (*state.tables, state.bus_replies))
+        assert all(serial >= FIRST_GATE_SERIAL for serial in state.pending.translated_serials)
+        assert all(
+            len(table) <= MAX_REMEMBERED
+            for table in (*state.verdicts.tables, state.verdicts.bus_replies)
+        )
         assert self.host.bytes_held == self.filter.from_app.held
         assert self.host.bytes_held <= LIMITS.bytes_held + FIXED_SIZE + 2 * 2**16
         assert sorted(self._passed + self.host.closed) == sorted(

@@ -29,10 +29,10 @@ class Link:
     def ask_if_read(self, number: int) -> None:
         self.asked.append(number)
 
-    def stranger_appeared(self, unique_name: str) -> None:
+    def forget_about(self, *names: str) -> None:
         pass
 
-    def forget_verdicts(self) -> None:
+    def forget_all(self) -> None:
         self.forgot += 1
 
     def read(self) -> None:

@@ -12,9 +12,10 @@ from typing import Final
 
 from broker.control_protocol.messages import SandboxLimits
 from broker.gate.filter.bus_state import BusState, make_absent_name
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, ConnectionState
+from broker.gate.filter.connection_state import ConnectionState
 from broker.gate.filter.denials import Denial
 from broker.gate.filter.filter import Filter
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.gate.name_ledger import NameLedger
 from broker.gate.output import Chunk, Output
 from broker.gate.recorder import HeaderRecorder
@@ -341,7 +342,7 @@ class Dialogue:
         )
         self.state: Final = self.filter.state
         self.host.states.append(self.state)
-        self.bus.members.add(self.state)
+        self.bus.members.add(self.state.verdicts)
         self.paused = False
         self.works = True  # on chores, until they are done
         self.got: Final[list[Message]] = []  # by the app

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.gate.filter.denials import Denial
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.gate.output import Chunk
 from broker.proxy import log
 from broker.proxy.log import MAX_LINE, Printer, Tap, describe, split_messages

@@ -34,12 +34,12 @@ class AccessChange:
         """Judge every message from now on by these rules."""
         state = self._state
         before, state.judge = state.judge, judge
-        state.forget_verdicts()
+        state.verdicts.forget_all()
         if not state.unique_name:
             return
         if state.bus.set_broadcast_judge(state.unique_name, judge):
             for member in state.bus.members:
-                member.forget_verdicts()
+                member.forget_all()
         self._release_names()
         self.changing += 1
         self._owners.hold(self._change(before, judge))

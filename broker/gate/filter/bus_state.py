@@ -37,13 +37,13 @@ UNKNOWN: Final = Identity(type="", app="")
 
 
 class Member(Protocol):
-    """What the bus has to know of a connection: see `BusState.connected`."""
+    """The remembered verdicts of a connection."""
 
-    def stranger_appeared(self, unique_name: str) -> None:
-        """Forget what was decided for this unique name while it was a host's."""
+    def forget_about(self, *names: str) -> None:
+        """Forget the verdicts that rest on these names."""
 
-    def forget_verdicts(self) -> None:
-        """Forget everything that was decided."""
+    def forget_all(self) -> None:
+        """Forget all verdicts."""
 
 
 class Closable(Protocol):
@@ -174,8 +174,9 @@ class BusState:
             self._forget(unique_name)
         self.identities[unique_name] = identity
         self.sandboxes[unique_name] = sandbox
+        # Unique names can be guessed: a verdict may be older than the connection it is about.
         for member in self.members:
-            member.stranger_appeared(unique_name)
+            member.forget_about(unique_name)
 
     def gone(self, unique_name: str) -> None:
         """Note that the bus has released a connection.

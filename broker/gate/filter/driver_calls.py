@@ -9,15 +9,10 @@ from typing import Final, Literal
 
 from broker.gate.dumps import ReplyAction
 from broker.gate.filter.chores import NAME_WORK, STEP_WORK, Work
-from broker.gate.filter.connection_state import (
-    BUS_DRIVER,
-    FIRST_GATE_SERIAL,
-    ConnectionState,
-    InterceptedCall,
-    Replier,
-)
+from broker.gate.filter.connection_state import ConnectionState
 from broker.gate.filter.denials import Denial
 from broker.gate.filter.name_owners import NameOwners
+from broker.gate.filter.pending_calls import BUS_DRIVER, FIRST_GATE_SERIAL, InterceptedCall, Replier
 from broker.gate.filter.visibility import NameVisibility
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
@@ -176,11 +171,11 @@ class BusDriverCalls:
         """Deal with one call. False: it must wait until the owners are known."""
         state = self._state
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
-        if wants_reply and state.awaits_reply(header.serial):
+        if wants_reply and state.pending.awaits_reply(header.serial):
             text = f"a call with serial {header.serial} already waits"
             state.answer_error(header.serial, errors.ACCESS_DENIED, text)
             return True
-        if wants_reply and len(state.calls_to_bus) >= state.sandbox.limits.pending_calls:
+        if wants_reply and len(state.pending.calls_to_bus) >= state.sandbox.limits.pending_calls:
             text = f"pending_calls={state.sandbox.limits.pending_calls} wait for a reply already"
             state.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
             return True
@@ -297,13 +292,15 @@ class BusDriverCalls:
         # under a serial of the app's, once it has said Hello, may be about anything that had it.
         is_safe = not state.unique_name or (then is None and wants_reply)
         if serial >= FIRST_GATE_SERIAL or not is_safe:
-            serial = state.next_gate_serial()
+            serial = state.pending.next_gate_serial()
             if wants_reply:
-                then = state.translated(header.serial, then)
+                then = state.pending.translated(header.serial, then)
         made = replace(header, serial=serial, unix_fds=0)
         state.to_bus.append(serialise_header(made) + body)
         if wants_reply:
-            state.calls_to_bus[serial] = BUS_DRIVER if then is None else InterceptedCall(then)
+            state.pending.calls_to_bus[serial] = (
+                BUS_DRIVER if then is None else InterceptedCall(then)
+            )
         return True
 
     # -- Hello --------------------------------------------------------------------------------------

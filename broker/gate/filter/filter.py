@@ -10,31 +10,26 @@ else the bus brings is charged here, to whoever caused it (payers.py); `billed` 
 
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.gate.dumps import ChunkDump, Fds, FilterDump, HandoverError, pick
 from broker.gate.filter.access_change import AccessChange
 from broker.gate.filter.bus_state import BusState
-from broker.gate.filter.connection_state import (
-    FIRST_GATE_SERIAL,
-    ConnectionState,
-    InterceptedCall,
-    KnownNote,
-    SandboxView,
-)
+from broker.gate.filter.connection_state import ConnectionState, KnownNote, SandboxView
 from broker.gate.filter.costs import BUSY_SECOND, BYTES_A_MESSAGE, HEARD_COST, JUDGED_COST
 from broker.gate.filter.driver_calls import BusDriverCalls
 from broker.gate.filter.from_app import AppMessages
 from broker.gate.filter.from_bus import Arrived, BusMessages
 from broker.gate.filter.message_runs import Place, match_call_run, match_reply_run
 from broker.gate.filter.name_owners import NameOwners
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall
 from broker.gate.filter.receive_buffer import ReceiveBuffer
 from broker.gate.filter.unreadable import AWAITED, MAX_HEADER, TOO_LARGE, leave_out
 from broker.gate.filter.visibility import NameVisibility
 from broker.gate.output import Output
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
-from broker.wire.fixed_header import CALLS, FIXED, MUTE_CALLS, REPLIES, SIGNALS, U32
+from broker.wire.fixed_header import FIXED, REPLIES, SIGNALS, U32
 from broker.wire.header import (
     BUS_LIMITS,
     FIXED_SIZE,
@@ -82,22 +77,13 @@ class Filter:
         self._stash: Final[deque[Arrived]] = deque()
         self._stashed_bytes = 0
         self._wake = False
-        state = self.state
+        self._pending: Final = self.state.pending
+        self._verdicts: Final = self.state.verdicts
         recorder = sandbox.recorder
         self._recorder: Final = recorder
-        self._pass_app: Final = make_pass(state.to_bus, recorder.note_from_app)
-        self._pass_bus: Final = make_pass(state.to_app, recorder.note_from_bus)
-        self.app_tables: Final[dict[int, Mapping[bytes, object]]] = {
-            **dict.fromkeys(CALLS, state.app_calls),
-            **dict.fromkeys(MUTE_CALLS, state.app_mute),
-            **dict.fromkeys(SIGNALS, state.app_signals),
-        }
+        self._pass_app: Final = make_pass(self.state.to_bus, recorder.note_from_app)
+        self._pass_bus: Final = make_pass(self.state.to_app, recorder.note_from_bus)
         self._budgets: Final = bus.payers.budgets
-        self.bus_tables: Final[dict[int, Mapping[bytes, str]]] = {
-            **dict.fromkeys(CALLS, state.bus_calls),
-            **dict.fromkeys(MUTE_CALLS, state.bus_mute),
-            **dict.fromkeys(SIGNALS, state.bus_signals),
-        }
 
     # -- rules ---------------------------------------------------------------------------------------
 
@@ -221,10 +207,11 @@ class Filter:
                 return
         end = len(data)
         pos = run = known = 0
-        pending = state.calls_to_bus
+        pending = self._pending.calls_to_bus
         room = state.sandbox.limits.pending_calls
-        calls = state.app_calls
-        tables = self.app_tables if plain or not buffer.has_fds else {}
+        verdicts = self._verdicts
+        calls = verdicts.app_calls
+        tables = verdicts.app_tables if plain or not buffer.has_fds else {}
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
@@ -239,7 +226,7 @@ class Filter:
                         known += 1
                         continue
                     if serial not in pending and len(pending) < room:
-                        pending[serial] = target  # type: ignore[assignment]
+                        pending[serial] = target
                         more = match_call_run(data, (pos, start, stop), pending, room)
                         known += 1 + more
                         pos = stop + (stop - pos) * more
@@ -281,18 +268,18 @@ class Filter:
     def known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
         """Return where a reply of a known shape ends, 0 if it has to be looked at; it is given then."""
         start = pos + 16 + (fields + 7 & -8)
-        at = self.state.app_reply_at.get(start - pos)
+        at = self._verdicts.app_reply_at.get(start - pos)
         if at is None or start + body > end:
             return 0
         at += pos
-        caller = self.state.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        caller = self._verdicts.app_replies.get(data[pos + 12 : at] + data[at + 4 : start])
         serial = U32.unpack_from(data, pos + 8)[0]
         if caller is None or not 0 < serial < FIRST_GATE_SERIAL:
             return 0
         key = (caller, U32.unpack_from(data, at)[0])
-        if key not in self.state.calls_to_app:
+        if key not in self._pending.calls_to_app:
             return 0
-        self.state.calls_to_app.discard(key)
+        self._pending.calls_to_app.discard(key)
         return start + body
 
     def _app_message(self, data: bytes, pos: int) -> int:
@@ -352,6 +339,7 @@ class Filter:
         answered = 0  # bytes of replies to the app's calls
         chores = self.state.chores
         fast = not (buffer.has_fds or self._stash or chores)
+        tables = self._verdicts.bus_tables if fast else {}
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
@@ -365,7 +353,7 @@ class Filter:
                         pos = known
                         continue
                 else:
-                    table = self.bus_tables.get(first) if fast else None
+                    table = tables.get(first) if fast else None
                     if table is not None:
                         caller = table.get(data[pos + 12 : start])
                         if caller is not None and self.known_bus_call(
@@ -393,25 +381,25 @@ class Filter:
     def _known_bus_reply(self, data: bytes, place: Place) -> int:
         """Return where a reply of a known shape, and those like it behind it, end; 0 if it has to be looked at."""
         pos, start, stop = place
-        state = self.state
-        at = state.bus_reply_at.get(start - pos)
+        verdicts, pending = self._verdicts, self._pending.calls_to_bus
+        at = verdicts.bus_reply_at.get(start - pos)
         if at is None:
             return 0
         at += pos
-        sender = state.bus_replies.get(data[pos + 12 : at] + data[at + 4 : start])
-        entry = state.calls_to_bus.get(asked := U32.unpack_from(data, at)[0])
+        sender = verdicts.bus_replies.get(data[pos + 12 : at] + data[at + 4 : start])
+        entry = pending.get(asked := U32.unpack_from(data, at)[0])
         if sender is None or entry is None or entry.owner != sender:
             return 0
-        del state.calls_to_bus[asked]
-        return stop + (stop - pos) * match_reply_run(data, place, at, state.calls_to_bus, sender)
+        del pending[asked]
+        return stop + (stop - pos) * match_reply_run(data, place, at, pending, sender)
 
     def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
         """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
-        state = self.state
-        if table is state.bus_calls:
-            if len(state.calls_to_app) >= state.sandbox.limits.pending_calls:
+        if table is self._verdicts.bus_calls:
+            waiting = self._pending.calls_to_app
+            if len(waiting) >= self.state.sandbox.limits.pending_calls:
                 return False
-            state.calls_to_app.add((caller, serial))
+            waiting.add((caller, serial))
         if (budget := self._budgets.get(caller)) is not None:
             budget.charge(1 + size // BYTES_A_MESSAGE)
         return True
@@ -440,12 +428,12 @@ class Filter:
 
     def _take_in(self, arrived: Arrived, start: float) -> None:
         """Judge a message from the bus, or queue it behind waiting ones."""
-        waiting = len(self.state.calls_to_bus)
+        waiting = len(self._pending.calls_to_bus)
         in_order = not (self._stash or self.state.chores) or self._cannot_wait(arrived.header)
         if not (in_order and self._hear(arrived, start)):
             self._stash.append(arrived)
             self._stashed_bytes += len(arrived.data)
-        if len(self.state.calls_to_bus) < waiting:
+        if len(self._pending.calls_to_bus) < waiting:
             self.answered += len(arrived.data) // BYTES_A_MESSAGE
         # One message alone may be as large as the bus allows.
         is_much = self._stashed_bytes > self.state.sandbox.limits.bytes_queued
@@ -476,7 +464,7 @@ class Filter:
 
     def _known_refusal(self, data: bytes, pos: int, size: int) -> bool:
         """Refuse a broadcast that was refused before; return whether it was one."""
-        refusals = self.state.bus_refused
+        refusals = self._verdicts.bus_refused
         first, _, _, fields = FIXED.unpack_from(data, pos)
         if not refusals or first not in _SIGNALS:
             return False
@@ -501,7 +489,7 @@ class Filter:
 
     def _cannot_wait(self, header: Header) -> bool:
         """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
-        entry = self.state.calls_to_bus.get(header.reply_serial or 0)
+        entry = self._pending.calls_to_bus.get(header.reply_serial or 0)
         return isinstance(entry, InterceptedCall) and (entry.is_own or not self.state.unique_name)
 
     # -- waiting for owners ---------------------------------------------------------------------------

@@ -8,14 +8,10 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.connection_state import (
-    FIRST_GATE_SERIAL,
-    ConnectionState,
-    InterceptedCall,
-    Replier,
-)
+from broker.gate.filter.connection_state import ConnectionState
 from broker.gate.filter.denials import Denial, denial, refusal
 from broker.gate.filter.name_owners import NameOwners
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall, Replier
 from broker.gate.filter.verdict_cache import remember_shape
 from broker.gate.filter.visibility import NameVisibility
 from broker.gate.output import Chunk
@@ -109,8 +105,8 @@ class AppMessages:
         if header.type == MessageType.METHOD_CALL:
             if not header.flags & Flag.NO_REPLY_EXPECTED:
                 state.answer_error(header.serial, errors.LIMITS_EXCEEDED, text)
-        elif header.type != MessageType.SIGNAL and key in state.calls_to_app:
-            state.calls_to_app.discard(key)
+        elif header.type != MessageType.SIGNAL and key in state.pending.calls_to_app:
+            state.pending.calls_to_app.discard(key)
             state.refuse_caller(*key, errors.LIMITS_EXCEEDED, text)
 
     # -- calls and signals ------------------------------------------------------------------------
@@ -131,13 +127,17 @@ class AppMessages:
         if header.flags & Flag.NO_REPLY_EXPECTED:
             plain = self._emit(header, data, fds, target)
             if plain:
-                state.app_mute.remember(data[12 : header.size], True, *_names(header, target))
+                state.verdicts.app_mute.remember(
+                    data[12 : header.size], True, *_names(header, target)
+                )
             return True
         plain = self._emit(header, data, fds, target)
         if header.serial < FIRST_GATE_SERIAL:
-            state.calls_to_bus[header.serial] = target
+            state.pending.calls_to_bus[header.serial] = target
         if plain:
-            state.app_calls.remember(data[12 : header.size], target, *_names(header, target))
+            state.verdicts.app_calls.remember(
+                data[12 : header.size], target, *_names(header, target)
+            )
         return True
 
     def _over_limit(self, header: Header, fds: tuple[int, ...]) -> bool:
@@ -145,9 +145,9 @@ class AppMessages:
         mute = bool(header.flags & Flag.NO_REPLY_EXPECTED)
         if len(fds) > MAX_FDS:
             problem = (errors.LIMITS_EXCEEDED, f"{len(fds)} file descriptors, {MAX_FDS} at most")
-        elif not mute and state.awaits_reply(header.serial):
+        elif not mute and state.pending.awaits_reply(header.serial):
             problem = (errors.ACCESS_DENIED, f"a call with serial {header.serial} already waits")
-        elif not mute and len(state.calls_to_bus) >= state.sandbox.limits.pending_calls:
+        elif not mute and len(state.pending.calls_to_bus) >= state.sandbox.limits.pending_calls:
             problem = (
                 errors.LIMITS_EXCEEDED,
                 f"pending_calls={state.sandbox.limits.pending_calls} wait for a reply already",
@@ -173,7 +173,9 @@ class AppMessages:
         verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, target):
-                state.app_signals.remember(data[12 : header.size], True, *_names(header, target))
+                state.verdicts.app_signals.remember(
+                    data[12 : header.size], True, *_names(header, target)
+                )
         else:
             state.sandbox.close_fds(fds)
             state.sandbox.denied(state, denial("send", header, header.destination or "", verdict))
@@ -184,7 +186,7 @@ class AppMessages:
         verdict = state.judge.broadcast(header.path, header.interface, header.member)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, None):
-                state.app_signals.remember(data[12 : header.size], True)
+                state.verdicts.app_signals.remember(data[12 : header.size], True)
         else:
             state.sandbox.close_fds(fds)
             state.sandbox.denied(state, denial("send", header, "", verdict))
@@ -257,7 +259,7 @@ class AppMessages:
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         state = self._state
         key = (header.destination or "", header.reply_serial or 0)
-        if key not in state.calls_to_app or len(fds) > MAX_FDS:
+        if key not in state.pending.calls_to_app or len(fds) > MAX_FDS:
             state.sandbox.close_fds(fds)
             if header.destination not in (None, DRIVER):
                 state.sandbox.denied(
@@ -265,9 +267,11 @@ class AppMessages:
                     Denial("send", "reply", key[0], "", "", "", "no call waits for it", ""),
                 )
             return
-        state.calls_to_app.discard(key)
+        state.pending.calls_to_app.discard(key)
         if self._emit(header, data, fds, Replier(key[0])):
-            remember_shape(state.app_replies, state.app_reply_at, header, data, key[0])
+            remember_shape(
+                state.verdicts.app_replies, state.verdicts.app_reply_at, header, data, key[0]
+            )
 
     # -- onto the bus -------------------------------------------------------------------------------
 
@@ -307,9 +311,11 @@ def cleaned(
     )
     serial = header.serial
     if serial >= FIRST_GATE_SERIAL:
-        serial = state.next_gate_serial()
+        serial = state.pending.next_gate_serial()
         if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
-            state.calls_to_bus[serial] = InterceptedCall(state.translated(header.serial), target)
+            state.pending.calls_to_bus[serial] = InterceptedCall(
+                state.pending.translated(header.serial), target
+            )
     elif not dirty and not extra:
         return data, True
     new = serialise_header(replace(header, serial=serial), extra=extra)

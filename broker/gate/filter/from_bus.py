@@ -8,10 +8,11 @@ from typing import Final, NamedTuple
 
 from broker.gate.dumps import ReplyAction
 from broker.gate.filter.bus_state import UNKNOWN
-from broker.gate.filter.connection_state import ConnectionState, InterceptedCall, Replier
+from broker.gate.filter.connection_state import ConnectionState
 from broker.gate.filter.costs import ANSWER_COST, HEARD_COST, QUESTION_COST, TOLD_COST
 from broker.gate.filter.denials import Denial, denial
 from broker.gate.filter.name_owners import NameOwners
+from broker.gate.filter.pending_calls import InterceptedCall, Replier
 from broker.gate.filter.verdict_cache import remember_shape
 from broker.gate.filter.visibility import NameVisibility
 from broker.wire import errors, marshal
@@ -92,7 +93,7 @@ class BusMessages:
 
     def _kind_of(self, header: Header) -> str:
         """Return the kind of `ReplyAction` that a reply is waited for with; "" if it is simply passed on."""
-        entry = self._state.calls_to_bus.get(header.reply_serial or 0)
+        entry = self._state.pending.calls_to_bus.get(header.reply_serial or 0)
         if not isinstance(entry, InterceptedCall):
             return ""
         then = entry.then.after if entry.then.kind == "translate" else entry.then
@@ -101,7 +102,7 @@ class BusMessages:
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         state = self._state
         sender = header.sender or DRIVER
-        entry = state.calls_to_bus.get(header.reply_serial or 0)
+        entry = state.pending.calls_to_bus.get(header.reply_serial or 0)
         if entry is None or not self._may_answer(entry, sender):
             state.sandbox.close_fds(fds)
             if sender != DRIVER:
@@ -112,7 +113,7 @@ class BusMessages:
             return
         # The bus may add descriptors to credentials of which the app never gets any: no reason to refuse.
         app_gets_fds = self._kind_of(header) != "credentials"
-        del state.calls_to_bus[header.reply_serial or 0]
+        del state.pending.calls_to_bus[header.reply_serial or 0]
         if fds and not state.app_takes_fds and app_gets_fds:
             state.sandbox.close_fds(fds)
             fds = ()
@@ -128,7 +129,9 @@ class BusMessages:
             return
         state.deliver(data, fds)
         if untouched and not fds and header.little and header.sender:
-            remember_shape(state.bus_replies, state.bus_reply_at, header, data, sender)
+            remember_shape(
+                state.verdicts.bus_replies, state.verdicts.bus_reply_at, header, data, sender
+            )
 
     def _may_answer(self, entry: Replier | InterceptedCall, sender: str) -> bool:
         """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
@@ -188,14 +191,14 @@ class BusMessages:
             refused = denial("receive", header, sender, verdict)
             state.sandbox.denied(state, refused)
             if header.destination is None and not fds and header.little:
-                state.bus_refused.remember(data[12 : header.size], refused, sender)
+                state.verdicts.bus_refused.remember(data[12 : header.size], refused, sender)
             problem = (
                 errors.ACCESS_DENIED,
                 f"The sandboxed receiver takes no such call: {verdict.reason}",
             )
         elif fds and not state.app_takes_fds:
             problem = (errors.NOT_SUPPORTED, "The receiver takes no file descriptors")
-        elif wants_reply and len(state.calls_to_app) >= state.sandbox.limits.pending_calls:
+        elif wants_reply and len(state.pending.calls_to_app) >= state.sandbox.limits.pending_calls:
             problem = (errors.LIMITS_EXCEEDED, "Too many calls wait for the receiver's reply")
             self._count_callers()
         if problem is not None:
@@ -207,7 +210,7 @@ class BusMessages:
         if is_call:
             state.remember_caller(sender)
         if wants_reply:
-            state.calls_to_app.add((sender, header.serial))
+            state.pending.calls_to_app.add((sender, header.serial))
         if not fds and header.little and not header.has_unknown:
             self._remember(header, data[12 : header.size], sender)
 
@@ -249,17 +252,17 @@ class BusMessages:
             (names,) = marshal.read_body("as", data[reply.size :], little=reply.little)
             assert isinstance(names, tuple)
             there = frozenset(names)
-            asked = self._state.calls_to_app
+            asked = self._state.pending.calls_to_app
             asked -= {key for key in asked if key[0] not in there}
 
     def _remember(self, header: Header, key: bytes, sender: str) -> None:
         state = self._state
         if header.type == MessageType.SIGNAL:
-            state.bus_signals.remember(key, sender, sender)
+            state.verdicts.bus_signals.remember(key, sender, sender)
         elif header.flags & Flag.NO_REPLY_EXPECTED:
-            state.bus_mute.remember(key, sender, sender)
+            state.verdicts.bus_mute.remember(key, sender, sender)
         else:
-            state.bus_calls.remember(key, sender, sender)
+            state.verdicts.bus_calls.remember(key, sender, sender)
 
     def _clean(self, header: Header, data: bytes) -> bytes:
         """Leave out what the bus let through and does not define: it could be forged."""

@@ -11,7 +11,7 @@ import struct
 from collections.abc import MutableMapping
 from typing import Final
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, InterceptedCall, Replier
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall, Replier
 
 # There has to be room behind the first one for so many of its size: a shorter run costs more than it saves.
 SHORTEST: Final = 3

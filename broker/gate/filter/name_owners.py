@@ -13,14 +13,15 @@ from weakref import WeakValueDictionary
 from broker.gate.dumps import HistoryDump, OwnersDump, ReplyAction
 from broker.gate.filter.bus_state import ABSENT_UNIQUE
 from broker.gate.filter.chores import NAME_WORK, Work
-from broker.gate.filter.connection_state import (
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.owner_views import Views
+from broker.gate.filter.pending_calls import (
     MAX_FORMER_OWNERS,
-    ConnectionState,
     InterceptedCall,
+    OwnerHistory,
+    OwnersSince,
     Replier,
 )
-from broker.gate.filter.owner_views import Views
-from broker.gate.filter.pending_calls import OwnerHistory, OwnersSince
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
@@ -90,7 +91,7 @@ class NameOwners:
         self._then = then
         self.waiting += 1  # keeps synced() from coming early
         before, self._uses = self._uses, uses
-        asked = {_target_of(entry).name for entry in self._state.calls_to_bus.values()}
+        asked = {_target_of(entry).name for entry in self._state.pending.calls_to_bus.values()}
         for name in list(self.names):
             yield NAME_WORK
             if self._relevant(name):
@@ -130,9 +131,9 @@ class NameOwners:
             self._ping(ABSENT_UNIQUE, flags, f"unique{question}")
 
     def _ping(self, name: str, flags: int, question: str) -> None:
-        serial = self._state.next_gate_serial()
+        serial = self._state.pending.next_gate_serial()
         then = ReplyAction("wording", (question, name))
-        self._state.calls_to_bus[serial] = InterceptedCall(then, Replier(name), is_own=True)
+        self._state.pending.calls_to_bus[serial] = InterceptedCall(then, Replier(name), is_own=True)
         self.waiting += 1
         self._state.to_bus.append(
             marshal.make_call(
@@ -178,7 +179,7 @@ class NameOwners:
         self._follow(target, old, new)
         if not new and name not in self._uses.exact and name not in self._extra:
             del self.names[name]  # names come and go: those of a subtree or glob have no end
-        self._state.forget_about(name, old, new)
+        self._state.verdicts.forget_about(name, old, new)
         return True
 
     # -- inside --------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ class NameOwners:
         self._keep_history(target)
         if target.owner:
             self.views.take(target.owner, name)
-        self._state.forget_about(name, target.owner)
+        self._state.verdicts.forget_about(name, target.owner)
 
     def _set_matches(self) -> None:
         """Bring the match rules of the connection in line with what is to be known."""

@@ -1,13 +1,142 @@
-"""Who owned a name since a call to it was made: one record for all calls that wait, however many. No I/O.
+"""The calls of one connection that wait for a reply: their serials, and who may answer them. No I/O.
 
 A name that changes hands again and again must not cost a look at each call that waits for its owner, of which there
 may be thousands. So a change is written down once, and a call knows from where on it has to read.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
-from typing import Final
+from typing import Final, Literal
+
+from broker.gate.dumps import (
+    CallDump,
+    ConnectionStateDump,
+    PlainCalls,
+    PlainCallsDump,
+    ReplierDump,
+    ReplyAction,
+    unpack_rows,
+)
+from broker.wire.errors import PeerQuotaError
+from broker.wire.header import Header
+from broker.wire.interfaces import DRIVER
+
+FIRST_GATE_SERIAL: Final = 0xFFF00000
+LAST_SERIAL: Final = 0xFFFFFFFE
+MAX_FORMER_OWNERS: Final = 64  # that one waiting call is followed through
+
+
+class Replier:
+    """Who may reply to a call: a unique name, or a well-known one with its present owner."""
+
+    __slots__ = ("former", "name", "owner")
+
+    def __init__(self, owner: str, name: str = "", former: Collection[str] = frozenset()) -> None:
+        self.owner = owner
+        self.name = name  # the well-known name that was addressed, if one was
+        self.former = former  # who else owned that name since the call
+
+
+class InterceptedCall:
+    """A call whose reply is not simply passed on: `then` says what is done with it."""
+
+    __slots__ = ("former", "is_own", "name", "owner", "target", "then")
+
+    def __init__(
+        self, then: ReplyAction, target: "Replier | None" = None, *, is_own: bool = False
+    ) -> None:
+        self.owner = ""  # never equal to a sender
+        self.name = ""
+        self.former: Collection[str] = frozenset()
+        self.target = target if target is not None else BUS_DRIVER
+        self.then = then
+        self.is_own = is_own  # a call of the gate, not of the app
+
+
+BUS_DRIVER: Final = Replier(DRIVER)
+NO_REPLIER: Final = Replier("")  # may reply: the call waits under another serial
+
+
+class PendingCalls:
+    """The calls of one connection that wait for a reply, in both directions."""
+
+    __slots__ = ("calls_to_app", "calls_to_bus", "gate_serial", "translated_serials")
+
+    def __init__(self) -> None:
+        # Calls of the app and of the gate: serial -> who may reply.
+        self.calls_to_bus: Final[dict[int, Replier | InterceptedCall]] = {}
+        # Serials of the gate's range that calls of the app have: they wait under another.
+        self.translated_serials: Final[set[int]] = set()
+        # Calls to the app: (caller, serial).
+        self.calls_to_app: Final[set[tuple[str, int]]] = set()
+        self.gate_serial = FIRST_GATE_SERIAL  # the next one to try
+
+    def awaits_reply(self, serial: int) -> bool:
+        """Say whether a call of the app with this serial waits for its reply."""
+        return serial in (
+            self.calls_to_bus if serial < FIRST_GATE_SERIAL else self.translated_serials
+        )
+
+    def next_gate_serial(self) -> int:
+        """Return a serial that no waiting call has."""
+        for _ in range(LAST_SERIAL - FIRST_GATE_SERIAL):
+            serial = self.gate_serial
+            self.gate_serial = FIRST_GATE_SERIAL if serial == LAST_SERIAL else serial + 1
+            if serial not in self.calls_to_bus:
+                return serial
+        raise PeerQuotaError("too many calls wait for a reply")
+
+    def translated(self, serial: int, after: ReplyAction | None = None) -> ReplyAction:
+        """Say that the reply is to be given the app's own serial back, which no other call has meanwhile."""
+        if serial < FIRST_GATE_SERIAL:
+            self.calls_to_bus[serial] = NO_REPLIER
+        else:
+            self.translated_serials.add(serial)
+        return ReplyAction("translate", (serial,), after)
+
+    def give_serial_back(self, serial: int, reply: Header, data: bytes) -> bytes:
+        """Return a reply with the app's own serial, which other calls may have from now on."""
+        if serial < FIRST_GATE_SERIAL:
+            self.calls_to_bus.pop(serial, None)
+        self.translated_serials.discard(serial)
+        at = reply.reply_serial_at
+        order: Literal["little", "big"] = "little" if reply.little else "big"
+        return data[:at] + serial.to_bytes(4, order) + data[at + 4 :]
+
+    def dump_calls(
+        self, changes_of: Callable[[str], int]
+    ) -> tuple[PlainCallsDump, tuple[CallDump, ...]]:
+        """Return the calls that wait, in few bytes and steps each: how many they are is the app's choice."""
+        plain = PlainCalls()
+        others: list[CallDump] = []
+        last: Replier | InterceptedCall | None = None
+        dump, row, is_plain = ReplierDump(owner=""), (0, 0, 0), False
+        for serial, entry in self.calls_to_bus.items():
+            if entry is not last:  # many in a row are for one peer
+                last, dump = entry, _dump_target(entry, changes_of)
+                is_plain = isinstance(entry, Replier)
+                if is_plain:
+                    row = (*plain.index(dump.owner, dump.name), dump.since)
+            if is_plain:
+                plain.add((serial, *row))
+            else:
+                then, is_own = (
+                    (entry.then, entry.is_own)
+                    if isinstance(entry, InterceptedCall)
+                    else (None, False)
+                )
+                others.append(CallDump(serial=serial, target=dump, then=then, is_own=is_own))
+        return plain.dump(), tuple(others)
+
+    def load(self, dump: ConnectionStateDump, since: Callable[[str, int], "OwnersSince"]) -> None:
+        """Restore the calls from `dump`. `since` makes what a call knows of a name's owners."""
+        self.calls_to_bus.update(_load_plain(dump.plain, since))
+        for call in dump.calls:
+            self.calls_to_bus[call.serial] = _load_call(call, since)
+        self.translated_serials.update(dump.translated_serials)
+        self.calls_to_app.update(dump.calls_to_app)
+        self.gate_serial = dump.next_gate_serial
 
 
 class OwnerHistory:
@@ -58,3 +187,37 @@ class OwnersSince(Collection[str]):
 
     def __len__(self) -> int:
         return len({*self})
+
+
+def _dump_target(entry: Replier | InterceptedCall, changes_of: Callable[[str], int]) -> ReplierDump:
+    target = entry.target if isinstance(entry, InterceptedCall) else entry
+    if isinstance(target.former, OwnersSince):
+        since = target.former.count
+    else:
+        since = changes_of(target.name) if target.name else 0
+    return ReplierDump(owner=target.owner, name=target.name, since=since)
+
+
+def _load_plain(
+    dump: PlainCallsDump, since: Callable[[str, int], OwnersSince]
+) -> Iterator[tuple[int, Replier]]:
+    owners, names = dump.owners, dump.names
+    made: dict[tuple[int, int, int], Replier] = {}
+    for serial, owner, name, count in unpack_rows(dump.rows):
+        key = (owner, name, count)
+        target = made.get(key)
+        if target is None:
+            target = made[key] = Replier(owners[owner], names[name])
+            if target.name:
+                target.former = since(target.name, count)
+        yield serial, target
+
+
+def _load_call(
+    dump: CallDump, since: Callable[[str, int], OwnersSince]
+) -> Replier | InterceptedCall:
+    its = dump.target
+    target = Replier(its.owner, its.name)
+    if its.name:
+        target.former = since(its.name, its.since)
+    return target if dump.then is None else InterceptedCall(dump.then, target, is_own=dump.is_own)

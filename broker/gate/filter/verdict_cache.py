@@ -1,8 +1,13 @@
 """Remembered verdicts, by the bytes of a header and the names they rest on. No I/O."""
 
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from broker.wire.fixed_header import CALLS, MUTE_CALLS, SIGNALS
 from broker.wire.header import Header
+
+if TYPE_CHECKING:
+    from broker.gate.filter.denials import Denial
+    from broker.gate.filter.pending_calls import Replier
 
 # Remembered verdicts a table, and the longest header worth remembering: 256 KiB at the most.
 MAX_REMEMBERED: Final = 512
@@ -49,6 +54,63 @@ class VerdictTable(dict[bytes, Remembered]):
         super().clear()
         self._resting.clear()
         self._links = 0
+
+
+class VerdictCache:
+    """The remembered verdicts of one connection.
+
+    Messages are looked up by the first word of the header (byte order, type, flags, version) in `app_tables` or
+    `bus_tables`, then by the field array in the table found there.
+
+    Replies of one sender have one shape: the field array without the four bytes of REPLY_SERIAL. `bus_reply_at` and
+    `app_reply_at` tell by the length of the array where those are. `bus_replies` and `app_replies` give the sender, or
+    the destination, by the shape.
+    """
+
+    __slots__ = (
+        *("app_calls", "app_mute", "app_signals"),
+        *("bus_calls", "bus_mute", "bus_signals", "bus_refused"),
+        *("tables", "app_tables", "bus_tables"),
+        *("app_replies", "app_reply_at", "bus_replies", "bus_reply_at"),
+    )
+
+    def __init__(self) -> None:
+        self.app_calls: Final[VerdictTable[Replier]] = VerdictTable()  # -> who may reply
+        self.app_mute: Final[VerdictTable[bool]] = VerdictTable()  # calls that want no reply
+        self.app_signals: Final[VerdictTable[bool]] = VerdictTable()
+        self.bus_calls: Final[VerdictTable[str]] = VerdictTable()  # -> caller
+        self.bus_mute: Final[VerdictTable[str]] = VerdictTable()  # -> sender
+        self.bus_signals: Final[VerdictTable[str]] = VerdictTable()
+        self.bus_refused: Final[VerdictTable[Denial]] = VerdictTable()  # broadcasts
+        self.tables: Final[tuple[VerdictTable[Any], ...]] = (
+            *(self.app_calls, self.app_mute, self.app_signals),
+            *(self.bus_calls, self.bus_mute, self.bus_signals, self.bus_refused),
+        )
+        self.app_tables: Final[dict[int, VerdictTable[Any]]] = {
+            **dict.fromkeys(CALLS, self.app_calls),
+            **dict.fromkeys(MUTE_CALLS, self.app_mute),
+            **dict.fromkeys(SIGNALS, self.app_signals),
+        }
+        self.bus_tables: Final[dict[int, VerdictTable[str]]] = {
+            **dict.fromkeys(CALLS, self.bus_calls),
+            **dict.fromkeys(MUTE_CALLS, self.bus_mute),
+            **dict.fromkeys(SIGNALS, self.bus_signals),
+        }
+        self.bus_reply_at: Final[dict[int, int]] = {}
+        self.bus_replies: Final[dict[bytes, str]] = {}
+        self.app_reply_at: Final[dict[int, int]] = {}
+        self.app_replies: Final[dict[bytes, str]] = {}
+
+    def forget_all(self) -> None:
+        """Judge everything anew."""
+        for table in self.tables:
+            table.clear()
+        self.app_replies.clear()
+
+    def forget_about(self, *names: str) -> None:
+        """Judge anew what is to or from whoever has, or had, one of these names."""
+        for table in self.tables:
+            table.forget_about(*names)
 
 
 def remember_shape(

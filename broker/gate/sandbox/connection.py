@@ -122,7 +122,7 @@ class AppConnection:
         self.sandbox.messages.take_more(closing.spent)  # by what ended it
         close_fds(closing.close())
         close_fds(descriptors_of([*state.to_bus, *state.to_app]))
-        self.bus.members.discard(state)
+        self.bus.members.discard(state.verdicts)
         self.bus.connections.discard(self)
 
     @ends_connection_on_error
@@ -225,7 +225,7 @@ class AppConnection:
     def _judge_with(self, upstream: SocketStream, *, app_takes_fds: bool) -> Mediator:
         """Have messages judged from now on."""
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
-        self.bus.members.add(judging.state)
+        self.bus.members.add(judging.state.verdicts)
         self.bus.connections.add(self)
         self._app.readable = self._judge_app
         upstream.readable = self._judge_bus
@@ -455,7 +455,7 @@ class AppConnection:
             self._bus_sock.detach()
         self.bus.connections.discard(self)
         if self._filter is not None:
-            self.bus.members.discard(self._filter.state)
+            self.bus.members.discard(self._filter.state.verdicts)
             self.bus.broadcast_judges.pop(self._filter.state.unique_name, None)
 
     def _load_deadline(self, dump: AppConnectionDump) -> None:

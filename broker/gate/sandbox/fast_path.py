@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.gate.filter.costs import BYTES_A_MESSAGE
 from broker.gate.filter.filter import Filter
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.gate.io.loop import READABLE
 from broker.gate.io.stream import READ_SIZE, RECEIVE, TRUNCATED, SocketStream, StreamClosedError
 from broker.gate.sandbox.budgets import MessageBudget
@@ -103,7 +103,11 @@ def _count_as_sent(exc: OSError, size: int) -> int:
 def _make_app_note(payers: Accounting) -> TryForward:
     judging, budget, meter = payers.judging, payers.budget, payers.meter
     state = judging.state
-    pending, calls, tables = state.calls_to_bus, state.app_calls, judging.app_tables
+    pending, calls, tables = (
+        state.pending.calls_to_bus,
+        state.verdicts.app_calls,
+        state.verdicts.app_tables,
+    )
     room = state.sandbox.limits.pending_calls
     unpack = FIXED.unpack_from
     trace = state.sandbox.recorder.note_from_app
@@ -126,7 +130,7 @@ def _make_app_note(payers: Accounting) -> TryForward:
             if table is calls:
                 if serial in pending or len(pending) >= room:
                     return False
-                pending[serial] = answerer  # type: ignore[assignment]
+                pending[serial] = answerer
         cost = 1 + size // BYTES_A_MESSAGE
         budget.left -= cost
         meter.counted += cost
@@ -139,8 +143,8 @@ def _make_app_note(payers: Accounting) -> TryForward:
 def _make_bus_note(payers: Accounting) -> TryForward:
     judging, meter = payers.judging, payers.meter
     state = judging.state
-    pending, tables = state.calls_to_bus, judging.bus_tables
-    reply_at, shapes = state.bus_reply_at, state.bus_replies
+    pending, tables = state.pending.calls_to_bus, state.verdicts.bus_tables
+    reply_at, shapes = state.verdicts.bus_reply_at, state.verdicts.bus_replies
     unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
     trace = state.sandbox.recorder.note_from_bus
 

@@ -56,7 +56,7 @@ def connection_usage(judging: Mediator | None, *, queued: int, fds: int) -> Usag
     return Usage(
         connections=1,
         bytes_queued=queued,
-        pending_calls=len(state.calls_to_bus) + len(state.calls_to_app),
+        pending_calls=len(state.pending.calls_to_bus) + len(state.pending.calls_to_app),
         match_rules=state.matches.count,
         names=len(state.requested_names),
         tracked_names=judging.tracked_names,

@@ -26,10 +26,10 @@ class Member:
     def __init__(self) -> None:
         self.strangers: list[str] = []
 
-    def stranger_appeared(self, unique_name: str) -> None:
-        self.strangers.append(unique_name)
+    def forget_about(self, *names: str) -> None:
+        self.strangers += names
 
-    def forget_verdicts(self) -> None:
+    def forget_all(self) -> None:
         self.strangers.append("*")
 
 

@@ -2,12 +2,8 @@
 
 import pytest
 
-from broker.gate.filter.connection_state import (
-    FIRST_GATE_SERIAL,
-    LAST_SERIAL,
-    ConnectionState,
-    Replier,
-)
+from broker.gate.filter.connection_state import ConnectionState
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, LAST_SERIAL, Replier
 from broker.gate.filter.verdict_cache import remember_shape
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import parse_header
@@ -24,8 +20,8 @@ def make_core() -> ConnectionState:
 
 def test_own_serials_are_those_that_no_call_waits_with() -> None:
     state = make_core()
-    state.calls_to_bus[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
-    assert [state.next_gate_serial() for _ in range(3)] == [
+    state.pending.calls_to_bus[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
+    assert [state.pending.next_gate_serial() for _ in range(3)] == [
         FIRST_GATE_SERIAL,
         FIRST_GATE_SERIAL + 2,
         FIRST_GATE_SERIAL + 3,
@@ -34,26 +30,29 @@ def test_own_serials_are_those_that_no_call_waits_with() -> None:
 
 def test_own_serials_begin_again_at_their_end() -> None:
     state = make_core()
-    state._next_gate_serial = LAST_SERIAL
-    assert [state.next_gate_serial(), state.next_gate_serial()] == [LAST_SERIAL, FIRST_GATE_SERIAL]
+    state.pending.gate_serial = LAST_SERIAL
+    assert [state.pending.next_gate_serial(), state.pending.next_gate_serial()] == [
+        LAST_SERIAL,
+        FIRST_GATE_SERIAL,
+    ]
 
 
 def test_own_serials_that_are_all_in_use_end_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("broker.gate.filter.connection_state.LAST_SERIAL", FIRST_GATE_SERIAL + 2)
+    monkeypatch.setattr("broker.gate.filter.pending_calls.LAST_SERIAL", FIRST_GATE_SERIAL + 2)
     state = make_core()
-    state.calls_to_bus.update(
+    state.pending.calls_to_bus.update(
         dict.fromkeys(range(FIRST_GATE_SERIAL, FIRST_GATE_SERIAL + 3), Replier(":1.2"))
     )
     with pytest.raises(PeerQuotaError, match="too many"):
-        state.next_gate_serial()
+        state.pending.next_gate_serial()
 
 
 def test_only_serials_of_the_app_wait_for_the_app() -> None:
     state = make_core()
-    state.calls_to_bus.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
-    assert [state.awaits_reply(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [
+    state.pending.calls_to_bus.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
+    assert [state.pending.awaits_reply(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [
         True,
         False,
         False,
@@ -91,8 +90,8 @@ def test_shape_that_is_too_long_leaves_nothing() -> None:
 
 def test_stranger_that_was_judged_as_host_drops_the_verdicts() -> None:
     state = make_core()
-    state.app_calls.remember(b"key", Replier(":1.5"), ":1.5")
-    state.stranger_appeared(":1.6")
-    assert state.app_calls
-    state.stranger_appeared(":1.5")
-    assert not state.app_calls
+    state.verdicts.app_calls.remember(b"key", Replier(":1.5"), ":1.5")
+    state.verdicts.forget_about(":1.6")
+    assert state.verdicts.app_calls
+    state.verdicts.forget_about(":1.5")
+    assert not state.verdicts.app_calls

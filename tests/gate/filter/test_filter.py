@@ -209,7 +209,12 @@ def test_remembered_verdicts_are_bounded() -> None:
         talk.deliver(signal(n, f"M{n}", sender=":1.2"))
         talk.reply(talk.model.calls[-1], sender=":1.2")
     state = talk.state
-    for table in (state.app_calls, state.app_mute, state.bus_signals, state.bus_replies):
+    for table in (
+        state.verdicts.app_calls,
+        state.verdicts.app_mute,
+        state.verdicts.bus_signals,
+        state.verdicts.bus_replies,
+    ):
         assert 0 < len(table) <= 512
 
 
@@ -217,7 +222,7 @@ def test_header_that_is_very_long_is_not_remembered() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     talk.app(call(2, "org.a", path="/" + "a" * 1000))
     assert len(talk.arrived) == 1
-    assert not talk.state.app_calls
+    assert not talk.state.verdicts.app_calls
 
 
 # -- budgets of bytes ------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, REPLY_SERIAL
+from broker.gate.filter.connection_state import REPLY_SERIAL
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag
@@ -147,7 +148,7 @@ def test_refused_message_that_wants_no_reply_vanishes_and_is_reported(message: b
         assert not talk.app(message)
     assert not talk.sent
     assert len(talk.host.denials) == 3
-    assert not talk.state.calls_to_bus
+    assert not talk.state.pending.calls_to_bus
 
 
 def test_report_of_a_refusal_says_what_was_refused() -> None:
@@ -245,16 +246,16 @@ def test_serial_of_the_gates_range_waits_once() -> None:
     (asked,) = talk.arrived
     (reply,) = talk.reply(asked, sender=":1.2")
     assert reply.header.reply_serial == serial
-    assert not talk.state.translated_serials
+    assert not talk.state.pending.translated_serials
     talk.app(driver_call(serial, "GetId", flags=NO_REPLY))
-    assert not talk.state.translated_serials
+    assert not talk.state.pending.translated_serials
 
 
 def test_serial_of_a_waiting_call_of_the_gate_is_not_taken_for_the_apps() -> None:
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     talk.paused = True
     talk.use(access("send:org.a", "send:org.b"))
-    waiting = next(iter(talk.state.calls_to_bus))
+    waiting = next(iter(talk.state.pending.calls_to_bus))
     assert waiting >= FIRST_GATE_SERIAL
     talk.app(driver_call(waiting, "GetId"))
     (answer,) = talk.resume()
@@ -312,7 +313,7 @@ def test_reply_serial_on_a_call_or_signal_means_nothing() -> None:
         size = int.from_bytes(message[12:16], "little") + 7 & ~7
         talk.app(message[:12] + (size + 8).to_bytes(4, "little") + message[16 : 16 + size] + field)
     assert [m.header.reply_serial for m in talk.model.seen] == [None, None]
-    assert (":1.2", 8) in talk.state.calls_to_app
+    assert (":1.2", 8) in talk.state.pending.calls_to_app
 
 
 def test_unknown_flags_are_masked() -> None:
@@ -327,7 +328,7 @@ def test_connection_that_asked_for_it_is_told_the_sandbox() -> None:
     talk = Dialogue(access("send:org.a"), owners=OWNERS)
     talk.app(call(2, "org.a"))
     talk.bus.wants_instance_field.add(":1.2")
-    talk.state.forget_verdicts()
+    talk.state.verdicts.forget_all()
     for serial in (3, 4):
         talk.app(call(serial, "org.a"))
         assert b"/org/freedesktop/DBus/Containers1/c1\0" in talk.arrived[-1].raw
@@ -363,7 +364,7 @@ def test_attack_i2_while_anybody_wants_tags_whatever_could_reach_them_has_one() 
     talk.clear()
     # Somebody who owns none of these names yet.
     talk.bus.wants_instance_field.add(":1.2")
-    talk.state.forget_verdicts()
+    talk.state.verdicts.forget_all()
     talk.change("org.a", ":1.4")
     for number in (100, 200):
         talk.app(*(changed(m, serial=number + n) for n, m in enumerate(messages)))

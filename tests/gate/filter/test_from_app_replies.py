@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire.header import MessageType
 from broker.wire.interfaces import DRIVER
 from broker.wire.marshal import make_error, make_return
@@ -100,6 +100,6 @@ def test_shapes_of_one_length_do_not_hide_each_other() -> None:
         )
         talk.app(moved, moved)
     assert [m.header.reply_serial for m in talk.model.seen] == list(range(8, 20))
-    places = talk.state.app_reply_at
-    for shape in talk.state.app_replies:
+    places = talk.state.verdicts.app_reply_at
+    for shape in talk.state.verdicts.app_replies:
         assert len(shape) + 16 in places

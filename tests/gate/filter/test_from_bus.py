@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError
 from broker.wire.interfaces import DRIVER
@@ -140,7 +140,7 @@ def test_reply_to_a_waiting_call_of_the_gate_does_not_come_from_a_peer() -> None
     talk = Dialogue(SENT_TO_A, owners=OWNERS)
     talk.paused = True
     talk.use(access("send:org.a", "send:org.b"))
-    for serial in talk.state.calls_to_bus:
+    for serial in talk.state.pending.calls_to_bus:
         forged = make_return(
             9, reply_serial=serial, sender=":1.2", destination=ME, signature="s", values=(":1.2",)
         )
@@ -169,7 +169,7 @@ def test_reply_of_the_bus_in_another_form_ends_the_connection() -> None:
     talk = Dialogue()
     talk.paused = True
     talk.app(driver_call(2, "ListNames"))
-    serial = max(talk.state.calls_to_bus)
+    serial = max(talk.state.pending.calls_to_bus)
     with pytest.raises(PeerProtocolError, match="instead of"):
         talk.deliver(make_return(9, reply_serial=serial, sender=DRIVER, destination=ME))
 
@@ -227,7 +227,7 @@ def test_attack_i1_backlog_of_one_that_hung_up_is_its_own() -> None:
     caller = Dialogue(shared=shared, me=":1.8", identity=OTHER_APP)
     rules = access("receive:,peer=host", "receive:@/app,peer=app:org.test/other")
     talk = Dialogue(rules, shared=shared)
-    shared.members.discard(caller.state)
+    shared.members.discard(caller.state.verdicts)
     backlog = [from_peer(8, ":1.8"), changed(from_peer(9, ":1.8"), path="/app")]
     got = talk.deliver(*talk.model.hang_up(shared, ":1.8", *backlog))
     assert [(m.header.serial, m.header.path) for m in got] == [(9, "/app")]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from broker.gate.dumps import ReplyAction
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL, InterceptedCall, Replier
 from broker.gate.filter.message_runs import match_call_run, match_reply_run
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall, Replier
 from broker.wire.fixed_header import U32
 from broker.wire.header import measure_header, parse_header
 from broker.wire.marshal import make_return
@@ -148,11 +148,11 @@ def test_a_read_is_judged_as_each_message_by_itself(messages: list[bytes], answe
     for message in messages:
         apart.app(message)
     assert names(together.model.seen) == names(apart.model.seen)
-    assert together.state.calls_to_bus.keys() == apart.state.calls_to_bus.keys()
+    assert together.state.pending.calls_to_bus.keys() == apart.state.pending.calls_to_bus.keys()
     if answers:
         answer = [a_reply(m.header.serial) for m in apart.model.calls for _ in range(2)]
         together.deliver(*answer)
         for message in answer:
             apart.deliver(message)
-    assert together.state.calls_to_bus.keys() == apart.state.calls_to_bus.keys()
+    assert together.state.pending.calls_to_bus.keys() == apart.state.pending.calls_to_bus.keys()
     assert [m.raw for m in together.got] == [m.raw for m in apart.got]

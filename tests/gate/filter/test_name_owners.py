@@ -3,8 +3,8 @@
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.connection_state import MAX_FORMER_OWNERS
 from broker.gate.filter.name_owners import MAX_NARROW_MATCHES
+from broker.gate.filter.pending_calls import MAX_FORMER_OWNERS
 from broker.wire import errors
 from broker.wire.errors import PeerQuotaError
 from tests.helpers.messages import access, call, driver_call, names
@@ -157,7 +157,7 @@ def test_former_owners_are_bounded() -> None:
     talk.app(call(2, "org.a"))
     for n in range(3 * MAX_FORMER_OWNERS):
         talk.change("org.a", f":2.{n}")
-    (entry,) = talk.state.calls_to_bus.values()
+    (entry,) = talk.state.pending.calls_to_bus.values()
     assert len(entry.former) <= MAX_FORMER_OWNERS
     assert names(talk.reply(talk.arrived[0], sender=f":2.{3 * MAX_FORMER_OWNERS - 2}")) == [
         "return"
@@ -176,10 +176,10 @@ def test_change_of_rules_forgets_what_is_used_no_more() -> None:
 def test_owner_change_costs_the_same_however_many_calls_wait() -> None:
     talk = Dialogue(access("send:org.a"), owners=OWNERS)
     talk.app(*(call(2 + n, "org.a") for n in range(50)))
-    before = list(talk.state.calls_to_bus.values())
+    before = list(talk.state.pending.calls_to_bus.values())
     assert len({*map(id, before)}) == 1  # one Target, which all have
     talk.change("org.a", ":1.3")
-    assert list(map(id, talk.state.calls_to_bus.values())) == list(map(id, before))
+    assert list(map(id, talk.state.pending.calls_to_bus.values())) == list(map(id, before))
     for asked in talk.arrived:
         assert names(talk.reply(asked, sender=":1.3")) == ["return"]
 

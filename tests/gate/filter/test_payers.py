@@ -102,7 +102,7 @@ def test_attack_c1_owner_change_heard_by_many_sandboxes_costs_none_of_them_anyth
     assert caused(flooder) - before >= 10 * 21 * HEARD_COST
     assert [(caused(talk), left(talk)) for talk in hearers] == marks
     for talk in hearers:  # what was judged for others is still known
-        assert len(talk.state.app_mute) == len(talk.state.bus_signals) == 1
+        assert len(talk.state.verdicts.app_mute) == len(talk.state.verdicts.bus_signals) == 1
 
 
 def test_attack_c1_name_of_an_owner_of_many_is_judged_alone(
@@ -190,7 +190,7 @@ def test_refused_broadcast_is_none_that_looks_like_it() -> None:
     hearer = town.add("receive:org.no")
     town.emit(":1.100")
     refused = signal(5, "Changed", sender=":1.100")
-    assert hearer.state.bus_refused
+    assert hearer.state.verdicts.bus_refused
     before = len(hearer.host.denials)
     hearer.deliver(changed(refused, sender=":1.101"), changed(refused, member="Other"))
     assert len(hearer.host.denials) == before + 2

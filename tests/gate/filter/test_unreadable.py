@@ -83,7 +83,7 @@ def test_attack_c7_a_call_is_refused_towards_its_caller(talk: Dialogue, how: str
     (error,) = [m.header for m in talk.model.seen]
     assert (error.error_name, error.reply_serial, error.destination) == (LIMITS_EXCEEDED, 3, ":1.9")
     assert len(talk.host.denials) == 2
-    assert talk.state.calls_to_app == set()
+    assert talk.state.pending.calls_to_app == set()
 
 
 @pytest.mark.parametrize("how", UNREADABLE)
@@ -101,14 +101,14 @@ def test_attack_c7_a_reply_is_replaced(talk: Dialogue, how: str, type_: int) -> 
     (error,) = [m for piece in pieces(bad) for m in talk.deliver(piece)]
     assert (error.header.error_name, error.header.reply_serial) == (LIMITS_EXCEEDED, 7)
     assert error.header.sender == ":1.2"
-    assert not talk.state.calls_to_bus
+    assert not talk.state.pending.calls_to_bus
 
 
 def test_attack_c7_a_forged_reply_is_none_for_being_long(talk: Dialogue) -> None:
     talk.app(call(7, "org.a"))
     reply = changed(call(9, ME), sender=":1.66", type=2, reply_serial=talk.arrived[0].header.serial)
     assert talk.deliver(misplaced(reply, LONG)) == []
-    assert 7 in talk.state.calls_to_bus
+    assert 7 in talk.state.pending.calls_to_bus
 
 
 def test_attack_c7_a_header_of_many_values_ends_nothing(talk: Dialogue) -> None:
@@ -177,7 +177,7 @@ def test_attack_c7_a_reply_of_an_app_has_nothing_but_what_a_reply_needs(talk: Di
         assert (sent.path, sent.interface, sent.member) == (None, None, None)
         assert (sent.reply_serial, sent.size < 200) == (number, True)
         assert (sent.error_name is None) is (type_ == MessageType.METHOD_RETURN)
-        assert not talk.state.app_replies
+        assert not talk.state.verdicts.app_replies
         talk.model.seen.clear()
 
 

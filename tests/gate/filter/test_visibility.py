@@ -144,7 +144,7 @@ def test_end_of_a_sandboxed_peer_is_heard() -> None:
     peer = Dialogue(shared=shared, me=":1.8", identity=APP)
     talk = Dialogue(access("see:,peer=same-app"), shared=shared)
     talk.subscribe()
-    shared.members.discard(peer.state)
+    shared.members.discard(peer.state.verdicts)
     shared.gone(":1.8")
     assert told(talk.deliver(talk.model.leave(":1.8"))) == [(":1.8", ":1.8", "")]
 

@@ -192,7 +192,7 @@ def handed_over(player: Player) -> tuple[Player, FilterDump, BusDump]:
     host = FakeHost(identity=talk.host.identity, limits=talk.host.limits)
     judging = Filter(bus, host, talk.state.judge, app_takes_fds=dump.app_takes_fds, clock=no_time)
     host.states.append(judging.state)
-    bus.members.add(judging.state)
+    bus.members.add(judging.state.verdicts)
     judging.load(dump, fds.all)
     if judging.state.unique_name:
         bus.set_broadcast_judge(judging.state.unique_name, judging.state.judge)
@@ -236,9 +236,9 @@ def test_another_goes_on_as_the_one_would_have(
     assert other.talk.filter.fds == talk.filter.fds
     assert other.talk.is_held() == talk.is_held()
     # What is remembered is not handed over: with it a message may go on while others wait.
-    talk.state.forget_verdicts()
-    talk.state.bus_replies.clear()
-    talk.state.bus_reply_at.clear()
+    talk.state.verdicts.forget_all()
+    talk.state.verdicts.bus_replies.clear()
+    talk.state.verdicts.bus_reply_at.clear()
     talk.got.clear()
     talk.host.denials.clear()
     talk.host.closed.clear()

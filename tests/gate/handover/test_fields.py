@@ -13,16 +13,16 @@ GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
 _about _account _on_lost _on_request _recorder absent_name connector recorder _app _budgets _buses _clock _state _driver _drained _emit _changed _full _bus_messages _judging _least _loop _methods _most
-_app_messages _owners _rate _reports _sandbox _visibility _access_change _synced _turn app_tables bus bus_tables state fd reply_handlers
+_app_messages _owners _rate _reports _pending _sandbox _verdicts _visibility _access_change _synced _turn bus state fd reply_handlers
 from_app id identity limits sandbox sock
 """
-CORE: Final = """
-_next_gate_serial app_takes_fds calls_to_app callers counts_callers greeting translated_serials matches name_requests calls_to_bus requested_names
-unique_name
+STATE: Final = """
+app_takes_fds callers counts_callers greeting matches name_requests pending requested_names unique_name
 """
-CORE_AGAIN: Final = """
-app_calls app_mute app_replies app_reply_at app_signals bus_calls bus_mute bus_refused bus_replies bus_reply_at
-bus_signals chores judge tables to_app to_bus
+PENDING: Final = "calls_to_app calls_to_bus gate_serial translated_serials"
+VERDICTS: Final = """
+app_calls app_mute app_replies app_reply_at app_signals app_tables bus_calls bus_mute bus_refused bus_replies bus_reply_at
+bus_signals bus_tables tables
 """
 LINK: Final = """
 bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
@@ -33,7 +33,9 @@ connections messages spec
 """
 # File and class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
 FIELDS: Final = {
-    "filter/connection_state.py:ConnectionState": (CORE, CORE_AGAIN),
+    "filter/connection_state.py:ConnectionState": (STATE, "chores judge to_app to_bus verdicts"),
+    "filter/pending_calls.py:PendingCalls": (PENDING, ""),
+    "filter/verdict_cache.py:VerdictCache": ("", VERDICTS),
     "filter/subscriptions.py:Subscriptions": ("", "_counts _filed _spaces count"),
     "filter/name_owners.py:NameOwners": (
         "_asking _extra _matches _then _unasked _uses names waiting",

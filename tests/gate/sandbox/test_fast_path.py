@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from broker.control_protocol.messages import SandboxLimits
-from broker.gate.filter.connection_state import FIRST_GATE_SERIAL
 from broker.gate.filter.costs import BYTES_A_MESSAGE
+from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.gate.io.loop import Loop
 from broker.gate.io.stream import SocketStream
 from broker.gate.sandbox.budgets import MessageBudget
@@ -145,14 +145,14 @@ def test_known_call_and_its_reply_pass(way: Way) -> None:
     assert way.app_sends(call(7, "org.a")) == call(7, "org.a")
     assert way.bus_sends(a_reply(7)) == a_reply(7)
     assert not way.sent
-    assert not way.filter.state.calls_to_bus
+    assert not way.filter.state.pending.calls_to_bus
 
 
 @pytest.mark.parametrize("message", [call(9, "org.a", flags=NO_REPLY), signal(9)])
 def test_what_wants_no_reply_passes(way: Way, message: bytes) -> None:
     assert way.app_sends(message) == message
     assert not way.sent
-    assert not way.filter.state.calls_to_bus
+    assert not way.filter.state.pending.calls_to_bus
 
 
 def test_each_message_is_paid_for(way: Way) -> None:
@@ -224,7 +224,7 @@ def test_no_more_calls_wait_than_may(way: Way) -> None:
     for serial in range(10, 10 + LIMITS.pending_calls):
         assert way.app_sends(call(serial, "org.a"))
     assert way.app_sends(call(99, "org.a")) == b""
-    assert len(way.filter.state.calls_to_bus) == LIMITS.pending_calls
+    assert len(way.filter.state.pending.calls_to_bus) == LIMITS.pending_calls
 
 
 def test_spent_budget_goes_the_long_way(way: Way) -> None:
@@ -257,7 +257,7 @@ def test_reply_that_is_not_the_known_one_goes_the_long_way(way: Way, reply: byte
     way.app_sends(call(7, "org.a"))
     assert way.bus_sends(reply) == b""
     assert way.sent == [("bus", reply, 0)]
-    assert 7 in way.filter.state.calls_to_bus
+    assert 7 in way.filter.state.pending.calls_to_bus
 
 
 def test_reply_is_let_through_once(way: Way) -> None:
@@ -343,7 +343,7 @@ def test_both_ways_agree(messages: list[tuple[str, bytes]]) -> None:
             for filter_ in (way.filter, beside.filter):
                 filter_.state.to_bus.clear()
                 filter_.state.to_app.clear()
-            assert way.filter.state.calls_to_bus.keys() == state.calls_to_bus.keys()
-            assert way.filter.state.calls_to_app == state.calls_to_app
+            assert way.filter.state.pending.calls_to_bus.keys() == state.pending.calls_to_bus.keys()
+            assert way.filter.state.pending.calls_to_app == state.pending.calls_to_app
     finally:
         way.close()

@@ -64,12 +64,12 @@ class World:
 
     def asks(self) -> bool:
         """Whether there is a question to the bus that waits for its answer."""
-        return bool(self.filter.state.calls_to_bus)
+        return bool(self.filter.state.pending.calls_to_bus)
 
     def answer(self) -> None:
         """Have the bus answer the question."""
-        (entry,) = self.filter.state.calls_to_bus.values()
-        self.filter.state.calls_to_bus.clear()
+        (entry,) = self.filter.state.pending.calls_to_bus.values()
+        self.filter.state.pending.calls_to_bus.clear()
         self.filter.state.handle_reply(entry.then, None, b"", ())  # type: ignore[union-attr, arg-type]
 
 
