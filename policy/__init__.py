@@ -1,1 +1,1 @@
-"""Rules: what a sandboxed app may do on a message bus. Pure; knows nothing of the broker."""
+"""Access rules for sandboxed apps on a message bus. Pure, and independent of the broker."""

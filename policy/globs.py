@@ -1,10 +1,10 @@
-"""Patterns for bus names, object paths, interfaces and members: their grammar and their predicates.
+"""Patterns for bus names, object paths, interfaces and members: grammar and predicates.
 
-A pattern is checked when it is compiled: PatternError says what is wrong and where. The text it
-is later matched against is not checked: whoever has it has parsed it.
+A pattern is checked when compiled. PatternError gives the problem and the position. The text to
+match is not checked later, because the caller has parsed the text.
 
-Compiling takes time linear in the pattern, and in its alternatives written out, which are 64 at the most. What
-comes of it (policy.matcher) takes as many steps as the pattern has pieces, whatever the text.
+Compiling takes time linear in the pattern and in the alternatives written out, which are at most
+64. Matching (policy.matcher) takes as many steps as the pattern has pieces, whatever the text.
 """
 
 import re
@@ -16,20 +16,22 @@ import msgspec
 
 from policy.matcher import ANY, Chars, Pattern, Piece, Program, Shape, Shapes, Star, Tree
 
-MAX_NAME: Final = 255  # bytes; names, interfaces and members, by the D-Bus specification
+MAX_NAME: Final = 255  # bytes; of names, interfaces and members, by the D-Bus specification
 MAX_PATTERN: Final = 1024  # characters
 MAX_ALTERNATIVES: Final = 64  # of one pattern, after all its braces are expanded
-# Many sandboxes have the same rules. Patterns that are remembered, and the longest worth it: some MiB together.
+# Many sandboxes have the same rules, so compiled patterns are remembered. With this number, and
+# this limit on the length of a remembered pattern, the cache takes some MiB.
 _COMPILED: Final = 4096
 _WORTH_IT: Final = 128  # characters
-# Of a pattern of which each alternative is only a beginning and an end: more of them go by the tree.
+# The limit on the alternatives of a pattern that are compared by beginning and end only. A pattern
+# with more alternatives is compiled to a Tree.
 _MAX_SHAPES: Final = 8
 
 _WILDCARDS: Final = re.compile(r"[*?\[{]")
 _CLASS: Final = re.compile(r"\[[!^]?[A-Za-z0-9_-]+\]")
 _PIECE: Final = re.compile(r"\*+|\?|\[[^\]]*\]|[^*?\[]+")
 _BRACES: Final = re.compile(r"[{},]")
-# What cannot stand somewhere.
+# Characters that must not occur in a text or pattern.
 _NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]")
 _NO_NAME_PATTERN: Final = re.compile(r"[^A-Za-z0-9_.*?-]")
 _NO_PATH: Final = re.compile(r"[^A-Za-z0-9_/]")
@@ -41,12 +43,12 @@ _NO_MEMBER_PATTERN: Final = re.compile(r"[^A-Za-z0-9_*?{,}]")
 # An element that is empty or begins with a digit.
 _BAD_ELEMENT: Final = re.compile(r"(?:\A|\.)(?:[0-9.]|\Z)")
 
-# Text with wildcards, and between it the branches of a brace.
+# Text with wildcards, interleaved with the branches of braces.
 _Sequence = list["str | list[_Sequence]"]
 
 
 class PatternError(ValueError):
-    """A pattern or name against its grammar. `position` counts from 0 in the pattern."""
+    """A pattern or name is against the grammar. `position` counts from 0 in the pattern."""
 
     def __init__(self, problem: str, position: int) -> None:
         super().__init__(problem)
@@ -55,18 +57,18 @@ class PatternError(ValueError):
 
 
 class NamePattern(msgspec.Struct, frozen=True, kw_only=True):
-    """A bus name; all of `org.example` and below it (`org.example.*`); or a glob."""
+    """A bus name, a subtree (`org.example.*`: `org.example` and all names below), or a glob."""
 
     kind: Literal["exact", "subtree", "glob"]
     text: str
 
     @property
     def base(self) -> str:
-        """Return the name at the top of a subtree; otherwise the text."""
+        """Return the name at the top of a subtree; for other kinds, the text."""
         return self.text[:-2] if self.kind == "subtree" else self.text
 
     def matches(self, name: str) -> bool:
-        """Say whether the pattern covers this name."""
+        """Return whether the pattern covers a name."""
         return compile_name(self.text)(name)
 
 
@@ -105,7 +107,7 @@ def compile_name(pattern: str) -> Pattern:
         case "subtree":
             return Shapes(parsed.base, [parsed.base], [(pattern[:-1], "", True)])
         case "glob":
-            # Names have no `/`: its stars are all of one kind.
+            # Names have no `/`, so all stars in a name pattern mean the same.
             return _union([re.sub(r"\*+", "**", pattern)], None)
 
 
@@ -135,17 +137,17 @@ def compile_member_glob(pattern: str) -> Pattern:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the patterns without braces that a pattern (which was checked) is the union of."""
+    """Return patterns without braces whose union is a pattern. The pattern must be valid."""
     return _texts(_split(pattern))
 
 
 def stem(pattern: str) -> str:
-    """Return the fixed text that everything that matches begins with."""
+    """Return the fixed text at the start of every match."""
     return _WILDCARDS.split(pattern, maxsplit=1)[0]
 
 
 def is_literal(pattern: str) -> bool:
-    """Say whether it has no wildcard, so that it is equal to what it matches."""
+    """Return whether a pattern has no wildcard, and so matches only itself."""
     return not _WILDCARDS.search(pattern)
 
 
@@ -224,7 +226,7 @@ def _check_elements(text: str, what: str, *, digits: bool = False) -> None:
     at = 0
     for element in text.split("."):
         if not element:
-            # The dot that has nothing on one side of it.
+            # The problem is at the dot beside the empty element.
             raise PatternError(f"empty {what} element", max(at - 1, 0))
         if element[0].isdigit() and not digits:
             raise PatternError(f"{what} element begins with a digit", at)
@@ -276,7 +278,7 @@ def _check_classes(pattern: str) -> None:
 
 
 def _parse(pattern: str, what: str, others: re.Pattern[str]) -> _Sequence:
-    """Check a pattern with wildcards but for its alternatives, and return it in parts."""
+    """Check a pattern with wildcards except for the alternatives, and return the parts."""
     if len(pattern) > MAX_PATTERN:
         raise PatternError(f"{what} pattern longer than {MAX_PATTERN} characters", MAX_PATTERN)
     _check_classes(pattern)
@@ -287,7 +289,7 @@ def _parse(pattern: str, what: str, others: re.Pattern[str]) -> _Sequence:
 
 
 class _Open:
-    """A brace that is being read, or the whole pattern, and how many alternatives there are so far."""
+    """A brace being read, or the whole pattern, with the number of alternatives so far."""
 
     def __init__(self) -> None:
         self.branches: Final[list[_Sequence]] = [[]]
@@ -295,7 +297,7 @@ class _Open:
         self.last = 1
 
     def add(self, text: str) -> None:
-        """Take more text."""
+        """Append text to the current branch."""
         sequence = self.branches[-1]
         if text and sequence and isinstance(last := sequence[-1], str):
             sequence[-1] = last + text
@@ -303,7 +305,10 @@ class _Open:
             sequence.append(text)
 
     def add_brace(self, brace: "_Open") -> None:
-        """Take a brace that is closed. One with a single branch is none."""
+        """Append a closed brace.
+
+        A brace with a single branch is dissolved into the current branch.
+        """
         self.last = min(self.last * (brace.before + brace.last), MAX_ALTERNATIVES + 1)
         if len(brace.branches) > 1:
             self.branches[-1].append(brace.branches)
@@ -315,14 +320,14 @@ class _Open:
                 self.branches[-1].append(item)
 
     def next_branch(self) -> None:
-        """Begin with another branch."""
+        """Begin another branch."""
         self.before = min(self.before + self.last, MAX_ALTERNATIVES + 1)
         self.last = 1
         self.branches.append([])
 
 
 def _split(pattern: str) -> _Sequence:
-    """Return the parts of a pattern whose braces are checked. Raises PatternError."""
+    """Return the parts of a pattern with checked braces. Raises PatternError."""
     whole = _Open()
     opened = [whole]
     at = 0
@@ -344,7 +349,7 @@ def _split(pattern: str) -> _Sequence:
 
 
 def _texts(sequence: _Sequence) -> list[str]:
-    """Return the alternatives written out: few, as their number is checked."""
+    """Return the alternatives written out. The number of alternatives is checked before."""
     found = [""]
     for item in sequence:
         more = [item] if isinstance(item, str) else [t for each in item for t in _texts(each)]
@@ -352,7 +357,7 @@ def _texts(sequence: _Sequence) -> list[str]:
     return found
 
 
-# -- what is laid over a text -----------------------------------------------------------------------
+# -- compiling -------------------------------------------------------------------------------------
 
 
 def _literal(text: str) -> Pattern:
@@ -360,7 +365,10 @@ def _literal(text: str) -> Pattern:
 
 
 def _union(alternatives: list[str], sequence: _Sequence | None) -> Pattern:
-    """Return the predicate of alternatives; `sequence` says them in short, if there are several."""
+    """Return the predicate of alternatives.
+
+    `sequence` has several alternatives in short form.
+    """
     wild = [text for text in dict.fromkeys(alternatives) if not is_literal(text)]
     if len(wild) <= _MAX_SHAPES and None not in (shapes := [_shape(text) for text in wild]):
         exact = [text for text in alternatives if is_literal(text)]
@@ -371,14 +379,14 @@ def _union(alternatives: list[str], sequence: _Sequence | None) -> Pattern:
 
 
 def _common(texts: list[str]) -> str:
-    """Return the fixed text that all of them begin with."""
+    """Return the fixed text at the start of all texts."""
     low, high = min(stems := [stem(text) for text in texts]), max(stems)
     at = next((at for at, char in enumerate(low) if char != high[at]), len(low))
     return low[:at]
 
 
 def _shape(glob: str) -> Shape | None:
-    """Return the beginning and end of a glob, if there is one star and nothing else in between."""
+    """Return the beginning and end of a glob with a single star and no other wildcard."""
     before, star, after = glob.partition("*")
     deep = after.startswith("*")
     after = after.lstrip("*")
@@ -408,10 +416,10 @@ def _pieces(glob: str) -> Iterator[Piece]:
                 yield piece
 
 
-# Snaps' rules have few, in thousands of patterns.
+# Snap rules use few character classes, in thousands of patterns.
 @lru_cache(maxsize=256)
 def _read_class(text: str) -> Chars:
-    """Return `[...]`. Raises ValueError for a range that is none."""
+    """Return a character class `[...]`. Raises ValueError for a reversed range."""
     negated = text[1] in "!^"
     inner = text[1 + negated : -1]
     chars = {"/"} if negated else set()
@@ -427,7 +435,7 @@ def _read_class(text: str) -> Chars:
 
 
 class _Edges(msgspec.Struct, frozen=True):
-    """Flags of a sequence: may begin with a star, may end with one, may be empty."""
+    """Flags of a sequence: may begin with a star, may end with a star, may be empty."""
 
     first: bool
     last: bool
@@ -443,7 +451,7 @@ def _has_stars_that_meet(sequence: _Sequence) -> bool:
 
 
 class _StarsMeet(Exception):  # noqa: N818 - an answer, no error
-    """Two stars can come to stand side by side."""
+    """Two stars can be side by side."""
 
 
 def _edges(sequence: _Sequence) -> _Edges:

@@ -1,13 +1,15 @@
-"""The judgement: an AccessList compiled into an index, and questions to it. Pure.
+"""The judgement: an AccessList compiled into an index, and questions to the index. Pure.
 
-A Judge does not change: new rules are a new Judge. It answers for one sandbox on one bus, and is told who the
-other end is; it keeps nothing of what it was asked. docs/policy.md says what the rules mean.
+A Judge never changes: new rules make a new Judge. A Judge answers for one sandbox on one bus,
+learns the other end of a message from each question, and keeps nothing of a question.
+docs/policy.md defines the meaning of rules.
 
-How the index works (policy.tables). Rules are put into buckets by what they name: nothing, an exact name, a subtree, a
-glob. Which buckets a name belongs to is found once and remembered. Within a bucket rules are filed by
-who the other end must be, and by their interface if they say one literally. So of a thousand rules a question tries those few
-that could be about it; they are tried in turn, by the fixed beginnings of their patterns first. What that comes to at the
-worst is `Judge.cost`: it does not depend on what is asked.
+The index (policy.tables) works as follows. Rules are put into buckets by their name condition:
+none, an exact name, a subtree, or a glob. The buckets for a name are found once and remembered.
+Within a bucket rules are filed by their peer condition, and by their interface if the interface is
+literal. So a question tries only the few rules of a thousand that may match, and first compares the
+fixed beginnings of their patterns. `Judge.cost` is the number of steps in the worst case, and does
+not depend on the question.
 """
 
 from collections.abc import Collection, Generator
@@ -33,22 +35,23 @@ from policy.tables import (
 )
 from policy.text import format_rule
 
-# To whom the design sends broadcasts: to nobody, or to the bus itself.
+# The bus itself. A send rule is about broadcasts if the rule has no name, or this name.
 BUS_NAME: Final = "org.freedesktop.DBus"
-# `*` asks for no name in particular: it matches whoever the other end is.
+# `*` is no condition on the name, because every name matches.
 _ANY_NAME: Final = frozenset({None, "*"})
-# The most pieces of all patterns of a list, for each allowed step, because they take memory.
+# The limit on pattern pieces of a list, for each allowed step. The limit exists because pieces take
+# memory.
 PIECES_A_STEP: Final = 4
-# More than any character of a pattern can take, and more than a name takes beside its globs.
+# An upper bound for the steps of a pattern's character, and for a name's steps beside globs.
 _STEPS_A_LETTER: Final = 8
 _SHOWN: Final = 200  # characters of a rule
-# How much work it is to file a rule, and to compile a character of a pattern; to look at a literal one is 1.
+# Work of filing a rule, and of compiling a character of a pattern. The unit is a literal character.
 RULE_WORK: Final = 128
 _PATTERN: Final = 16
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """A judgement, the rule that gave it (none: no rule matched), and the reason in a line."""
+    """A judgement with the deciding rule (None: no rule matched), and the reason in a line."""
 
     allowed: bool
     rule: Rule | None
@@ -56,11 +59,11 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class NamesUsed(msgspec.Struct, frozen=True, kw_only=True):
-    """The bus names whose owners the rules ask for."""
+    """The bus names whose owners matter to the rules."""
 
     exact: frozenset[str]
-    subtrees: frozenset[str]  # the base: without `.*`
-    globs: bool  # there are others, so any name may matter
+    subtrees: frozenset[str]  # the base, without `.*`
+    globs: bool  # there are glob rules, so any name may matter
 
 
 NO_SEND: Final = Verdict(allowed=False, rule=None, reason="no rule allows sending it")
@@ -80,14 +83,14 @@ MANY_NAMES: Final = Verdict(
 class Judge:
     """The judge of an access list on a bus. Raises PatternError for a bad pattern.
 
-    `names` are all names that the other end is known by: those it owns, its unique name, and the
-    name in the message. `peer` is who the other end is; None is the host.
+    `names` are all names of the other end: its owned names, its unique name, and the name in the
+    message. `peer` is the identity of the other end; None is the host.
     """
 
     def __init__(
         self, access: AccessList, *, bus: str, me: Identity, tables: "Tables | None" = None
     ) -> None:
-        """Compile a list, unless its rules are filed already: see `make_judge`."""
+        """Compile an access list, unless `tables` has the filed rules already: see `make_judge`."""
         if tables is None:
             tables = Tables(me)
             for _ in tables.take(access, bus):
@@ -105,7 +108,7 @@ class Judge:
 
     @property
     def steps(self) -> int:
-        """The steps that all questions so far took."""
+        """Return the steps that all questions so far took."""
         return self._tables.work.steps
 
     def send(
@@ -121,16 +124,20 @@ class Judge:
         return self._judge(tables.send, names, Question(path, interface, member, peer), NO_SEND)
 
     def broadcast(self, path: str | None, interface: str | None, member: str | None) -> Verdict:
-        """Judge a broadcast out of the sandbox, whoever may hear it: `hear` judges that."""
+        """Judge a broadcast out of the sandbox, without regard to the receivers.
+
+        `judge_broadcast_receiver` judges each receiver.
+        """
         question = Question(path, interface, member, None)
         return self._judge(self._tables.broadcast, (), question, NO_SEND)
 
     def judge_broadcast_receiver(
         self, path: str | None, interface: str | None, member: str | None, peer: Identity
     ) -> Verdict:
-        """Judge whether another app may hear a broadcast out of this sandbox.
+        """Judge whether another app may receive a broadcast out of this sandbox.
 
-        To be asked where it comes in, if `hearers_matter`: what a broadcast needs beside `broadcast`.
+        To be asked at each receiving sandbox, in addition to `broadcast`, if
+        `restricts_broadcast_receivers` is set.
         """
         if path is not None and len(path) > MAX_PATH:
             return LONG_PATH
@@ -147,7 +154,7 @@ class Judge:
         *,
         broadcast: bool,
     ) -> Verdict:
-        """Judge a call or signal into the sandbox. A broadcast needs a rule, also from the host."""
+        """Judge a call or signal into the sandbox. A broadcast needs a rule even from the host."""
         question = Question(path, interface, member, peer)
         verdict = self._judge(self._tables.receive, names, question, NO_RECEIVE)
         if verdict is NO_RECEIVE and peer is None and not broadcast and self._receive_from_host:
@@ -159,13 +166,16 @@ class Judge:
         return self._verdict(self._tables.own.find((name,), None), NO_OWN)
 
     def see(self, names: Collection[str], peer: Identity | None) -> Verdict:
-        """Judge whether the other end's existence may be known."""
+        """Judge whether the other end may be visible."""
         if len(names) > MAX_NAMES:
             return MANY_NAMES
         return self._verdict(self._tables.see.find(names, peer), NO_SEE)
 
     def start(self, names: Collection[str], peer: Identity | None) -> Verdict:
-        """Judge whether the service of these names may be started: if anything may be sent to it."""
+        """Judge whether the service of these names may be started.
+
+        Any right to send to the service is a right to start the service.
+        """
         if len(names) > MAX_NAMES:
             return MANY_NAMES
         return self._verdict(self._tables.start.find(names, peer), NO_START)
@@ -182,7 +192,7 @@ class Judge:
     def _verdict(self, rule: Rule | None, no_match: Verdict) -> Verdict:
         if rule is None:
             return no_match
-        # The rules are those of `access`, so each has its id as long as there is a judge.
+        # `access` keeps the rules alive, so the ids are valid as long as this judge.
         verdict = self._verdicts.get(id(rule))
         if verdict is None:
             word = "denied" if rule.deny else "allowed"
@@ -194,7 +204,7 @@ class Judge:
 
 
 def excess(cost: Cost, limit: int) -> str | None:
-    """Describe how a list exceeds `limit` steps or its pieces; None if it does not."""
+    """Describe how a list exceeds `limit` steps or the limit on pieces; None if within both."""
     pieces = limit * PIECES_A_STEP
     if cost.steps <= limit and cost.pieces <= pieces:
         return None
@@ -211,7 +221,7 @@ def excess(cost: Cost, limit: int) -> str | None:
 
 
 def most_steps(access: AccessList) -> int:
-    """Return a number that a list's steps and pieces are certainly not above, without compiling it."""
+    """Return an upper bound for a list's steps and pieces, without compiling the list."""
     steps = len(access.rules)
     has_subtrees = False
     for rule in access.rules:
@@ -227,14 +237,17 @@ def most_steps(access: AccessList) -> int:
 
 
 def make_judge(access: AccessList, *, bus: str, me: Identity) -> Generator[int, None, Judge]:
-    """Compile a list step by step, and tell how much work each was. Raises PatternError."""
+    """Compile an access list step by step, and yield the work of each step.
+
+    Raises PatternError.
+    """
     tables = Tables(me)
     yield from tables.take(access, bus)
     return Judge(access, bus=bus, me=me, tables=tables)
 
 
 class Tables:
-    """The rules of a list, by the questions that are asked of them."""
+    """The rules of an access list, filed by kind of question."""
 
     def __init__(self, me: Identity) -> None:
         self._me: Final = me
@@ -252,7 +265,7 @@ class Tables:
         self.cost = Cost()
 
     def take(self, access: AccessList, bus: str) -> Generator[int, None, None]:
-        """File a list's rules, and tell how much work each was. Raises PatternError."""
+        """File the rules of a list, and yield the work of each step. Raises PatternError."""
         rules = [rule for rule in access.rules if rule.bus is None or rule.bus == bus]
         bill = Bill()
         for rule in rules:
@@ -264,7 +277,7 @@ class Tables:
         self.uses = NamesUsed(
             exact=frozenset(names.exact),
             subtrees=frozenset(names.subtrees),
-            # Which names may be seen by their owner alone, only a look at all of them tells.
+            # Where the owner decides visibility, only a look at all names tells the visible names.
             globs=names.has_globs or _owner_decides_sight(rules),
         )
         self.owner_matters = any(rule.name is not None or rule.peer is not None for rule in rules)
@@ -280,10 +293,11 @@ class Tables:
             self.any_send = self.any_send or not rule.deny
             if rule.name in {None, BUS_NAME}:
                 self.hearers_matter = self.hearers_matter or rule.peer is not None
-                # Who hears a broadcast is judged at each receiver: a deny for some peers stops nothing here.
+                # Each receiver judges whether it may hear a broadcast. So a deny for some peers
+                # stops nothing here.
                 if not (rule.deny and rule.peer is not None):
                     self.broadcast.add_whoever(entry)
-            # A deny of some messages leaves others, for which the service may be started.
+            # A deny of some messages leaves other messages, for which the service may be started.
             if not (rule.deny and entry.is_about_messages):
                 self.start.add(entry)
         if Access.RECEIVE in rule.access:
@@ -300,7 +314,7 @@ def _texts(rule: Rule) -> list[str]:
 
 
 def reading_work(text: str) -> int:
-    """Return how much work it is to read a text that may be a pattern."""
+    """Return the work of reading a text that may be a pattern."""
     return len(text) if is_literal(text) else _PATTERN * len(text)
 
 
@@ -309,14 +323,14 @@ def _is_for_sight(rule: Rule) -> bool:
 
 
 def _owner_decides_sight(rules: list[Rule]) -> bool:
-    """Say whether names that no rule says may be seen or not by who owns them."""
+    """Return whether the owner decides the visibility of names that no rule names."""
     if any(Access.SEE in rule.access and rule.name is None and rule.peer for rule in rules):
         return True
     sight = [rule for rule in rules if _is_for_sight(rule)]
-    # An owner that is not known passes for the host, so it must be known where the host is let through.
+    # An unknown owner counts as the host. So the owner must be known where the host is let through.
     unnamed = [rule for rule in sight if not rule.deny and rule.name in _ANY_NAME]
     if any(rule.peer is not None and rule.peer.kind == "host" for rule in unnamed):
         return True
-    # What is denied for one of an owner's names is for all of them.
+    # A denial for any name of an owner denies all names of the owner.
     denied = any(rule.deny and (rule.peer or rule.name not in _ANY_NAME) for rule in sight)
     return denied and any(rule.peer is None for rule in unnamed)

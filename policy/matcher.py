@@ -1,13 +1,25 @@
-"""Patterns laid over a text, in time linear in both, whatever the alternations and wildcards. Pure.
+"""Matching of patterns in time linear in pattern and text, whatever the wildcards. Pure.
 
-How it works. Bit i of a set of places means that the first i characters of the text are used up. Each piece of a
-pattern turns the set before it into the set behind it, for all places at once, in a few operations on one integer:
-a character moves those places on that stand before it; `*` fills up to the next `/`; `**` fills all that is behind
-the first place; the alternatives of a brace are laid over the same set, and what they give is united. So a pattern takes
-as many steps as it has pieces (never more than characters), and a step takes time linear in the text,
-at 30 of its characters an instruction. Nothing is tried twice, and nothing backtracks.
+Theory of operation. A set of places is an integer: bit i means that the first i characters of the
+text are used up. Each piece of a pattern maps the set before the piece to the set behind the piece,
+for all places at once, in a few integer operations:
 
-`Subject.steps` counts the steps that were really taken; `Pattern.cost` is how many they are at the most.
+- A character moves every place in front of that character by one.
+- `*` fills each place up to the next `/`.
+- `**` fills everything behind the first place.
+- The alternatives of a brace start from the same set, and the results are united.
+
+For example, `/a*` on the text `/ab/`:
+
+    places at the start    {0}
+    behind `/`             {1}
+    behind `a`             {2}
+    behind `*`             {2, 3}      place 4 is behind a `/`, so there is no match at the end
+
+So a pattern takes as many steps as pieces, and never more pieces than characters. A step takes time
+linear in the text, at 30 characters an instruction. Nothing is tried twice, and nothing backtracks.
+
+`Subject.steps` counts the actual steps, and `Pattern.cost` is an upper bound.
 """
 
 import enum
@@ -17,12 +29,12 @@ from typing import Final
 
 import msgspec
 
-# Finding a character reads the whole text, so many characters in the time of a step.
+# Finding a character reads the whole text. A step reads this many characters.
 READ_A_STEP: Final = 128
 
 
 class Chars(msgspec.Struct, frozen=True):
-    """A character class: one of `chars`, or, if negated, none of them."""
+    """A character class: any of `chars` or, if negated, any character outside `chars`."""
 
     chars: str
     negated: bool = False
@@ -31,24 +43,24 @@ class Chars(msgspec.Struct, frozen=True):
 class Star(enum.Enum):
     """Any number of characters."""
 
-    WITHIN = enum.auto()  # but no `/`
+    WITHIN = enum.auto()  # no `/`
     DEEP = enum.auto()
 
 
 ANY: Final = Chars("/", negated=True)
 
-# Literal text, or one of the above, or alternatives.
+# Literal text, or an instance of the classes above, or alternatives.
 Piece = str | Chars | Star | tuple["Program", ...]
 Program = tuple[Piece, ...]
 
 
 def reading_cost(length: int) -> int:
-    """Return how many steps it counts to find a character in a text of this length."""
+    """Return the number of steps for finding a character in a text of a length."""
     return 1 + length // READ_A_STEP
 
 
 class Subject:
-    """A text that patterns are laid over. What was found out about it is kept for the next one."""
+    """A text to match. Results are kept for later patterns."""
 
     __slots__ = ("_known", "_places", "_reversed", "_whole", "steps", "text")
 
@@ -59,13 +71,16 @@ class Subject:
     def __init__(self, text: str) -> None:
         self.text: Final = text
         self.steps = 0
-        self._whole = 0  # all places; until one is needed nothing else is there either
+        # all places; 0 until the first match needs the places, and then the other fields are set,
+        # too
+        self._whole = 0
 
     def lay(self, pattern: "Tree") -> bool:
-        """Say whether the pattern covers the text."""
+        """Return whether a pattern covers the text."""
         if not self._whole:
             self._whole = (2 << len(self.text)) - 1
-            # The first character is to be the lowest bit. Others than ASCII are equal to no piece's.
+            # The lowest bit is for the first character, so the text is reversed. No piece has
+            # characters outside ASCII, so "?" may stand for all of them.
             self._reversed = self.text.encode("ascii", "replace")[::-1]
             self._places, self._known = {}, {}
         known = self._known.get(pattern)
@@ -80,7 +95,7 @@ class Subject:
         return known
 
     def _run(self, program: Program, places: int) -> int:
-        """Return the places behind the program, which is laid at these."""
+        """Return the places behind a program that starts at `places`."""
         for piece in program:
             if not places:
                 return 0
@@ -93,7 +108,7 @@ class Subject:
             if piece is Star.DEEP:
                 places = self._whole & -(places & -places)
             elif piece is Star.WITHIN:
-                # The carry runs from each place through all that may be skipped.
+                # The carry runs from each place through all skippable characters.
                 free = self._where(ANY)
                 places |= ((places & free) + free) ^ free
             elif type(piece) is Chars:
@@ -106,9 +121,9 @@ class Subject:
         return places
 
     def _run_meeting(self, program: Program, places: int, starred: int) -> tuple[int, int]:
-        """Do `_run` where two `*` from two braces may meet: together they are a `**`.
+        """Return as `_run`, for a program in which two `*` of two braces may meet and make `**`.
 
-        `starred`: the places that a star was the last piece to lead to.
+        `starred` are the places whose last piece was a star.
         """
         for piece in program:
             if not places:
@@ -129,7 +144,7 @@ class Subject:
         return places, starred
 
     def _where(self, chars: Chars | str) -> int:
-        """Return the places that such a character stands behind."""
+        """Return the places behind characters of a class."""
         found = self._places.get(chars)
         if found is None:
             self.steps += reading_cost(len(self.text))
@@ -147,36 +162,36 @@ def _table(chars: Chars | str) -> bytes:
 
 
 class Pattern:
-    """A predicate of texts. Two are equal only if they are the same object."""
+    """A predicate of texts. Two patterns are equal only if they are the same object."""
 
     __slots__ = ("length", "letters", "pieces", "sets", "stem")
 
     def __init__(
         self, stem: str, pieces: int, sets: int = 0, letters: str = "", length: int | None = None
     ) -> None:
-        self.length: Final = length  # all that matches is as long, if it is all of one length
-        self.stem: Final = stem  # all that matches begins with it
-        self.pieces: Final = pieces  # steps at the most, without those for finding characters
-        self.sets: Final = sets  # classes of characters that have to be found
+        self.length: Final = length  # length of all matching texts, if all have the same length
+        self.stem: Final = stem  # fixed text at the start of all matching texts
+        self.pieces: Final = pieces  # upper bound of steps, without finding characters
+        self.sets: Final = sets  # number of character classes to be found
         self.letters: Final = (
-            letters  # single characters that have to be, each once; `?` is any but `/`
+            letters  # single characters to be found, each once; `?` is any but `/`
         )
 
     def cost(self, length: int) -> int:
-        """Return the steps that it takes alone of a text of this length, at the most."""
+        """Return the upper bound of steps for a text of a length, without other patterns."""
         return self.pieces + (self.sets + len(self.letters)) * reading_cost(length)
 
     def __call__(self, text: str) -> bool:
-        """Say whether the pattern covers a text that no other is laid over."""
+        """Return whether the pattern covers a text that is matched only once."""
         return self.fits(Subject(text))
 
     def fits(self, subject: Subject) -> bool:
-        """Say whether the pattern covers the text."""
+        """Return whether the pattern covers the text of a subject."""
         raise NotImplementedError
 
 
 class Shapes(Pattern):
-    """Fixed texts, and shapes: a fixed beginning, one star, and a fixed end."""
+    """Fixed texts and shapes. A shape is a fixed beginning, a star, and a fixed end."""
 
     __slots__ = ("_exact", "_shapes")
 
@@ -209,7 +224,7 @@ Shape = tuple[str, str, bool]
 
 
 class Tree(Pattern):
-    """Any pattern. Its fixed beginning and end are compared first."""
+    """Any pattern. The fixed beginning and end are compared first."""
 
     __slots__ = ("program", "stars_meet", "tail")
 
@@ -233,7 +248,7 @@ class Tree(Pattern):
         )
 
     def fits(self, subject: Subject) -> bool:
-        """Compare the ends, and lay the rest over the text."""
+        """Compare the ends, and match the rest."""
         subject.steps += 1
         text = subject.text
         return (

@@ -1,8 +1,9 @@
 """The vocabulary of access rules: Rule, AccessList, Peer, Identity.
 
-Everything that decides or stores access speaks in these types. They are values: frozen, comparable,
-and encodable by msgspec. What a rule means is written down in docs/policy.md; `policy.match` carries
-it out. Nothing here checks text from outside: `policy.text` and `policy.usos.wire_form` do.
+All code that decides or stores access uses these types. The types are values: frozen, comparable,
+and encodable by msgspec. docs/policy.md defines the meaning of a rule, and `policy.match`
+implements the meaning. Text from outside is checked by `policy.text` and `policy.usos.wire_form`,
+not here.
 """
 
 import enum
@@ -15,13 +16,16 @@ class Access(enum.StrEnum):
     """The kind of access of a rule."""
 
     SEND = "send"  # method calls and signals out of the sandbox
-    RECEIVE = "receive"  # method calls and signals into it
+    RECEIVE = "receive"  # method calls and signals into the sandbox
     OWN = "own"
     SEE = "see"
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The other end that a rule is about; without a Peer, any."""
+    """The other end of a message as a rule's condition.
+
+    A rule without a Peer matches any other end.
+    """
 
     kind: Literal["host", "app", "same-app"]
     type: str = ""  # container type, with kind "app"
@@ -30,7 +34,10 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The app behind a connection. A host, in no sandbox, is None in our signatures."""
+    """The app behind a connection.
+
+    In signatures None stands for a host, which is in no sandbox.
+    """
 
     type: str
     app: str
@@ -50,18 +57,18 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     interface: str | None = None  # a glob
     member: str | None = None  # a glob
     peer: Peer | None = None
-    origin: str = ""  # where the rule came from, for people
+    origin: str = ""  # the source of the rule, for people
 
 
 class AccessList(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All rules of one sandbox. Their order means nothing: deny beats allow."""
+    """All rules of a sandbox. The order has no meaning, because deny beats allow."""
 
     rules: tuple[Rule, ...] = ()
-    # The default for unicast calls and signals from the host that no rule is about: xdg-dbus-proxy
-    # lets them in, snapd's AppArmor does not.
+    # The default for unicast calls and signals from the host that match no rule: xdg-dbus-proxy
+    # lets such messages in, and snapd's AppArmor does not.
     receive_from_host: bool = True
-    # Whether some calls to the bus itself, which every sandbox may make otherwise, need a send rule
-    # as well (broker.gate.filter.driver_calls.BY_RULE_TOO): as under snapd's AppArmor.
+    # With this flag some calls to the bus itself need a send rule, as under snapd's AppArmor. All
+    # sandboxes may make these calls otherwise (broker.gate.filter.driver_calls.BY_RULE_TOO).
     bus_by_rule: bool = False
 
 

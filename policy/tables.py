@@ -1,7 +1,7 @@
-"""Rules filed so that a question looks at few of them: by the names, the peer and the interface that they say. Pure.
+"""Rules filed by names, peer and interface, so that a question looks at few rules. Pure.
 
-`Tables` takes the rules of one list one after the other, for whoever has not the time for all at once. `Cost` says what
-a question to them takes at the worst.
+policy.match.Tables files the rules of a list one by one, so that a caller can do other work between
+rules. `Cost` is the number of steps that a question to the rules takes in the worst case.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterable
@@ -19,31 +19,32 @@ from policy.globs import (
 from policy.matcher import Pattern, Subject, reading_cost
 from policy.rules import Access, Identity, Peer, Rule
 
-# D-Bus sets no limit to a path.
+# D-Bus has no limit on the length of a path.
 MAX_PATH: Final = 2048
-MAX_TEXT: Final = 255  # interfaces, members and names
-# The most names of an owner. By default the limit `names` lets a sandbox own as many.
+MAX_TEXT: Final = 255  # characters of interfaces, members and names
+# The limit on names of an owner. The default of the sandbox limit `names` is the same.
 MAX_NAMES: Final = 256
-# Names whose covering patterns are remembered, and those patterns in all.
+# Limits on remembered names with the patterns that cover each, and on these patterns in all.
 MAX_KNOWN_NAMES: Final = 512
 MAX_KNOWN_PATTERNS: Final = 16_384
 _LENGTHS: Final = {"path": MAX_PATH, "interface": MAX_TEXT, "member": MAX_TEXT}
-# How much work it is to sort a pattern in, when a list is added up.
+# Work of sorting in a pattern, when the cost of a list is added up.
 _SORTING: Final = 16
 # Look-ups in the time of a step.
 _LOOKUPS: Final = 8
-_MAX_ELEMENTS: Final = 128  # of a name
-# The most steps for a name, beside its globs: look-ups of its elements, and of beginnings of each length.
+_MAX_ELEMENTS: Final = 128  # elements of a name
+# The upper bound of steps for a name without globs: look-ups of the name's elements, and of fixed
+# beginnings of each length.
 NAME_STEPS: Final = 2 + (_MAX_ELEMENTS + MAX_TEXT + 1) // _LOOKUPS
 
-# By the peer of a rule: any, the host, an app, an app's component.
+# The key of a rule's peer: any, the host, an app, or a component of an app.
 PeerKey = str | tuple[str, str] | tuple[str, str, str | None]
 ANYBODY: Final = "anybody"
 HOST: Final = "host"
 
 
 class Work:
-    """Counts the steps of all questions to one list."""
+    """A counter of the steps of all questions to a list."""
 
     __slots__ = ("steps",)
 
@@ -54,14 +55,14 @@ class Work:
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
     """The cost of a list of rules."""
 
-    steps: int = 0  # for one message, at the worst
-    pieces: int = 0  # of patterns, that are kept
-    rule: Rule | None = None  # that costs most
-    rule_steps: int = 0  # of that rule
+    steps: int = 0  # for a message, in the worst case
+    pieces: int = 0  # of all kept patterns
+    rule: Rule | None = None  # the rule with the highest cost
+    rule_steps: int = 0  # steps of that rule
 
 
 class Question:
-    """A message, or what of it is asked about, and who the other end is."""
+    """The fields of a message that rules ask for, and the identity of the other end."""
 
     __slots__ = ("_subjects", "interface", "keys", "member", "path", "peer")
 
@@ -76,7 +77,7 @@ class Question:
         self._subjects: dict[str, Subject] | None = None
 
     def fits(self, pattern: Pattern, text: str) -> bool:
-        """Say whether a pattern covers one of the texts."""
+        """Return whether a pattern covers a text of the message."""
         subjects = self._subjects
         if subjects is None:
             subjects = self._subjects = {}
@@ -87,12 +88,12 @@ class Question:
 
     @property
     def steps(self) -> int:
-        """The number of steps that the patterns took."""
+        """Return the number of steps that the patterns took."""
         return sum(one.steps for one in self._subjects.values()) if self._subjects else 0
 
 
 def keys_of(peer: Identity | None) -> tuple[PeerKey, ...]:
-    """Return what rules about this other end are filed under."""
+    """Return the keys under which rules about an other end are filed."""
     if peer is None:
         return ANYBODY, HOST
     app = peer.type, peer.app
@@ -113,7 +114,7 @@ def _key(peer: Peer | None, me: Identity) -> PeerKey:
 
 
 class Entry:
-    """A rule with its patterns. One that is None need not be asked."""
+    """A rule with compiled patterns. A pattern that is None needs no check."""
 
     __slots__ = (
         "filed",
@@ -127,7 +128,7 @@ class Entry:
     )
 
     def __init__(self, rule: Rule, me: Identity) -> None:
-        """Compile it. Raises PatternError."""
+        """Compile a rule. Raises PatternError."""
         self.rule: Final = rule
         self.key: Final = _key(rule.peer, me)
         self.path: Final = None if rule.path is None else compile_path(rule.path)
@@ -135,7 +136,7 @@ class Entry:
         interface = None if rule.interface is None else compile_interface(rule.interface)
         self.path_stem: Final = "" if self.path is None else self.path.stem
         self.interface_stem: Final = "" if interface is None else interface.stem
-        # Filed under a literal interface, the rule need not be asked about it again.
+        # A rule that is filed under a literal interface needs no further check of the interface.
         self.filed: Final = rule.interface if self.interface_stem == rule.interface else None
         self.interface: Final = interface if self.filed is None else None
 
@@ -147,20 +148,20 @@ class Entry:
 
 
 class Names:
-    """The patterns for names. The patterns that cover a name are remembered."""
+    """The name patterns of a list. The patterns that cover a name are remembered."""
 
     def __init__(self, work: Work) -> None:
         self._work: Final = work
         self.exact: Final[set[str]] = set()
         self.subtrees: Final[dict[str, str]] = {}  # base -> pattern
-        # By the fixed beginning of the patterns, and how long these are.
+        # By the fixed beginning of the patterns. `_lengths` has the lengths of these beginnings.
         self._globs: Final[dict[str, list[tuple[str, Pattern]]]] = {}
         self._lengths: Final[dict[int, None]] = {}
         self._known: Final[dict[str, tuple[str, ...]]] = {}
         self._known_patterns = 0
 
     def add(self, text: str) -> None:
-        """Take a pattern. Raises PatternError."""
+        """Add a pattern. Raises PatternError."""
         parsed = parse_name_pattern(text)
         if parsed.kind == "exact":
             self.exact.add(text)
@@ -174,7 +175,7 @@ class Names:
             self._lengths[len(pattern.stem)] = None
 
     def covering(self, names: Collection[str]) -> Iterable[str]:
-        """Return the patterns that cover any of these names."""
+        """Return the patterns that cover any of the names."""
         if len(names) == 1:
             (name,) = names
             return self._known[name] if name in self._known else self._learn(name)
@@ -189,7 +190,8 @@ class Names:
         found = [name] if name in self.exact else []
         found += self._subtrees_of(name) if self.subtrees else []
         found += self._globs_of(name) if self._globs else []
-        # The app chooses the names: what is remembered of them is bounded, and cheap to find again.
+        # The app chooses the names. So the memory is bounded, and forgotten patterns are cheap to
+        # find again.
         self._known_patterns += len(found)
         if len(self._known) >= MAX_KNOWN_NAMES or self._known_patterns > MAX_KNOWN_PATTERNS:
             self._known.clear()
@@ -211,7 +213,7 @@ class Names:
         return found
 
     def cost(self) -> int:
-        """Return the steps for all names that an owner may have."""
+        """Return the steps for the largest number of names that an owner may have."""
         one = 1 + _MAX_ELEMENTS // _LOOKUPS if self.subtrees else 0
         if self._globs:
             one += 1 + len(self._lengths) // _LOOKUPS
@@ -220,23 +222,24 @@ class Names:
 
     @property
     def has_globs(self) -> bool:
-        """Return whether a pattern other than `*`, which every name fits, is a glob."""
+        """Return whether there is a glob other than `*`, which every name fits."""
         return any(text != "*" for alike in self._globs.values() for text, _ in alike)
 
 
 class Bill:
-    """Adds up what the rules of a list take."""
+    """A sum of the costs of a list's rules."""
 
     def __init__(self) -> None:
         self._send: Final = _Texts()
         self._receive: Final = _Texts()
         self._names: Final[dict[str, int]] = {}
-        # The rule that costs most because of its name, and because of its other patterns, with how much.
+        # The rule with the most expensive name, and the rule with the most expensive other
+        # patterns, each with the steps.
         self._by_name: tuple[int, Rule | None] = (0, None)
         self._by_texts: tuple[int, Rule | None] = (0, None)
 
     def add(self, entry: Entry) -> None:
-        """Take a rule."""
+        """Add a rule."""
         rule = entry.rule
         if rule.name is not None and parse_name_pattern(rule.name).kind == "glob":
             pattern = compile_name(rule.name)
@@ -256,7 +259,7 @@ class Bill:
     def total(
         self, names: Names, send: "MessageTable", receive: "MessageTable"
     ) -> Generator[int, None, Cost]:
-        """Return what they take together, and tell how much work it was to find out."""
+        """Return the total cost, and yield the work of each step."""
         of_names = names.cost()
         yield _SORTING * len(self._names)
         most = 0
@@ -268,7 +271,7 @@ class Bill:
 
 
 class _Texts:
-    """The patterns that are laid over messages of one direction."""
+    """The patterns for messages in one direction."""
 
     def __init__(self) -> None:
         self._by_field: Final[dict[str, dict[str, Pattern]]] = {}
@@ -290,7 +293,7 @@ class _Texts:
 
 
 def _texts_of(entry: Entry) -> list[tuple[str, str, Pattern]]:
-    """Return what of a rule is laid over a message: over which text of it, and the pattern."""
+    """Return a rule's patterns for a message, each with the field and the pattern's text."""
     rule = entry.rule
     found = []
     if entry.path is not None:
@@ -303,13 +306,15 @@ def _texts_of(entry: Entry) -> list[tuple[str, str, Pattern]]:
 
 
 def chain_cost(patterns: Iterable[Pattern], length: int = MAX_TEXT) -> int:
-    """Return the steps that patterns take of one text, at the worst.
+    """Return the upper bound of steps that patterns take for a single text.
 
-    Only those are looked at whose fixed beginning the text has, and of two such beginnings one begins with the other.
-    Those that are of one length are compared with it first, and the text has only one.
+    The text is compared with the fixed beginnings first. Of two fixed beginnings of the same text,
+    one is a prefix of the other. So the sum runs along such a chain of beginnings. A pattern with a
+    fixed length is compared by length next, and a text has a single length. So only the most
+    expensive length counts.
     """
     reading = reading_cost(length)
-    # By the stem: what is done in any case, and what besides if the text has a length.
+    # By beginning: steps in any case, and further steps by the length of the text.
     by_stem: dict[str, tuple[list[int], dict[int, int]]] = {}
     letters: set[str] = set()
     for pattern in patterns:
@@ -331,13 +336,13 @@ def chain_cost(patterns: Iterable[Pattern], length: int = MAX_TEXT) -> int:
 
 
 class _Pair(NamedTuple):
-    """Denials, and what allows."""
+    """Denials, and rules that allow."""
 
     deny: "_Index"
     allow: "_Index"
 
 
-# Rules by their interface if it is literal, the others under None; and these by their peers.
+# Rules by literal interface, with the other rules under None; and these collections by peer.
 _Filed = dict[str | None, list[Entry]]
 _Bucket = dict[PeerKey, _Filed]
 _Find = Callable[["_Bucket", Question, Work], Entry | None]
@@ -357,7 +362,7 @@ class MessageTable:
         self._file(entry, entry.rule.name, entry.key)
 
     def add_whoever(self, entry: Entry) -> None:
-        """File a rule as if it said neither a name nor a peer."""
+        """File a rule as if the rule had no name and no peer."""
         self._file(entry, None, ANYBODY)
 
     def _file(self, entry: Entry, name: str | None, key: PeerKey) -> None:
@@ -367,11 +372,11 @@ class MessageTable:
         self._tries[key] = self._tries.get(key, 0) + 1
 
     def find(self, names: Collection[str], question: Question) -> Rule | None:
-        """Return a rule that matches: one that denies, if there is any."""
+        """Return a matching rule, or None. A denial takes precedence."""
         return self.find_under(self._names.covering(names) if names else (), question)
 
     def find_under(self, patterns: Iterable[str], question: Question) -> Rule | None:
-        """Return a rule that matches and says one of these patterns as its name, or no name."""
+        """Return a matching rule whose name condition is among `patterns` or absent."""
         denied = _find_in if question.interface is not None else _find_denied
         pair, work = self._pair, self._work
         found = pair.deny.find(patterns, question, denied, work) or pair.allow.find(
@@ -382,7 +387,7 @@ class MessageTable:
 
     @property
     def tries(self) -> int:
-        """The most rules that are tried for one message."""
+        """Return the largest number of rules that are tried for a message."""
         apps: dict[PeerKey, int] = {}
         components: dict[PeerKey, int] = {}
         for key, count in self._tries.items():
@@ -395,7 +400,7 @@ class MessageTable:
 
 
 class _Index:
-    """Rules by the name that they say."""
+    """Rules by name condition."""
 
     __slots__ = ("_any", "_named")
 
@@ -431,7 +436,8 @@ def _find_in(bucket: _Bucket, question: Question, work: Work) -> Entry | None:
             if entries is None:
                 continue
             work.steps += len(entries)
-            # One loop without calls to ours: this is where all the time of a judgement goes.
+            # A loop without calls of other functions here, because judgements spend nearly all time
+            # in this loop.
             for entry in entries:
                 if (
                     path_text.startswith(entry.path_stem)
@@ -448,7 +454,11 @@ def _find_in(bucket: _Bucket, question: Question, work: Work) -> Entry | None:
 
 
 def _find_denied(bucket: _Bucket, question: Question, work: Work) -> Entry | None:
-    """Find a denial of a call that names no interface: the service takes the member from any of its."""
+    """Find a denial of a call without an interface.
+
+    The service may take the member from any of its interfaces, so the interface conditions of
+    denials are ignored.
+    """
     path, member = question.path, question.member
     path_text = path or ""
     for key in question.keys:
@@ -465,7 +475,7 @@ def _find_denied(bucket: _Bucket, question: Question, work: Work) -> Entry | Non
 
 
 class NameTable:
-    """Rules of which only the name and the peer count: one of each is enough."""
+    """Rules of which only the name and the peer count. A single rule of each pair is kept."""
 
     def __init__(self, names: Names, work: Work) -> None:
         self._names: Final = names
@@ -478,7 +488,7 @@ class NameTable:
         self._file(entry, entry.key)
 
     def add_whoever(self, entry: Entry) -> None:
-        """File a rule as if it said no peer."""
+        """File a rule as if the rule had no peer."""
         self._file(entry, ANYBODY)
 
     def _file(self, entry: Entry, key: PeerKey) -> None:
@@ -486,7 +496,7 @@ class NameTable:
         rules.setdefault(entry.rule.name, {}).setdefault(key, entry.rule)
 
     def find(self, names: Collection[str], peer: Identity | None) -> Rule | None:
-        """Return a rule that matches: one that denies, if there is any."""
+        """Return a matching rule, or None. A denial takes precedence."""
         patterns = (None, *(self._names.covering(names) if names else ()))
         keys = keys_of(peer)
         for rules in (self._deny, self._allow):

@@ -2,9 +2,11 @@
 
     ACCESS[+ACCESS...]:[NAME][@PATH][:[INTERFACE.]MEMBER][,peer=PEER][,bus=BUS]
 
-docs/policy.md explains it with examples. Whether a rule allows or denies is not in the text. No
-character of the grammar (`:` `@` `,` outside braces) can stand in what it separates, but in a
-unique name (a `:` and then a digit begins one) and in the free text of a PEER or BUS, where `%XX` stands for it.
+docs/policy.md explains the grammar with examples. Allow or deny is not part of the text.
+
+The separators (`:` `@` `,` outside braces) cannot occur in the parts, with two exceptions. A unique
+name begins with `:` and a digit. The free text of a PEER or BUS may contain separators, written as
+`%XX`.
 """
 
 import re
@@ -21,7 +23,7 @@ from policy.globs import (
 )
 from policy.rules import Access, Peer, Rule
 
-# What must not stand plainly in the free text of a peer or bus.
+# Characters that must be escaped in the free text of a peer or bus.
 _UNSAFE: Final = re.compile(r"[\x00-\x20%,#\x7f]")
 _ESCAPE: Final = re.compile(r"%([0-7][0-9A-Fa-f])")
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-7][0-9A-Fa-f])")
@@ -29,11 +31,11 @@ _NAME: Final = re.compile(r"(?::(?=[0-9]))?[^@:]*")
 _PATH: Final = re.compile(r"[^:]*")
 _BRACKETS: Final = re.compile(r"[{},.]|\[[^\]]*\]")
 _WORDS: Final = {str(access): access for access in Access}
-_SHOWN: Final = 200  # characters of a bad rule in its error
+_SHOWN: Final = 200  # characters of a bad rule in the error
 
 
 class RuleSyntaxError(ValueError):
-    """A rule that cannot be read. `position` counts characters from 1."""
+    """A rule cannot be read. `position` counts characters from 1."""
 
     def __init__(self, text: str, position: int, problem: str) -> None:
         shown = (text if text.isprintable() else ascii(text)[1:-1])[:_SHOWN]
@@ -55,12 +57,12 @@ def parse_rule(text: str, *, deny: bool = False, origin: str = "") -> Rule:
 
 
 def format_rule(rule: Rule) -> str:
-    """Return text that `parse_rule` reads as this rule, or one of the same meaning."""
+    """Return text that `parse_rule` reads as this rule, or as a rule of the same meaning."""
     parts = ["+".join(access for access in Access if access in rule.access), ":", rule.name or ""]
     if rule.path is not None:
         parts += "@", rule.path
     if rule.interface is not None:
-        # `*` alone would be any interface, also none; `**` asks for one.
+        # `*` alone means any interface or none. `**` requires an interface.
         interface = "**" if rule.interface == "*" else rule.interface
         parts += ":", interface, ".", rule.member or "*"
     elif rule.member is not None:
@@ -73,9 +75,10 @@ def format_rule(rule: Rule) -> str:
 
 
 def misfit(rule: Rule) -> str | None:
-    """Say in words which condition of the rule its access could never meet; None if all make sense.
+    """Describe a condition that a rule's access can never meet; None if all conditions fit.
 
-    Nothing narrower than what the writer asked for may silently become wider, so such rules are refused.
+    Such rules are refused, because without the condition the rule would silently be wider than
+    written.
     """
     about_messages = any(part is not None for part in (rule.path, rule.interface, rule.member))
     if Access.OWN in rule.access and about_messages:
@@ -92,7 +95,7 @@ def _read_rule(text: str, *, deny: bool, origin: str) -> Rule:
     if colon < 0:
         raise PatternError("':' missing after the access", len(text))
     access = _read_access(text[:colon])
-    # The patterns end, and the options begin, at the first comma that is in no braces.
+    # The patterns end, and the options begin, at the first comma outside braces.
     end = next(_outside_brackets(text, ",", colon + 1), len(text))
     name, at = _read_name(text, colon + 1, end)
     path, at = _read_path(text, at, end)
@@ -125,7 +128,7 @@ def _read_access(text: str) -> frozenset[Access]:
 
 def _read_name(text: str, start: int, end: int) -> tuple[str | None, int]:
     found = _NAME.match(text, start, end)
-    assert found is not None  # it matches nothing at all, too
+    assert found is not None  # the expression also matches an empty text
     if not found[0]:
         return None, start
     _checked(parse_name_pattern, found[0], start)
@@ -144,7 +147,7 @@ def _read_path(text: str, at: int, end: int) -> tuple[str | None, int]:
 
 
 def _read_member(text: str, at: int, end: int) -> tuple[str | None, str | None]:
-    """Return interface and member from `:INTERFACE.MEMBER`, where `*` and nothing are any."""
+    """Return interface and member of `:INTERFACE.MEMBER`, where `*` or an empty text means any."""
     if at == end:
         return None, None
     start = at + 1
@@ -166,7 +169,7 @@ def _read_member(text: str, at: int, end: int) -> tuple[str | None, str | None]:
 
 
 def _read_options(text: str, at: int) -> dict[str, tuple[int, int]]:
-    """Return where the value of each option stands."""
+    """Return the start and end of each option's value."""
     found: dict[str, tuple[int, int]] = {}
     while at < len(text):
         start = at + 1

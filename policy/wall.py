@@ -1,7 +1,8 @@
-"""The built-in rules between sandboxes and the broker's own management interfaces. Pure.
+"""Built-in rules between sandboxes and the broker's own management interfaces. Pure.
 
-They are in every sandbox's list, whatever else is: so one judgement is the gate's, and that of `explain`. They are about
-whoever owns the broker's name, by whatever name it is called. What is left open is in docs/policy.md.
+The rules are in every sandbox's list, in the gate and in `explain`, so both give the same
+judgement. The rules concern the owner of the broker's name, by whichever name the owner is
+addressed. docs/policy.md lists the members that stay allowed.
 """
 
 from typing import Final
@@ -12,7 +13,8 @@ from policy.rules import Access, AccessList, Rule
 
 BROKER: Final = "org.buswarden.Broker1"
 CONTAINERS1: Final = "org.freedesktop.DBus.Containers1"
-# Every method of that interface but GetConnectionInstance, with which a sandboxed service identifies its callers.
+# All methods of the interface but GetConnectionInstance. A sandboxed service identifies callers
+# with GetConnectionInstance.
 CLOSED: Final = (
     "AddServer",
     "AddContainerServer",
@@ -48,5 +50,5 @@ WALL: Final = (
 
 
 def walled(access: AccessList) -> AccessList:
-    """Return the list with these rules."""
+    """Return the list with the built-in rules added."""
     return msgspec.structs.replace(access, rules=(*access.rules, *WALL))

@@ -112,11 +112,7 @@ PROSE_MENDED: Final = (
     "broker.supervisor.sandboxes.rule_limits",
     "broker.supervisor.sandboxes.specs",
     "broker.wire",
-    "policy.snaps.explain",
-    "policy.match",
-    "policy.matcher",
-    "policy.tables",
-    "policy.wall",
+    "policy",
 )
 # First words of a docstring that stand in for a noun or a verb.
 NAMELESS: Final = re.compile(

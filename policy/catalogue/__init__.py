@@ -1,1 +1,4 @@
-"""What snapd's interfaces may do on D-Bus: one TOML file an interface. docs/policy.md has the format."""
+"""D-Bus rules of snapd's interfaces, a TOML file each.
+
+docs/policy.md has the format.
+"""

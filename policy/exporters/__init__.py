@@ -1,1 +1,1 @@
-"""Rules written as other people's policy, with a list of what it cannot say."""
+"""Rules written as policy of other programs, with a list of omissions."""

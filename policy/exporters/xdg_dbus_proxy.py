@@ -1,8 +1,9 @@
-"""Rules -> options of xdg-dbus-proxy, refusing what these cannot say.
+"""Rules -> options of xdg-dbus-proxy. Rules that no option expresses are refused.
 
-Its options know no denials, no peers and no globs, and some of them give more than they seem to: `--own` lets
-the app talk to whoever has the name, `--broadcast` lets it start the service, and any filter lets all of the
-app's broadcasts out. What would become wider or narrower is refused, and listed with the reason.
+The options have no denials, no peers and no globs. Some options allow more than the name suggests:
+`--own` lets the app talk to any owner of the name, `--broadcast` lets the app start the service,
+and with any filter all broadcasts of the app go out. A rule that would become wider or narrower is
+refused, and listed with the reason.
 """
 
 from collections.abc import Iterator
@@ -22,26 +23,32 @@ from policy.importers.aare import (
 from policy.importers.xdg_dbus_proxy import always, covers, everything
 from policy.rules import Access, AccessList, Rule
 
-_MAX_WRITTEN: Final = 2**20  # characters of all patterns, their alternatives written out
+_MAX_WRITTEN: Final = 2**20  # characters of all patterns, alternatives written out
 _DOUBLE_STAR: Final = "**"
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
-    """A rule that the options do not say, or (rule: None) something they would do that no rule says."""
+    """A rule that no option expresses.
+
+    Without a rule: an effect of the options that no rule has.
+    """
 
     rule: Rule | None
     reason: str
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
-    """Options to stand after the address and path of a bus. They are the list's meaning if nothing is refused."""
+    """Options to stand after the address and path of a bus.
+
+    The options have the meaning of the list if nothing is refused.
+    """
 
     options: tuple[str, ...]
     refused: tuple[Refused, ...] = ()
 
 
 def export_options(access: AccessList, *, bus: str) -> Exported:
-    """Return the options that say what the list says about one bus."""
+    """Return the options that express the list's rules for a bus."""
     rules = {
         msgspec.structs.replace(rule, bus=None, origin=""): rule
         for rule in access.rules
@@ -76,7 +83,10 @@ def _bare(rule: Rule) -> Rule:
 
 
 class _Exporter:
-    """Knows all that is allowed, because an option may give what another rule has given already."""
+    """A writer of options.
+
+    Knows all allowed names, because an option may imply another rule's effect.
+    """
 
     def __init__(self, rules: list[Rule]) -> None:
         self._budget: Final = Budget(_MAX_WRITTEN)
@@ -87,7 +97,7 @@ class _Exporter:
         self._all_received: Final = _names(plain, Access.RECEIVE)
 
     def options(self, rule: Rule) -> list[str]:
-        """Return the options of one rule. Raises UnsayableError."""
+        """Return the options of a rule. Raises UnsayableError."""
         problem = _problem(rule)
         if problem is not None:
             raise UnsayableError(problem)
@@ -140,7 +150,7 @@ class _Exporter:
         return ["".join(piece for piece in pieces if isinstance(piece, str)) for pieces in found]
 
     def _paths(self, pattern: str) -> list[str]:
-        """Return `@/a`, and `@/a/*` for a path with all below it."""
+        """Return `@/a`, and `@/a/*` for a path with all paths below."""
         exact: dict[str, None] = {}
         below: dict[str, None] = {}
         for pieces in self._alternatives("path", pattern):
@@ -171,7 +181,7 @@ def _has_filter(rule: Rule) -> bool:
 
 
 def _problem(rule: Rule) -> str | None:
-    """Say in words what no option can say, whatever other rules there are."""
+    """Describe why no option can express a rule, whatever the other rules; None if no reason."""
     if rule.deny:
         return "a denial"
     if rule.peer is not None:
@@ -196,7 +206,7 @@ def _covered(name: NamePattern, patterns: list[NamePattern]) -> bool:
 
 
 def _is_level(name: NamePattern) -> bool:
-    """Say whether --see, --talk and --own take this name."""
+    """Return whether --see, --talk and --own accept this name."""
     if name.base.startswith(":"):
         return False
     try:

@@ -1,1 +1,1 @@
-"""Other people's policy, read into rules: AppArmor profiles, Flatpak metadata, xdg-dbus-proxy arguments."""
+"""Policy of other programs, read into rules: AppArmor, Flatpak, xdg-dbus-proxy."""

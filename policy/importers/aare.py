@@ -1,8 +1,11 @@
-r"""AppArmor's globs (AARE): text -> the pieces of its alternatives.
+r"""AppArmor's globs (AARE): text -> the pieces of the glob's alternatives.
 
-`*` and `?` stop at `/`, `**` does not, `[a-z]` and `[^a-z]`, `{a,b}` which nest, and `\` before a
-character that shall mean itself, or before the number of one. What the alternatives of an import
-come to is bounded (Budget). policy.importers.aare_patterns says them in our language.
+The grammar: `*` and `?` stop at `/`, and `**` does not. `[a-z]` and `[^a-z]` are character classes.
+`{a,b}` are alternatives, which nest. `\` stands before a character to be taken literally, or before
+the number of a character.
+
+The alternatives of an import are limited (Budget). policy.importers.aare_patterns translates them
+to the patterns of policy.globs.
 """
 
 import re
@@ -11,9 +14,9 @@ from typing import Final
 
 import msgspec
 
-MAX_TEXT: Final = 4096  # characters of one pattern, its variables replaced
-MAX_EXPANDED: Final = 2**18  # characters of all alternatives of one pattern
-MAX_DEPTH: Final = 50  # braces in braces; AppArmor's own limit
+MAX_TEXT: Final = 4096  # characters of a pattern, with variables replaced
+MAX_EXPANDED: Final = 2**18  # characters of all alternatives of a pattern
+MAX_DEPTH: Final = 50  # nesting of braces; AppArmor's own limit
 
 _TOKEN: Final = re.compile(
     r"(?P<lit>[^\\*?\[\]{},]+)|(?P<dstar>\*\*+)|(?P<star>\*)|(?P<any>\?)"
@@ -26,15 +29,18 @@ _CONTROL: Final = {"a": "\a", "e": "\x1b", "f": "\f", "n": "\n", "r": "\r", "t":
 
 
 class AareError(ValueError):
-    """A pattern that AppArmor refuses."""
+    """AppArmor refuses the pattern."""
 
 
 class UnsayableError(ValueError):
-    """A pattern that means something, which our patterns cannot say."""
+    """A pattern has a meaning that the patterns of policy.globs cannot express."""
 
 
 class Wild(msgspec.Struct, frozen=True):
-    """`?`, `*` or `**`; whether it must match something is marked for a star that is a whole path element."""
+    """`?`, `*` or `**`.
+
+    `filled` marks a star that is a whole path element, and so matches no empty text.
+    """
 
     text: str
     filled: bool = False
@@ -52,24 +58,27 @@ Alternative = tuple[Piece, ...]
 
 
 class BudgetError(ValueError):
-    """The patterns of one import are too long when they are written out."""
+    """The patterns of an import are too long when written out."""
 
 
 class Budget:
-    """How many characters the alternatives of all patterns of an import may have."""
+    """A limit on the characters of all alternatives of an import's patterns."""
 
     def __init__(self, characters: int) -> None:
         self._left = characters
 
     def spend(self, characters: int) -> None:
-        """Count them. Raises BudgetError."""
+        """Count characters. Raises BudgetError."""
         self._left -= characters
         if self._left < 0:
             raise BudgetError("its alternatives in braces are too many to be written out")
 
 
 def alternatives(text: str, budget: Budget) -> list[Alternative]:
-    """Return what the pattern is the union of. Raises AareError, UnsayableError and BudgetError."""
+    """Return alternatives whose union is the pattern.
+
+    Raises AareError, UnsayableError and BudgetError.
+    """
     if len(text) > MAX_TEXT:
         raise UnsayableError(f"it is longer than {MAX_TEXT} characters")
     budget.spend(len(text))
@@ -81,14 +90,14 @@ def alternatives(text: str, budget: Budget) -> list[Alternative]:
 
 
 def check_aare(text: str) -> None:
-    """Accept a pattern whose brackets pair. Raises AareError."""
+    """Accept a pattern with balanced brackets. Raises AareError."""
     for _ in _tokens(text):
         pass
 
 
 def _tokens(text: str) -> Iterator[Piece]:
-    """Give the pieces, and braces and the commas in them as Wild. Raises AareError."""
-    opened: list[int] = []  # how many commas each open brace has
+    """Yield the pieces, with braces and their commas as Wild. Raises AareError."""
+    opened: list[int] = []  # number of commas in each open brace
     for found in _TOKEN.finditer(text):
         kind = found.lastgroup or ""
         value = found[0]
@@ -130,7 +139,7 @@ def _brace(value: str, opened: list[int]) -> Iterator[Piece]:
             raise AareError("']' without '['")
         case "\\":
             raise AareError("'\\' at the end")
-        case _:  # a comma that means itself
+        case _:  # a literal comma
             yield value
             return
     yield Wild(value)
@@ -158,7 +167,8 @@ def _char_set(text: str, *, negated: bool) -> CharSet:
             first, last = ord(plain[at]), ord(plain[at + 2])
             if first > last:
                 raise AareError(f"bad range {plain[at : at + 3]!r}")
-            # D-Bus and labels are ASCII: a range into the rest of Unicode need not be spelt out.
+            # D-Bus names and labels are ASCII, so a range into the rest of Unicode need not be
+            # spelt out.
             chars.update(chr(code) for code in range(first, min(last, 0x7F) + 1))
             at += 3
         else:
@@ -168,9 +178,9 @@ def _char_set(text: str, *, negated: bool) -> CharSet:
 
 
 def _sequence(tokens: list[Piece], at: int, most: int) -> tuple[list[Alternative], int]:
-    """Return at most so many alternatives, up to the `,` or `}` that ends them."""
+    """Return the alternatives, at most `most`, up to the `,` or `}` that ends the sequence."""
     found: list[Alternative] = [()]
-    start = at  # of the pieces that are in no inner braces
+    start = at  # of the pieces outside inner braces
     while at < len(tokens):
         token = tokens[at]
         if isinstance(token, Wild) and token.text in _BRACES:
@@ -180,7 +190,7 @@ def _sequence(tokens: list[Piece], at: int, most: int) -> tuple[list[Alternative
             more, at = _group(tokens, at + 1, most)
             if len(found) * len(more) > most:
                 raise UnsayableError("it has too many alternatives")
-            # `{,x}{,x}` has `x` twice: snapd's text for "up to eight digits" is of that kind.
+            # `{,x}{,x}` has `x` twice. snapd writes "up to eight digits" in that way.
             found = list(dict.fromkeys(left + right for left in found for right in more))
             start = at
         else:

@@ -1,4 +1,4 @@
-"""AppArmor's globs, said in our patterns (policy.globs) where these have exactly the same meaning."""
+"""AppArmor's globs -> patterns of policy.globs, where the meaning is exactly the same."""
 
 import string
 from collections.abc import Callable, Iterable, Iterator
@@ -27,18 +27,19 @@ from policy.importers.aare import (
     alternatives,
 )
 
-MAX_SETS: Final = 1024  # alternatives that `[...]` of one pattern become where ours have none
+# alternatives that replace `[...]` of a pattern, for kinds whose patterns have no `[...]`
+MAX_SETS: Final = 1024
 
 _ALNUM: Final = frozenset(string.ascii_letters + string.digits + "_")
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pattern is of: which characters there are, and what checks the pattern that we make."""
+    """A kind of pattern, with the characters of the kind, and a check for resulting patterns."""
 
     what: str
-    plain: frozenset[str]  # characters that our `[...]` may have
+    plain: frozenset[str]  # characters that may stand in `[...]` of a resulting pattern
     special: frozenset[str] = frozenset()  # other characters
-    classes: bool = True  # our patterns of this kind have `[...]`
+    classes: bool = True  # resulting patterns of this kind may have `[...]`
     compile: Callable[[str], object]
 
 
@@ -56,10 +57,10 @@ NAME: Final = Kind(
 
 
 def say(text: str, kind: Kind, budget: Budget) -> tuple[list[str] | None, list[str]]:
-    """Return our patterns for one of AppArmor's, and why alternatives are left out.
+    """Return the patterns for an AppArmor glob, and why alternatives were left out.
 
-    No patterns at all: nothing that D-Bus has can match. None: everything does.
-    Raises AareError, BudgetError, and UnsayableError if nothing of it can be said.
+    An empty list means that no valid D-Bus text can match. None means that every text matches.
+    Raises AareError, BudgetError, and UnsayableError if no alternative can be expressed.
     """
     said: dict[str, None] = {}
     left_out: dict[str, None] = {}
@@ -77,7 +78,7 @@ def say(text: str, kind: Kind, budget: Budget) -> tuple[list[str] | None, list[s
 
 
 def join(patterns: list[str]) -> list[str]:
-    """Return fewer patterns of the same meaning, by putting several in braces."""
+    """Return fewer patterns of the same meaning, by joining patterns in braces."""
     below = {each.removesuffix("/**") for each in patterns if each.endswith("/**")}
     known = set(patterns)
     subtrees = {each for each in below & known if len(each) <= MAX_PATTERN - len("{,/**}")}
@@ -109,7 +110,7 @@ def _braced(texts: list[str]) -> str:
 
 
 def expand_sets(pieces: Alternative, kind: Kind, budget: Budget) -> Iterable[Alternative]:
-    """Give the alternatives that have no `[...]` which we could not write."""
+    """Return alternatives without `[...]` that the resulting pattern cannot have."""
     if not any(isinstance(piece, CharSet) for piece in pieces):
         return [pieces]
     found: list[Alternative] = [()]
@@ -139,12 +140,13 @@ def _matches_all(pieces: Alternative, kind: Kind) -> bool:
 
 
 def _pattern(pieces: Alternative, kind: Kind) -> str | None:
-    """Return our pattern, or None if nothing that D-Bus has can match. Raises UnsayableError."""
+    """Return the pattern, or None if no valid D-Bus text can match. Raises UnsayableError."""
     if not pieces and kind in {INTERFACE, NAME}:
         raise UnsayableError(f"it is about having no {kind.what}")
     if kind is PATH:
         pieces = _path_pieces(pieces)
-    # The root is the one path that an empty element would be of: elsewhere we need not exclude it.
+    # The root is the only path with an empty element. Elsewhere the empty element needs no
+    # exclusion.
     near_root = kind is PATH and [piece for piece in pieces if not _is_star(piece)] == ["/"]
     parts: list[str] = []
     for piece in pieces:
@@ -163,7 +165,10 @@ def _pattern(pieces: Alternative, kind: Kind) -> str | None:
 
 
 def _path_pieces(pieces: Alternative) -> Alternative:
-    """Leave away what can match nothing but an empty text: a path begins with its only `/` or never ends with it."""
+    """Drop pieces that can match only an empty text.
+
+    A path begins with `/`, and no path but the root ends with `/`.
+    """
     while pieces and pieces[0] == Wild("*"):
         pieces = pieces[1:]
     if pieces[-1:] == ("/",) and all(piece == Wild("**") for piece in pieces[:-1]):
@@ -178,7 +183,7 @@ def _is_star(piece: Piece) -> bool:
 def _add_wild(parts: list[str], text: str) -> None:
     if text == "?" or not (parts and parts[-1] in {"*", "**"}):
         parts.append(text)
-    else:  # two `*` side by side are not `**`
+    else:  # two adjacent `*` are not `**`
         parts[-1] = max(parts[-1], text)
 
 
@@ -188,7 +193,7 @@ def _checked(text: str, kind: Kind) -> str | None:
         if ":" in text:
             raise UnsayableError("it is a pattern of unique names")
         if text.endswith(".*"):
-            text = f"{text[:-1]}?*"  # `.*` alone is a subtree for us, with its top
+            text = f"{text[:-1]}?*"  # `.*` alone would be a subtree, which includes the base
     most = MAX_NAME if kind is NAME else MAX_PATTERN
     if not literal and len(text) > most:
         raise UnsayableError(f"it is longer than {most} characters")
@@ -200,7 +205,7 @@ def _checked(text: str, kind: Kind) -> str | None:
 
 
 def _class_text(chars: frozenset[str]) -> str:
-    """Return `[...]`; runs of at least three become ranges."""
+    """Return `[...]`. Runs of at least three characters become ranges."""
     ordered = sorted(chars)
     text, at = "", 0
     while at < len(ordered):
@@ -214,7 +219,7 @@ def _class_text(chars: frozenset[str]) -> str:
 
 
 def _subtrees(names: dict[str, None]) -> Iterator[str]:
-    """Say `org.example` and `org.example.?*` as the subtree that they are."""
+    """Replace `org.example` together with `org.example.?*` by the subtree `org.example.*`."""
     for name in names:
         base = name.removesuffix(".?*")
         if base == name and f"{name}.?*" in names and is_literal(name):

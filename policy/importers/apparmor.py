@@ -2,8 +2,9 @@
 
     imported = import_apparmor(Source("snap.foo.app", text), resolve=look_up)
 
-What AppArmor denies to a profile that says nothing is denied here, too: calls and signals from the host need a rule
-(`receive_from_host` is false). docs/importers.md says where the two languages differ.
+AppArmor denies everything that a profile does not allow, and so do the imported rules: calls and
+signals from the host need a rule (`receive_from_host` is false). docs/importers.md lists where the
+two languages differ.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,10 +25,10 @@ from policy.rules import Access, AccessList, Peer, Rule
 from policy.snaps.templates import ANY_CONNECTION
 
 MAX_RULES: Final = 50_000
-MAX_WRITTEN: Final = 2**24  # characters of all patterns, their alternatives written out
-MAX_VALUE: Final = 2**12  # characters that variables may put into a pattern
+MAX_WRITTEN: Final = 2**24  # characters of all patterns, alternatives written out
+MAX_VALUE: Final = 2**12  # characters that variables may add to a pattern
 
-MAX_NESTED: Final = 50  # variables in variables
+MAX_NESTED: Final = 50  # nesting of variables
 MAX_UNSAID: Final = 1000  # entries of a report
 
 _ACCESS: Final = {"send": Access.SEND, "receive": Access.RECEIVE, "bind": Access.OWN}
@@ -35,7 +36,7 @@ _NOT_ENFORCED: Final = frozenset({"complain", "default_allow", "prompt", "unconf
 
 
 class _NothingError(Exception):
-    """A rule of which nothing is left. It has been reported."""
+    """No part of a rule is left. The reason has been reported."""
 
 
 def import_apparmor(
@@ -46,10 +47,11 @@ def import_apparmor(
     known_labels: Collection[str] = (),
     placeholders: Mapping[str, str] | None = None,
 ) -> Imported:
-    """Return the rules of one profile of a file. Raises ImportFileError.
+    """Return the rules of a profile of a file. Raises ImportFileError.
 
-    `profile` names it if the file has several. `known_labels` are those that patterns of labels may stand
-    for. `placeholders` are the texts of what snapd's templates hold places for, as `###SLOT_SECURITY_TAGS###`.
+    `profile` names the profile if the file has several. Patterns of labels stand for labels of
+    `known_labels`. `placeholders` has the texts for placeholders of snapd's templates, such as
+    `###SLOT_SECURITY_TAGS###`.
     """
     parsed = parse_profiles(source, resolve)
     chosen = _choose(source, parsed.profiles, profile)
@@ -61,9 +63,9 @@ def import_apparmor(
         placeholders=placeholders or {},
     )
     for file, line, name in parsed.unread:
-        importer.note(file, line, f"include {name}", "not read: nothing looks includes up")
+        importer.note(file, line, f"include {name}", "not read: includes are not looked up")
     for flag in sorted(_NOT_ENFORCED & set(chosen.flags)):
-        reason = "AppArmor would not enforce the profile; its rules are taken as they stand"
+        reason = "AppArmor would not enforce the profile; the rules are imported all the same"
         importer.note(chosen.file, chosen.line, f"flags=({flag})", reason)
     for rule in chosen.rules:
         importer.add(rule)
@@ -81,7 +83,7 @@ def _choose(source: Source, profiles: Collection[Profile], name: str | None) -> 
         what = "no profile" if name is None else f"no profile {name!r}"
         raise ImportFileError(source.name, 1, f"{what} in the file")
     names = ", ".join(cut(each.name) for each in found[:10])
-    raise ImportFileError(source.name, found[1].line, f"one profile is wanted of these: {names}")
+    raise ImportFileError(source.name, found[1].line, f"choose a profile of these: {names}")
 
 
 def _own_name(profile: Profile, variables: Mapping[str, list[str]]) -> str:
@@ -92,7 +94,7 @@ def _own_name(profile: Profile, variables: Mapping[str, list[str]]) -> str:
 
 
 class _Variables:
-    """Puts the values of variables in their places. A variable of several values becomes `{a,b}`."""
+    """The values of variables. A variable with several values becomes `{a,b}`."""
 
     def __init__(self, values: Mapping[str, list[str]]) -> None:
         self._values: Final = values
@@ -110,7 +112,7 @@ class _Variables:
             parts += text[at : found.start()], value
             at, length = found.end(), length + len(value)
             if length > MAX_VALUE:
-                raise UnsayableError("its variables make it too long")
+                raise UnsayableError("the variables make the text too long")
         return "".join([*parts, text[at:]])
 
     def _value(self, name: str) -> str:
@@ -130,13 +132,13 @@ class _Variables:
             self._open.pop()
         text = values[0] if len(values) == 1 else f"{{{','.join(values)}}}"
         if len(text) > MAX_VALUE:
-            raise UnsayableError("its variables make it too long")
+            raise UnsayableError("the variables make the text too long")
         self._known[name] = text
         return text
 
 
 class _Said(msgspec.Struct, frozen=True, kw_only=True):
-    """The conditions of one rule, each as the patterns that it becomes; None is no condition."""
+    """The conditions of a rule, each as a list of patterns. None means no condition."""
 
     buses: list[str] | None
     names: list[str] | None
@@ -147,12 +149,12 @@ class _Said(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Importer:
-    """Makes rules of one profile's dbus rules."""
+    """An importer of the dbus rules of a profile."""
 
     def __init__(
         self, *, variables: Mapping[str, list[str]], labels: Labels, placeholders: Mapping[str, str]
     ) -> None:
-        # By what they say, without their origin: includes repeat themselves.
+        # By the rule without origin, because included rules repeat.
         self.rules: Final[dict[Rule, Rule]] = {}
         self.unsaid: Final[list[Unsaid]] = []
         self._variables: Final = _Variables(variables)
@@ -163,23 +165,23 @@ class _Importer:
 
     def note(self, file: str, line: int, text: str, reason: str) -> None:
         if len(self.unsaid) >= MAX_UNSAID:
-            reason = "there is more that could not be said: the report ends here"
+            reason = "more could not be expressed: the report ends here"
             self.unsaid[MAX_UNSAID:] = [Unsaid(file=file, line=line, text=text, reason=reason)]
             return
         self.unsaid.append(Unsaid(file=file, line=line, text=text, reason=reason))
 
     def add(self, rule: DbusRule) -> None:
-        """Add what the rule says. Raises ImportFileError."""
-        # Abstractions are included again and again.
+        """Add the rules for a dbus rule. Raises ImportFileError."""
+        # Abstractions are included many times.
         key = (rule.access, rule.qualifiers, *rule.conditions.items())
         if key in self._seen:
             return
         self._seen.add(key)
         if "prompt" in rule.qualifiers:
-            self._note(rule, "nobody can be asked: left out")
+            self._note(rule, "no user can be asked: left out")
             return
         if "priority" in rule.qualifiers:
-            self._note(rule, "rules have no priority: what is denied is denied")
+            self._note(rule, "rules have no priority: a denial always wins")
         if "eavesdrop" in rule.access and not rule.deny:
             self._note(rule, "eavesdropping is never allowed")
         access = frozenset(_ACCESS[each] for each in rule.access if each in _ACCESS)
@@ -219,7 +221,7 @@ class _Importer:
         found = PLACEHOLDER.fullmatch(value)
         if found is not None:
             if value not in self._placeholders:
-                raise UnsayableError(f"nothing is given for {value}")
+                raise UnsayableError(f"no text is given for {value}")
             value = self._placeholders[value].strip('"')
         return self._variables.replace(value)
 
@@ -240,18 +242,22 @@ class _Importer:
     def _said(
         self, rule: DbusRule, what: str, patterns: Callable[[], tuple[list[str] | None, list[str]]]
     ) -> list[str] | None:
-        """Return patterns, or for a deny whose patterns we cannot say: no condition, which is more."""
+        """Return the patterns of a condition.
+
+        If a deny rule has patterns that cannot be expressed, the condition is dropped, which denies
+        more.
+        """
         try:
             found, left_out = patterns()
         except UnsayableError as exc:
             found, left_out = [], [str(exc)]
         if left_out and rule.deny:
-            self._note(rule, f"{what}: {left_out[0]}; it is denied whatever the {what}")
+            self._note(rule, f"{what}: {left_out[0]}; denied whatever the {what}")
             return None
         if left_out:
             self._note(rule, f"left out: {what}: {left_out[0]}")
         elif found == []:
-            self._note(rule, f"it can match nothing: no {what} is like that")
+            self._note(rule, f"can match nothing: no {what} has this form")
         if found == []:
             raise _NothingError
         return found
@@ -267,7 +273,7 @@ class _Importer:
         if label is None:
             return (None,)
         try:
-            # What labels there will be nobody knows: a deny is about all that its pattern may match.
+            # Future labels are unknown, so a deny covers all labels that the pattern may match.
             labels = msgspec.structs.replace(self._labels, known=()) if rule.deny else self._labels
             peers, left_out = labels.peers(self._text(label), self._budget)
         except UnsayableError as exc:
@@ -275,7 +281,7 @@ class _Importer:
         if not left_out:
             return peers
         if rule.deny:
-            self._note(rule, f"{left_out}; it is denied whoever the peer is")
+            self._note(rule, f"{left_out}; denied whatever the peer")
             return (None,)
         self._note(rule, f"left out: {left_out}")
         return peers
@@ -301,7 +307,8 @@ class _Importer:
     def _names(
         self, rule: DbusRule, names: list[str] | None, peer: Peer | None
     ) -> Sequence[str | None]:
-        # Without a name, a rule lets broadcasts out, and the host hears them.
+        # Without a name, the rule would let broadcasts out, and the host would receive the
+        # broadcasts.
         if names is None and "send" in rule.access and not rule.deny and self._labels.is_own(peer):
             return (ANY_CONNECTION,)
         return _or_any(names)
@@ -324,7 +331,10 @@ def _bus_names(text: str, budget: Budget) -> tuple[list[str] | None, list[str]]:
 
 
 def _with_bus(names: list[str]) -> list[str]:
-    """Name the bus itself where a pattern covers it: only so is a rule about broadcasts, too."""
+    """Add the bus itself if a pattern covers the bus.
+
+    Only then is the rule about broadcasts, too.
+    """
     patterns = [parse_name_pattern(name) for name in names]
     if BUS_NAME not in names and any(pattern.matches(BUS_NAME) for pattern in patterns):
         return [*names, BUS_NAME]

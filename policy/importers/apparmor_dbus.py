@@ -1,4 +1,4 @@
-"""One `dbus` rule of AppArmor's language: text -> DbusRule, and the checks that AppArmor makes of it."""
+"""A `dbus` rule of AppArmor's language: text -> DbusRule, with AppArmor's own checks."""
 
 import re
 from typing import Final
@@ -34,11 +34,11 @@ _GAP: Final = re.compile(r"(?>(?:[ \t\r\n,]+|(?>#[^\n]*))+)")
 
 
 class DbusRule(msgspec.Struct, frozen=True, kw_only=True):
-    """A rule as it stands: patterns are AppArmor's, variables not yet replaced."""
+    """A dbus rule as written, with AppArmor's patterns, and variables not yet replaced."""
 
     access: frozenset[str]  # send receive bind eavesdrop
     qualifiers: frozenset[str]
-    # bus; path interface member, "peer name" and label; or name, of what may be owned
+    # bus; path, interface, member, "peer name" and label; or name, the name to be owned
     conditions: dict[str, str]
     cursor: Cursor
     at: int
@@ -60,27 +60,27 @@ class DbusRule(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def deny(self) -> bool:
-        """Say whether it denies."""
+        """Return whether the rule denies."""
         return "deny" in self.qualifiers
 
     @property
     def file(self) -> str:
-        """Return the file it stands in."""
+        """Return the file that contains the rule."""
         return self.cursor.source.name
 
     @property
     def line(self) -> int:
-        """Return the line it begins in."""
+        """Return the line in which the rule begins."""
         return self.cursor.line(self.at)
 
     @property
     def text(self) -> str:
-        """Return it as it stands, cut short."""
+        """Return the text of the rule, shortened."""
         return cut(self.cursor.text[self.at : min(self.end, self.at + 1000)])
 
 
 def parse_dbus_rule(cursor: Cursor, qualifiers: frozenset[str], *, at: int) -> DbusRule:
-    """Read on from behind the word `dbus`. Raises ImportFileError."""
+    """Read a rule after the word `dbus`. Raises ImportFileError."""
     access = _read_access(cursor)
     conditions = _read_conditions(cursor, at)
     return DbusRule(
@@ -202,7 +202,10 @@ def _put(
 def _checked_access(
     cursor: Cursor, access: frozenset[str], conditions: frozenset[str], at: int
 ) -> frozenset[str]:
-    """Return what the rule is about; if it does not say so, its conditions do."""
+    """Return the access of a rule.
+
+    Without an explicit access the conditions determine the access.
+    """
     messages = conditions & _OF_MESSAGES
     if messages and "name" in conditions:
         raise cursor.error(

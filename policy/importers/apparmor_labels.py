@@ -1,12 +1,14 @@
 """AppArmor's labels of peers -> Peer.
 
     unconfined              the host
-    snap.NAME.APP           the app io.snapcraft.snapd/NAME, component APP; snap.NAME.* any component of it
-    the profile's own name  the same component; snap.OWN.*: the same app
+    snap.NAME.APP           the app io.snapcraft.snapd/NAME, component APP
+    snap.NAME.*             any component of that app
+    the profile's own name  the same component
+    snap.OWN.*              the same app
 
-A pattern of labels is said if it means whole apps; otherwise as those labels that match it among the ones
-that the caller knows of, if it knows of any. What remains is unsayable: a confined program that
-is no snap is a host peer like others for us.
+A pattern of labels is expressed if the pattern means whole apps. Other patterns are expressed as
+the matching labels among the labels that the caller knows. The rest cannot be expressed, because a
+confined program that is no snap is a host peer for the broker.
 """
 
 import re
@@ -36,15 +38,15 @@ _LABEL: Final = Kind(
 
 
 class Labels(msgspec.Struct, frozen=True, kw_only=True):
-    """What labels are of."""
+    """The labels that patterns of peers are compared with."""
 
-    own: str  # the profile's name, which is the label of whoever runs under it
+    own: str  # the profile's name, which labels programs under the profile
     known: Collection[str] = ()
 
     def peers(self, text: str, budget: Budget) -> tuple[tuple[Peer | None, ...], str]:
-        """Return peers that together are no more than the pattern (None: anybody), and what they leave out.
+        """Return peers that together are no more than the pattern, and a text about omissions.
 
-        Raises AareError and BudgetError.
+        A peer of None stands for any peer. Raises AareError and BudgetError.
         """
         found: dict[Peer | None, None] = {}
         left_out: list[str] = []
@@ -59,12 +61,12 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
         if None in found:
             return (None,), ""
         if _HOST in found:
-            # The host's confined programs are in it, too.
+            # The host includes the confined programs of the host.
             left_out = [each for each in left_out if not each.startswith(_NO_SNAP)]
         return tuple(found), "; ".join(left_out[:3])
 
     def is_own(self, peer: Peer | None) -> bool:
-        """Say whether it is of the snap, or the program, that the profile is for."""
+        """Return whether a peer is of the snap or program of the profile."""
         if peer is None or peer.kind == "same-app":
             return peer is not None
         own = _TAG.fullmatch(self.own)
@@ -117,10 +119,10 @@ def _shown(piece: Wild | CharSet) -> str:
 
 
 def _matches(pieces: Alternative, label: str) -> bool:
-    """Match by the set of places that the pattern may have come to in the label."""
+    """Match a label by the set of places that the pattern can reach in the label."""
     places = {0}
     for piece in pieces:
-        assert not isinstance(piece, CharSet)  # expand_sets has written them out
+        assert not isinstance(piece, CharSet)  # expand_sets wrote out the sets
         if isinstance(piece, str):
             places = {at + len(piece) for at in places if label.startswith(piece, at)}
         elif piece.text == "?":

@@ -1,8 +1,8 @@
-"""The words of AppArmor's policy language: a cursor over one file, and the regular expressions it moves by.
+"""The words of AppArmor's policy language: a cursor over a file, and regular expressions.
 
-Which characters make a word depends on where it stands: a `,` within a word ends nothing, braces at the
-start of one are a block's. Each expression is tried at the cursor only and takes time linear in what it
-takes, and the cursor never goes back.
+The characters of a word depend on the place of the word. A `,` within a word ends nothing, and a
+brace at the start of a word belongs to a block. Each expression is tried only at the cursor and
+takes time linear in the match. The cursor never goes back.
 """
 
 import re
@@ -11,9 +11,9 @@ from typing import Final
 
 from policy.importers.report import ImportFileError, Source
 
-# Atomic groups keep a repeat linear where something stands behind it, and forget the way back. Possessive repeats
-# would say the same, but Python 3.11.0 to 3.11.4 match those of a group wrongly.
-# Words: a comma belongs to one if it is followed by more of it.
+# Atomic groups keep a repeat linear when more of the expression follows, and forget the way back.
+# Possessive repeats would do the same, but Python 3.11.0 to 3.11.4 match possessive repeats of
+# groups wrongly. A comma belongs to a word if more characters of the word follow.
 _WORD: Final = r'(?:[^ \t\r\n"!,\\]+|\\.|,(?=[^ \t\r\n"!,]))'
 _QUOTED: Final = r'"(?>(?:[^"\\]+|\\.)*)"'
 _COMMENT: Final = r"(?>#[^\n]*)"
@@ -32,20 +32,20 @@ VARIABLE: Final = re.compile(
 BOOLEAN: Final = re.compile(r"\$\{?[A-Za-z]\w*\}?[ \t]*=[^\n]*", re.ASCII)
 VALUE_END: Final = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\r?\n|\Z)")
 VALUE_GAP: Final = re.compile(r"(?:[ \t]|\\\r?\n)+")
-# A boolean or a set variable, as conditions of `if` name them.
+# A boolean or a variable in a condition of `if`.
 REFERENCE: Final = re.compile(
     r"(?P<kind>[$@])(?:\{(?P<braced>[A-Za-z]\w*)\}|(?P<bare>[A-Za-z]\w*))", re.ASCII
 )
 CONDITION: Final = re.compile(r"([A-Za-z][A-Za-z0-9_]*)[ \t]*=[ \t]*")
-# A placeholder of snapd's templates: to AppArmor it would be a comment.
+# A placeholder of snapd's templates. AppArmor reads placeholders as comments.
 PLACEHOLDER: Final = re.compile(r"###[A-Z0-9_]+###")
-# In peer=(...) neither commas nor parentheses belong to a word.
+# In peer=(...) a word has neither commas nor parentheses.
 PEER_WORD: Final = re.compile(r'(?>(?:[^ \t\r\n"!,()\\]+|\\.)+)', re.DOTALL)
-# A whole rule about files, without anything that would have to be looked at: most of a profile.
+# A whole file rule that needs no further look. Most rules of a profile are such rules.
 PLAIN_RULE: Final = re.compile(
     r'(?>/[^ \t\r\n"!,\\#{}\[\]@()]*)(?>[ \t]+)(?>[rwaklmixPpCcUu]+)(?>[ \t]*),'
 )
-# What may stand in a rule that is not ours.
+# Tokens of a rule that is no dbus rule.
 OTHER: Final = re.compile(
     rf"(?P<blank>[ \t\r\n]+|{_COMMENT})|(?P<quoted>{_QUOTED})|(?P<end>,)|(?P<brace>[{{}}])"
     rf"|(?P<open>\()|(?P<word>[/@&:^](?>{_WORD}*)"
@@ -60,7 +60,7 @@ USED_VARIABLE: Final = re.compile(r"@\{([A-Za-z]\w*)\}", re.ASCII)
 
 
 class Cursor:
-    """A place in a file."""
+    """A position in a file."""
 
     def __init__(self, source: Source) -> None:
         self.source: Final = source
@@ -69,32 +69,32 @@ class Cursor:
         self._newlines: list[int] | None = None
 
     def take(self, what: re.Pattern[str]) -> re.Match[str] | None:
-        """Move past it if it stands here."""
+        """Return a match at the cursor and move past the match, or return None."""
         found = what.match(self.text, self.at)
         if found is not None:
             self.at = found.end()
         return found
 
     def peek(self) -> str:
-        """Return the next character, or nothing at the end."""
+        """Return the next character, or an empty text at the end."""
         return self.text[self.at : self.at + 1]
 
     def skip_blanks(self) -> None:
-        """Move past blanks, ends of lines and comments."""
+        """Move past blanks, line ends and comments."""
         self.take(BLANKS)
 
     def line(self, at: int | None = None) -> int:
-        """Return the number of the line, from 1."""
+        """Return a line number, from 1."""
         if self._newlines is None:
             self._newlines = [found.start() for found in re.finditer("\n", self.text)]
         return bisect_left(self._newlines, self.at if at is None else at) + 1
 
     def error(self, problem: str, at: int | None = None) -> ImportFileError:
-        """Return an error that says where."""
+        """Return an error with the position."""
         return ImportFileError(self.source.name, self.line(at), problem)
 
     def shown(self) -> str:
-        """Return what stands here, for an error."""
+        """Return the text at the cursor, for an error."""
         if not self.peek():
             return "the end of the file"
         found = WORD.match(self.text, self.at, self.at + 40)
@@ -102,5 +102,5 @@ class Cursor:
 
 
 def unquote(text: str) -> str:
-    """Return the text within quotes. What it escapes stays escaped: globs are read later."""
+    """Return the text within quotes. Escapes stay, because globs are read later."""
     return text[1:-1] if text.startswith('"') else text

@@ -1,9 +1,10 @@
-"""AppArmor's policy language, as far as D-Bus is concerned: text -> profiles with their `dbus` rules.
+"""The D-Bus part of AppArmor's policy language: text -> profiles with `dbus` rules.
 
-Reads whole files with their includes. Rules about other things are skipped, but not unread: quotes,
-brackets and the commas at the end are looked at, the words they begin with are known ones, and their variables must exist. So
-what AppArmor's own parser would refuse for its form is refused here, though its finer checks of
-rules about other things are not made. What is read is bounded, also by includes of includes.
+The parser reads whole files with their includes. Rules about other things are skipped after some
+checks: quotes and brackets must pair, the comma at the end must be there, the first word must be
+known, and variables must exist. So a file that AppArmor's own parser refuses for its form is
+refused here, too. Finer checks of rules about other things are left out. The amount of text is
+limited, and the limit includes nested includes.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,21 +34,21 @@ from policy.importers.apparmor_lexer import (
 )
 from policy.importers.report import Source
 
-# Gives the files that `include <abstractions/base>` (with the angle brackets) or `include "/a/file"` stand
-# for: several for a directory, None if there is no such file.
+# A resolver returns the files for `include <abstractions/base>` (with the angle brackets) or
+# `include "/a/file"`: several files for a directory, and None if there is no such file.
 Resolver = Callable[[str], Sequence[Source] | None]
 
 MAX_READ: Final = 64 * 2**20  # characters, with all includes
 MAX_DBUS_RULES: Final = 200_000  # of a profile
 MAX_INCLUDES: Final = 10_000
-MAX_DEPTH: Final = 40  # of includes in includes, and of blocks in blocks
-MAX_ABI: Final = 4096  # characters of the name of a file
+MAX_DEPTH: Final = 40  # nesting of includes, and of blocks
+MAX_ABI: Final = 4096  # characters of a file name
 
-# A variable that each profile has.
+# A variable that every profile has.
 PROFILE_NAME: Final = "profile_name"
-# Set by newer versions of AppArmor itself, unless the file sets them.
+# Variables that newer versions of AppArmor set, unless the file sets them.
 _SET_BY_ITSELF: Final = frozenset({PROFILE_NAME, "attach_path", "exec_path"})
-# What may stand before a rule, in this order, one of each.
+# Qualifiers before a rule. A rule has qualifiers of each rank at most once, in the order of ranks.
 _QUALIFIERS: Final = {
     "priority": 0,
     "audit": 1,
@@ -60,7 +61,8 @@ _QUALIFIERS: Final = {
     "owner": 3,
 }
 _OF_OWNERS: Final = frozenset({"other", "owner"})
-_WITH_OWNERS: Final = frozenset({"file", "link"})  # beside rules that begin with a path or modes
+# apart from rules that begin with a path or with modes
+_WITH_OWNERS: Final = frozenset({"file", "link"})
 _RULES: Final = frozenset(
     [
         "all",
@@ -106,7 +108,7 @@ _EVERYTHING: Final = frozenset({"send", "receive", "bind", "eavesdrop"})
 
 
 class Profile(msgspec.Struct, kw_only=True):
-    """A profile at the top of a file, without its children."""
+    """A profile at the top of a file, without child profiles."""
 
     name: str
     file: str
@@ -116,7 +118,7 @@ class Profile(msgspec.Struct, kw_only=True):
 
 
 class Parsed(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file says about D-Bus, variables not yet replaced."""
+    """The D-Bus part of a file, with variables not yet replaced."""
 
     profiles: tuple[Profile, ...]
     variables: dict[str, list[str]]
@@ -126,17 +128,17 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Scope(msgspec.Struct, frozen=True, kw_only=True):
-    """What a block is within."""
+    """The surroundings of a block."""
 
-    profile: Profile | None = None  # None: outside of profiles
+    profile: Profile | None = None  # None outside of profiles
     skipped: bool = False  # in a hat or a child profile
     qualifiers: frozenset[str] = frozenset()  # of the block
     depth: int = 0
-    names: set[str] = msgspec.field(default_factory=set)  # of the children and hats of the profile
+    names: set[str] = msgspec.field(default_factory=set)  # names of the profile's children and hats
 
 
 def parse_profiles(source: Source, resolve: Resolver | None) -> Parsed:
-    """Read a file. Without a resolver includes are only listed. Raises ImportFileError."""
+    """Read a file. Without a resolver, includes are only listed. Raises ImportFileError."""
     parser = _Parser(resolve)
     parser.read(source, _Scope())
     parser.check_variables()
@@ -153,11 +155,13 @@ class _Parser:
         self.variables: Final[dict[str, list[str]]] = {}
         self.unread: Final[list[tuple[str, int, str]]] = []
         self._resolve: Final = resolve
-        self._open: Final[list[str]] = []  # the files that are being read
-        self._used: Final[dict[str, tuple[Cursor, int]]] = {}  # variables, and where first
-        self._in_values: Final[dict[str, set[str]]] = {}  # variables in the values of others
+        self._open: Final[list[str]] = []  # files that are being read
+        # variables, with the place of first use
+        self._used: Final[dict[str, tuple[Cursor, int]]] = {}
+        # variables in the values of other variables
+        self._in_values: Final[dict[str, set[str]]] = {}
         self._booleans: Final[dict[str, bool]] = {}
-        self._dropping = 0  # how many conditions that are not met we are within
+        self._dropping = 0  # number of unmet conditions around the cursor
         self._left = MAX_READ
         self._includes = 0
 
@@ -173,7 +177,11 @@ class _Parser:
         self._open.pop()
 
     def check_variables(self) -> None:
-        """Refuse a variable that nothing sets, unless what sets it may be in a file not looked up."""
+        """Refuse a variable that is never set.
+
+        Without a resolver nothing is refused, because a file that was not read may set the
+        variable.
+        """
         if self._resolve is None:
             return
         wanted = list(self._used.items())
@@ -243,7 +251,7 @@ class _Parser:
 
     def _check_preamble(self, cursor: Cursor, at: int) -> None:
         if self.profiles:
-            raise cursor.error("it belongs before the first profile", at)
+            raise cursor.error("variables, alias and abi belong before the first profile", at)
 
     def _assign_boolean(self, cursor: Cursor, text: str, at: int) -> None:
         name, _, value = text.partition("=")
@@ -315,7 +323,7 @@ class _Parser:
             raise cursor.error(f"{cursor.shown()} outside of a profile")
 
     def _header(self, cursor: Cursor, scope: _Scope, *, at: int) -> None:
-        """Read a profile, from its name on."""
+        """Read a profile, starting at the name."""
         cursor.skip_blanks()
         found = cursor.take(QUOTED) or cursor.take(WORD)
         if found is None or found[0] == "{":
@@ -334,7 +342,7 @@ class _Parser:
         self._braces(cursor, _Scope(profile=profile, skipped=skipped, depth=scope.depth))
 
     def _read_flags(self, cursor: Cursor, at: int) -> tuple[str, ...]:
-        """Read on up to the brace behind the name of a profile, and return its flags."""
+        """Read up to the brace behind a profile's name, and return the flags."""
         flags: tuple[str, ...] = ()
         while True:
             cursor.skip_blanks()
@@ -393,7 +401,7 @@ class _Parser:
     def _check_qualifiers(
         self, cursor: Cursor, found: frozenset[str], keyword: str | None, at: int
     ) -> None:
-        """Refuse qualifiers of rules that have none such."""
+        """Refuse qualifiers in front of rules that cannot have such qualifiers."""
         is_block = keyword is None and cursor.peek() == "{"
         if is_block and "deny" in found:
             raise cursor.error("'deny' before a block: it stands before each rule", at)
@@ -403,7 +411,10 @@ class _Parser:
             raise cursor.error(f"{min(owners)!r} before a rule that is not about files", at)
 
     def _abi(self, cursor: Cursor, at: int) -> None:
-        """Read what follows the word: a file that says what the kernel can do, which is not read."""
+        """Read a feature file's name after `abi`.
+
+        The file, about abilities of the kernel, is not read.
+        """
         cursor.skip_blanks()
         if cursor.peek() == "<":
             end = cursor.text.find(">", cursor.at, cursor.at + MAX_ABI)
@@ -418,7 +429,7 @@ class _Parser:
         cursor.at += 1
 
     def _condition(self, cursor: Cursor, scope: _Scope, at: int) -> None:
-        """Read `if` and all its branches; of these one counts at the most."""
+        """Read `if` with all branches, of which at most one counts."""
         done = False
         while True:
             met = not done and self._is_met(cursor, at)
@@ -471,7 +482,7 @@ class _Parser:
         return self._booleans[name] ^ negated
 
     def _qualifiers(self, cursor: Cursor) -> tuple[frozenset[str], str | None]:
-        """Return what stands before the rule, and the word that it begins with."""
+        """Return the qualifiers before a rule, and the rule's first word."""
         found: set[str] = set()
         place = -1
         while True:
@@ -495,7 +506,7 @@ class _Parser:
                 cursor.take(WORD)
 
     def _other(self, cursor: Cursor, at: int) -> None:
-        """Skip the rest of a rule that is not ours, with its comma."""
+        """Skip the rest of a rule that is no dbus rule, with the comma."""
         while (found := cursor.take(OTHER)) is not None:
             match found.lastgroup:
                 case "end":
@@ -515,7 +526,7 @@ class _Parser:
         raise cursor.error(f"{problem} in a rule: does the one before lack its ','?", found.start())
 
     def _parentheses(self, cursor: Cursor) -> str:
-        """Skip from `(` to its `)`, and return what is between them."""
+        """Skip from `(` to the matching `)`, and return the text in between."""
         start, depth = cursor.at, 0
         while (found := cursor.take(IN_PARENTHESES)) is not None:
             match found.lastgroup:
@@ -545,7 +556,7 @@ class _Parser:
 
 
 def _check_begin(cursor: Cursor, keyword: str | None, at: int) -> None:
-    """Refuse a rule that no rule begins like."""
+    """Refuse a rule whose beginning no kind of rule has."""
     if keyword is None and VARIABLE.match(cursor.text, cursor.at):
         raise cursor.error("a variable is set in a profile")
     if keyword is None and cursor.peek() not in {"/", "@", '"'}:
@@ -555,7 +566,10 @@ def _check_begin(cursor: Cursor, keyword: str | None, at: int) -> None:
 
 
 def _flags(cursor: Cursor, text: str, at: int) -> tuple[str, ...]:
-    """Return the flags of a profile, which must be known ones that go together."""
+    """Return the flags of a profile.
+
+    Raises ImportFileError for unknown or conflicting flags.
+    """
     flags = tuple(text.replace(",", " ").split())
     if not flags:
         raise cursor.error("no flags between '(' and ')'", at)

@@ -1,8 +1,9 @@
-"""Flatpak's metadata and overrides -> rules: the names an app may see, talk to and own on each bus.
+"""Flatpak's metadata and overrides -> rules about the names that an app may use on each bus.
 
-Files are given in the order in which they count: the app's metadata, then overrides; a later entry for a name
-takes the place of an earlier one, and `none` takes it away. Flatpak carries them out by xdg-dbus-proxy, to whose
-options it adds some of its own (DEFAULTS); so they mean what policy.importers.xdg_dbus_proxy says.
+Files are passed in order of precedence: the app's metadata first, then overrides. A later entry for
+a name replaces an earlier entry, and `none` removes the entry. Flatpak enforces the entries by
+xdg-dbus-proxy, and adds options of its own (DEFAULTS). So the entries have the meaning that
+policy.importers.xdg_dbus_proxy implements.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,13 +25,13 @@ _GROUPS: Final = {
     "System Bus Policy": SYSTEM,
     "Accessibility Bus Policy": ACCESSIBILITY,
 }
-# Entries of [Context] sockets= that give a bus unfiltered.
+# Entries of [Context] sockets= that give access to an unfiltered bus.
 _SOCKETS: Final = {"session-bus": SESSION, "system-bus": SYSTEM}
 _POLICIES: Final = frozenset({"none", "see", "talk", "own"})
 
 
 class Default(msgspec.Struct, frozen=True, kw_only=True):
-    """An option that Flatpak adds for every app, and where that is known from."""
+    """An option that Flatpak adds for every app, with the source in Flatpak's code."""
 
     bus: str
     option: str  # {app} is the app's identifier
@@ -76,7 +77,7 @@ DEFAULTS: Final = (
     _a11y("call", "DeviceEventController.GetDeviceEventListeners", _A11Y_CONTROLLER),
     _a11y("call", "DeviceEventController.NotifyListenersSync", _A11Y_CONTROLLER),
     _a11y("call", "DeviceEventController.NotifyListenersAsync", _A11Y_CONTROLLER),
-    # Name and rule were swapped until flatpak 2afb4cf8, see the facts on CVE-2026-93676.
+    # Name and rule were swapped until flatpak 2afb4cf8 (CVE-2026-93676).
     _a11y("broadcast", "Registry.EventListenerRegistered", _A11Y_REGISTRY),
     _a11y("broadcast", "Registry.EventListenerDeregistered", _A11Y_REGISTRY),
 )
@@ -91,7 +92,10 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def import_flatpak(sources: Sequence[Source], *, app_id: str | None = None) -> Imported:
-    """Return the rules of an app. Without `app_id` its metadata must say what it is. Raises ImportFileError."""
+    """Return the rules of an app. Raises ImportFileError.
+
+    Without `app_id`, the app's metadata must name the app.
+    """
     reader = _Reader(app_id)
     for source in sources:
         for entry in _entries(source):
@@ -99,7 +103,7 @@ def import_flatpak(sources: Sequence[Source], *, app_id: str | None = None) -> I
     rules: list[Rule] = []
     for bus in _GROUPS.values():
         imported = import_arguments(reader.arguments(bus), bus=bus)
-        # Without any policy there is no system bus for an app at all.
+        # Without any policy, an app has no system bus at all.
         if bus != SYSTEM or reader.has(bus):
             rules += imported.access.rules
             reader.unsaid += imported.unsaid
@@ -133,7 +137,7 @@ class _Reader:
             if default.bus != bus:
                 continue
             if "{app}" in default.option and self._app_id is None:
-                reason = "left out: no file says the app's identifier"
+                reason = "left out: no file has the app's identifier"
                 self._note(default.source, number, default.option, reason)
                 continue
             text = default.option.replace("{app}", self._app_id or "")
@@ -147,7 +151,7 @@ class _Reader:
         if entry.value in _POLICIES:
             self._policies[_GROUPS[entry.group]][entry.key] = entry
         else:
-            reason = "no policy that Flatpak knows: it ignores the entry"
+            reason = "an unknown policy: Flatpak ignores the entry"
             self._note(entry.file, entry.line, f"{entry.key}={entry.value}", reason)
 
     def _add_sockets(self, entry: _Entry) -> None:
@@ -156,7 +160,7 @@ class _Reader:
             bus = _SOCKETS.get(socket.removeprefix("!"))
             if bus is None:
                 if socket.startswith("if:") and socket.split(":")[1] in _SOCKETS:
-                    self._note(entry.file, entry.line, socket, "left out: it is conditional")
+                    self._note(entry.file, entry.line, socket, "left out: a conditional entry")
             elif socket.startswith("!"):
                 self._unfiltered.discard(bus)
             else:
@@ -167,9 +171,9 @@ class _Reader:
 
 
 def _entries(source: Source) -> Iterator[_Entry]:
-    """Read a key file, as GLib does."""
+    """Read a key file as GLib does."""
     group: str | None = None
-    # Lines end at \n alone: other line ends of Unicode may stand in values.
+    # Only \n ends a line. Other line ends of Unicode may occur in values.
     for number, raw in enumerate(source.text.split("\n"), 1):
         line = raw.strip()
         if not line or line.startswith("#"):

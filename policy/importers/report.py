@@ -1,8 +1,8 @@
-"""What an importer gives: rules, and whatever it read that no rule says.
+"""The result of an importer: rules, and a report of input that no rule expresses.
 
-An importer never says more than it read. What has no rule is left out of what is allowed, and what is denied
-becomes wider if need be; either way it is listed. Text that its own program would refuse is an
-ImportFileError, and nothing is imported.
+An importer never allows more than the input. An allow rule that cannot be expressed is left out. A
+deny rule that cannot be expressed becomes wider. Both are listed in the report. Text that the
+original program would refuse raises ImportFileError, and nothing is imported.
 """
 
 from typing import Final
@@ -15,18 +15,18 @@ _SHOWN: Final = 120  # characters of a quoted text
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A file: its name, and its text."""
+    """A file: name and text."""
 
     name: str
     text: str
 
 
 class Unsaid(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that the rules do not say, or not exactly."""
+    """An item of the input that the rules do not express, or not exactly."""
 
     file: str
     line: int  # from 1; the number of the argument where there are no lines
-    text: str  # what stands there, cut short
+    text: str  # the input, shortened
     reason: str
 
     def __str__(self) -> str:
@@ -34,14 +34,14 @@ class Unsaid(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Imported(msgspec.Struct, frozen=True, kw_only=True):
-    """The rules of one sandbox, and what they leave out."""
+    """The rules of a sandbox, and the items that the rules leave out."""
 
     access: AccessList
     unsaid: tuple[Unsaid, ...] = ()
 
 
 class ImportFileError(ValueError):
-    """A text that the program it was written for would refuse, or that is beyond a limit of ours."""
+    """A text that the original program would refuse, or that exceeds a limit of this importer."""
 
     def __init__(self, file: str, line: int, problem: str) -> None:
         super().__init__(f"{file}:{line}: {problem}")
@@ -51,8 +51,8 @@ class ImportFileError(ValueError):
 
 
 def cut(text: str) -> str:
-    """Return the text in one printable line, cut short."""
-    # Cut before the blanks are joined: a rule may be megabytes long.
+    """Return the text in one printable line, shortened."""
+    # The text is cut before the blanks are joined, because a rule may be megabytes long.
     line = " ".join(text[: 4 * _SHOWN].split())
     line = line if line.isprintable() else ascii(line)[1:-1]
     return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"

@@ -1,8 +1,9 @@
-"""The options of xdg-dbus-proxy -> rules, exactly as it means them.
+"""Options of xdg-dbus-proxy -> rules of exactly the same meaning.
 
-An option's rule, `--call=NAME=RULE`, is `[METHOD][@PATH]`, and its corners are not what they look like: `x.Y` is member
-Y of interface x, anything that begins with `*` is any method, and other wildcards are taken
-literally. What can match nothing is reported. docs/importers.md has the table.
+The rule of an option, `--call=NAME=RULE`, is `[METHOD][@PATH]`. Some forms are not what they look
+like: `x.Y` is member Y of interface x, anything that begins with `*` is any method, and other
+wildcards are literal characters. Options that can match nothing are reported. docs/importers.md has
+the table.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from policy.importers.report import Imported, ImportFileError, Unsaid, cut
 from policy.match import BUS_NAME
 from policy.rules import Access, AccessList, Peer, Rule
 
-# The form of a path and everything below it in our rules; theirs is `/a/*`.
+# A path and all paths below in the form of policy.globs. xdg-dbus-proxy writes `/a/*`.
 BELOW: Final = "{,/**}"
 
 _TALK: Final = frozenset({Access.SEND, Access.RECEIVE})
@@ -39,14 +40,14 @@ _FILTERS: Final = {
 
 
 class Argument(msgspec.Struct, frozen=True, kw_only=True):
-    """An option, and where it stands."""
+    """An option with its position."""
 
     text: str
     file: str
     line: int
 
     def error(self, problem: str) -> ImportFileError:
-        """Return an error that says where."""
+        """Return an error with the position."""
         return ImportFileError(self.file, self.line, f"{cut(self.text)}: {problem}")
 
     def unsaid(self, reason: str) -> Unsaid:
@@ -55,7 +56,7 @@ class Argument(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def origin(self) -> str:
-        """Return the origin of rules that this option makes."""
+        """Return the origin of this option's rules."""
         return f"{self.file}:{self.line}: {cut(self.text)}"
 
 
@@ -72,7 +73,7 @@ def import_command_line(
     bus_of: Callable[[str], str],
     file: str = "xdg-dbus-proxy",
 ) -> Imported:
-    """Return the rules of all of a command line; `bus_of` names the bus of an address.
+    """Return the rules of a whole command line. `bus_of` returns the bus of an address.
 
     Raises ImportFileError.
     """
@@ -86,7 +87,7 @@ def import_command_line(
 
 
 def import_arguments(arguments: Iterable[Argument], *, bus: str | None) -> Imported:
-    """Return the rules of options that stand at known places. Raises ImportFileError."""
+    """Return the rules of options with positions. Raises ImportFileError."""
     importer = _Importer(bus)
     for argument in arguments:
         importer.add(argument)
@@ -94,10 +95,11 @@ def import_arguments(arguments: Iterable[Argument], *, bus: str | None) -> Impor
 
 
 def always(bus: str | None) -> tuple[Rule, Rule]:
-    """Return what a filtering proxy always does: broadcasts go out, and those of the bus itself come in.
+    """Return rules for the behaviour of every filtering proxy.
 
-    Calls to the bus are another matter: those that every sandbox may make need no rule, and the proxy refuses
-    others. A denial for a peer does not stop broadcasts.
+    Broadcasts go out, and broadcasts of the bus itself come in. Calls to the bus that every sandbox
+    may make need no rule, and the proxy refuses other calls to the bus. A denial for a peer does
+    not stop broadcasts.
     """
     return (
         Rule(access=_TALK, bus=bus, name=BUS_NAME, origin="xdg-dbus-proxy --filter"),
@@ -118,7 +120,10 @@ def everything(bus: str | None) -> Rule:
 
 
 def covers(wide: NamePattern, narrow: NamePattern) -> bool:
-    """Say whether all names of an exact name or subtree are in another."""
+    """Return whether a name pattern covers all names of another.
+
+    Both are exact names or subtrees.
+    """
     if wide.kind == "subtree":
         return narrow.base == wide.base or narrow.base.startswith(f"{wide.base}.")
     return wide == narrow
@@ -129,7 +134,7 @@ def _arguments(texts: Sequence[str], file: str) -> list[Argument]:
 
 
 def _groups(arguments: Sequence[Argument]) -> Iterator[tuple[str, list[Argument]]]:
-    """Give each address with its options; the path of its socket does not matter to us."""
+    """Yield each address with its options. The path of the proxy's own socket is ignored."""
     at = 0
     while at < len(arguments):
         first = arguments[at]
@@ -159,7 +164,7 @@ class _Importer:
     def __init__(self, bus: str | None) -> None:
         self._bus: Final = bus
         self._filter = False
-        self._rules: Final[dict[Rule, Rule]] = {}  # by what they say, without their origin
+        self._rules: Final[dict[Rule, Rule]] = {}  # by the rule without origin
         self._heard: Final[list[tuple[Argument, NamePattern]]] = []
         self._unsaid: Final[list[Unsaid]] = []
 
@@ -172,14 +177,14 @@ class _Importer:
         elif argument.text == "--filter":
             self._filter = True
         elif argument.text == "--sloppy-names":
-            reason = "that unique names come and go is told only for names that may be seen"
+            reason = "changes of unique names are reported only for names that may be seen"
             self._unsaid.append(argument.unsaid(reason))
         elif argument.text != "--log":
             _check_global(argument)
 
     def result(self) -> Imported:
         if not self._filter:
-            # Nothing is looked at, so none of the other options does anything.
+            # Without a filter, the other options have no effect.
             return Imported(access=AccessList(rules=(everything(self._bus),)))
         rules = tuple(self._rules.values())
         senders = [
@@ -216,13 +221,13 @@ class _Importer:
             self._unsaid.append(argument.unsaid(f"left out: {exc.problem}"))
             return
         if pattern.kind == "glob":
-            self._unsaid.append(argument.unsaid("it can match nothing: '*' stands only in '.*'"))
+            self._unsaid.append(argument.unsaid("can match nothing: '*' stands only in '.*'"))
             return
         try:
             path, interface, member = parse_filter(text)
         except PatternError as exc:
-            # The name may be seen all the same, and its service started.
-            self._unsaid.append(argument.unsaid(f"it can match no message: {exc.problem}"))
+            # The name may be seen all the same, and the service started.
+            self._unsaid.append(argument.unsaid(f"can match no message: {exc.problem}"))
             self._keep(argument, Rule(access=frozenset({Access.SEE}), bus=self._bus, name=name))
             return
         rule = Rule(
@@ -242,7 +247,10 @@ class _Importer:
 
 
 def parse_filter(text: str) -> tuple[str | None, str | None, str | None]:
-    """Return path, interface and member of `[METHOD][@PATH]`. Raises PatternError if it can match nothing."""
+    """Return path, interface and member of `[METHOD][@PATH]`.
+
+    Raises PatternError if the filter can match nothing.
+    """
     method, _, path = text.partition("@")
     return (_parse_path(path), *_parse_method(method))
 
@@ -254,7 +262,7 @@ def _parse_path(text: str) -> str | None:
     check_path(base)
     if base == text:
         return text
-    if base == "/":  # of `//*`: what begins with `//`
+    if base == "/":  # `//*` means paths that begin with `//`
         raise PatternError("empty path element", 1)
     return base + BELOW
 
@@ -263,7 +271,7 @@ def _parse_method(text: str) -> tuple[str | None, str | None]:
     if not text or text.startswith("*"):
         return None, None
     interface, dot, member = text.rpartition(".")
-    if not dot:  # an interface, of a single element
+    if not dot:  # an interface of a single element
         interface, member = text, "*"
     check_interface(interface)
     if member == "*":

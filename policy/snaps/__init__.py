@@ -1,1 +1,1 @@
-"""Snaps: the catalogue of interfaces, and the compiler of their rules."""
+"""Snaps: the catalogue of interfaces, and the compiler of the interfaces' rules."""

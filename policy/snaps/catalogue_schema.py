@@ -1,7 +1,7 @@
-"""The types of a catalogue file: an interface, and the rules of its plugs and slots.
+"""The types of a catalogue file: an interface, with the rules of plugs and slots.
 
-docs/policy.md explains the format with an example. msgspec checks the shape; `policy.snaps.library` reads the
-files, and checks what stands in the strings.
+docs/policy.md explains the format with an example. msgspec checks the shape. `policy.snaps.library`
+reads the files and checks the strings.
 """
 
 from typing import Final, Literal
@@ -15,12 +15,12 @@ Confinement = Literal["strict", "classic"]
 # One alternative, or several.
 Texts = str | tuple[str, ...]
 
-# Who the other end is, as seen from the connection that a rule is about. Absent: anybody.
+# The other end, as seen from the connection that a rule is about. Absent means any other end.
 OtherEnd = Literal[
     "host",
-    "plug",  # the apps that have the plug
-    "slot",  # who provides the slot: its apps, or the host if it is the system's
-    "slot-app",  # the slot's apps; nobody if the slot is the system's
+    "plug",  # the apps with the plug
+    "slot",  # the provider of the slot: the slot's apps, or the host for a slot of the system
+    "slot-app",  # the slot's apps; no peer for a slot of the system
     "same-snap",
     "same-app",
 ]
@@ -28,21 +28,21 @@ OtherEnd = Literal[
 AttributeType = Literal[
     "bus",  # session or system
     "bus-name",  # a well-known name, no pattern
-    "name-element",  # what may follow a `.` in one
+    "name-element",  # text that may follow a `.` in a bus name
     "text",
-    "flag",  # true or false; a rule that needs it needs true
+    "flag",  # true or false; a rule that needs the flag needs true
 ]
 
 
 class PeerBySystem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Other ends that are not the same on every system; any of those that are listed."""
+    """Other ends that depend on the system; any of the listed ends."""
 
     classic: tuple[OtherEnd, ...]
     core: tuple[OtherEnd, ...]
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
-    """A rule. Several alternatives in its fields mean each combination."""
+    """A rule. Several alternatives in the fields mean every combination."""
 
     access: tuple[Literal["send", "receive", "own", "see"], ...]
     deny: bool = False
@@ -52,16 +52,17 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     interface: Texts | None = None
     member: Texts | None = None
     peer: OtherEnd | PeerBySystem | None = None
-    # Conditions: the rule is left out where one is not met.
+    # Conditions. If a condition is not met, the rule is left out.
     on: System | None = None
     slot_is: Literal["app", "system"] | None = None
     confinement: Confinement | None = None
-    # Attributes that must be there, e.g. `plug.action-prefix`; those of type `flag` must be true.
+    # Attributes that must be present, e.g. `plug.action-prefix`. Attributes of type `flag` must be
+    # true.
     needs: tuple[str, ...] = ()
-    never: str | None = None  # why this is kept for the record but gives no rule
+    never: str | None = None  # the reason why the entry is kept for the record but gives no rule
 
     def other_ends(self, system: System) -> tuple[OtherEnd | None, ...]:
-        """Return who the other end may be; None is anybody."""
+        """Return the possible other ends on a system; None is any."""
         if isinstance(self.peer, PeerBySystem):
             return self.peer.classic if system == "classic" else self.peer.core
         return (self.peer,)
@@ -70,7 +71,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Attribute(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
 ):
-    """An attribute that a plug or slot has in the snap's own description."""
+    """An attribute of a plug or slot in the snap's own description."""
 
     type: AttributeType
     required: bool = False
@@ -78,14 +79,14 @@ class Attribute(
 
 
 class Attributes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The attributes that rules use. Others are allowed and not looked at."""
+    """The attributes that rules use. Other attributes are allowed and ignored."""
 
     plug: dict[str, Attribute] = {}
     slot: dict[str, Attribute] = {}
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The rules of the apps that have the plug, or of those that have the slot."""
+    """The rules of apps with the plug, or of apps with the slot."""
 
     permanent: tuple[Entry, ...] = ()  # connected or not
     connected: tuple[Entry, ...] = ()  # once for each connection
@@ -94,19 +95,20 @@ class Side(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Interface(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
 ):
-    """A file. Its name without `.toml` is the interface's."""
+    """A catalogue file. The file name without `.toml` is the name of the interface."""
 
     summary: str
-    # Where the system itself has a slot of this interface.
+    # Systems with a slot of this interface.
     system_slot: tuple[System, ...] = ()
-    # Where it has one if the program behind it is installed: the snaps file says so (`system-slots`).
+    # Systems with such a slot if a program is installed. The snaps file states that
+    # (`system-slots`).
     system_slot_if_there: tuple[System, ...] = ()
-    # Attributes that must be equal in plug and slot for a connection to give rules.
+    # Attributes that must be equal in plug and slot. Otherwise a connection gives no rules.
     same: tuple[str, ...] = ()
     attributes: Attributes = Attributes()
     plug: Side = Side()
     slot: Side = Side()
-    # In the file of this name alone: the rules of every app of every snap.
+    # Only in the file `every-snap.toml`: the rules of every app of every snap.
     every_snap: tuple[Entry, ...] = ()
 
 

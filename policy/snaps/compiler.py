@@ -1,11 +1,11 @@
 """Snaps and their connections -> the access list of each app. Pure, and kept up to date.
 
-A list is made of blocks: what every snap gets, what each plug and slot of the app gives by itself, and what
-each connection of these gives. A connection made or undone adds or removes its two blocks, and
-touches no other list. The order of blocks and rules depends on names alone, so the same
-snaps and connections always give the same lists.
+A list consists of blocks: the rules of every snap, the rules of each plug and slot of the app, and
+the rules of each connection. Connecting or disconnecting adds or removes the two blocks of the
+connection and touches no other list. The order of blocks and rules depends on names alone, so the
+same snaps and connections always give the same lists.
 
-Whatever is refused (SnapError) changes nothing.
+A refused operation (SnapError) changes nothing.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -29,14 +29,14 @@ from policy.snaps.rule_blocks import Block, BlockMaker, End
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of compiling one app's list."""
+    """The change of an app's list."""
 
     tag: str
     added: tuple[Rule, ...] = ()
     removed: tuple[Rule, ...] = ()
 
 
-# A block's place in a list: what it is of, the plug or slot, the connection or nothing.
+# A block's place in a list: the side, the plug or slot, and the connection or an empty text.
 _Key = tuple[str, str, str]
 _EVERY_SNAP: Final[_Key] = ("", "", "")
 
@@ -53,8 +53,8 @@ class Compiler:
         self._snaps: Final[dict[str, Snap]] = {}
         self._ends: Final[dict[tuple[str, str, str], End]] = {}
         self._connections: Final[set[Connection]] = set()
-        self._blocks: Final[dict[str, dict[_Key, Block]]] = {}  # by the security tag
-        self._lists: Final[dict[str, AccessList]] = {}  # those that were asked for
+        self._blocks: Final[dict[str, dict[_Key, Block]]] = {}  # by security tag
+        self._lists: Final[dict[str, AccessList]] = {}  # lists that were requested
         for snap in world.snaps:
             self.add_snap(snap)
         for plug, slot in world.connections:
@@ -62,7 +62,7 @@ class Compiler:
 
     @property
     def snaps(self) -> Mapping[str, Snap]:
-        """Return all snaps by their names."""
+        """Return all snaps by name."""
         return self._snaps
 
     @property
@@ -76,12 +76,12 @@ class Compiler:
         return sorted(self._blocks)
 
     def access(self, tag: str) -> AccessList:
-        """Return the app's list. Raises SnapError for a tag that no app has."""
+        """Return an app's list. Raises SnapError for an unknown tag."""
         access = self._lists.get(tag)
         if access is None:
             access = AccessList(
                 rules=tuple(rule for block in self._in_order(tag) for rule in block.rules),
-                # As AppArmor: what no rule is about does not come in, nor go to the bus.
+                # As under AppArmor, messages that match no rule neither come in nor go to the bus.
                 receive_from_host=False,
                 bus_by_rule=True,
             )
@@ -89,13 +89,13 @@ class Compiler:
         return access
 
     def identity(self, tag: str) -> Identity:
-        """Return who an app is to the bus. Raises SnapError for a tag that no app has."""
+        """Return the identity of an app on the bus. Raises SnapError for an unknown tag."""
         self._in_order(tag)
         _, name, app = tag.split(".", 2)  # a snap's name has no dot
         return identity_of(name, app)
 
     def narrowed(self, tag: str, plugs: Collection[str]) -> AccessList:
-        """Return the app's list with no other plugs than these. Raises SnapError for an unknown tag."""
+        """Return an app's list, limited to some plugs. Raises SnapError for an unknown tag."""
         self._in_order(tag)
         blocks = self._blocks[tag]
         kept = [key for key in sorted(blocks) if key[0] != "plug" or key[1] in plugs]
@@ -103,15 +103,15 @@ class Compiler:
         return msgspec.structs.replace(self.access(tag), rules=rules)
 
     def left_out(self, tag: str) -> list[str]:
-        """Say in words which rules were left out. Raises SnapError for a tag that no app has."""
+        """Describe the rules that were left out. Raises SnapError for an unknown tag."""
         return [text for block in self._in_order(tag) for text in block.left_out]
 
     def is_connected(self, connection: Connection) -> bool:
-        """Say whether they are connected now."""
+        """Return whether a plug and a slot are connected now."""
         return connection in self._connections
 
     def add_snap(self, snap: Snap) -> tuple[Change, ...]:
-        """Take a snap in, with nothing connected. Raises SnapError."""
+        """Add a snap without connections. Raises SnapError."""
         if snap.name in self._snaps:
             raise SnapError(f"there is a snap {snap.name} already")
         check_snap(snap)
@@ -127,7 +127,7 @@ class Compiler:
         return tuple(Change(tag=tag, added=self._rules(tag)) for tag in tags)
 
     def remove_snap(self, name: str) -> tuple[Change, ...]:
-        """Forget a snap, and undo its connections. Raises SnapError."""
+        """Remove a snap and its connections. Raises SnapError."""
         snap = self._snap(name)
         changes: list[Change] = []
         for each in self.connections:
@@ -143,7 +143,7 @@ class Compiler:
         return _together(changes)
 
     def connect(self, connection: Connection) -> tuple[Change, ...]:
-        """Connect a plug to a slot; nothing if they are already. Raises SnapError."""
+        """Connect a plug to a slot; no change if already connected. Raises SnapError."""
         plug, slot = self._both(connection)
         if connection in self._connections:
             return ()
@@ -155,7 +155,7 @@ class Compiler:
         return _together(changes)
 
     def disconnect(self, connection: Connection) -> tuple[Change, ...]:
-        """Undo a connection. Raises SnapError if there is none."""
+        """Undo a connection. Raises SnapError for an unknown connection."""
         plug, slot = self._both(connection)
         if connection not in self._connections:
             raise SnapError(f"{plug} and {slot} are not connected")
@@ -170,7 +170,7 @@ class Compiler:
         return _together(changes)
 
     def preview(self, connection: Connection) -> tuple[Change, ...]:
-        """Return what a connection would change, and change nothing. Raises SnapError."""
+        """Return the changes that a connection would make. Raises SnapError."""
         made = self._maker.connected(*self._both(connection))
         return _together(
             Change(tag=tag, added=block.rules)
@@ -216,7 +216,7 @@ class Compiler:
 
 
 def _together(changes: Iterable[Change]) -> tuple[Change, ...]:
-    """Return one change a list that really changes."""
+    """Return a single change for each list that changes."""
     added: dict[str, tuple[Rule, ...]] = {}
     removed: dict[str, tuple[Rule, ...]] = {}
     for change in changes:

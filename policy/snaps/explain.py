@@ -1,8 +1,9 @@
-"""Why something is allowed or denied, and what would allow it. Pure.
+"""Reasons for verdicts, and remedies for denials. Pure.
 
-For a denial that no rule caused, three things may help: one rule that allows just this; connections of
-plugs and slots that are there; plugs that the snap does not have. Each says how much it would open, and the least
-comes first. A denial by a deny rule is only explained: no allow helps against it.
+A denial without a deciding rule may have remedies of three kinds: a rule that allows just this
+action; possible connections of existing plugs and slots; and plugs that the snap does not have.
+Each remedy states how much more would be allowed, and the narrowest remedy comes first. A denial by
+a deny rule is only explained, because no allow rule overrides a deny rule.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -18,16 +19,20 @@ from policy.snaps.installed import Connection, Port, Snap, SnapError, identity_o
 from policy.snaps.rule_blocks import BlockMaker, End
 from policy.wall import walled
 
-# Connections that are tried. Those with the other end's snap, and with the system's, come first.
+# Limit on connections that are tried. Connections to the other end's snap, and to the system's,
+# come first.
 MAX_TRIED: Final = 500
-# How much work it is to look at a plug or slot, as policy.match counts it.
+# Work of looking at a plug or slot, in the unit of policy.match.
 _LOOKING: Final = 16
-# And to try a connection, beside the rules that it would bring.
+# Work of trying a connection, without the work for the connection's rules.
 TRYING: Final = 1024
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """An action of an app. `names` and `peer` are the other end's; for `own`, the name."""
+    """An action of an app.
+
+    `names` and `peer` belong to the other end; for `own`, to the name.
+    """
 
     access: Access
     bus: str
@@ -42,15 +47,15 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 class Remedy(msgspec.Struct, frozen=True, kw_only=True):
     """An addition that would allow an action: a rule, a connection or a plug."""
 
-    because: Rule  # that then allows it
-    opens: int  # how much else it allows, for comparing
+    because: Rule  # the rule that then allows the action
+    opens: int  # breadth of the addition, for comparison
     rule: Rule | None = None
     connection: Connection | None = None
-    plug: str = ""  # the interface of a plug that the snap does not have
+    plug: str = ""  # the interface of a plug that the snap lacks
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """A verdict, where its rule came from, and what would turn a denial."""
+    """A verdict, the origin of the deciding rule, and remedies for a denial."""
 
     verdict: Verdict
     origin: str = ""
@@ -58,12 +63,12 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(access: AccessList, me: Identity, question: Question) -> Verdict:
-    """Return the verdict of a list."""
+    """Return the verdict of an access list."""
     return ask(Judge(access, bus=question.bus, me=me), question)
 
 
 def ask(judge: Judge, question: Question) -> Verdict:
-    """Return the verdict of a judge, which is for the question's bus."""
+    """Return the verdict of a judge for the question's bus."""
     names, peer = question.names, question.peer
     message = (question.path, question.interface, question.member)
     match question.access:
@@ -80,19 +85,19 @@ def ask(judge: Judge, question: Question) -> Verdict:
 
 
 def explain_list(access: AccessList, me: Identity, question: Question) -> Explanation:
-    """Explain by a list alone, whoever made it."""
+    """Explain a verdict by an access list alone."""
     return _at_once(explaining_list(access, me, question))
 
 
 def explain(compiler: Compiler, tag: str, question: Question) -> Explanation:
-    """Explain for an app of a snap. Raises SnapError for a tag that no app has."""
+    """Explain a verdict for an app of a snap. Raises SnapError for an unknown tag."""
     return _at_once(explaining(compiler, tag, question))
 
 
 def explaining_list(
     access: AccessList, me: Identity, question: Question
 ) -> Generator[int, None, Explanation]:
-    """Do `explain_list` step by step; yield how much work each step was."""
+    """Run `explain_list` step by step, and yield the work of each step."""
     verdict = yield from _judging(access, me, question)
     remedies: list[Remedy] = []
     if not verdict.allowed:
@@ -103,7 +108,7 @@ def explaining_list(
 def explaining(
     compiler: Compiler, tag: str, question: Question
 ) -> Generator[int, None, Explanation]:
-    """Do `explain` step by step; yield how much work each step was.
+    """Run `explain` step by step, and yield the work of each step.
 
     The compiler must not change meanwhile.
     """
@@ -135,7 +140,7 @@ def _judging(access: AccessList, me: Identity, question: Question) -> Generator[
 
 
 def narrowest_rule(question: Question) -> Rule:
-    """Return the rule that allows this and as little else as a rule can."""
+    """Return the rule that allows an action and as little else as a rule can."""
     name = next((name for name in question.names if not name.startswith(":")), None)
     rule = Rule(access=frozenset({question.access}), bus=question.bus, name=name)
     if question.access is Access.OWN:
@@ -143,7 +148,7 @@ def narrowest_rule(question: Question) -> Rule:
     peer = _peer(question.peer)
     if question.access is Access.SEE:
         return msgspec.structs.replace(rule, peer=peer)
-    # Who hears a broadcast is judged at each receiver.
+    # Each receiver judges whether it may hear a broadcast.
     everybody = question.access is Access.SEND and question.broadcast
     return msgspec.structs.replace(
         rule,
@@ -156,12 +161,12 @@ def narrowest_rule(question: Question) -> Rule:
 
 
 def breadth(rules: Iterable[Rule]) -> int:
-    """Estimate how much rules allow: 1 for a rule that is literal throughout."""
+    """Estimate how much rules allow. A rule that is literal throughout counts 1."""
     return sum(_breadth(rule) for rule in rules if not rule.deny)
 
 
 def _breadth(rule: Rule) -> int:
-    # Twice as much for a pattern, four times for "any".
+    # A pattern doubles the breadth, and "any" quadruples the breadth.
     texts = [rule.bus, rule.name]
     if rule.access != {Access.OWN}:
         texts += [rule.path, rule.interface, rule.member]
@@ -177,12 +182,12 @@ def _explanation(verdict: Verdict, remedies: tuple[Remedy, ...]) -> Explanation:
 
 
 def _order(remedy: Remedy) -> tuple[int, int, str]:
-    # What the administrator can do at once comes before what needs another snap.
+    # Remedies that an administrator can apply at once come before remedies that need another snap.
     what = f"{remedy.connection or ''}{remedy.plug}"
     return bool(remedy.plug), remedy.opens, what
 
 
-# A search for remedies adds them to a list, and yields how much work it has done.
+# A search for remedies. The search adds remedies to a list, and yields the work done.
 _Finding = Generator[int, None, None]
 
 
@@ -206,7 +211,7 @@ def _connections(
     yield _LOOKING * len(others)
     tried = 0
     for connection in _candidates(compiler, snap, app, others):
-        if connection is None:  # it is another snap's turn
+        if connection is None:  # the search goes on to another snap
             yield _LOOKING
             continue
         tried += 1
@@ -224,7 +229,10 @@ def _connections(
 def _candidates(
     compiler: Compiler, snap: Snap, app: str, others: list[Snap]
 ) -> Iterator[Connection | None]:
-    """Find what the app's plugs and slots could be connected to, and are not; None now and then."""
+    """Yield possible connections of the app's plugs and slots, with None in between.
+
+    Connected pairs are left out. None gives the caller a chance to do other work.
+    """
     plugs, slots = _by_interface(snap.plugs, snap, app), _by_interface(snap.slots, snap, app)
     for other in others:
         yield None
@@ -259,7 +267,7 @@ def _unconnected(
 def _new_plugs(
     compiler: Compiler, snap: Snap, app: str, question: Question, found: list[Remedy]
 ) -> _Finding:
-    """Find interfaces of the host of which the snap has no plug."""
+    """Find interfaces with a slot of the host for which the snap has no plug."""
     tag, me = tag_of(snap.name, app), identity_of(snap.name, app)
     library, maker = compiler.library, BlockMaker(compiler.library, compiler.system)
     host = library.system_snap(compiler.system)
@@ -278,7 +286,7 @@ def _new_plugs(
             plug = End(library, "plug", with_plug, name)
             made = maker.connected(plug, End(library, "slot", host, name))
         except SnapError:
-            continue  # it needs attributes
+            continue  # the interface needs attributes
         added = [rule for _, blocks in made if tag in blocks for rule in blocks[tag].rules]
         yield TRYING + RULE_WORK * len(added)
         because = yield from _allowing(added, me, question)

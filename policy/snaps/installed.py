@@ -1,6 +1,6 @@
-"""The snaps of a system: their apps, plugs, slots and attributes, and who is connected to whom.
+"""The snaps of a system: apps, plugs, slots, attributes and connections.
 
-Everything from outside is checked here: SnapError says what is wrong with which plug or slot.
+Input from outside is checked here. SnapError names the plug or slot and the problem.
 """
 
 import re
@@ -14,19 +14,19 @@ from policy.rules import Identity
 from policy.snaps.catalogue_schema import Attribute, Confinement, Interface, System
 from policy.snaps.templates import fill_text
 
-SNAP_TYPE: Final = "io.snapcraft.snapd"  # container type of a snap's sandboxes
-MAX_ATTRIBUTE: Final = 255  # characters: no name on D-Bus is longer
+SNAP_TYPE: Final = "io.snapcraft.snapd"  # container type of snaps' sandboxes
+MAX_ATTRIBUTE: Final = 255  # characters; no name on D-Bus is longer
 
 _SNAP: Final = re.compile(r"[a-z0-9](?:-?[a-z0-9])*(?:_[a-z0-9]{1,10})?")
-# A hook is an app called `hook.NAME`: its security tag is made up in the same way.
+# A hook is an app called `hook.NAME`, with a security tag of the same form.
 _APP: Final = re.compile(r"(?:hook\.)?[A-Za-z0-9](?:-?[A-Za-z0-9])*")
 _PORT: Final = re.compile(r"[a-z](?:-?[a-z0-9])*")
 _ELEMENT: Final = re.compile(r"[A-Za-z0-9_-]+")
-MAX_SNAP: Final = 51  # characters, of name and instance key
+MAX_SNAP: Final = 51  # characters of name and instance key
 
 
 class SnapError(ValueError):
-    """A snap, plug, slot or connection that makes no sense. Nothing was changed."""
+    """A snap, plug, slot or connection makes no sense. Nothing was changed."""
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,26 +34,26 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     interface: str
     attributes: dict[str, Any] = {}
-    apps: tuple[str, ...] | None = None  # who has it; None: all apps
+    apps: tuple[str, ...] | None = None  # apps with the plug or slot; None: all apps
 
 
 class Snap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A snap; `name` with the instance key."""
+    """A snap. `name` includes the instance key."""
 
     name: str
     apps: tuple[str, ...] = ()
     plugs: dict[str, Port] = {}
     slots: dict[str, Port] = {}
     confinement: Confinement = "strict"
-    system: bool = False  # its slots are the host's
+    system: bool = False  # the snap's slots belong to the host
 
     def apps_of(self, port: Port) -> tuple[str, ...]:
-        """Return the apps that have the plug or slot."""
+        """Return the apps with the plug or slot."""
         return self.apps if port.apps is None else port.apps
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A plug and a slot that belong together now."""
+    """A plug and a slot that are connected now."""
 
     plug_snap: str
     plug: str
@@ -65,10 +65,10 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class World(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that a compilation goes by. Connections are pairs of `SNAP:PLUG` and `SNAP:SLOT`."""
+    """The input of a compilation. Connections are pairs of `SNAP:PLUG` and `SNAP:SLOT`."""
 
     system: System = "classic"
-    # Interfaces that the system has a slot of on this machine, beside those it always has.
+    # Interfaces with a system slot on this machine, beside interfaces that always have such a slot.
     system_slots: tuple[str, ...] = msgspec.field(default=(), name="system-slots")
     snaps: tuple[Snap, ...] = ()
     connections: tuple[tuple[str, str], ...] = ()
@@ -82,7 +82,7 @@ def parse_connection(plug: str, slot: str) -> Connection:
 
 
 def parse_world(data: object) -> World:
-    """Return what a file (JSON or TOML, already decoded) describes. Raises SnapError."""
+    """Return the world that decoded JSON or TOML describes. Raises SnapError."""
     try:
         return msgspec.convert(data, World)
     except msgspec.ValidationError as exc:
@@ -90,17 +90,17 @@ def parse_world(data: object) -> World:
 
 
 def tag_of(snap: str, app: str) -> str:
-    """Return the security tag."""
+    """Return the security tag of an app."""
     return f"snap.{snap}.{app}"
 
 
 def identity_of(snap: str, app: str | None) -> Identity:
-    """Return who the app is on the bus."""
+    """Return the identity of an app on the bus."""
     return Identity(type=SNAP_TYPE, app=snap, component=app)
 
 
 def check_snap(snap: Snap) -> None:
-    """Accept a snap whose names are names. Raises SnapError."""
+    """Accept a snap with valid names. Raises SnapError."""
     if len(snap.name) > MAX_SNAP or not _SNAP.fullmatch(snap.name):
         raise SnapError(f"not a snap's name: {snap.name[:60]!r}")
     _check_all(snap.apps, _APP, f"snap {snap.name}: not an app's name")
@@ -118,7 +118,7 @@ def check_snap(snap: Snap) -> None:
 def attribute_values(
     interface: Interface, side: str, snap: Snap, name: str, port: Port
 ) -> dict[str, str]:
-    """Return what the port's attributes put into placeholders. Raises SnapError."""
+    """Return the placeholder values of a port's attributes. Raises SnapError."""
     declared = getattr(interface.attributes, side)
     values: dict[str, str] = {}
     for key, attribute in declared.items():
@@ -133,7 +133,7 @@ def attribute_values(
         if attribute.type == "flag":
             if not isinstance(value, bool):
                 raise SnapError(f"{where} is neither true nor false")
-            if value:  # false is as if it were not there: snapd's default
+            if value:  # false counts as absent, as in snapd
                 values[f"{side}.{key}"] = "true"
             continue
         values[f"{side}.{key}"] = _check_value(attribute, value, where)
@@ -142,24 +142,24 @@ def attribute_values(
 
 
 def snap_values(snap: Snap) -> dict[str, str]:
-    """Return the placeholders that every snap fills."""
-    # The desktop joins snap and instance key by `+`; in paths snapd makes `_` of that and of each `-`.
+    """Return the placeholder values of a snap."""
+    # In desktop paths snapd replaces `-` and the separator of the instance key by `_`.
     return {"snap": snap.name, "snap:desktop": snap.name.replace("-", "_")}
 
 
 def app_values(tag: str) -> dict[str, str]:
-    """Return the placeholders that every app fills."""
+    """Return the placeholder values of an app."""
     return {"tag:path": re.sub(r"[^A-Za-z0-9]", lambda found: f"_{ord(found[0]):02x}", tag)}
 
 
 def samples(interface: Interface, sides: Iterable[str]) -> dict[str, str]:
-    """Return a value for each placeholder that rules of these sides may have."""
+    """Return a sample for each placeholder that rules of some sides may have."""
     found = {"snap": "x", "snap:desktop": "x", "tag:path": "x"}
     for side in sides:
         declared: Mapping[str, Attribute] = getattr(interface.attributes, side)
         for key, attribute in declared.items():
             if attribute.type in {"text", "flag"}:
-                continue  # a text could bring a pattern in, and a flag stands for none
+                continue  # a text could contain a pattern, and a flag has no placeholder
             found[f"{side}.{key}"] = "x.x" if attribute.type == "bus-name" else "x"
             found[f"{side}.{key}:path"] = "/x"
     return found

@@ -1,7 +1,7 @@
-"""The catalogue in memory: the shipped files, and the administrator's and the user's own.
+"""The catalogue in memory: the shipped files, and files of the administrator and the user.
 
-A file of one's own adds an interface, or replaces the one of that name. A file that is wrong
-anywhere is refused as a whole, with its name and the line.
+An own file adds an interface, or replaces the interface of the same name. A file with any error is
+refused as a whole. The error has the file name and the line.
 """
 
 import re
@@ -17,7 +17,8 @@ from policy.snaps.catalogue_schema import EVERY_SNAP, SYSTEMS, Entry, Interface,
 from policy.snaps.installed import Port, Snap, SnapError, samples
 from policy.snaps.templates import EntryError, Template, find_placeholders, make_template
 
-# Where own files are; the later ones replace the earlier. Whoever calls us opens them.
+# Directories of own files. Later directories replace interfaces of earlier ones. The caller opens
+# the directories.
 OWN_DIRECTORIES: Final = ("/etc/buswarden/interfaces.d", "~/.config/buswarden/interfaces.d")
 SUFFIX: Final = ".toml"
 MAX_FILE: Final = 1024 * 1024  # characters; the largest shipped file has 25 000
@@ -41,7 +42,7 @@ _UNKNOWN: Final = re.compile(r"unknown field `([^`]*)`")
 
 
 class CatalogueError(ValueError):
-    """A catalogue file that is wrong. Its text is `FILE:LINE: problem`."""
+    """A catalogue file is invalid. The text of the error is `FILE:LINE: problem`."""
 
     def __init__(self, file: str, line: int, problem: str) -> None:
         super().__init__(f"{file}:{line}: {problem}")
@@ -51,7 +52,7 @@ class CatalogueError(ValueError):
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
-    """An interface that was read, with its rules made ready."""
+    """An interface that was read, with prepared rules."""
 
     name: str
     file: str
@@ -60,16 +61,16 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Library(msgspec.Struct, frozen=True, kw_only=True):
-    """All interfaces that have rules, and what every snap gets."""
+    """All interfaces with rules, and the rules of every snap."""
 
     interfaces: dict[str, Known]
     every_snap: Known
 
     def system_snap(self, system: System, name: str = "snapd", there: Collection[str] = ()) -> Snap:
-        """Return the snap that stands for the host, with the slots it has on this system.
+        """Return the snap that stands for the host, with the host's slots on a system.
 
-        `there` are interfaces that this machine has a slot of, beside those that every such system
-        has. Raises SnapError for one that it cannot have.
+        `there` are interfaces with a slot on this machine, beside interfaces with a slot on every
+        such system. Raises SnapError for an interface that cannot have a slot there.
         """
         for each in there:
             known = self.interfaces.get(each)
@@ -87,8 +88,11 @@ class Library(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_library(own: Iterable[Traversable] = ()) -> Library:
-    """Read the shipped catalogue, and then the directories of own files. Raises CatalogueError."""
-    # A shipped file is shown by its name alone: where it is depends on the installation.
+    """Read the shipped catalogue, and then the directories of own files.
+
+    Raises CatalogueError.
+    """
+    # A shipped file is shown by name alone, because the location depends on the installation.
     shipped = _files(resources.files("policy.catalogue"))
     files = [(file, file.name) for file in shipped]
     files += [(file, str(file)) for directory in own for file in _files(directory)]
@@ -192,7 +196,7 @@ def _entries(interface: Interface, where: Where) -> Sequence[Entry]:
 
 
 def _check_permanent(entry: Entry) -> None:
-    """Refuse what only a connection has."""
+    """Refuse conditions that only a connection can meet."""
     ends = {end for system in SYSTEMS for end in entry.other_ends(system)}
     for end in ("plug", "slot", "slot-app"):
         if end in ends:
@@ -201,7 +205,7 @@ def _check_permanent(entry: Entry) -> None:
         raise EntryError("without a connection slot-is has no meaning", "slot-is")
 
 
-# -- finding the line ---------------------------------------------------------------------------------
+# -- finding the line ------------------------------------------------------------------------------
 
 
 def _toml_error(file: str, text: str, problem: str) -> CatalogueError:
@@ -223,7 +227,10 @@ def _shape_error(file: str, text: str, problem: str) -> CatalogueError:
 
 
 def _nearest_line(text: str, steps: list[str | int], problem: str) -> int:
-    """Return the line, also if a step is `...`: msgspec does not say which attribute it is."""
+    """Return the line of an error, also if a step is `...`.
+
+    msgspec writes `...` instead of an attribute's name, so the attribute is searched.
+    """
     if "..." not in steps:
         return _line_of(text, steps)
     at = steps.index("...")
@@ -240,10 +247,10 @@ def _nearest_line(text: str, steps: list[str | int], problem: str) -> int:
 
 
 def _line_of(text: str, steps: Sequence[str | int], value: str = "") -> int:
-    """Return the line of `[[plug.connected]]` number N, or of a key in it; 1 if it is not found.
+    """Return the line of `[[plug.connected]]` number N, or of a key below; 1 if not found.
 
-    TOML can be written in other ways than the usual one of headings and keys: then the line is
-    that of the nearest heading that is there.
+    TOML can be written in other ways than by headings and keys. In that case the result is the line
+    of the nearest heading.
     """
     lines = text.splitlines()
     at, end = 0, len(lines)

@@ -1,7 +1,7 @@
-"""The rules that one plug, slot or connection gives, for each app that has it.
+"""The rules that a plug, slot or connection gives, for each app.
 
-`policy.snaps.compiler` keeps these blocks and puts lists together of them. Here is decided which entries of the
-catalogue apply, and who the peers are.
+This module decides which entries of the catalogue apply, and which peers the rules have.
+`policy.snaps.compiler` keeps the blocks and makes lists of the blocks.
 """
 
 from collections.abc import Mapping
@@ -25,21 +25,22 @@ from policy.snaps.library import Known, Library, Where
 from policy.snaps.templates import Template, fill
 
 HOST: Final = Peer(kind="host")
-SAME_SNAP: Final = Peer(kind="same-app")  # to the bus a snap is the app, and its apps components
+# on the bus a snap is an app, and the snap's apps are components
+SAME_SNAP: Final = Peer(kind="same-app")
 NO_VALUES: Final[Mapping[str, str]] = {}
 
 Peers = tuple[Peer | None, ...]
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
-    """Rules, and in words those that were left out because no message could match them."""
+    """Rules, and descriptions of rules that were left out because no message could match."""
 
     rules: tuple[Rule, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
 class End:
-    """A plug or slot of a snap, with everything that rules ask of it. Raises SnapError."""
+    """A plug or slot of a snap, with all facts that rules need. Raises SnapError."""
 
     def __init__(self, library: Library, side: str, snap: Snap, name: str) -> None:
         self.side: Final = side
@@ -61,7 +62,10 @@ class End:
 
     @cached_property
     def peers(self) -> Peers:
-        """Return who is at this end. If it is all of a snap, that is one peer, as in snapd."""
+        """Return the peers at this end.
+
+        As in snapd, all apps of a snap together are a single peer.
+        """
         if len(self.apps) > 1 and set(self.apps) == set(self.snap.apps):
             return (Peer(kind="app", type=SNAP_TYPE, app=self.snap.name),)
         return tuple(
@@ -70,7 +74,7 @@ class End:
 
 
 class BlockMaker:
-    """Makes blocks for one system."""
+    """A maker of blocks for a system."""
 
     def __init__(self, library: Library, system: System) -> None:
         self._library: Final = library
@@ -78,14 +82,14 @@ class BlockMaker:
         self._chosen: Final[dict[tuple[str, Where, str, bool], _Chosen]] = {}
 
     def every_snap(self, snap: Snap) -> dict[str, Block]:
-        """Return what each app has without any plug or slot."""
+        """Return the rules that each app has without any plug or slot."""
         known = self._library.every_snap
         chosen = self._choose(known, "every-snap", snap, system_slot=False)
         origin = f"{known.name} ({known.file})"
         return _blocks(snap, snap.apps, chosen, origin, NO_VALUES, _ALWAYS)
 
     def permanent(self, end: End) -> dict[str, Block]:
-        """Return what each app has because of a plug or slot, connected or not."""
+        """Return the rules that each app has because of a plug or slot, connected or not."""
         if end.known is None:
             return {}
         where: Where = "plug.permanent" if end.side == "plug" else "slot.permanent"
@@ -94,7 +98,7 @@ class BlockMaker:
         return _blocks(end.snap, end.apps, chosen, origin, end.values, _ALWAYS)
 
     def connected(self, plug: End, slot: End) -> list[tuple[End, dict[str, Block]]]:
-        """Return what each app at either end has because of a connection."""
+        """Return the rules that each app at either end has because of a connection."""
         known = plug.known
         if known is None:
             return []
@@ -119,14 +123,15 @@ class BlockMaker:
         ]
 
     def _choose(self, known: Known, where: Where, snap: Snap, *, system_slot: bool) -> "_Chosen":
-        """Return the entries whose conditions are met here."""
+        """Return the entries whose conditions are met."""
         key = (known.name, where, snap.confinement, system_slot)
         chosen = self._chosen.get(key)
         if chosen is None:
             kind = "system" if system_slot else "app"
             confinements: set[str | None] = {None, snap.confinement}
             if snap.confinement == "classic" and where != "every-snap":
-                # Such a snap may do everything: of interfaces snapd gives it nothing, no denials either.
+                # Such a snap may do everything. So snapd gives the snap neither rules nor denials
+                # of interfaces.
                 confinements.remove(None)
             templates = [
                 template
@@ -141,11 +146,11 @@ class BlockMaker:
 
 
 class _Chosen:
-    """Templates, and whether they come out alike for all apps of a snap."""
+    """Templates, with a flag for templates that are the same for all apps of a snap."""
 
     def __init__(self, templates: list[Template], system: System, where: Where) -> None:
         self.templates: Final = [(each, each.entry.other_ends(system)) for each in templates]
-        # A slot announces things to the apps that are connected to it; a plug does not.
+        # A slot sends announcements to connected apps, and a plug does not.
         self.to_host: Final = where != "plug.connected"
         self.alike: Final = not any(
             "same-app" in ends or "tag:path" in template.placeholders

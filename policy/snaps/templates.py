@@ -1,9 +1,11 @@
-"""Entries of the catalogue made ready: alternatives joined or multiplied, placeholders filled in.
+"""Prepared entries of the catalogue, and filling in of placeholders.
 
-A template is made once, when the catalogue is loaded, and filled in for each app and connection. What
-stands for a placeholder is checked by `policy.snaps.installed` and has no wildcards, so a snap cannot bring
-a pattern in. Where such a text makes a string that is illegal on D-Bus (a path with a `-`), no
-message could match, and the rule is left out.
+Alternatives of an entry are joined in a pattern or multiplied to several rules.
+
+A template is made once, when the catalogue is loaded, and filled in for each app and connection.
+`policy.snaps.installed` checks the texts for placeholders. These texts have no wildcards, so a snap
+cannot add a pattern. A filled-in text may be illegal on D-Bus (a path with a `-`). No message could
+match such a rule, so the rule is left out.
 """
 
 import re
@@ -27,15 +29,16 @@ from policy.rules import Access, Peer, Rule
 from policy.snaps.catalogue_schema import Entry, Texts
 from policy.text import misfit
 
-# A rule with no name at all would let broadcasts out, and the host would hear them: every snap may send
-# to itself, so every snap could say anything to everybody.
+# The name condition of a rule about apps only. A rule without a name would let broadcasts out, and
+# the host would receive the broadcasts. Every snap may send to itself, so every snap could
+# broadcast anything.
 ANY_CONNECTION: Final = "*"
 PLACEHOLDER: Final = re.compile(r"<([^<>]*)>")
 _ANY_BRACKET: Final = re.compile(r"[<>]")
 
 
 class EntryError(ValueError):
-    """An entry that gives no sense. `key` and `value` say where in it."""
+    """An entry makes no sense. `key` and `value` are the place in the entry."""
 
     def __init__(self, problem: str, key: str, value: str = "") -> None:
         super().__init__(problem)
@@ -44,7 +47,7 @@ class EntryError(ValueError):
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """A rule but for its peer and origin. Its texts may have placeholders."""
+    """A rule without peer and origin. The texts may have placeholders."""
 
     access: frozenset[Access]
     deny: bool
@@ -56,7 +59,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """An entry made ready."""
+    """A prepared entry."""
 
     entry: Entry
     shapes: tuple[Shape, ...]
@@ -64,7 +67,10 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_template(entry: Entry, known: Mapping[str, str], attributes: Collection[str]) -> Template:
-    """Return the template; `known` has a sample for each placeholder. Raises EntryError."""
+    """Return the template of an entry. Raises EntryError.
+
+    `known` has a sample for each placeholder.
+    """
     if not entry.access:
         raise EntryError("no access at all", "access")
     used = _check_texts(entry, known)
@@ -86,9 +92,10 @@ def fill(
     *,
     to_host: bool = True,
 ) -> tuple[list[Rule], list[str]]:
-    """Return the rules, and in words what was left out because no message could match it.
+    """Return the rules, and descriptions of rules left out because no message could match.
 
-    Without `to_host` a rule about apps lets no broadcast out, which the host would hear as well.
+    Without `to_host`, a rule about apps lets no broadcast out, because the host would receive the
+    broadcast as well.
     """
     if not template.placeholders:
         shapes = template.shapes
@@ -108,12 +115,15 @@ def fill(
 
 
 def fill_text(text: str, values: Mapping[str, str]) -> str:
-    """Return the text with its placeholders filled in. Raises KeyError for an unknown one."""
+    """Return the text with placeholders filled in.
+
+    Raises KeyError for an unknown placeholder.
+    """
     return PLACEHOLDER.sub(lambda found: values[found[1]], text)
 
 
 def find_placeholders(text: str) -> list[str]:
-    """Return what stands between `<` and `>`. Raises ValueError for one without the other."""
+    """Return the placeholders of a text. Raises ValueError for an unpaired `<` or `>`."""
     if _ANY_BRACKET.search(PLACEHOLDER.sub("", text)):
         raise ValueError("'<' and '>' stand around a placeholder, in pairs")
     return PLACEHOLDER.findall(text)
@@ -139,7 +149,7 @@ def _rule(shape: Shape, peer: Peer | None, origin: str, *, to_host: bool = True)
 
 
 _CHECKS: Final[dict[str, Callable[[str], object]]] = {
-    # All the checking of a name is here, and a predicate takes ten times as long to make.
+    # This function makes all checks of a name. Making a predicate would take ten times as long.
     "name": parse_name_pattern,
     "path": compile_path,
     "interface": compile_interface,
@@ -148,7 +158,7 @@ _CHECKS: Final[dict[str, Callable[[str], object]]] = {
 
 
 def _check_texts(entry: Entry, known: Mapping[str, str]) -> set[str]:
-    """Return the placeholders that the entry uses."""
+    """Return the placeholders of an entry."""
     used: set[str] = set()
     for key in ("bus", *_CHECKS):
         field: Texts | None = getattr(entry, key)
@@ -191,8 +201,8 @@ def _check_shape(shape: Shape) -> None:
 def _shapes(entry: Entry) -> Iterable[Shape]:
     access = {Access(word) for word in entry.access}
     if entry.name is None and not entry.deny and access & {Access.SEND, Access.RECEIVE}:
-        # Most entries say who the other end is but not its name. An app that may talk to it may also learn
-        # that it is there: the bus tells everybody in a snap.
+        # Most entries name the other end's identity but not its bus name. An app that may talk to a
+        # peer may also see the peer, because the bus tells every app in a snap.
         access.add(Access.SEE)
     for name in _optional(entry.name):
         for interface in _optional(entry.interface):
@@ -227,14 +237,14 @@ def _optional(texts: Texts | None) -> Sequence[str | None]:
 
 
 def _joined(texts: Texts | None) -> Sequence[str | None]:
-    """Return few patterns that are together the union of the texts."""
+    """Return few patterns whose union is the texts."""
     if texts is None:
         return (None,)
     texts = _several(texts)
     if len(texts) == 1:
         return texts
     joined = join(texts)
-    # A filled-in placeholder makes it longer: half of the room is for that.
+    # A filled-in placeholder makes the pattern longer. Half of the room is reserved for that.
     if len(joined) > MAX_PATTERN // 2 or sum(map(_count, texts)) > MAX_ALTERNATIVES:
         half = len(texts) // 2
         return [*_joined(texts[:half]), *_joined(texts[half:])]
@@ -246,8 +256,9 @@ def _count(text: str) -> int:
 
 
 def join(texts: Collection[str]) -> str:
-    """Return one pattern that is the union of patterns."""
-    # The index looks at the beginning of a pattern first: what is common stands before the braces.
+    """Return a single pattern that is the union of patterns."""
+    # The index compares the beginning of a pattern first, so the common text stands before the
+    # braces.
     common = _common([PLACEHOLDER.split(stem(text))[0] for text in texts])
     rests = [text[len(common) :] for text in texts]
     return f"{common}{{{','.join(rests)}}}"

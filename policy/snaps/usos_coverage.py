@@ -1,7 +1,7 @@
-"""For how many entries of the catalogue a(usos) suffices: `python -m policy.snaps.usos_coverage`.
+"""Catalogue entries that a(usos) can express: `python -m policy.snaps.usos_coverage`.
 
-An entry counts if the form can say all that it allows on one bus, for whatever snap. docs/policy.md has the
-numbers that this prints.
+An entry counts if the form can express everything that the entry allows on a bus, for any snap.
+docs/policy.md contains the printed numbers.
 """
 
 import sys
@@ -23,7 +23,7 @@ _PEERS: Final = {None: None, "host": Peer(kind="host"), "same-snap": Peer(kind="
 
 
 def count(library: Library) -> Counter[str]:
-    """Return how many entries can be said (under ""), and how many cannot by the reason."""
+    """Return the number of expressible entries (under ""), and of other entries by reason."""
     return Counter(
         _reason(known, template)
         for known in (*library.interfaces.values(), library.every_snap)

@@ -1,13 +1,15 @@
 """Compiled lists in the form of Containers1, a(usos), for each bus.
 
-The form has no globs and no bus. So alternations are written out, and a list is of one bus. There are two conversions:
+The form has no globs and no bus. So alternations are written out, and each bus gets a list of its
+own. There are two conversions:
 
-- An exact one. A rule that the form cannot say is reported. Leaving a rule out must not give the app more: an allow is
-  left out, a deny is said more widely.
-- A superset, for a bus that enforces a list itself behind a gate that enforces the exact one. The bus must never refuse
-  what the gate lets through. So an allow that the form cannot say is said more widely, and a deny is left to the gate.
-  Peer conditions are dropped: a sandbox that only the gate serves is unlabelled on that bus, and an app that another
-  program has labelled is a host for us.
+- The exact conversion. A rule that the form cannot express is reported. An omission must not give
+  the app more access. So an allow is left out, and a deny becomes wider.
+- The superset, for a bus that itself enforces a list behind a gate with the exact list. The bus
+  must never refuse a message that the gate lets through. So an allow that the form cannot express
+  becomes wider, and a deny is left to the gate. Peer conditions are dropped, for two reasons. A
+  sandbox that only the gate serves is unlabelled on that bus. And an app that another program has
+  labelled is a host for the broker.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +23,10 @@ from policy.usos.wire_form import Flag, Usos, make_usos, on_the_wire
 
 
 def make_superset(access: AccessList, bus: str) -> tuple[Usos, ...]:
-    """Return entries for that bus that allow all that the list allows there, and as little more as can be said."""
+    """Return entries for a bus that allow all that the list allows there, and little more.
+
+    The entries allow as little more as the form permits.
+    """
     entries: dict[Usos, None] = {}
     for rule in access.rules:
         if rule.bus not in {None, bus} or (rule.deny and rule.peer is not None):
@@ -37,24 +42,24 @@ def make_superset(access: AccessList, bus: str) -> tuple[Usos, ...]:
 
 
 _BELOW: Final = "/**"
-_WITH_BELOW: Final = "{,/**}"  # policy.usos.wire_form says it as PATH_SUBTREE
+_WITH_BELOW: Final = "{,/**}"  # policy.usos.wire_form expresses this as PATH_SUBTREE
 
 
 class UsosList(msgspec.Struct, frozen=True, kw_only=True):
-    """One app's rules on one bus."""
+    """The rules of an app on a bus."""
 
     entries: tuple[Usos, ...]
-    unsaid: tuple[tuple[Rule, str], ...]  # what the form cannot say, and why
+    unsaid: tuple[tuple[Rule, str], ...]  # rules that the form cannot express, with reasons
 
 
 def usos_list(access: AccessList, bus: str) -> UsosList:
-    """Return what the list says about this bus."""
+    """Return the list's rules for a bus."""
     rules = [rule for rule in access.rules if rule.bus in {None, bus}]
     return make_list(msgspec.structs.replace(rule, bus=None) for rule in rules)
 
 
 def make_list(rules: Iterable[Rule]) -> UsosList:
-    """Return the rules, which are all about one bus, in the form."""
+    """Return rules in the wire form. All rules must be about the same bus."""
     entries: dict[Usos, None] = {}
     unsaid: list[tuple[Rule, str]] = []
     for rule in rules:
@@ -72,7 +77,7 @@ def make_list(rules: Iterable[Rule]) -> UsosList:
 
 
 def expand(rule: Rule) -> list[Rule]:
-    """Return rules without alternations that together are this one."""
+    """Return rules without alternations whose union is a rule."""
     return [
         msgspec.structs.replace(rule, path=path, interface=interface, member=member)
         for path in _paths(rule.path)
@@ -89,7 +94,7 @@ def _paths(pattern: str | None) -> Sequence[str | None]:
     if pattern is None:
         return [None]
     found = set(expand_braces(pattern))
-    # A path and all below it are one entry.
+    # A path with all paths below is a single entry.
     subtrees = {
         path for path in found if is_literal(path) and path != "/" and path + _BELOW in found
     }
@@ -98,7 +103,7 @@ def _paths(pattern: str | None) -> Sequence[str | None]:
 
 
 def wider(rule: Rule) -> Rule:
-    """Return a rule that the form can say and that is about at least as much."""
+    """Return a rule that the form can express and that covers at least as much."""
 
     def literal(text: str | None) -> str | None:
         return text if text is not None and is_literal(text) else None
@@ -111,6 +116,6 @@ def wider(rule: Rule) -> Rule:
         path=rule.path if rule.path and is_literal(rule.path.removesuffix(_WITH_BELOW)) else None,
         interface=interface,
         member=literal(rule.member) if interface is not None else None,
-        # The form has one text for a name and an app.
+        # The form has a single text for a name or an app.
         peer=None if rule.peer is not None and rule.peer.kind == "app" else rule.peer,
     )

@@ -1,8 +1,8 @@
-"""Rules as Containers1 says them: a(usos), that is (flags, name, path, interface) <-> Rule.
+"""Rules in the form of Containers1, a(usos): (flags, name, path, interface) <-> Rule.
 
-docs/policy.md has the table of flags. The form has no globs, no bus and no origin, and one string for
-a bus name or an app but not for both. What it cannot say is listed by `make_usos`, and never said
-more widely.
+docs/policy.md has the table of flags. The form has no globs, no bus and no origin, and has a single
+string for a bus name or an app, but not for both. `make_usos` lists the rules that the form cannot
+express, and never widens a rule.
 """
 
 import enum
@@ -54,7 +54,10 @@ _PEERS: Final = Flag.PEER_HOST | Flag.PEER_SAME_APP | Flag.PEER_APP
 
 
 def parse_usos(entries: Iterable[Usos], *, origin: str, first: int = 0) -> tuple[Rule, ...]:
-    """Return the rules. Raises ValueError that says which entry is wrong, counted from `first`, and why."""
+    """Return the rules.
+
+    Raises ValueError with the number of the bad entry, counted from `first`.
+    """
     rules = []
     for index, entry in enumerate(entries, first):
         try:
@@ -65,7 +68,7 @@ def parse_usos(entries: Iterable[Usos], *, origin: str, first: int = 0) -> tuple
 
 
 def make_usos(rules: Iterable[Rule]) -> tuple[list[Usos], list[tuple[Rule, str]]]:
-    """Return what can be said in this form, and what cannot with the reason in words."""
+    """Return entries for the rules that the form can express, and the other rules with reasons."""
     said: list[Usos] = []
     unsaid: list[tuple[Rule, str]] = []
     for rule in rules:
@@ -102,7 +105,7 @@ def _parse(entry: Usos, origin: str) -> Rule:
 
 
 def _parse_peer(flags: int, name: str) -> tuple[Peer | None, str]:
-    """Return the peer, and the string if it is a bus name."""
+    """Return the peer, and the string if the string is a bus name."""
     match flags & _PEERS:
         case 0:
             return None, name
@@ -226,7 +229,10 @@ def _make_peer(peer: Peer) -> tuple[Flag, str]:
 
 
 def on_the_wire(entry: Usos) -> Usos:
-    """Return an entry as it can be sent: without a path it has every path, for an empty text is no object path."""
+    """Return an entry that can be sent.
+
+    An empty text is no object path, so an entry without a path gets the subtree of the root.
+    """
     flags, name, path, interface = entry
     return entry if path else (flags | int(Flag.PATH_SUBTREE), name, "/", interface)
 

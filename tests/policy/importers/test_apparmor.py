@@ -139,7 +139,7 @@ def test_what_goes_to_the_own_snap_is_no_broadcast(label: str, peer: str) -> Non
         ("dbus send peer=(label=/usr/sbin/cupsd),", "neither unconfined nor of a snap"),
         ("dbus send peer=(label=snap.bar.a*),", "not known"),
         ("dbus send peer=(label=snap.*),", "not known"),
-        ("dbus send peer=(label=###SLOT_SECURITY_TAGS###),", "nothing is given"),
+        ("dbus send peer=(label=###SLOT_SECURITY_TAGS###),", "no text is given"),
         ('dbus send peer=(label="' + "{a,b}" * 20 + '"),', "too many alternatives"),
         ("dbus send bus=s*,", "is a pattern"),
         ("dbus send peer=(name=unconfined),", "can match nothing"),
@@ -171,7 +171,7 @@ def test_what_cannot_be_said_is_listed(rule: str, reason: str) -> None:
 def test_a_denial_becomes_wider_rather_than_narrower(rule: str, denied: str) -> None:
     assert said(rule, known=["snap.bar.x1"]) == [denied]
     (only,) = reasons(rule)
-    assert "it is denied who" in only or "it is denied what" in only
+    assert "denied whatever" in only
 
 
 def test_the_host_needs_a_rule() -> None:
@@ -222,7 +222,7 @@ def test_bad_variable_is_an_error(preamble: str, problem: str) -> None:
 
 def test_one_profile_is_chosen() -> None:
     source = Source("f", "profile a { dbus send, }\nprofile b flags=(complain) { dbus receive, }")
-    with pytest.raises(ImportFileError, match=r"f:2: one profile is wanted of these: a, b"):
+    with pytest.raises(ImportFileError, match=r"f:2: choose a profile of these: a, b"):
         import_apparmor(source)
     with pytest.raises(ImportFileError, match="no profile 'c'"):
         import_apparmor(source, profile="c")

@@ -94,8 +94,11 @@ def test_bad_rule_is_refused(rules: str, problem: str) -> None:
         ("@{profile_name}=x", "f:1: variable @{profile_name} is set already"),
         ("$X = maybe", "f:1: $X is neither true nor false"),
         ("$X = true\n$X = true", "f:2: boolean $X is set already"),
-        ("profile p { }\n@{X}=a", "f:2: it belongs before the first profile"),
-        ("profile p { }\nabi <abi/3.0>,", "f:2: it belongs before the first profile"),
+        ("profile p { }\n@{X}=a", "f:2: variables, alias and abi belong before the first profile"),
+        (
+            "profile p { }\nabi <abi/3.0>,",
+            "f:2: variables, alias and abi belong before the first profile",
+        ),
         ("@{X}=/usr\n@{X}/bin/y { }", "f:2: '=' missing after a variable"),
         ("profile p flags=() { }", "f:1: no flags"),
         ("profile p flags=(frob) { }", "f:1: unknown flag of a profile: 'frob'"),
