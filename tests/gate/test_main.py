@@ -46,7 +46,7 @@ def test_a_defect_ends_the_process_and_no_sandbox(supervisor: Supervisor) -> Non
     assert supervisor.events == []
     assert (supervisor.folder / "c0").exists()
     for sandbox in supervisor.gate._sandboxes.values():  # which the end of a process closes
-        for sock, _ in sandbox._listening.values():
-            sock.close()
+        for listening in sandbox._listening:
+            listening.sock.close()
     assert supervisor.gate._channel.connection is not None
     supervisor.gate._channel.connection.sock.close()

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol, TypeVar
 
 from broker.gate.dumps import BudgetDump, RateLimitedLogDump
+from broker.wire.errors import PeerQuotaError
 
 LOGGER: Final = logging.getLogger(__name__)
 
@@ -127,3 +128,43 @@ class RateLimitedLog:
         """Count on from there."""
         self._second, self.used = dump.second, dump.used
         self.suppressed, self.suppressed_ever = dump.suppressed, dump.suppressed_ever
+
+
+class Reader(Protocol):
+    """A connection, by what its app has not read."""
+
+    @property
+    def queued(self) -> int:
+        """Bytes that wait for it."""
+
+    @property
+    def behind(self) -> int:
+        """The same, if they are of more than one message."""
+
+    def failed(self, exc: Exception) -> None:
+        """End as the exception says."""
+
+
+AnyReader = TypeVar("AnyReader", bound=Reader)
+
+
+def find_slowest_reader(readers: Iterable[AnyReader], most: int) -> AnyReader | None:
+    """Return the one that is most behind if more than `most` bytes wait for all together.
+
+    One message of any size may always wait, for one of them: of those that only one waits for the largest does not count.
+    """
+    waiting = {reader: reader.queued for reader in readers}
+    alone = [reader for reader in waiting if not reader.behind]
+    if alone:
+        del waiting[max(alone, key=waiting.__getitem__)]
+    return max(waiting, key=waiting.__getitem__) if sum(waiting.values()) > most else None
+
+
+def end_slowest_reader(reader: Reader, readers: Iterable[Reader], most: int) -> None:
+    """End that one, if there is one. Raises PeerQuotaError if it is `reader`."""
+    worst = find_slowest_reader(readers, most)
+    if worst is not None:
+        exc = PeerQuotaError("does not read what it is sent")
+        if worst is reader:
+            raise exc
+        worst.failed(exc)

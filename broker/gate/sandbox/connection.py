@@ -1,73 +1,168 @@
-"""One connection of an app, with its connection to the bus: handshakes, then `Filter` in between.
+"""One connection of an app, with its connection to the bus: the handshakes, then messages judged in between.
 
-Whatever one app's bytes do ends this link at the worst: see contain.py. `dump` and `load` are for another process
-that is to go on with it.
+An error in handling an app's data closes its connection, and nothing else: `ends_connection_on_error` stands around
+every method that the loop calls. `Filter` is fed through a `Meter`, and the fast path passes known messages on without
+either.
+
+    loop           AppConnection          Filter                streams
+     | readable --> | _judge_app           |                     |
+     |              | read() ------------------------------------> |
+     |              | feed_app() --------> | judges, queues      |
+     |              | _send() ----------------- to_bus, to_app --> |
+     |              | charges the sandbox, pauses and resumes reading |
+
+The owner of a connection is a `Sandbox`, of which this module knows a Protocol only.
 """
 
-import contextlib
 import functools
 import logging
 import socket
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Collection, Sequence
+from typing import Concatenate, Final, ParamSpec, Protocol
 
-from broker.control_protocol.messages import Usage
+from broker.control_protocol.messages import SandboxLimits, SandboxSpec, Usage
 from broker.gate.dumps import AppConnectionDump, Fds, ReplyAction
 from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.chores import SLICE, Work
 from broker.gate.filter.filter import Filter
 from broker.gate.filter.read_barrier import KIND
+from broker.gate.io.connect import Connector
 from broker.gate.io.loop import Loop, Timer
-from broker.gate.io.stream import SocketStream
+from broker.gate.io.stream import SocketStream, StreamClosedError
 from broker.gate.output import descriptors_of
-from broker.gate.sandbox.budgets import READ_COST
-from broker.gate.sandbox.error_boundaries import ends_connection_on_error
+from broker.gate.sandbox.budgets import READ_COST, MessageBudget, RateLimitedLog, end_slowest_reader
 from broker.gate.sandbox.fast_path import Accounting, install_fast_path
+from broker.gate.sandbox.handshake import BusUnreachableError, Established, Handshake
 from broker.gate.sandbox.mediator import Mediator
 from broker.gate.sandbox.meter import BEHIND, Meter
-from broker.gate.sandbox.usage import connection_usage, end_slowest_reader
 from broker.posix.descriptors import Ancillary, close_fds
 from broker.posix.sockets import stream_socket_from_fd
-from broker.wire.errors import PeerProtocolError, PeerQuotaError
+from broker.wire.errors import BrokerError, PeerProtocolError, PeerQuotaError
 from broker.wire.header import Header
-from broker.wire.sasl import AuthClient, SaslClient, SaslServer
+from broker.wire.sasl import SaslServer
 from policy.match import Judge
 
-if TYPE_CHECKING:
-    from broker.gate.sandbox.sandbox import Sandbox
-
 LOGGER: Final = logging.getLogger(__name__)
+
+
+Arguments = ParamSpec("Arguments")
+
+
+class ConnectionOwner(Protocol):
+    """The sandbox of a connection."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def limits(self) -> SandboxLimits: ...
+
+    @property
+    def connector(self) -> Connector: ...
+
+    @property
+    def messages(self) -> MessageBudget: ...
+
+    @property
+    def limited_log(self) -> RateLimitedLog: ...
+
+    @property
+    def spec(self) -> SandboxSpec: ...
+
+    @property
+    def connections(self) -> Collection["AppConnection"]:
+        """All connections of the sandbox."""
+
+    @property
+    def fds(self) -> int:
+        """How many descriptors of messages all its connections have."""
+
+    def has_rules(self, bus: str) -> bool:
+        """Return whether the rules for a bus are compiled."""
+
+    def prepare(self) -> None:
+        """Compile the rules, then call `resume` of each connection."""
+
+    def judge(self, bus: str) -> Judge:
+        """Return the compiled rules for a bus."""
+
+    def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Mediator:
+        """Return the mediator of a new connection."""
+
+    def charge(self, cost: int, read_on: Callable[[], None], *, goes_first: bool = False) -> bool:
+        """Charge messages; return True if the app is not to be read until `read_on` is called."""
+
+    def linger(self, bus: BusState, unique_name: str, sock: socket.socket) -> None:
+        """Keep the bus side of a connection whose app has gone. The socket is the sandbox's from here on."""
+
+    def connection_closed(self, connection: "AppConnection") -> None:
+        """Forget a connection."""
+
+
+def ends_connection_on_error(
+    method: Callable[Concatenate["AppConnection", Arguments], None],
+) -> Callable[Concatenate["AppConnection", Arguments], None]:
+    """Close the connection after any error in `method`, and log who is at fault."""
+
+    @functools.wraps(method)
+    def guarded(
+        self: "AppConnection", /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except BlockingIOError:
+            pass  # the loop woke us for nothing
+        except StreamClosedError:
+            self.close("closed")
+        except BusUnreachableError as exc:
+            self.sandbox.limited_log.warning("bus-unreachable", self.bus.name)
+            self.close(str(exc))
+        except (PeerProtocolError, PeerQuotaError) as exc:
+            self.sandbox.limited_log.warning("peer-violation", str(exc))
+            self.close(str(exc))
+        except (OSError, BrokerError) as exc:
+            self.sandbox.limited_log.warning("peer-lost", str(exc))
+            self.close(str(exc))
+        except MemoryError:
+            self.sandbox.limited_log.warning("peer-lost", "no memory for what it sent")
+            self.close("no memory")
+        except Exception:  # noqa: BLE001 - a defect of ours must not let one sandbox end the gate
+            self.sandbox.limited_log.warning("peer-defect", traceback=True)
+            self.close("defect")
+
+    return guarded
 
 
 class AppConnection:
     """An app's connection, from accept to its end."""
 
     def __init__(
-        self, loop: Loop, sandbox: "Sandbox", bus: BusState, sock: socket.socket, guid: str
+        self, loop: Loop, sandbox: ConnectionOwner, bus: BusState, sock: socket.socket, guid: str
     ) -> None:
         self._loop: Final = loop
         self.sandbox: Final = sandbox
         self.bus: Final = bus
         # Nothing waits for the app to read.
-        self._app: Final = SocketStream(loop, sock, self._greet_app, lambda: None)
+        self._app: Final = SocketStream(loop, sock, _nothing, _nothing)
         self._guid: Final = guid
-        self._server: Final = SaslServer(sandbox.spec.uid, guid, takes_fds=bus.takes_fds)
-        # What was said in the handshakes, as long as they last.
-        self._said = self._bus_said = b""
-        self._bus_sock: socket.socket | None = None
-        self._upstream: SocketStream | None = None
-        self._client: AuthClient | None = None
+        self._handshake: Final = Handshake(
+            loop,
+            self._app,
+            self,
+            SaslServer(sandbox.spec.uid, guid, takes_fds=bus.takes_fds),
+            uid=sandbox.spec.uid,
+            seconds=sandbox.limits.handshake_seconds,
+        )
+        self._bus_side: SocketStream | None = None  # once messages flow
         self._filter: Mediator | None = None
         self._closed = False
         self._new_judge: Judge | None = None
         self._resumes_soon = self._does_chores_soon = False  # in the next turn
         self._is_throttled = False
         self._was_unfinished = 0  # the message that was half here when it was last charged
-        # First the handshake's; then, now and then, that of a message which is half here, by its number.
+        # Now and then a message that is half here is watched, by its number.
         self._watched = 0
-        self._deadline: Timer | None = loop.call_later(
-            sandbox.limits.handshake_seconds, self._too_slow
-        )
+        self._message_deadline: Timer | None = None
 
     @property
     def filter(self) -> Mediator | None:
@@ -103,18 +198,16 @@ class AppConnection:
             return
         self._closed = True
         LOGGER.debug("link-closed sandbox=%s: %r", self.sandbox.id, reason)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._handshake.close()
+        self._cancel_message_deadline()
         if self._filter is not None:
             self._filter_closed(self._filter)
         self._app.close()
-        if self._upstream is None:
-            if self._bus_sock is not None:
-                self._bus_sock.close()
-        elif self._filter is not None and (unique_name := self._filter.state.unique_name):
-            self.sandbox.linger(self.bus, unique_name, self._upstream.release())
-        else:  # it cannot have sent anything that the bus would deliver
-            self._upstream.close()
+        if self._bus_side is not None:
+            if self._filter is not None and (unique_name := self._filter.state.unique_name):
+                self.sandbox.linger(self.bus, unique_name, self._bus_side.release())
+            else:  # without a name the app cannot have sent anything that the bus would deliver
+                self._bus_side.close()
         self.sandbox.connection_closed(self)
 
     def _filter_closed(self, closing: Mediator) -> None:
@@ -138,101 +231,53 @@ class AppConnection:
         assert self._filter is not None
         self.bus.has_read(self._filter.state.unique_name, int(then.values[0]))
 
-    def _too_slow(self) -> None:
-        seconds = self.sandbox.limits.handshake_seconds
-        self.sandbox.limited_log.warning(
-            "peer-violation", f"no Hello in handshake_seconds={seconds}"
-        )
-        self.close("no Hello in time")
-
     def said_hello(self) -> None:
-        """The handshake deadline is kept."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        """Take note that the bus has answered Hello: the handshake is over."""
+        self._handshake.said_hello()
 
-    # -- handshakes -----------------------------------------------------------------------------------
+    # -- the handshake -----------------------------------------------------------------------------
 
-    @ends_connection_on_error
-    def _greet_app(self) -> None:
-        data, fds = self._app.read()
-        if fds:
-            close_fds(fds)
-            raise PeerProtocolError("file descriptors during authentication")
-        self._said += data
-        answer = self._server.feed(data)
-        if answer:
-            self._app.write([answer])
+    def charge_read(self) -> bool:
+        """Charge a read of the handshake; return True if the app is not to be read until `read_on`."""
         self._is_throttled = self.sandbox.charge(READ_COST, self.read_on)
-        self._app.pause(reading=not (self._server.done or self._is_throttled))
-        if self._server.done:
-            self._connect()
+        return self._is_throttled
 
-    def _connect(self) -> None:
+    def app_authenticated(self) -> None:
+        """Connect to the bus, unless the rules or the address have to be waited for: then `resume` does."""
         spec = self.sandbox.spec
         if not self.sandbox.has_rules(self.bus.name):
-            self.sandbox.prepare()  # and `resume` comes then
+            self.sandbox.prepare()
             return
         server = spec.container_servers.get(self.bus.name)
-        if server is None or server.instance:  # else the bus is being asked for another
+        if server is None or server.instance:
             address = self.bus.address if server is None else server.address
-            self.sandbox.connector.connect(self._loop, address, spec.uid, self._connected)
-
-    def _connected(self, sock: socket.socket | None) -> None:
-        if self._closed or self._bus_sock is not None:
-            if sock is not None:
-                sock.close()
-            return
-        if sock is None:
-            self.sandbox.limited_log.warning("bus-unreachable", self.bus.name)
-            self.close("the bus cannot be reached")
-            return
-        self._bus_sock = sock
-        self._greet()
+            self._handshake.connect(self.sandbox.connector, address)
 
     @ends_connection_on_error
-    def _greet(self) -> None:
-        assert self._bus_sock is not None
-        self._upstream = SocketStream(
-            self._loop, self._bus_sock, self._greet_bus, self._bus_drained
-        )
-        self._client = self.sandbox.connector.make_client(self._bus_sock, self.sandbox.spec.uid)
-        self._upstream.write([self._client.start()])
-
-    @ends_connection_on_error
-    def _greet_bus(self) -> None:
-        assert self._upstream is not None
-        assert self._client is not None
-        data, fds = self._upstream.read()
-        close_fds(fds)
-        self._bus_said += data
-        if answer := self._client.feed(data):
-            self._upstream.write([answer])
-        if not self._client.done:
-            return
-        # What the bus does not take we cannot pass on.
-        takes_fds = self._server.unix_fds and self._client.unix_fds
-        if self.bus.name not in self.sandbox.spec.container_servers:  # whose guids are their own
-            self.bus.authenticated(self._client.guid)
-        judging = self._judge_with(self._upstream, app_takes_fds=takes_fds)
-        self._said = self._bus_said = b""
-        if self._client.leftover:
-            judging.feed_bus(self._client.leftover)
-        if self._server.leftover:
-            self._meter.feed_app(self._server.leftover, ())
+    def established(self, both: Established) -> None:
+        """Judge messages from now on."""
+        self._bus_side = both.bus_side  # first, so that an error closes it
+        if self.bus.name not in self.sandbox.spec.container_servers:  # which have ids of their own
+            self.bus.authenticated(both.bus_id)
+        judging = self._judge_with(both.bus_side, app_takes_fds=both.takes_fds)
+        if both.from_bus:
+            judging.feed_bus(both.from_bus)
+        if both.from_app:
+            self._meter.feed_app(both.from_app, ())
         self._send()
 
-    def _judge_with(self, upstream: SocketStream, *, app_takes_fds: bool) -> Mediator:
-        """Have messages judged from now on."""
+    def _judge_with(self, bus_side: SocketStream, *, app_takes_fds: bool) -> Mediator:
+        """Read both streams for messages, and judge these."""
+        self._bus_side = bus_side
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
         self.bus.members.add(judging.state.verdicts)
         self.bus.connections.add(self)
         self._app.readable = self._judge_app
-        upstream.readable = self._judge_bus
+        bus_side.readable = self._judge_bus
         self._meter = Meter(judging, budget := self.sandbox.messages)
         judging.state.reply_handlers[KIND] = self._has_read
         if isinstance(judging, Filter):
-            install_fast_path(self, Accounting(judging, budget, self._meter), self._app, upstream)
+            install_fast_path(self, Accounting(judging, budget, self._meter), self._app, bus_side)
         return judging
 
     # -- messages -------------------------------------------------------------------------------------
@@ -243,8 +288,8 @@ class AppConnection:
 
     @ends_connection_on_error
     def _judge_bus(self) -> None:
-        assert self._upstream is not None
-        self._bus_sent(*self._upstream.read())
+        assert self._bus_side is not None
+        self._bus_sent(*self._bus_side.read())
 
     @ends_connection_on_error
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
@@ -254,8 +299,8 @@ class AppConnection:
     @ends_connection_on_error
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the bus, as recvmsg gave it."""
-        assert self._upstream is not None
-        self._bus_sent(*self._upstream.received(data, ancillary, flags))
+        assert self._bus_side is not None
+        self._bus_sent(*self._bus_side.received(data, ancillary, flags))
 
     def _app_sent(self, data: bytes, fds: Sequence[int]) -> None:
         self._meter.feed_app(data, fds)
@@ -283,16 +328,16 @@ class AppConnection:
 
     def _send(self) -> None:
         judging = self._filter
-        upstream = self._upstream
+        bus_side = self._bus_side
         assert judging is not None
-        assert upstream is not None
+        assert bus_side is not None
         state = judging.state
         if state.to_app:
             self._app.write(state.to_app)
             if self._app.queued:
                 end_slowest_reader(self, self.sandbox.connections, self.sandbox.limits.bytes_queued)
         if state.to_bus:
-            upstream.write(state.to_bus)
+            bus_side.write(state.to_bus)
         if judging.spent:
             first = judging.from_app.unfinished == self._was_unfinished != 0
             self._is_throttled = self.sandbox.charge(judging.spent, self.read_on, goes_first=first)
@@ -301,13 +346,13 @@ class AppConnection:
         if judging.yielded:
             self._resume_reading_soon()
         if state.chores:
-            self._do_chores_soon(upstream)
-        if judging.from_app.unfinished and self._deadline is None:
+            self._do_chores_soon(bus_side)
+        if judging.from_app.unfinished and not self._has_deadline:
             self._watch_message(judging.from_app.unfinished)
-        reads = not (judging.held or upstream.queued or self._is_throttled)
+        reads = not (judging.held or bus_side.queued or self._is_throttled)
         self._app.pause(reading=reads)
         self._app.is_clear = reads and judging.from_app.is_idle
-        upstream.is_clear = not self._app.queued and judging.bus_is_clear
+        bus_side.is_clear = not self._app.queued and judging.bus_is_clear
 
     def _check_fds(self) -> None:
         limit = self.sandbox.limits.fds
@@ -315,7 +360,8 @@ class AppConnection:
             raise PeerQuotaError(f"more than fds={limit} file descriptors on their way")
 
     @ends_connection_on_error
-    def _bus_drained(self) -> None:
+    def bus_drained(self) -> None:
+        """Read the app again if the bus has read what was queued."""
         if self._filter is not None:
             self._send()
 
@@ -323,56 +369,70 @@ class AppConnection:
 
     def usage(self) -> Usage:
         """Return what this connection takes of the sandbox's budgets."""
-        return connection_usage(self._filter, queued=self._app.queued, fds=self.fds)
+        judging = self._filter
+        if judging is None:
+            return Usage(connections=1, handshake_seconds=1)
+        state = judging.state
+        return Usage(
+            connections=1,
+            bytes_queued=self._app.queued,
+            pending_calls=len(state.pending.calls_to_bus) + len(state.pending.calls_to_app),
+            match_rules=state.matches.count,
+            names=len(state.requested_names),
+            tracked_names=judging.tracked_names,
+            fds=self.fds,
+            handshake_seconds=not state.unique_name,
+            message_seconds=bool(judging.from_app.unfinished),
+        )
 
     @property
     def fds(self) -> int:
         """How many descriptors of messages are here."""
         count = self._app.queued_fds + (self._filter.fds if self._filter is not None else 0)
-        return count + (self._upstream.queued_fds if self._upstream is not None else 0)
+        return count + (self._bus_side.queued_fds if self._bus_side is not None else 0)
 
     @ends_connection_on_error
     def read_on(self) -> None:
-        """The sandbox's budget of messages has filled up."""
+        """Read the app again: the sandbox's budget of messages has filled up."""
         self._is_throttled = False
         if self._filter is not None:
             self._send()
         else:
-            self._app.pause(reading=not self._server.done)
+            self._handshake.read_on()
 
     def _resume_reading_soon(self) -> None:
-        upstream = self._upstream
-        assert upstream is not None
-        if not (self._resumes_soon or upstream.queued or self._is_throttled):
+        bus_side = self._bus_side
+        assert bus_side is not None
+        if not (self._resumes_soon or bus_side.queued or self._is_throttled):
             self._resumes_soon = True
             self._loop.next_turn(self._resume_reading)
 
-    def _do_chores_soon(self, upstream: SocketStream) -> None:
+    def _do_chores_soon(self, bus_side: SocketStream) -> None:
         if not self._does_chores_soon:
             self._does_chores_soon = True
-            upstream.pause(reading=False)
+            bus_side.pause(reading=False)
             self._loop.next_turn(self._do_chores)
 
     @ends_connection_on_error
     def _do_chores(self) -> None:
         """Do a slice of what takes long, and read on when all is done."""
         self._does_chores_soon = False
-        if self._filter is None or self._upstream is None or self._closed:
+        if self._filter is None or self._bus_side is None or self._closed:
             return
         self._filter.do_chores()
         if not self._filter.state.chores:
-            self._upstream.pause(reading=True)
+            self._bus_side.pause(reading=True)
         self._send()
 
     @ends_connection_on_error
     def settle(self) -> None:
         """Do all that takes long now: the connection is about to be handed over."""
-        if self._filter is None or self._upstream is None:
+        if self._filter is None or self._bus_side is None:
             return
         while self._filter.state.chores:
             self._filter.do_chores()
             self._send()
-        self._upstream.pause(reading=True)
+        self._bus_side.pause(reading=True)
 
     @ends_connection_on_error
     def _resume_reading(self) -> None:
@@ -383,17 +443,17 @@ class AppConnection:
 
     def _watch_message(self, number: int) -> None:
         self._watched = number
-        self._deadline = self._loop.call_later(
+        self._message_deadline = self._loop.call_later(
             self.sandbox.limits.message_seconds, functools.partial(self._check_message, number)
         )
 
     def _check_message(self, number: int) -> None:
-        """End the connection if the message of that number is still half here, and not by our doing."""
-        self._deadline = None
-        judging, upstream = self._filter, self._upstream
+        """End the connection if the app has not sent the rest of that message, although it was read."""
+        self._message_deadline = None
+        judging, bus_side = self._filter, self._bus_side
         assert judging is not None
-        assert upstream is not None
-        paused = judging.held or upstream.queued or self._is_throttled
+        assert bus_side is not None
+        paused = judging.held or bus_side.queued or self._is_throttled
         if judging.from_app.unfinished == number and not paused:
             seconds = self.sandbox.limits.message_seconds
             text = f"a message half sent for message_seconds={seconds}"
@@ -402,79 +462,88 @@ class AppConnection:
         elif judging.from_app.unfinished:
             self._watch_message(judging.from_app.unfinished)
 
+    @property
+    def _has_deadline(self) -> bool:
+        return self._message_deadline is not None or self._handshake.deadline is not None
+
+    def _cancel_message_deadline(self) -> None:
+        if self._message_deadline is not None:
+            self._message_deadline.cancel()
+            self._message_deadline = None
+
     # -- handing over -----------------------------------------------------------------------------------
 
     def dump(self, fds: Fds) -> AppConnectionDump:
-        """Return all of it, descriptors as indexes."""
+        """Return the state, with descriptors as indexes."""
+        handshake, watch = self._handshake, self._message_deadline
+        app_side = self._app.dump(fds)
+        bus_side = handshake.dump_bus_side(fds)
+        if self._bus_side is not None:
+            bus_side = self._bus_side.dump(fds)
         return AppConnectionDump(
             bus=self.bus.name,
             guid=self._guid,
-            app_side=self._app.dump(fds),
-            said=self._said,
-            bus_side=self._upstream.dump(fds) if self._upstream is not None else None,
-            bus_said=self._bus_said,
+            app_side=app_side,
+            said=handshake.app_said,
+            bus_side=bus_side,
+            bus_said=handshake.bus_said,
             filter=self._filter.dump(fds) if self._filter is not None else None,
-            deadline=self._deadline.when if self._deadline is not None else None,
+            deadline=watch.when if watch is not None else handshake.deadline,
             watched=self._watched,
             was_unfinished=self._was_unfinished,
             is_throttled=self._is_throttled,
         )
 
     def load(self, dump: AppConnectionDump, fds: Sequence[int]) -> None:
-        """Be as the one was that made the dump, but for going on: `resume` does that."""
+        """Restore the state from `dump`. `resume` continues."""
         self._app.load(dump.app_side, fds)
-        self._said, self._bus_said = dump.said, dump.bus_said
         self._was_unfinished, self._is_throttled = dump.was_unfinished, dump.is_throttled
         self._load_deadline(dump)
-        if dump.bus_side is not None:
-            sock = self._bus_sock = stream_socket_from_fd(fds[dump.bus_side.fd])
-            self._upstream = SocketStream(self._loop, sock, self._greet_bus, self._bus_drained)
-            self._upstream.load(dump.bus_side, fds)
-            if dump.filter is not None:
-                judging = self._judge_with(self._upstream, app_takes_fds=dump.filter.app_takes_fds)
-                judging.load(dump.filter, fds)
-                if unique_name := judging.state.unique_name:
-                    self.bus.set_broadcast_judge(unique_name, judging.state.judge)
-                    self.bus.payers.joined(unique_name, self.sandbox.messages)
-                return
-            self.sandbox.judge(self.bus.name)  # is needed in the middle of a read
-            self._client = SaslClient(self.sandbox.spec.uid)
-            self._client.feed(self._bus_said)
-        with contextlib.suppress(PeerProtocolError):  # another gate took it: the next line ends it
-            self._server.feed(self._said)
+        if dump.filter is None or dump.bus_side is None:
+            if dump.bus_side is not None:
+                self.sandbox.judge(self.bus.name)  # compiled now: the end of the handshake needs it
+            self._handshake.load(dump.said, dump.bus_side, dump.bus_said, fds)
+            return
+        sock = stream_socket_from_fd(fds[dump.bus_side.fd])
+        bus_side = SocketStream(self._loop, sock, _nothing, self.bus_drained)
+        bus_side.load(dump.bus_side, fds)
+        judging = self._judge_with(bus_side, app_takes_fds=dump.filter.app_takes_fds)
+        judging.load(dump.filter, fds)
+        if unique_name := judging.state.unique_name:
+            self.bus.set_broadcast_judge(unique_name, judging.state.judge)
+            self.bus.payers.joined(unique_name, self.sandbox.messages)
+
+    def _load_deadline(self, dump: AppConnectionDump) -> None:
+        self._watched = dump.watched
+        self._handshake.load_deadline(None if dump.watched else dump.deadline)
+        if dump.watched and dump.deadline is not None:
+            check = functools.partial(self._check_message, dump.watched)
+            self._message_deadline = self._loop.call_at(dump.deadline, check)
 
     def discard(self) -> None:
         """Leave the loop and the bus, and close nothing. No method is called any more."""
         self._closed = True
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._handshake.leave()
+        self._cancel_message_deadline()
         self._app.leave()
-        if self._upstream is not None:
-            self._upstream.leave()
-        elif self._bus_sock is not None:
-            self._bus_sock.detach()
+        if self._bus_side is not None:
+            self._bus_side.leave()
         self.bus.connections.discard(self)
         if self._filter is not None:
             self.bus.members.discard(self._filter.state.verdicts)
             self.bus.broadcast_judges.pop(self._filter.state.unique_name, None)
 
-    def _load_deadline(self, dump: AppConnectionDump) -> None:
-        assert self._deadline is not None
-        self._deadline.cancel()
-        self._deadline, self._watched = None, dump.watched
-        if dump.deadline is not None:
-            check = functools.partial(self._check_message, dump.watched)
-            self._deadline = self._loop.call_at(
-                dump.deadline, check if dump.watched else self._too_slow
-            )
-
     @ends_connection_on_error
     def resume(self) -> None:
-        """Go on where the one was that made the dump."""
+        """Continue after `load`, or after `app_authenticated` had to wait."""
         judging = self._filter
         if judging is not None:
             if not judging.fits_rules:
                 judging.change_rules(judging.state.judge)
             self._send()
-        elif self._server.done and self._upstream is None:
-            self._connect()
+        elif self._handshake.waits_for_connect:
+            self.app_authenticated()
+
+
+def _nothing() -> None:
+    pass

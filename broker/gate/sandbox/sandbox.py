@@ -1,13 +1,13 @@
 """A sandbox in the gate: its listening sockets, its connections, its rules, its end."""
 
+import functools
 import os
 import select
 import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
-from typing import Final
+from typing import Concatenate, Final, ParamSpec
 
 import msgspec
 
@@ -28,8 +28,8 @@ from broker.gate.filter.chores import Work
 from broker.gate.filter.connection_state import ConnectionState
 from broker.gate.filter.denials import Denial
 from broker.gate.filter.filter import Filter
-from broker.gate.io import listener as accept
 from broker.gate.io.connect import Connector, UnixConnector
+from broker.gate.io.listener import ListeningSocket
 from broker.gate.io.loop import Loop
 from broker.gate.io.slices import Sliced
 from broker.gate.recorder import HeaderRecorder
@@ -41,11 +41,10 @@ from broker.gate.sandbox.budgets import (
 )
 from broker.gate.sandbox.connection import AppConnection
 from broker.gate.sandbox.denial_reports import DenialReports, is_news
-from broker.gate.sandbox.error_boundaries import ends_sandbox_on_error
 from broker.gate.sandbox.lingering import LingeringConnection
 from broker.gate.sandbox.mediator import Mediator
 from broker.posix.descriptors import close_fds
-from broker.posix.sockets import peer_uid, stream_socket_from_fd, unlink_socket
+from broker.posix.sockets import peer_uid, stream_socket_from_fd
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.match import Judge, excess, make_judge
 from policy.rules import AccessList
@@ -60,6 +59,28 @@ LINGER_SECONDS: Final = 5.0
 
 
 UNIX_CONNECTOR: Final = UnixConnector()
+
+
+Arguments = ParamSpec("Arguments")
+
+
+def ends_sandbox_on_error(
+    method: Callable[Concatenate["Sandbox", Arguments], None],
+) -> Callable[Concatenate["Sandbox", Arguments], None]:
+    """Stop the sandbox after any error in `method`, which handles descriptors that its creator can change."""
+
+    @functools.wraps(method)
+    def guarded(self: "Sandbox", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception:  # noqa: BLE001 - a defect of ours must not let one sandbox end the gate
+            self.limited_log.warning("sandbox-defect", traceback=True)
+            try:
+                self.stop("stopped")
+            except Exception:  # noqa: BLE001 - as above
+                self.limited_log.warning("sandbox-defect", traceback=True)
+
+    return guarded
 
 
 class Sandbox:
@@ -97,7 +118,7 @@ class Sandbox:
         self._emit: Final = emit
         self._changed: Final = changed  # it listens less, a connection joined or left, all is over
         self._judges: dict[str, Judge] = {}
-        self._listening: Final[dict[int, tuple[socket.socket, Listener]]] = {}
+        self._listening: Final[list[ListeningSocket]] = []
         self._close_pipe = -1
         self._reports: Final = DenialReports(loop, spec.id, emit)
         self._guid = GUID
@@ -119,8 +140,9 @@ class Sandbox:
             self._watch_pipe(fds[self.spec.close_notify])
 
     def _listen(self, fd: int, listener: Listener) -> None:
-        self._listening[fd] = (socket.socket(fileno=fd), listener)
-        self._loop.add(fd, accept.LISTENING, partial(self._readable, fd))
+        listening = ListeningSocket(self._loop, fd, listener, self)
+        self._listening.append(listening)  # first, so that an error closes it
+        listening.start()
 
     def _watch_pipe(self, fd: int) -> None:
         self._close_pipe = fd
@@ -129,28 +151,26 @@ class Sandbox:
 
     def descriptors(self) -> list[tuple[str, int]]:
         """Return what it listens on, by bus; and by no bus the pipe that ends it."""
-        found = [(listener.bus, fd) for fd, (_, listener) in self._listening.items()]
+        found = [(listening.spec.bus, listening.fd) for listening in self._listening]
         return [*found, ("", self._close_pipe)] if self._close_pipe >= 0 else found
 
     def stop_listening(self) -> None:
         """Take no more connections; end with the last one."""
-        for fd in list(self._listening):
-            self._close_listener(fd)
+        for listening in list(self._listening):
+            self._close_listener(listening)
         self._end_if_done()
 
-    def _close_listener(self, fd: int) -> None:
-        sock, listener = self._listening.pop(fd)
-        self._loop.remove(fd)
-        sock.close()
-        unlink_socket(listener.path, listener.device, listener.inode)
+    def _close_listener(self, listening: ListeningSocket) -> None:
+        self._listening.remove(listening)
+        listening.close()
 
     def stop(self, reason: str) -> None:
         """End it, connections and all; it is over when the bus has let go of them."""
         if self._reason:
             return
         self._reason = reason
-        for fd in list(self._listening):
-            self._close_listener(fd)
+        for listening in list(self._listening):
+            self._close_listener(listening)
         for link in list(self.connections):
             link.close(reason)
         if self._close_pipe >= 0:
@@ -296,60 +316,47 @@ class Sandbox:
         """Whether it takes connections."""
         return bool(self._listening)
 
-    @ends_sandbox_on_error
-    def _readable(self, fd: int, events: int) -> None:
-        if events & accept.SHUT_DOWN:
-            self._lose_listener(fd, "its creator has shut it down")
-            return
-        sock, listener = self._listening[fd]
-        for _ in range(accept.A_TURN):
-            if self._waits_for_bus():
-                return
-            try:
-                if (connection := accept.accept_nowait(sock, shared=not listener.path)) is None:
-                    return
-            except OSError as exc:
-                self._cannot_accept(fd, exc)
-                return
-            try:
-                self._take(connection, listener)
-            except (OSError, MemoryError) as exc:  # e.g. no room in the loop
-                connection.close()
-                self.limited_log.warning("accept", str(exc))
-            if self.charge(CONNECTION_COST, self._listen_on):
-                for listening in self._listening:
-                    self._loop.change(listening, 0)
-                return
-
-    def _waits_for_bus(self) -> bool:
-        """Take no connection that would be one too many only until the bus has let go of others."""
+    def may_accept(self) -> bool:
+        """Return False, and pause, while one connection more would be too many only until the bus has let go of others."""
         most = self.limits.connections
         if not len(self.connections) < most <= len(self.connections) + len(self.lingering):
-            return False
-        for listening in self._listening:
-            self._loop.change(listening, 0)
-        return True
+            return True
+        self._pause_listening()
+        return False
 
-    def _cannot_accept(self, fd: int, exc: OSError) -> None:
-        if exc.errno in accept.SCARCE:
-            self.limited_log.warning("accept", exc.strerror or "")
-            self._loop.change(fd, 0)
-            self._loop.call_later(accept.PAUSE, partial(self._accept_again, fd))
-        else:  # and it would be readable for ever
-            self._lose_listener(fd, exc.strerror or "")
+    def on_connection(self, listening: ListeningSocket, connection: socket.socket) -> None:
+        """Take a connection, if it is the app's and not one too many."""
+        try:
+            self._take(connection, listening.spec)
+        except (OSError, MemoryError) as exc:  # e.g. no room in the loop
+            connection.close()
+            self.limited_log.warning("accept", str(exc))
+        if self.charge(CONNECTION_COST, self.resume_listening):
+            self._pause_listening()
 
-    def _lose_listener(self, fd: int, why: str) -> None:
+    def on_scarce(self, why: str) -> None:
+        """Log that no connection can be taken for a moment."""
+        self.limited_log.warning("accept", why)
+
+    def on_lost(self, listening: ListeningSocket, why: str) -> None:
+        """Close a listening socket that accepts no more."""
         self.limited_log.warning("listener-lost", why)
-        self._close_listener(fd)
+        self._close_listener(listening)
         self._end_if_done()
 
-    def _accept_again(self, fd: int) -> None:
-        if fd in self._listening:
-            self._loop.change(fd, accept.LISTENING)
+    @ends_sandbox_on_error
+    def failed(self, exc: Exception) -> None:
+        """End the sandbox, and nothing else, after a defect with one of its listening sockets."""
+        raise exc
 
-    def _listen_on(self) -> None:
-        for fd in self._listening:
-            self._loop.change(fd, accept.LISTENING)
+    def _pause_listening(self) -> None:
+        for listening in self._listening:
+            listening.pause()
+
+    def resume_listening(self) -> None:
+        """Accept connections again."""
+        for listening in self._listening:
+            listening.resume()
 
     def _take(self, connection: socket.socket, listener: Listener) -> None:
         if (uid := peer_uid(connection)) != self.spec.uid:
@@ -412,8 +419,8 @@ class Sandbox:
         bus.lingering.pop(rest.unique_name, None)
         bus.gone(rest.unique_name)
         self._emit(Gone(self.id, rest.bus, rest.unique_name))
-        if self._listen_on not in self._waiting:
-            self._listen_on()
+        if self.resume_listening not in self._waiting:
+            self.resume_listening()
         self._end_if_done()
 
     # -- budgets -----------------------------------------------------------------------------------
@@ -428,7 +435,7 @@ class Sandbox:
         if self.messages.left < 0 and not self.is_throttled and (wait := self.messages.pause()):
             self._throttled_count += 1
             self.is_throttled = True
-            self._loop.call_later(wait, self._waited)
+            self._loop.call_later(wait, self._wake_next)
         if self.is_throttled:
             self._waiting[go_on] = None
             if goes_first:
@@ -436,7 +443,7 @@ class Sandbox:
         return self.is_throttled
 
     @ends_sandbox_on_error
-    def _waited(self) -> None:
+    def _wake_next(self) -> None:
         """Let whoever has waited longest go on; the next one when that has been read and charged.
 
         All at once would be a burst of a read each, for which everybody else would have to wait.
@@ -444,11 +451,11 @@ class Sandbox:
         if self._reason:
             return
         if wait := self.messages.pause():
-            self._loop.call_later(wait, self._waited)
+            self._loop.call_later(wait, self._wake_next)
         elif self._waiting:
             go_on, _ = self._waiting.popitem(last=False)
             go_on()
-            self._loop.next_turn(self._waited)
+            self._loop.next_turn(self._wake_next)
         else:
             self.is_throttled = False
 
@@ -508,8 +515,8 @@ class Sandbox:
             spec=self.spec,
             guid=self._guid,
             listening=tuple(
-                (listeners.index(listener), fds.put(fd))
-                for fd, (_, listener) in self._listening.items()
+                (listeners.index(listening.spec), fds.put(listening.fd))
+                for listening in self._listening
             ),
             close_pipe=fds.put(self._close_pipe) if self._close_pipe >= 0 else -1,
             connections=tuple(link.dump(fds) for link in self.connections),
@@ -552,7 +559,7 @@ class Sandbox:
         self.waiting_requests.extend(dump.waiting_requests)
         readers = [link.read_on for link in self.connections]
         for place in dump.waiting:
-            self._waiting[readers[place] if place >= 0 else self._listen_on] = None
+            self._waiting[readers[place] if place >= 0 else self.resume_listening] = None
         self.messages.load(dump.messages)
         for bus in self._buses.values():
             bus.payers.adopt(self.id, self.messages)
@@ -564,9 +571,8 @@ class Sandbox:
     def discard(self) -> None:
         """Leave the loop and close nothing: what was loaded belongs to the gate before."""
         self.is_over = True
-        for fd, (sock, _) in self._listening.items():
-            self._loop.remove(fd)
-            sock.detach()
+        for listening in self._listening:
+            listening.leave()
         self._loop.remove(self._close_pipe)
         for link in self.connections:
             link.discard()
@@ -584,11 +590,10 @@ class Sandbox:
             self._emit(Gone(self.id, bus, unique_name))
         self.lost.clear()
         self._end_if_done()
-        if self._listen_on in self._waiting:
-            for listening in self._listening:
-                self._loop.change(listening, 0)
+        if self.resume_listening in self._waiting:
+            self._pause_listening()
         if self.is_throttled:
-            self._loop.next_turn(self._waited)
+            self._loop.next_turn(self._wake_next)
         for link in list(self.connections):
             link.resume()
         if self._reason:

@@ -12,7 +12,7 @@ import pytest
 GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
-_about _account _on_lost _on_request _recorder absent_name connector recorder _app _budgets _buses _clock _state _driver _drained _emit _changed _full _bus_messages _judging _least _loop _methods _most
+_about _account _owner _seconds _uid _on_lost _on_request _recorder absent_name connector recorder _app _budgets _buses _clock _state _driver _drained _emit _changed _full _bus_messages _judging _least _loop _methods _most
 _app_messages _owners _rate _reports _pending _sandbox _verdicts _visibility _access_change _synced _turn bus state fd reply_handlers
 from_app id identity limits sandbox sock
 """
@@ -24,8 +24,8 @@ VERDICTS: Final = """
 app_calls app_mute app_replies app_reply_at app_signals app_tables bus_calls bus_mute bus_refused bus_replies bus_reply_at
 bus_signals bus_tables tables
 """
-LINK: Final = """
-bus _bus_said _deadline _filter _guid _is_throttled _said _upstream _was_unfinished _watched
+CONNECTION: Final = """
+bus _bus_side _filter _guid _handshake _is_throttled _message_deadline _was_unfinished _watched
 """
 SANDBOX: Final = """
 _close_pipe _guid _listening _reason _throttled_count _waiting waiting_requests limited_log denied_count is_throttled lingering
@@ -69,10 +69,17 @@ FIELDS: Final = {
         "_queue _reading",
         "_events _is_away _read_size _recvmsg _send handler is_behind is_clear queued queued_fds readable",
     ),
-    "sandbox/connection.py:AppConnection": (
-        LINK,
-        "_bus_sock _client _closed _does_chores_soon _meter _new_judge _resumes_soon _server",
+    # Repeating what was said makes the server and the client again.
+    "sandbox/handshake.py:Handshake": (
+        "_bus_side _deadline app_said bus_said",
+        "_bus_sock _client _is_closed _server",
     ),
+    "sandbox/connection.py:AppConnection": (
+        CONNECTION,
+        "_closed _does_chores_soon _meter _new_judge _resumes_soon",
+    ),
+    # A listening socket that was paused for want of descriptors tries again at once.
+    "io/listener.py:ListeningSocket": ("sock spec", "_is_closed _is_paused"),
     "sandbox/meter.py:Meter": ("", "_asked _asks _budget answered ask_from counted"),
     "sandbox/budgets.py:MessageBudget": ("_filled caused left", ""),
     "sandbox/budgets.py:RateLimitedLog": ("_second suppressed suppressed_ever used", ""),

@@ -248,7 +248,7 @@ def test_it_takes_one_descriptor(supervisor: Supervisor) -> None:
 def test_who_has_used_up_its_budget_has_to_wait_on(supervisor: Supervisor, tmp_path: Path) -> None:
     supervisor.add("c0")
     sandbox = vars(supervisor.gate)["_sandboxes"]["c0"]
-    assert sandbox.charge(10_000_000, sandbox._listen_on)
+    assert sandbox.charge(10_000_000, sandbox.resume_listening)
     sandbox.limited_log.warning("test", "of the log")
     before = snapshot(supervisor).sandboxes[0].usage
     assert before.messages_per_second > 9_000_000

@@ -301,7 +301,7 @@ def test_a_defect_of_who_waited_ends_its_sandbox_alone(supervisor: Supervisor) -
     supervisor.add("c1")
     sandbox = supervisor.gate._sandboxes["c1"]
     sandbox._waiting[fail_always] = None
-    sandbox._waited()
+    sandbox._wake_next()
     assert names(supervisor) == ["c0"]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from broker.gate.sandbox.usage import end_slowest_reader, find_slowest_reader
+from broker.gate.sandbox.budgets import end_slowest_reader, find_slowest_reader
 from broker.wire.errors import PeerQuotaError
 
 
