@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from broker.wire.interfaces import DRIVER
 from integration.harness.buses import Bus
+from integration.harness.clients import run
 from integration.harness.other_user import NOBODY, as_user
 from integration.harness.rawclient import connect_socket
 from integration.harness.relay import Relay, running_relay
@@ -185,11 +187,38 @@ def test_a12_other_mechanisms(scene: Scene, mechanism: bytes) -> None:
     assert read_until(sock, b"NameAcquired")
 
 
-def test_a13_another_uid_is_not_believed(scene: Scene) -> None:
-    for uid in (b"12345", b"-1", b"+0", b"00", b"root", b"4294967296"):
+def test_a13_a_claim_that_is_no_uid_is_rejected(scene: Scene) -> None:
+    for uid in (b"-1", b"+0", b"00", b"root", b"4294967296"):
         said = answer(scene, b"\0AUTH EXTERNAL " + uid.hex().encode() + b"\r\n")
         assert said == b"REJECTED EXTERNAL\r\n", uid
         scene.leave()
+
+
+def test_a13_a_claimed_uid_gives_no_right(scene: Scene) -> None:
+    """Who may connect is what the kernel says; the bus is told the gate's own uid in any case."""
+    before = set(scene.host.list_names())
+    sock = scene.raw(b"\0AUTH EXTERNAL " + b"12345".hex().encode() + b"\r\n" + HELLO)
+    assert read_until(sock, b"NameAcquired")
+    (name,) = set(scene.host.list_names()) - before
+    assert scene.host.driver("GetConnectionUnixUser", "s", name) == (os.geteuid(),)
+
+
+def test_bug_7_a_program_in_a_user_namespace_connects(scene: Scene) -> None:
+    """It claims the uid that it has in there."""
+    inside = ["bwrap", "--unshare-user", "--uid", "1234", "--dev-bind", "/", "/"]
+    call = ["--dest", DRIVER, "--object-path", "/", "--method", f"{DRIVER}.GetId"]
+    done = run(*inside, "gdbus", "call", "--address", scene.villain.address, *call)
+    assert done.ok, done.err
+    done = run(
+        *inside,
+        "dbus-send",
+        f"--bus={scene.villain.address}",
+        "--print-reply",
+        f"--dest={DRIVER}",
+        "/",
+        f"{DRIVER}.GetId",
+    )
+    assert done.ok, done.err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the machine cannot: another user takes root")

@@ -71,6 +71,9 @@ class ServerState(enum.Enum):
     FAILED = enum.auto()
 
 
+# A uid as a client writes it; the highest number is no uid (-1 in the kernel).
+_UID: Final = re.compile(rb"0|[1-9][0-9]{0,9}")
+_MAX_UID: Final = 2**32 - 2
 _REJECTED: Final = b"REJECTED EXTERNAL"
 _ERROR: Final = b"ERROR"
 _OK: Final = b"OK"  # the guid follows
@@ -136,15 +139,15 @@ class Lines:
 
 
 class SaslServer:
-    """The server's side.
+    """The server's side, for a peer whose uid by SO_PEERCRED is one that may connect.
 
-    `uid` is the peer's uid by SO_PEERCRED, the only acceptable identity.
+    The peer's own claim decides nothing, so every uid that can be claimed is accepted. A program
+    in a user namespace claims the uid that it has in there.
     """
 
-    def __init__(self, uid: int, guid: str, *, takes_fds: bool = True) -> None:
+    def __init__(self, guid: str, *, takes_fds: bool = True) -> None:
         self.leftover = b""
         self.unix_fds = False
-        self._uid: Final = str(uid).encode()
         self._guid: Final = guid.encode()
         self._takes_fds: Final = takes_fds
         self._lines: Final = Lines()
@@ -217,22 +220,25 @@ class SaslServer:
                 response = response.lstrip(b" ")
                 if not response:
                     return Verb.AUTH_EMPTY
-                return Verb.AUTH_UID if self._is_uid(response) else Verb.AUTH_OTHER
+                return Verb.AUTH_UID if _is_uid(response) else Verb.AUTH_OTHER
             case b"DATA":
                 # No data: the client authenticates as its own user.
-                good = not arguments or self._is_uid(arguments)
+                good = not arguments or _is_uid(arguments)
                 return Verb.DATA_UID if good else Verb.DATA_OTHER
             case b"BEGIN":
                 return Verb.NO_BEGIN if blank else Verb.BEGIN
             case _:
                 return _PLAIN_VERBS.get(command, Verb.UNKNOWN)
 
-    def _is_uid(self, response: bytes) -> bool:
-        try:
-            # fromhex accepts blanks between the digits, but blanks are not hexadecimal digits.
-            return b" " not in response and bytes.fromhex(response.decode()) == self._uid
-        except ValueError:
-            return False
+
+def _is_uid(response: bytes) -> bool:
+    """Return whether a response is a uid in decimal digits, in hexadecimal as EXTERNAL has it."""
+    try:
+        # fromhex accepts blanks between the digits, but blanks are not hexadecimal digits.
+        claimed = b"" if b" " in response else bytes.fromhex(response.decode())
+    except ValueError:
+        return False
+    return bool(_UID.fullmatch(claimed)) and int(claimed) <= _MAX_UID
 
 
 class AuthClient(abc.ABC):

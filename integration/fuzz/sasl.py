@@ -57,7 +57,7 @@ def check(data: bytes) -> None:
 
 def run_server(parts: list[bytes]) -> Outcome:
     """Let a server read these pieces."""
-    server = SaslServer(_UID, _GUID)
+    server = SaslServer(_GUID)
     said, stream = b"", b"".join(parts)
     for number, part in enumerate(parts):
         try:

@@ -27,7 +27,7 @@ ERROR = b"ERROR\r\n"
 
 
 def make_server(*data: bytes) -> SaslServer:
-    server = SaslServer(1000, GUID)
+    server = SaslServer(GUID)
     for piece in data:
         server.feed(piece)
     return server
@@ -47,9 +47,9 @@ def make_server(*data: bytes) -> SaslServer:
     ],
 )
 def test_a_good_dialogue_ends_however_it_is_cut(said: bytes, answered: bytes) -> None:
-    whole = SaslServer(1000, GUID)
+    whole = SaslServer(GUID)
     assert whole.feed(b"\0" + said + b"l\1rest") == answered
-    slow = SaslServer(1000, GUID)
+    slow = SaslServer(GUID)
     assert b"".join(slow.feed(bytes([byte])) for byte in b"\0" + said) == answered
     assert whole.done
     assert slow.done
@@ -64,11 +64,10 @@ def test_a_good_dialogue_ends_however_it_is_cut(said: bytes, answered: bytes) ->
         (b"AUTH ANONYMOUS\r\n", REJECTED),
         (b"AUTH DBUS_COOKIE_SHA1 31303030\r\n", REJECTED),
         (b"AUTH external 31303030\r\n", REJECTED),
-        (b"AUTH EXTERNAL 30\r\n", REJECTED),
         (b"AUTH EXTERNAL 3130303\r\n", REJECTED),
         (b"AUTH EXTERNAL 31 303030\r\n", REJECTED),
         (b"AUTH EXTERNAL xx\r\n", REJECTED),
-        (b"AUTH EXTERNAL\r\nDATA 30\r\n", b"DATA\r\n" + REJECTED),
+        (b"AUTH EXTERNAL\r\nDATA 2d31\r\n", b"DATA\r\n" + REJECTED),
         (b"AUTH EXTERNAL\r\nCANCEL\r\n", b"DATA\r\n" + REJECTED),
         (b"AUTH EXTERNAL\r\nERROR what\r\n", b"DATA\r\n" + REJECTED),
         (b"AUTH EXTERNAL\r\nAUTH EXTERNAL\r\n", b"DATA\r\n" + ERROR),
@@ -99,9 +98,26 @@ def test_a_good_dialogue_ends_however_it_is_cut(said: bytes, answered: bytes) ->
     ],
 )
 def test_other_lines_are_answered_and_do_not_end_it(said: bytes, answered: bytes) -> None:
-    server = SaslServer(1000, GUID)
+    server = SaslServer(GUID)
     assert server.feed(b"\0" + said) == answered
     assert not server.done
+
+
+@pytest.mark.parametrize("uid", [b"0", b"1000", b"65534", b"4294967294"])
+@pytest.mark.parametrize("how", [b"AUTH EXTERNAL ", b"AUTH EXTERNAL\r\nDATA "])
+def test_bug_7_any_uid_may_be_claimed(how: bytes, uid: bytes) -> None:
+    """A program in a user namespace claims the uid that it has in there; the kernel has said who it is."""
+    server = make_server(b"\0", how + uid.hex().encode() + b"\r\n", b"BEGIN\r\n")
+    assert server.done
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [b"-1", b"+0", b"00", b"01000", b"root", b" 0", b"0\n", b"4294967295", b"9" * 10, b"\xb2"],
+)
+def test_what_is_no_uid_is_rejected(claim: bytes) -> None:
+    server = SaslServer(GUID)
+    assert server.feed(b"\0AUTH EXTERNAL " + claim.hex().encode() + b"\r\n") == REJECTED
 
 
 @pytest.mark.parametrize(
@@ -118,7 +134,7 @@ def test_other_lines_are_answered_and_do_not_end_it(said: bytes, answered: bytes
     ],
 )
 def test_a_violation_ends_it_for_good(said: bytes) -> None:
-    server = SaslServer(1000, GUID)
+    server = SaslServer(GUID)
     with pytest.raises(PeerProtocolError):
         server.feed(said)
     with pytest.raises(PeerProtocolError, match="before"):
@@ -139,7 +155,7 @@ def test_whoever_starts_anew_negotiates_anew() -> None:
 
 
 def test_descriptors_can_be_left_out_of_it() -> None:
-    server = SaslServer(1000, GUID, takes_fds=False)
+    server = SaslServer(GUID, takes_fds=False)
     said = b"\0" + AUTH + b"NEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
     assert server.feed(said) == OK + ERROR
     assert server.done
@@ -147,7 +163,7 @@ def test_descriptors_can_be_left_out_of_it() -> None:
 
 
 def test_nothing_in_is_nothing_out() -> None:
-    server = SaslServer(1000, GUID)
+    server = SaslServer(GUID)
     assert server.feed(b"") == b""
     assert server.feed(b"\0") == b""
     assert server.feed(b"") == b""
@@ -201,7 +217,7 @@ def test_no_bytes_authenticate_without_begin(data: bytes) -> None:
 
 @given(st.lists(st.integers(1, 70), max_size=6), st.booleans())
 def test_server_and_client_agree_in_any_pieces(cuts: list[int], fds: bool) -> None:
-    client, server = SaslClient(1000), SaslServer(1000, GUID)
+    client, server = SaslClient(1000), SaslServer(GUID)
     said = client.start() + b"hello"
     answers = b"".join(server.feed(piece) for piece in _cut(said[:-12], cuts))
     answers += server.feed(said[-12:])

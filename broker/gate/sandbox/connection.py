@@ -149,7 +149,7 @@ class AppConnection:
             loop,
             self._app,
             self,
-            SaslServer(sandbox.spec.uid, guid, takes_fds=bus.takes_fds),
+            SaslServer(guid, takes_fds=bus.takes_fds),
             uid=sandbox.spec.uid,
             seconds=sandbox.limits.handshake_seconds,
         )
