@@ -78,7 +78,7 @@ class World:
         self.handshake = self.make()
 
     def make(self) -> Handshake:
-        server = SaslServer(os.getuid(), "0" * 32, takes_fds=True)
+        server = SaslServer("0" * 32, takes_fds=True)
         return Handshake(
             self.loop, self.stream, self.owner, server, uid=os.getuid(), seconds=SECONDS
         )
