@@ -8,7 +8,7 @@ import itertools
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -31,8 +31,7 @@ _numbers: Iterator[int] = itertools.count(1)
 _judged: Iterator[int] = itertools.cycle(range(0, RING, SLOT))
 _known: Iterator[int] = itertools.cycle(range(RING, SIZE, SLOT))
 
-# Write down a header: the bytes that it is in, where it begins, how long it is.
-KnownNote = Callable[[bytes, int, int], None]
+_now: Final = time.time
 
 
 class HeaderRecorder:
@@ -41,12 +40,48 @@ class HeaderRecorder:
     `note_from_app` and `note_from_bus` are for known messages.
     """
 
-    __slots__ = ("_sandbox", "note_from_app", "note_from_bus")
+    __slots__ = ("_name", "_name_size", "_pack_into", "_room", "_sandbox")
 
     def __init__(self, sandbox: str) -> None:
         self._sandbox: Final = sandbox
-        self.note_from_app: Final = _make_known_note(sandbox, FROM_APP)
-        self.note_from_bus: Final = _make_known_note(sandbox, FROM_BUS)
+        self._name: Final = make_name(sandbox)
+        self._name_size: Final = len(self._name)
+        slot, self._room = known_slot(self._name_size)
+        self._pack_into: Final = slot.pack_into
+
+    # Each known message costs a call of one of these two, so they are the same with another constant.
+
+    def note_from_app(self, data: bytes, pos: int, size: int) -> None:
+        """Write down a known header of the app."""
+        if _rings is not None:
+            size = min(size, self._room)
+            self._pack_into(
+                _rings,
+                next(_known),
+                next(_numbers),
+                _now(),
+                FROM_APP,
+                self._name_size,
+                size,
+                self._name,
+                data[pos : pos + size],
+            )
+
+    def note_from_bus(self, data: bytes, pos: int, size: int) -> None:
+        """Write down a known header of the bus."""
+        if _rings is not None:
+            size = min(size, self._room)
+            self._pack_into(
+                _rings,
+                next(_known),
+                next(_numbers),
+                _now(),
+                FROM_BUS,
+                self._name_size,
+                size,
+                self._name,
+                data[pos : pos + size],
+            )
 
     def parse_from_app(self, data: bytes, pos: int) -> Header:
         """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
@@ -63,32 +98,6 @@ def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
     if _rings is not None:
         note = RecordedHeader(next(_numbers), time.time(), direction, sandbox)
         note.write(_rings, next(_judged), data, pos)
-
-
-def _make_known_note(sandbox: str, direction: int) -> KnownNote:
-    # A closure, because each known message costs a call of it: see sandbox/fast_path.py.
-    name = make_name(sandbox)
-    name_size = len(name)
-    slot, room = known_slot(name_size)
-    pack_into, now = slot.pack_into, time.time
-
-    def note(data: bytes, pos: int, size: int) -> None:
-        if _rings is not None:
-            if size > room:  # noqa: PLR1730 - not a call more for each message
-                size = room
-            pack_into(
-                _rings,
-                next(_known),
-                next(_numbers),
-                now(),
-                direction,
-                name_size,
-                size,
-                name,
-                data[pos : pos + size],
-            )
-
-    return note
 
 
 def trace_into(path: Path | None) -> None:

@@ -17,7 +17,7 @@ from broker.control_protocol.trace_file import (
     read_rings,
 )
 from broker.gate import recorder
-from broker.gate.filter.filter import make_pass
+from broker.gate.filter.filter import pass_on
 from broker.gate.recorder import HeaderRecorder
 from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Header, MessageType, parse_header, serialise_header
@@ -122,8 +122,8 @@ def test_known_messages_are_on_record_and_drive_no_others_out(traced: Path) -> N
 def test_run_of_known_messages_is_passed_on_and_its_first_on_record(traced: Path) -> None:
     out: Output = []
     first, second = make_call("/a"), make_call("/b")
-    make_pass(out, HeaderRecorder("c1").note_from_app)(
-        b"x" + first + second, 1, 1 + len(first + second)
+    pass_on(
+        out, HeaderRecorder("c1").note_from_app, b"x" + first + second, 1, 1 + len(first + second)
     )
     assert out == [first + second]
     assert [first.startswith(entry.header) for entry in read_rings(traced.read_bytes())] == [True]

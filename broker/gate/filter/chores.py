@@ -5,7 +5,6 @@ nearly always that is all. The rest is done a slice a turn of the loop, and mean
 connection. Chores of one connection are done one after the other.
 """
 
-from collections import deque
 from collections.abc import Generator
 from typing import Final
 
@@ -25,7 +24,7 @@ class Chores:
     """The chores of one connection."""
 
     def __init__(self) -> None:
-        self._works: Final[deque[Work]] = deque()
+        self._works: Final[list[Work]] = []
         self._is_working = False
         self.room = SLICE  # of a turn
 
@@ -47,7 +46,7 @@ class Chores:
                 try:
                     done += next(self._works[0])
                 except StopIteration:
-                    self._works.popleft()
+                    del self._works[0]
         finally:
             self._is_working = False
 

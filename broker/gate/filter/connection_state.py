@@ -44,13 +44,11 @@ KnownNote = Callable[[bytes, int, int], None]
 class Recorder(Protocol):
     """Writes down the headers of messages, for whoever looks into the gate's death (recorder.py)."""
 
-    @property
-    def note_from_app(self) -> KnownNote:
-        """Writes down a known message of the app."""
+    def note_from_app(self, data: bytes, pos: int, size: int) -> None:
+        """Write down a known header of the app: the bytes that it is in, where it begins, how long it is."""
 
-    @property
-    def note_from_bus(self) -> KnownNote:
-        """Writes down a known message of the bus."""
+    def note_from_bus(self, data: bytes, pos: int, size: int) -> None:
+        """Write down a known header of the bus."""
 
     def parse_from_app(self, data: bytes, pos: int) -> Header:
         """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""

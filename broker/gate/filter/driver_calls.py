@@ -3,7 +3,7 @@
 An allow-list: what stands in no table here needs a rule, and some things no rule can allow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -148,19 +148,6 @@ class BusDriverCalls:
         self._state: Final = state
         self._owners: Final = owners
         self._visibility: Final = visibility
-        self._methods: Final[dict[str, Callable[[Header, bytes], bool]]] = {
-            "Hello": self._hello,
-            "AddMatch": self._add_match,
-            "RemoveMatch": self._remove_match,
-            "GetId": self._pass,
-            "ListNames": self._list,
-            "ListActivatableNames": self._list,
-            "StartServiceByName": self._start_service,
-            "RequestName": self._request_name,
-            "ReleaseName": self._release_name,
-            "ListQueuedOwners": self._list_queued,
-        }
-        self._methods.update(dict.fromkeys(LOOK_UPS, self._look_up))
         state.reply_handlers["hello"] = self._greeted
         state.reply_handlers["add-match"] = self._added_match
         state.reply_handlers["list"] = self._listed
@@ -195,11 +182,11 @@ class BusDriverCalls:
         ):
             self._never(header)
         if header.interface in (None, DRIVER):
-            method = self._methods.get(member)
+            method = self._METHODS.get(member)
             if method is not None:
                 if member in BY_RULE_TOO and self._state.judge.access.bus_by_rule:
                     self._demand_rule(header)
-                return method(header, data)
+                return method(self, header, data)
         if header.interface in (None, PEER) and member == "Ping":
             return self._pass(header, data)
         if header.interface in (None, INTROSPECTABLE) and member == "Introspect":
@@ -513,6 +500,21 @@ class BusDriverCalls:
         raise CallRefusedError(
             errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
         )
+
+    # One table for all connections.
+    _METHODS: Final[Mapping[str, Callable[["BusDriverCalls", Header, bytes], bool]]] = {
+        "Hello": _hello,
+        "AddMatch": _add_match,
+        "RemoveMatch": _remove_match,
+        "GetId": _pass,
+        "ListNames": _list,
+        "ListActivatableNames": _list,
+        "StartServiceByName": _start_service,
+        "RequestName": _request_name,
+        "ReleaseName": _release_name,
+        "ListQueuedOwners": _list_queued,
+        **dict.fromkeys(LOOK_UPS, _look_up),
+    }
 
 
 def _match_rule(header: Header, data: bytes) -> MatchRule:

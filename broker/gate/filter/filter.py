@@ -26,8 +26,9 @@ from broker.gate.filter.name_owners import NameOwners
 from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall
 from broker.gate.filter.receive_buffer import ReceiveBuffer
 from broker.gate.filter.unreadable import AWAITED, MAX_HEADER, TOO_LARGE, leave_out
+from broker.gate.filter.verdict_cache import KINDS
 from broker.gate.filter.visibility import NameVisibility
-from broker.gate.output import Output
+from broker.gate.output import EMPTY_QUEUE, Output
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.fixed_header import FIXED, REPLIES, SIGNALS, U32
 from broker.wire.header import (
@@ -74,15 +75,12 @@ class Filter:
         self.from_app: Final = ReceiveBuffer(sandbox)
         self._from_bus: Final = ReceiveBuffer(None)
         # What came from the bus and waits; everything behind it waits with it, to come in order.
-        self._stash: Final[deque[Arrived]] = deque()
+        self._stash: deque[Arrived] = EMPTY_QUEUE
         self._stashed_bytes = 0
         self._wake = False
         self._pending: Final = self.state.pending
         self._verdicts: Final = self.state.verdicts
-        recorder = sandbox.recorder
-        self._recorder: Final = recorder
-        self._pass_app: Final = make_pass(self.state.to_bus, recorder.note_from_app)
-        self._pass_bus: Final = make_pass(self.state.to_app, recorder.note_from_bus)
+        self._recorder: Final = sandbox.recorder
         self._budgets: Final = bus.payers.budgets
 
     # -- rules ---------------------------------------------------------------------------------------
@@ -143,7 +141,7 @@ class Filter:
         fds = self.from_app.take_fds() + self._from_bus.take_fds()
         for stashed in self._stash:
             fds += stashed.fds
-        self._stash.clear()
+        self._stash = EMPTY_QUEUE
         return fds
 
     # -- handing over ------------------------------------------------------------------------------------
@@ -181,10 +179,8 @@ class Filter:
         self.from_app.load(dump.from_app, fds)
         self._from_bus.load(dump.from_bus, fds)
         for one in dump.stash:
-            self._stash.append(
-                Arrived(parse_header(one.data, 0, READ_LIMITS), one.data, pick(fds, one.fds))
-            )
-            self._stashed_bytes += len(one.data)
+            header = parse_header(one.data, 0, READ_LIMITS)
+            self._put_by(Arrived(header, one.data, pick(fds, one.fds)))
 
     @property
     def fits_rules(self) -> bool:
@@ -211,12 +207,14 @@ class Filter:
         room = state.sandbox.limits.pending_calls
         verdicts = self._verdicts
         calls = verdicts.app_calls
-        tables = verdicts.app_tables if plain or not buffer.has_fds else {}
+        tables = verdicts.app_tables
+        kinds = KINDS if plain or not buffer.has_fds else {}
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
-            table = tables.get(first)
-            if table is not None:
+            kind = kinds.get(first)
+            if kind is not None:
+                table = tables[kind]
                 start = pos + 16 + (fields + 7 & -8)
                 stop = start + body
                 target = table.get(data[pos + 12 : start])
@@ -231,20 +229,20 @@ class Filter:
                         known += 1 + more
                         pos = stop + (stop - pos) * more
                         continue
-            elif tables and first in REPLIES:
+            elif kinds and first in REPLIES:
                 stop = self.known_app_reply(data, pos, end, body, fields)
                 if stop:
                     pos = stop
                     known += 1
                     continue
             if run < pos:
-                self._pass_app(data, run, pos)
+                pass_on(state.to_bus, self._recorder.note_from_app, data, run, pos)
             run, stop = pos, self._app_message(data, pos)
             if not stop:
                 break
             run = pos = stop
         if run < pos:
-            self._pass_app(data, run, pos)
+            pass_on(state.to_bus, self._recorder.note_from_app, data, run, pos)
         self.spent += known
         if pos < end or not plain:
             buffer.consume(data, pos)
@@ -337,9 +335,9 @@ class Filter:
             return
         pos, run, end = 0, 0, len(data)
         answered = 0  # bytes of replies to the app's calls
-        chores = self.state.chores
+        chores, to_app = self.state.chores, self.state.to_app
         fast = not (buffer.has_fds or self._stash or chores)
-        tables = self._verdicts.bus_tables if fast else {}
+        tables = self._verdicts.bus_tables
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
             first, body, serial, fields = unpack(data, pos)
@@ -353,8 +351,9 @@ class Filter:
                         pos = known
                         continue
                 else:
-                    table = tables.get(first) if fast else None
-                    if table is not None:
+                    kind = KINDS.get(first) if fast else None
+                    if kind is not None:
+                        table = tables[kind]
                         caller = table.get(data[pos + 12 : start])
                         if caller is not None and self.known_bus_call(
                             table, caller, serial, stop - pos
@@ -362,14 +361,14 @@ class Filter:
                             pos = stop
                             continue
             if run < pos:
-                self._pass_bus(data, run, pos)
+                pass_on(to_app, self._recorder.note_from_bus, data, run, pos)
             run, stop = pos, self._bus_message(data, pos)
             if not stop:
                 break
             fast = fast and not (self._stash or chores)
             run = pos = stop
         if run < pos:
-            self._pass_bus(data, run, pos)
+            pass_on(to_app, self._recorder.note_from_bus, data, run, pos)
         if pos < end or not plain:
             buffer.consume(data, pos)
         if self._wake:
@@ -431,14 +430,19 @@ class Filter:
         waiting = len(self._pending.calls_to_bus)
         in_order = not (self._stash or self.state.chores) or self._cannot_wait(arrived.header)
         if not (in_order and self._hear(arrived, start)):
-            self._stash.append(arrived)
-            self._stashed_bytes += len(arrived.data)
+            self._put_by(arrived)
         if len(self._pending.calls_to_bus) < waiting:
             self.answered += len(arrived.data) // BYTES_A_MESSAGE
         # One message alone may be as large as the bus allows.
         is_much = self._stashed_bytes > self.state.sandbox.limits.bytes_queued
         if is_much and len(self._stash) > 1:
             raise PeerQuotaError("too much arrived while the owners of names were asked for")
+
+    def _put_by(self, arrived: Arrived) -> None:
+        if self._stash is EMPTY_QUEUE:
+            self._stash = deque()
+        self._stash.append(arrived)
+        self._stashed_bytes += len(arrived.data)
 
     def _leave_out(self, data: bytes, pos: int, size: int, why: str) -> int:
         """Go over a message that is not read; return as `_bus_message` does."""
@@ -507,17 +511,15 @@ class Filter:
                 self._stashed_bytes -= len(arrived.data)
                 waits = not self._hear(arrived, self._clock())
                 assert not waits
+            if not self._stash:
+                self._stash = EMPTY_QUEUE
             if self.held and not (self.yielded or self._owners.waiting):
                 self.held = False
                 self.feed_app(b"")
 
 
-def make_pass(out: Output, note: KnownNote) -> KnownNote:
-    """Return a function that passes on a run of known messages, from `pos` to `end`, and writes down the first one."""
-
-    def pass_on(data: bytes, pos: int, end: int) -> None:
-        out.append(data[pos:end])
-        # Known headers are little-endian.
-        note(data, pos, FIXED_SIZE + U32.unpack_from(data, pos + 12)[0])
-
-    return pass_on
+def pass_on(out: Output, note: KnownNote, data: bytes, pos: int, end: int) -> None:
+    """Pass on a run of known messages, from `pos` to `end`, and write down the first one."""
+    out.append(data[pos:end])
+    # Known headers are little-endian.
+    note(data, pos, FIXED_SIZE + U32.unpack_from(data, pos + 12)[0])

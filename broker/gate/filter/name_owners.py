@@ -22,6 +22,7 @@ from broker.gate.filter.pending_calls import (
     OwnersSince,
     Replier,
 )
+from broker.gate.output import EMPTY_QUEUE
 from broker.wire import marshal
 from broker.wire.errors import PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType
@@ -60,10 +61,10 @@ class NameOwners:
         self._then: Callable[[], Work] | None = None
         self.views: Final = Views(state.bus)
         # Of names with calls that wait, which hold it: who owned them meanwhile.
-        self._histories: Final[WeakValueDictionary[str, OwnerHistory]] = WeakValueDictionary()
+        self._histories: WeakValueDictionary[str, OwnerHistory] | None = None
         self._extra: Final[OrderedDict[str, None]] = OrderedDict()
         # Names whose owner is still to be asked for, and how many have been and are not known.
-        self._unasked: Final[deque[str]] = deque()
+        self._unasked: deque[str] = EMPTY_QUEUE
         self._asking = 0
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
         self._matches: Final[set[str]] = set()
@@ -213,6 +214,8 @@ class NameOwners:
         return history
 
     def _history_of(self, name: str) -> OwnerHistory:
+        if self._histories is None:
+            self._histories = WeakValueDictionary()
         history = self._histories.get(name)
         if history is None:
             history = self._histories[name] = OwnerHistory(MAX_FORMER_OWNERS - 1)
@@ -220,7 +223,7 @@ class NameOwners:
 
     def changes_of(self, name: str) -> int:
         """Return how often a name that calls wait for has changed its owner."""
-        history = self._histories.get(name)
+        history = self._histories.get(name) if self._histories is not None else None
         return history.count if history is not None else 0
 
     def _forget(self, name: str) -> None:
@@ -275,6 +278,8 @@ class NameOwners:
     def _ask_owner(self, name: str) -> None:
         self.names.setdefault(name, Replier("", name))
         self.waiting += 1
+        if self._unasked is EMPTY_QUEUE:
+            self._unasked = deque()
         self._unasked.append(name)
         self._ask_on()
 
@@ -284,6 +289,8 @@ class NameOwners:
             self._asking += 1
             name = self._unasked.popleft()
             self._state.call_driver("GetNameOwner", "s", (name,), ReplyAction("owner", (name,)))
+        if not self._unasked:
+            self._unasked = EMPTY_QUEUE
 
     def _told(self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
         self._asking = max(0, self._asking - 1)  # an earlier gate did not count
@@ -348,7 +355,7 @@ class NameOwners:
         )
 
     def _dump_history(self, name: str) -> HistoryDump:
-        history = self._histories.get(name)
+        history = self._histories.get(name) if self._histories is not None else None
         if history is None:
             return HistoryDump(name=name)
         return HistoryDump(name=name, count=history.count, changes=history.changes)
@@ -372,7 +379,8 @@ class NameOwners:
             exact=frozenset(dump.exact), subtrees=frozenset(dump.subtrees), globs=dump.globs
         )
         self._matches.update(dump.matches)
-        self._unasked.extend(dump.unasked)
+        if dump.unasked:
+            self._unasked = deque(dump.unasked)
         self._asking = dump.asking
         return histories
 

@@ -4,7 +4,6 @@ Descriptors arrive with some read; they belong to a message that has bytes in th
 no message by the time all bytes of its read are used is an attack (or a bug): it would be given to a later message.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -45,8 +44,9 @@ class ReceiveBuffer:
         # A number for the message that is half here, 0 for none.
         self.unfinished = 0
         self._number = 0  # of the last one
-        self._fds: Final[deque[int]] = deque()
-        self._batches: Final[deque[_FdBatch]] = deque()
+        # Lists, because they are short and nearly always empty.
+        self._fds: Final[list[int]] = []
+        self._batches: Final[list[_FdBatch]] = []
 
     @property
     def has_fds(self) -> bool:
@@ -143,26 +143,31 @@ class ReceiveBuffer:
             raise PeerProtocolError(
                 f"a message says it has {count} descriptors, {len(self._fds)} came"
             )
-        return tuple(self._fds[n] for n in range(count))
+        return tuple(self._fds[:count])
 
     def drop_fds(self, count: int) -> None:
         """Give up the descriptors of a message: somebody else has them now."""
-        for _ in range(count):
-            self._fds.popleft()
-            self._batches[0].left -= 1
-            if not self._batches[0].left:
-                self._batches.popleft()
+        del self._fds[:count]
+        while count:
+            batch = self._batches[0]
+            taken = min(count, batch.left)
+            batch.left -= taken
+            count -= taken
+            if not batch.left:
+                del self._batches[0]
 
     def take_fds_before(self, end: int) -> list[int]:
         """Give up the descriptors that came with reads up to there: the caller closes them."""
         fds: list[int] = []
         while self._batches and self._batches[0].end <= end:
-            fds += [self._fds.popleft() for _ in range(self._batches.popleft().left)]
+            count = self._batches.pop(0).left
+            fds += self._fds[:count]
+            del self._fds[:count]
         return fds
 
     def take_fds(self) -> list[int]:
         """Give up everything, at the end: the caller closes the descriptors."""
-        fds = list(self._fds)
+        fds = self._fds.copy()
         self._fds.clear()
         self._batches.clear()
         self._parts.clear()
@@ -177,7 +182,7 @@ class ReceiveBuffer:
             skip=self._skip,
             unfinished=self.unfinished,
             number=self._number,
-            fds=fds.put_all(list(self._fds)),
+            fds=fds.put_all(self._fds),
             batches=tuple((batch.left, batch.end) for batch in self._batches),
         )
 

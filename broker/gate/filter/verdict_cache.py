@@ -15,6 +15,9 @@ MAX_REMEMBERED_BYTES: Final = 512
 # From names to verdicts, a table. Some are of verdicts that are forgotten.
 MAX_LINKS: Final = 4 * MAX_REMEMBERED
 
+# What an empty table rests on: most of a connection's tables stay empty. It is never changed.
+_NOTHING: Final[dict[str, set[bytes]]] = {}
+
 Remembered = TypeVar("Remembered")
 
 
@@ -29,7 +32,7 @@ class VerdictTable(dict[bytes, Remembered]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._resting: Final[dict[str, set[bytes]]] = {}
+        self._resting: dict[str, set[bytes]] = _NOTHING
         self._links = 0
 
     def remember(self, key: bytes, value: Remembered, *names: str) -> None:
@@ -39,28 +42,39 @@ class VerdictTable(dict[bytes, Remembered]):
         if len(self) >= MAX_REMEMBERED or self._links + len(names) > MAX_LINKS:
             self.clear()
         self[key] = value
+        if names and self._resting is _NOTHING:
+            self._resting = {}
         for name in names:
             self._resting.setdefault(name, set()).add(key)
         self._links += len(names)
 
     def forget_about(self, *names: str) -> None:
         """Forget what rests on any of these names."""
-        for name in names:
-            for key in self._resting.pop(name, ()):
-                self.pop(key, None)
+        if self._resting:
+            for name in names:
+                for key in self._resting.pop(name, ()):
+                    self.pop(key, None)
 
     def clear(self) -> None:
         """Forget everything."""
         super().clear()
-        self._resting.clear()
+        self._resting = _NOTHING
         self._links = 0
+
+
+# First words of a header (byte order, type, flags, version), and the index of their table in `app_tables` and `bus_tables`.
+KINDS: Final[dict[int, int]] = {
+    **dict.fromkeys(CALLS, 0),
+    **dict.fromkeys(MUTE_CALLS, 1),
+    **dict.fromkeys(SIGNALS, 2),
+}
 
 
 class VerdictCache:
     """The remembered verdicts of one connection.
 
-    Messages are looked up by the first word of the header (byte order, type, flags, version) in `app_tables` or
-    `bus_tables`, then by the field array in the table found there.
+    Messages are looked up by the first word of the header in `KINDS`, then by the field array in the table of
+    `app_tables` or `bus_tables` with that index.
 
     Replies of one sender have one shape: the field array without the four bytes of REPLY_SERIAL. `bus_reply_at` and
     `app_reply_at` tell by the length of the array where those are. `bus_replies` and `app_replies` give the sender, or
@@ -86,16 +100,12 @@ class VerdictCache:
             *(self.app_calls, self.app_mute, self.app_signals),
             *(self.bus_calls, self.bus_mute, self.bus_signals, self.bus_refused),
         )
-        self.app_tables: Final[dict[int, VerdictTable[Any]]] = {
-            **dict.fromkeys(CALLS, self.app_calls),
-            **dict.fromkeys(MUTE_CALLS, self.app_mute),
-            **dict.fromkeys(SIGNALS, self.app_signals),
-        }
-        self.bus_tables: Final[dict[int, VerdictTable[str]]] = {
-            **dict.fromkeys(CALLS, self.bus_calls),
-            **dict.fromkeys(MUTE_CALLS, self.bus_mute),
-            **dict.fromkeys(SIGNALS, self.bus_signals),
-        }
+        self.app_tables: Final[tuple[VerdictTable[Any], ...]] = (
+            *(self.app_calls, self.app_mute, self.app_signals),
+        )
+        self.bus_tables: Final[tuple[VerdictTable[str], ...]] = (
+            *(self.bus_calls, self.bus_mute, self.bus_signals),
+        )
         self.bus_reply_at: Final[dict[int, int]] = {}
         self.bus_replies: Final[dict[bytes, str]] = {}
         self.app_reply_at: Final[dict[int, int]] = {}

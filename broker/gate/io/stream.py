@@ -10,7 +10,7 @@ from typing import Final
 
 from broker.gate.dumps import ChunkDump, Fds, StreamDump, pick
 from broker.gate.io.loop import BROKEN, READABLE, WRITABLE, Loop
-from broker.gate.output import Chunk, Output
+from broker.gate.output import EMPTY_QUEUE, Chunk, Output
 from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary, close_fds, received_fds, rights
 from broker.wire.errors import PeerProtocolError
 
@@ -45,7 +45,7 @@ class SocketStream:
         self.fd: Final = sock.fileno()
         self.readable = readable  # may be replaced: another state, another reader
         self._drained: Final = drained
-        self._queue: Final[deque[Chunk]] = deque()
+        self._queue: deque[Chunk] = EMPTY_QUEUE
         self.queued = 0  # bytes that the other end has not taken
         self.queued_fds = 0
         self.is_behind = False  # what waits is more than one message, or was when more came
@@ -184,7 +184,7 @@ class SocketStream:
     def _drop_queue(self) -> None:
         for chunk in self._queue:
             close_fds(chunk.fds)
-        self._queue.clear()
+        self._queue = EMPTY_QUEUE
         self.queued = self.queued_fds = 0
 
     def on_event(self, events: int) -> None:
@@ -211,6 +211,8 @@ class SocketStream:
             self._loop.remove(self.fd)
 
     def _enqueue(self, chunk: Chunk) -> None:
+        if self._queue is EMPTY_QUEUE:
+            self._queue = deque()
         self._queue.append(chunk)
         self.queued += len(chunk.data)
         self.queued_fds += len(chunk.fds)
@@ -240,6 +242,8 @@ class SocketStream:
             except OSError as exc:
                 raise StreamClosedError from exc
             self._took(sent)
+        if not self._queue:
+            self._queue = EMPTY_QUEUE
         self._listen()
 
     def _send_some(self) -> int:

@@ -10,11 +10,12 @@ filter.py.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from broker.gate.filter.costs import BYTES_A_MESSAGE
 from broker.gate.filter.filter import Filter
 from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
+from broker.gate.filter.verdict_cache import KINDS
 from broker.gate.io.loop import READABLE
 from broker.gate.io.stream import READ_SIZE, RECEIVE, TRUNCATED, SocketStream, StreamClosedError
 from broker.gate.sandbox.budgets import MessageBudget
@@ -22,6 +23,10 @@ from broker.gate.sandbox.meter import Meter
 from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary
 from broker.wire.fixed_header import FIXED, REPLIES, U32
 from broker.wire.header import FIXED_SIZE
+
+# One for all connections: a bound method in each of them takes 72 bytes.
+_unpack: Final = FIXED.unpack_from
+_unpack_serial: Final = U32.unpack_from
 
 Handler = Callable[[int], None]
 # Take note of one message and say whether to pass it on; False: nothing is done, it has to be looked at.
@@ -66,7 +71,7 @@ def install_fast_path(
 def _make_handler(
     link: SlowPath, source: SocketStream, target: SocketStream, note: TryForward, sent: Sent
 ) -> Handler:
-    receive, write, target_fd = source.sock.recvmsg, os.write, target.fd
+    receive, target_fd = source.sock.recvmsg, target.fd
 
     def handle(events: int) -> None:
         if events != READABLE or not source.is_clear:
@@ -80,7 +85,7 @@ def _make_handler(
                 return
             try:
                 # Never waits: this end of a connection is the gate's alone, and it made it non-blocking.
-                taken = write(target_fd, data)
+                taken = os.write(target_fd, data)
             except OSError as exc:
                 taken = _count_as_sent(exc, size)
             if taken != size:
@@ -109,21 +114,21 @@ def _make_app_note(payers: Accounting) -> TryForward:
         state.verdicts.app_tables,
     )
     room = state.sandbox.limits.pending_calls
-    unpack = FIXED.unpack_from
     trace = state.sandbox.recorder.note_from_app
 
     def note(data: bytes, size: int) -> bool:
-        first, body, serial, fields = unpack(data)
+        first, body, serial, fields = _unpack(data)
         start = 16 + (fields + 7 & -8)
         if start + body != size or not 0 < serial < FIRST_GATE_SERIAL:
             return False
         if budget.left <= 0 or meter.counted >= meter.ask_from:
             return False
-        table = tables.get(first)
-        if table is None:
+        kind = KINDS.get(first)
+        if kind is None:
             if first not in REPLIES or not judging.known_app_reply(data, 0, size, body, fields):
                 return False
         else:
+            table = tables[kind]
             answerer = table.get(data[12:start])
             if answerer is None:
                 return False
@@ -145,17 +150,19 @@ def _make_bus_note(payers: Accounting) -> TryForward:
     state = judging.state
     pending, tables = state.pending.calls_to_bus, state.verdicts.bus_tables
     reply_at, shapes = state.verdicts.bus_reply_at, state.verdicts.bus_replies
-    unpack, unpack_serial = FIXED.unpack_from, U32.unpack_from
     trace = state.sandbox.recorder.note_from_bus
 
     def note(data: bytes, size: int) -> bool:
-        first, body, serial, fields = unpack(data)
+        first, body, serial, fields = _unpack(data)
         start = 16 + (fields + 7 & -8)
         if start + body != size:
             return False
         if first not in REPLIES:
-            table = tables.get(first)
-            caller = table.get(data[12:start]) if table is not None else None
+            kind = KINDS.get(first)
+            if kind is None:
+                return False
+            table = tables[kind]
+            caller = table.get(data[12:start])
             if caller is None or not judging.known_bus_call(table, caller, serial, size):
                 return False
             trace(data, 0, start)
@@ -163,7 +170,7 @@ def _make_bus_note(payers: Accounting) -> TryForward:
         at = reply_at.get(start)
         if at is None:
             return False
-        asked = unpack_serial(data, at)[0]
+        asked = _unpack_serial(data, at)[0]
         entry = pending.get(asked)
         # No owner is None.
         if entry is None or entry.owner != shapes.get(data[12:at] + data[at + 4 : start]):
