@@ -176,7 +176,7 @@ def _make_parts(
         engine=engine,
         state=state,
         announcer=_Announcer(lines, subscribers),
-        watches=watches,
+        name_watches=watches,
         folder=folder / CONTAINERS,
         processes=Processes(open_connector),
     )
@@ -205,7 +205,7 @@ async def _run(parts: _Components, told: _SignalListener) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(parts.engine.keep_connected, parts.supervisor)
         nursery.start_soon(parts.supervisor.run_jobs)
-        nursery.start_soon(parts.supervisor.vigil.run)
+        nursery.start_soon(parts.supervisor.watches.run)
         for watch in parts.watches.values():
             with suppress(BusLostError):  # its line sees to that
                 await watch.check()

@@ -16,9 +16,9 @@ LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 REASONS = {
     "refuse": "not you",
     "nonsense": "it answered with 's' where 'oays' was due",
-    "nonsense-arguments": "its SupportedArguments are no list of names",
+    "nonsense-arguments": "SupportedArguments is not a list of names",
     "silent": "bus session did not answer AddServer in 5 s",
-    "unreachable": "the socket that it made cannot be reached",
+    "unreachable": "the socket that the bus made cannot be reached",
 }
 
 

@@ -152,7 +152,7 @@ async def main():
                 process = identify(child.pid, os.getuid())
                 watched.watch(str(child.pid), process, lambda pid=child.pid: ended.append(pid))
             await trio.sleep(2)
-            print(watched.way)
+            print(watched.method)
             for child in children:
                 child.kill()
             while len(ended) < 3:
@@ -212,7 +212,7 @@ def test_a_process_is_of_the_callers_user(system: Warden) -> None:
         assert len(refused) == 2
         for text in refused:
             assert text.startswith("org.freedesktop.DBus.Error.AccessDenied")
-            assert text.endswith(f"process {process.pid} is of another user")
+            assert text.endswith(f"process {process.pid} belongs to another user")
         assert ends.wait() == (path, "process-ended")
         # Root may name anybody's.
         ours = system.add_server(Process=Variant("u", process.pid))

@@ -111,7 +111,7 @@ def test_without_a_gate_it_says_what_it_lost(folder: Path, damage: Callable[[Pat
             lines = [line for line in second.log.splitlines() if "is damaged" in line]
     (line,) = lines
     assert line.startswith("ERROR ")
-    assert "kept as state.db.damaged-1; read from it: 0 sandboxes" in line
+    assert "kept as state.db.damaged-1; recovered: 0 sandboxes" in line
 
 
 def start(bus: Bus, runtime: Path, *before: str) -> Outcome:
@@ -197,7 +197,7 @@ def assert_nothing_was_done(warden: Warden, before: Sequence[Sandbox]) -> None:
         lambda: warden.add_server(metadata=LARGE),
         lambda: warden.set_access(before[0], *rules),
     ):
-        with pytest.raises(CallError, match=r"it cannot be stored in .*state.db: ") as caught:
+        with pytest.raises(CallError, match=r"cannot store the change in .*state.db: ") as caught:
             change()
         assert "\n" not in str(caught.value)
     assert [one["path"] for one in warden.list_sandboxes()] == [one.path for one in before]

@@ -109,8 +109,7 @@ PROSE_MENDED: Final = (
     "broker.posix",
     "broker.systemd",
     "broker.launcher",
-    "broker.supervisor.sandboxes.rule_limits",
-    "broker.supervisor.sandboxes.specs",
+    "broker.supervisor",
     "broker.wire",
     "policy",
 )

@@ -10,7 +10,7 @@ from broker.bus.connection import BUS_DRIVER, Call
 from broker.bus.values import Variant, unpack
 from broker.supervisor.sandboxes.registry import Record
 from broker.supervisor.sandboxes.rule_limits import in_slices
-from broker.supervisor.watches.watches import Watch
+from broker.supervisor.watches.watches import NameWatch
 from broker.wire.errors import (
     FAILED,
     INVALID_ARGS,
@@ -34,7 +34,7 @@ _ABOUT: Final = args("creator:a{sv}", "container_type:s", "container_name:s", "m
 class Containers1:
     """The interface on one bus."""
 
-    def __init__(self, door: BusContext, watch: Watch) -> None:
+    def __init__(self, door: BusContext, watch: NameWatch) -> None:
         self._door: Final = door
         self._supervisor: Final = door.supervisor
         self._watch: Final = watch

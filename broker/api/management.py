@@ -19,7 +19,7 @@ from broker.supervisor.config import Config
 from broker.supervisor.sandboxes.lifecycle import Phase
 from broker.supervisor.sandboxes.registry import SandboxEntry
 from broker.supervisor.sandboxes.rule_limits import in_slices
-from broker.supervisor.watches.watches import Watch
+from broker.supervisor.watches.watches import NameWatch
 from broker.wire.errors import ACCESS_DENIED, CallRefusedError
 from broker.wire.interfaces import BROKER
 from policy.rules import Rule
@@ -39,7 +39,7 @@ class Management:
         engine: Engine,
         config: Config,
         subscribers: Subscribers,
-        watch: Watch,
+        watch: NameWatch,
     ) -> None:
         self._door: Final = door
         self._subscribers: Final = subscribers
@@ -88,7 +88,7 @@ class Management:
         used = await self._used(self._registry.find(call.values[0]).record.id)
         sandbox = self._registry.find(call.values[0])
         if not sandbox.may_be_seen_by(caller.uid):
-            raise CallRefusedError(ACCESS_DENIED, f"{sandbox.record.id} is of another user")
+            raise CallRefusedError(ACCESS_DENIED, f"{sandbox.record.id} belongs to another user")
         denials = [describe_denial(event) for event in sandbox.denials]
         more = {
             "denials": Variant("aa{sv}", denials),
@@ -124,7 +124,7 @@ class Management:
             "limits": Variant("a{st}", dict(limits)),
             "use": Variant("a{st}", used | {"max_containers": len(self._registry)}),
             "ended": Variant("a{su}", dict(self._door.supervisor.ended)),
-            "watched": Variant("a{ss}", self._door.supervisor.vigil.describe()),
+            "watched": Variant("a{ss}", self._door.supervisor.watches.describe()),
             "runtime_dir": Variant("s", str(config.runtime_dir)),
             "last_crash": Variant("s", self._engine.last_crash),
         }
@@ -200,7 +200,7 @@ class Management:
             "process": Variant("u", record.process.pid if record.process is not None else 0),
             "cgroup": Variant("s", record.cgroup.path if record.cgroup is not None else ""),
             "time_limit": Variant("t", record.time_limit),
-            "time_left": Variant("t", self._door.supervisor.vigil.time_left(record)),
+            "time_left": Variant("t", self._door.supervisor.watches.time_left(record)),
             "close_notify": Variant("b", record.close_notify),
             "denied": Variant("t", sandbox.denied),
             "created": Variant("t", int(record.created)),

@@ -371,6 +371,16 @@ class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     more: int = 0  # how many refusals of this sandbox went unreported since the one before
 
 
+# Characters of each text of a Denied. A path in a message may have a MiB, and a thousand refusals are kept.
+MAX_DENIAL_TEXT: Final = 255
+_CUT: Final = "…"
+
+
+def shorten_denial_text(text: str) -> str:
+    """Return a text cut to MAX_DENIAL_TEXT characters; a text that was cut ends in a mark."""
+    return text if len(text) <= MAX_DENIAL_TEXT else text[: MAX_DENIAL_TEXT - len(_CUT)] + _CUT
+
+
 Answer = Done | Refused | Started | HandedOver | SandboxOf | Snapshot | Usage | Listeners | Called
 Event = Connected | Gone | Ended | Denied | ContainerServerLost
 

@@ -1,10 +1,13 @@
-"""The buses that the service is on: connected to at the start, and again for as long as it takes when one is lost.
+"""The service's connections to its buses: opened at the start, and opened again whenever one is lost.
 
-Theory of operation. A Line is one bus, and has one Bus after the other; what belongs to a connection (the watch over its
-names, the objects that answer on it) is made anew with each, so nothing that was begun on one can go on on another,
-where the same unique names are others'. Whether it is the same bus that only dropped us is told by its id.
-At the start a bus that is not there is an error; afterwards it is waited for, and from `gone_after` on counts
-as gone for good, though it may still come back.
+Theory of operation. A ReconnectingBus holds one BusConnection at a time. All state of a connection (name watches,
+exported objects) is made anew with each connection, because a restarted bus gives the same unique names to others.
+The id of the bus tells whether it was restarted or only dropped the connection.
+
+    bus is missing at the start       error
+    connection is lost                try again, with pauses that double; sandboxes wait
+    lost for `gone_after` seconds     the bus counts as gone for good: `on_gone`, once; the tries continue
+    connected again                   `on_back`
 """
 
 import logging
@@ -24,14 +27,17 @@ from broker.wire.header import Header
 
 
 class BusIds:
-    """The ids by the buses' names, as they were in the state file and as they are now."""
+    """The id of the bus last seen under each name, kept in the state file.
+
+    A different id means that the bus restarted, and that known unique names are invalid.
+    """
 
     def __init__(self, state: StateFile) -> None:
         self._state: Final = state
         self._ids: Final = state.load_bus_ids()
 
     def meet(self, bus: str, id_: str) -> bool:
-        """Take note of who answers; say whether it is who did before. One never met before is."""
+        """Record the id of a bus; return whether it is the id from before. True for a bus without one."""
         before = self._ids.get(bus, id_)
         if self._ids.get(bus) != id_:
             self._ids[bus] = id_
@@ -43,38 +49,38 @@ class BusIds:
 
 
 LOGGER: Final = logging.getLogger(__name__)
-FIRST_PAUSE: Final = 0.1  # seconds; each is twice the one before
+FIRST_PAUSE: Final = 0.1  # seconds; doubles
 LONGEST_PAUSE: Final = 5.0
-# A connection that lasted so long has shown that the bus is well: the pauses begin anew.
+# Seconds of a connection after which the pauses begin anew, because the bus is well.
 STEADY_AFTER: Final = 1.0
 
 
 class StartError(BrokerError):
-    """It cannot run here: one line, exit 1."""
+    """The service cannot start here: one line to the operator, and exit status 1."""
 
 
 class Answerer(Protocol):
-    """What answers calls."""
+    """An object tree that answers calls."""
 
     async def serve(self, bus: BusConnection, call: Call) -> None:
         """Carry out a call and answer it."""
 
     def look(self, header: Header) -> None:
-        """Refuse a call of which the header says enough. Raises CallRefusedError."""
+        """Refuse a call by its header alone, if possible. Raises CallRefusedError."""
 
 
 class ReconnectingBus:
-    """One bus. `on_back` and `on_gone` are to be set before it may be lost."""
+    """A bus that is connected to again when it is lost. Set `on_back` and `on_gone` before `keep_open`."""
 
     def __init__(self, spec: BusSpec, name: str, gone_after: float) -> None:
         self.name: Final = spec.name
         self.on_back: Callable[[BusConnection], Awaitable[None]] = _ignore_back
         self.on_gone: Callable[[], None] = _ignore_gone
         self._address: Final = spec.address
-        self._wanted: Final = name  # of ours, on the bus
+        self._wanted: Final = name  # the name to own on the bus
         self._gone_after: Final = gone_after
         self._backoff: Final = ExponentialBackoff(FIRST_PAUSE, LONGEST_PAUSE, chance=random.random)
-        self.id = ""  # of the bus that was met last
+        self.id = ""  # of the bus at the last connection
         self._bus: BusConnection | None = None
         self._changed = trio.Event()
         self._gone_at = 0.0
@@ -82,13 +88,13 @@ class ReconnectingBus:
 
     @property
     def bus(self) -> BusConnection | None:
-        """The connection, while there is one."""
+        """The open connection, if there is one."""
         return self._bus
 
     async def keep_open(
         self, *, task_status: trio.TaskStatus[BusConnection] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Be connected until cancelled. Raises StartError if the bus is not there at first."""
+        """Keep a connection open until cancelled. Raises StartError if the first try fails."""
 
         def ready(bus: BusConnection) -> None:
             task_status.started(bus)
@@ -101,17 +107,17 @@ class ReconnectingBus:
             await self._reconnect()
 
     async def wait_open(self) -> BusConnection:
-        """Return the connection once there is one."""
+        """Wait for an open connection, and return it."""
         while self._bus is None:
             await self._changed.wait()
         return self._bus
 
     async def _stay(self, ready: Callable[[BusConnection], None] | None = None) -> None:
-        """Connect and stay until the bus is lost. Raises BrokerError if it does not come so far."""
+        """Connect, and wait until the bus is lost. Raises BrokerError if connecting fails."""
         opening = open_bus(self._address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
         async with opening as bus:
             if not await bus.request_name(self._wanted):
-                raise StartError(f"another program there is {self._wanted} already")
+                raise StartError(f"the name {self._wanted} is already taken by another program")
             (id_,) = await bus.call(BUS_DRIVER, "GetId")
             self.id = str(id_)
             if ready is not None:
@@ -133,7 +139,7 @@ class ReconnectingBus:
         self._gone_at = now + self._gone_after
         if now - begun > STEADY_AFTER:
             self._backoff.reset()
-        LOGGER.error("bus %s went away: its sandboxes wait for it to come back", self.name)
+        LOGGER.error("bus %s: connection lost: its sandboxes wait until the bus is back", self.name)
 
     async def _reconnect(self) -> None:
         await self._pause(self._backoff.next())
@@ -163,12 +169,12 @@ class ReconnectingBus:
 async def serve_calls(
     line: ReconnectingBus, make_objects: Callable[[BusConnection], Answerer], closing: trio.Event
 ) -> None:
-    """Answer what is asked on a bus, whichever connection to it there is; once closing, only what was asked before."""
+    """Answer calls on a bus, on one connection after the other; once `closing` is set, only earlier calls."""
     while not closing.is_set():
         bus = await line.wait_open()
         await _serve_connection(bus, make_objects(bus), closing)
         if not closing.is_set():
-            await bus.lost.wait()  # so it is, or its calls would not have ended
+            await bus.lost.wait()  # the bus is lost, because its calls have ended
 
 
 async def _serve_connection(bus: BusConnection, objects: Answerer, closing: trio.Event) -> None:

@@ -1,15 +1,15 @@
-"""What the operator may set: scope, buses, folder, limits. From flags, a TOML file and the environment.
+"""The operator's configuration: scope, buses, folder, limits. From flags, a TOML file and the environment.
 
     scope = "user"                  # or "system"
     runtime_dir = "/run/buswarden"
     bus_gone_seconds = 300          # 0: never
-    engine = "gate"                 # or "containers1"; without it each bus has what it can
+    engine = "gate"                 # or "containers1"; default: containers1 on each bus that has it
     [buses]
     session = "unix:path=/run/user/1000/bus"
     [limits]
     max_containers = 100
 
-Flags go before the file, the file before the environment. Unknown keys are errors.
+Flags take precedence over the file, and the file over the environment. Unknown keys are errors.
 """
 
 import os
@@ -30,16 +30,16 @@ EngineName = Literal["gate", "containers1"]
 SYSTEM_RUNTIME_DIR: Final = Path("/run/buswarden")
 SYSTEM_BUS: Final = "unix:path=/run/dbus/system_bus_socket"
 CONTAINERS: Final = "containers"
-# After which a bus that was lost counts as gone for good; 0: never. Restarting one takes far less.
+# Seconds after which a lost bus counts as gone for good; 0: never. Restarting a bus takes far less.
 BUS_GONE_SECONDS: Final = 300
-# As long as the longest file name that we bind: containers/dbus-XXXXXXXXXXXX
+# Characters of the longest file name of a socket: containers/dbus-XXXXXXXXXXXX
 _ROOM_FOR_NAMES: Final = len(f"/{CONTAINERS}/dbus-") + 12
-# Bus names are shown, and are keys of the control protocol: short and plain.
+# Names of buses are shown to people, and are keys of the control protocol.
 _BUS_NAME: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 class ConfiguredLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that callers and sandboxes may grow. The first four have dbus-daemon's names."""
+    """Limits to everything that callers and sandboxes can grow. The first four have dbus-daemon's names."""
 
     max_containers: int = 10_000
     max_containers_per_user: int = 10_000
@@ -59,7 +59,7 @@ class ConfiguredLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     message_seconds: int = SandboxLimits().message_seconds
 
     def for_sandbox(self) -> SandboxLimits:
-        """Return those that the gate enforces."""
+        """Return the limits that the gate enforces."""
         values = msgspec.structs.asdict(self)
         mine = {name: values[name] for name in SandboxLimits.__struct_fields__ if name in values}
         return SandboxLimits(connections=self.max_connections_per_container, **mine)
@@ -71,19 +71,19 @@ SYSTEM_LIMITS: Final = ConfiguredLimits(
     max_containers=512, max_containers_per_user=16, max_container_metadata_bytes=4096
 )
 
-# By the last word of their names: what least and most makes sense.
+# The sensible range of a limit, by the last word of its name.
 _RANGES: Final = {"second": (1, 10**9), "seconds": (1, 24 * 60 * 60)}
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the supervisor goes by. The first bus is the primary one."""
+    """The whole configuration of a supervisor. The first bus is the primary one."""
 
     scope: Scope
     buses: tuple[BusSpec, ...]
     runtime_dir: Path
     limits: ConfiguredLimits
     bus_gone_seconds: int = BUS_GONE_SECONDS
-    engine: EngineName | None = None  # None: what each bus can
+    engine: EngineName | None = None  # None: containers1 on each bus that has it
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,9 +103,9 @@ def load_config(
     buses: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Config:
-    """Return what flags, the file if there is one, and the environment say together.
+    """Return the configuration from flags, the file if there is one, and the environment.
 
-    Raises ConfigError. There may be no bus in the result: whoever can start one decides.
+    The result may have no bus, because the caller may be able to start one. Raises ConfigError.
     """
     environ = os.environ if environ is None else environ
     file = _load_file(path) if path is not None else _File()
@@ -138,7 +138,7 @@ def _check_scope(text: str | None) -> Scope | None:
         case None | "user" | "system":
             return text
         case _:
-            raise ConfigError(f"scope is user or system, not {text[:40]!r}")
+            raise ConfigError(f"scope must be user or system, not {text[:40]!r}")
 
 
 def _find_buses(scope: Scope, environ: Mapping[str, str]) -> dict[str, str]:
@@ -150,7 +150,9 @@ def _find_buses(scope: Scope, environ: Mapping[str, str]) -> dict[str, str]:
 
 def _make_bus(name: str, address: str, environ: Mapping[str, str]) -> BusSpec:
     if not name or not _BUS_NAME.issuperset(name) or len(name) > 64:
-        raise ConfigError(f"not a name for a bus: {name[:40]!r} (small letters, digits, - and _)")
+        raise ConfigError(
+            f"invalid bus name {name[:40]!r}: use up to 64 small letters, digits, - and _"
+        )
     parse_address(address, runtime_dir=environ.get("XDG_RUNTIME_DIR"))
     return BusSpec(name=name, address=address)
 
@@ -158,7 +160,9 @@ def _make_bus(name: str, address: str, environ: Mapping[str, str]) -> BusSpec:
 def _check_bus_gone(seconds: int, path: Path | None) -> int:
     least, most = _RANGES["seconds"]
     if seconds and not least <= seconds <= most:
-        raise ConfigError(f"{path}: bus_gone_seconds cannot be {seconds} (0: never)")
+        raise ConfigError(
+            f"{path}: bus_gone_seconds cannot be {seconds}: use {least} to {most}, or 0 for never"
+        )
     return seconds
 
 
@@ -170,11 +174,11 @@ def _find_runtime_dir(scope: Scope, file: _File, environ: Mapping[str, str]) -> 
     elif folder := environ.get("XDG_RUNTIME_DIR"):
         path = Path(folder) / "buswarden"
     else:
-        raise ConfigError("no XDG_RUNTIME_DIR in the environment, and no runtime_dir configured")
+        raise ConfigError("XDG_RUNTIME_DIR is not set: set it, or configure runtime_dir")
     if not path.is_absolute():
-        raise ConfigError(f"runtime_dir is not an absolute path: {str(path)[:80]!r}")
+        raise ConfigError(f"runtime_dir must be an absolute path, not {str(path)[:80]!r}")
     if len(os.fsencode(path)) + _ROOM_FOR_NAMES > MAX_PATH:
-        raise ConfigError(f"the runtime folder's path is too long for sockets in it: {path}")
+        raise ConfigError(f"runtime_dir is too long for the paths of sockets in it: {path}")
     return path
 
 
@@ -182,8 +186,8 @@ def _make_limits(scope: Scope, given: Mapping[str, int], path: Path | None) -> C
     defaults = SYSTEM_LIMITS if scope == "system" else ConfiguredLimits()
     for name, value in given.items():
         if name not in ConfiguredLimits.__struct_fields__:
-            raise ConfigError(f"{path}: there is no limit named {name[:40]!r}")
+            raise ConfigError(f"{path}: unknown limit {name[:40]!r}")
         least, most = _RANGES.get(name.rpartition("_")[2], (0, 2**63 - 1))
         if not least <= value <= most:
-            raise ConfigError(f"{path}: limit {name} cannot be {value}")
+            raise ConfigError(f"{path}: limit {name} cannot be {value}: use {least} to {most}")
     return msgspec.structs.replace(defaults, **given)

@@ -1,4 +1,4 @@
-"""What is to be done at the engine for want of anybody who waits for it: one after the other, in the order given."""
+"""A queue of engine calls that no caller waits for, run one after the other in the order given."""
 
 import logging
 import math
@@ -11,32 +11,32 @@ from broker.engines.base import EngineLostError
 from broker.wire.errors import CallRefusedError
 
 LOGGER: Final = logging.getLogger(__name__)
-RETRY_PAUSE: Final = 0.1  # seconds, should there be no engine and none to come
+RETRY_PAUSE: Final = 0.1  # seconds, if the engine is lost and none comes back
 Job = Callable[[], Awaitable[None]]
 
 
 class EngineJobQueue:
-    """All that is still to be done."""
+    """The engine calls that are still to be made."""
 
     def __init__(self) -> None:
-        # Cannot grow without bound: at most one job of each kind a sandbox, and a snapshot's.
+        # Bounded: holds at most one job of each kind for a sandbox, and those of a snapshot.
         self._in, self._out = trio.open_memory_channel[tuple[str, Job]](math.inf)
         self._snapshots = 0
 
     def add(self, about: str, job: Job) -> None:
-        """Have it done, after what is there already."""
+        """Append a job. `about` names its subject in the log."""
         self._in.send_nowait((about, job))
 
     def begin_anew(self) -> None:
-        """What is to be done after a snapshot is about to be added: what fails by then need not be tried again."""
+        """Take note of a snapshot, whose jobs follow. Jobs that fail before it are not repeated."""
         self._snapshots += 1
 
     async def run(self) -> None:
-        """Do it, for ever. One that fails does not keep the others from being done."""
+        """Run the jobs, for ever. A job that fails does not stop the others."""
         async for about, job in self._out:
             try:
                 await self._do(about, job)
-            except CallRefusedError as exc:  # it ended by itself
+            except CallRefusedError as exc:  # the sandbox has ended
                 LOGGER.info("%s: %s", about, exc)
 
     async def _do(self, about: str, job: Job) -> None:
@@ -46,7 +46,7 @@ class EngineJobQueue:
                 return await job()
             except EngineLostError as exc:
                 LOGGER.info("%s: %s", about, exc)
-            # A snapshot shows what is left to do; but of one that came before there may be no other.
+            # A snapshot that came during the job leads to a new job if one is needed. Else try again.
             if snapshots != self._snapshots:
                 return None
             await trio.sleep(RETRY_PAUSE)

@@ -1,9 +1,21 @@
-"""The supervisor: registry, stored state and engine kept in step, whoever asks.
+"""The supervisor, which keeps registry, state file and engine in step.
 
-Theory of operation. The engine is right about what there is, and tells us by `take_event` and `take_snapshot`, which
-never wait; what they give to do goes to `run_jobs`. A change is made at the engine, then stored, then
-answered: so what was answered is in force and survives us, and of a change that was not answered either
-may be true. There is no checkpoint between the last look at the registry and what follows from it.
+Theory of operation. The engine is right about which sandboxes exist. It reports them by `take_event` and
+`take_snapshot`, which never wait: work that follows from a report goes into a queue, which `run_jobs` works off.
+
+Each change takes the same three steps:
+
+    caller            supervisor                       engine                  state file
+    SetAccess   ->    checks caller and rules
+                      set_access                 ->    enforces the rules
+                                                 <-    done
+                      put                        ---------------------->       stores them
+                <-    answer
+
+So an answered change is in force, and survives the supervisor. A change that was not answered may be in force,
+stored, both, or neither; the next snapshot of the engine shows any difference, and the stored rules are set again.
+
+There is no checkpoint between the last look into the registry and the step that depends on it.
 """
 
 import contextlib
@@ -55,7 +67,7 @@ from broker.supervisor.storage.recovery import recover_from_gate
 from broker.supervisor.storage.state_file import StateFile
 from broker.supervisor.watches.cgroups import Cgroups
 from broker.supervisor.watches.processes import Processes
-from broker.supervisor.watches.watches import SandboxWatches, Watch, boot_time
+from broker.supervisor.watches.watches import NameWatch, SandboxWatches, boot_time
 from broker.wire.errors import ACCESS_DENIED, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
 from policy.rules import AccessList, Rule
 from policy.snaps.library import Library
@@ -64,23 +76,23 @@ LOGGER: Final = logging.getLogger(__name__)
 
 
 class Announcer(Protocol):
-    """Who is told what becomes of sandboxes."""
+    """The receiver of ends and refusals."""
 
     def removed(self, record: Record, reason: str) -> None:
-        """It is no more, and why."""
+        """Announce the end of a sandbox and its reason."""
 
     def denied(self, record: Record, event: Denied) -> None:
-        """A message was refused."""
+        """Announce a refused message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What surrounds a supervisor."""
+    """The engine, storage, clocks and watches that a supervisor uses."""
 
     engine: Engine
     state: StateFile
     announcer: Announcer
-    watches: Mapping[str, Watch]  # by bus
+    name_watches: Mapping[str, NameWatch]  # by bus
     folder: Path  # of the sandboxes' sockets
     now: Callable[[], float] = time.time
     load_library: Callable[[], Library] = load_own_library
@@ -90,27 +102,29 @@ class Environment:
 
 
 class Supervisor:
-    """All sandboxes and their lives."""
+    """All sandboxes, and the operations on them."""
 
-    def __init__(self, outside: Environment, limits: ConfiguredLimits) -> None:
-        records, next_number = outside.state.load()
+    def __init__(self, environment: Environment, limits: ConfiguredLimits) -> None:
+        records, next_number = environment.state.load()
         self.registry: Final = Registry(limits, records, next_number)
-        self._outside: Final = outside
+        self._environment: Final = environment
+        self._engine: Final = environment.engine
+        self._state: Final = environment.state
         self.limits: Final = limits
-        self.vigil: Final = SandboxWatches(
-            outside.watches,
+        self.watches: Final = SandboxWatches(
+            environment.name_watches,
             self.apply_event,
-            processes=outside.processes,
-            cgroups=outside.cgroups,
-            now=outside.boot_time,
+            processes=environment.processes,
+            cgroups=environment.cgroups,
+            now=environment.boot_time,
         )
-        self.ended: Final[dict[str, int]] = {}  # how many, by reason
-        # One change of rules at a time: each one reads the list that it changes.
+        self.ended: Final[dict[str, int]] = {}  # number of ends, by reason
+        # One change of rules at a time, because each change reads the list that it changes.
         self._changing: Final = trio.Lock()
-        self.snaps: Final = Snaps(outside.state.load_world(), outside.load_library)
+        self.snaps: Final = Snaps(self._state.load_world(), environment.load_library)
         self.policy: Final = Policy(
-            outside.state,
-            outside.engine,
+            self._state,
+            self._engine,
             self.registry,
             self.snaps,
             self._changing,
@@ -118,26 +132,26 @@ class Supervisor:
         )
         self._jobs: Final = EngineJobQueue()
         self._later: Final = self._jobs.add
-        self.tags: Final = InstanceFieldRequests(
-            outside.state, outside.engine, outside.watches, self._later
+        self.field_requests: Final = InstanceFieldRequests(
+            self._state, self._engine, environment.name_watches, self._later
         )
-        self._bus_ids: Final = BusIds(outside.state)
+        self._bus_ids: Final = BusIds(self._state)
         self._gone_buses: Final[set[str]] = set()
         self._missing: Sequence[SandboxId] = ()
         for record in records:
-            self.vigil.begin(record, again=True)
+            self.watches.begin(record, again=True)
 
-    # -- what callers ask ---------------------------------------------------------------------------------
+    # -- requests of callers ------------------------------------------------------------------------------
 
     async def add(self, request: AddRequest, caller: Caller) -> Record:
-        """Make a sandbox and return it once its sockets are served; then call `announce`.
+        """Make a sandbox, and return it once its sockets are served. Call `announce` afterwards.
 
-        The caller's name must be watched since before its credentials were asked for, until `announce`.
+        The caller's name must be watched since before its credentials were read, until `announce`.
         """
         check_rules(request.access)
         if not is_snap(request.type, request.component):
             return await self._add(request, caller)
-        # Its rules follow the connections: between looking and having it none may change.
+        # The rules follow the connections of snaps, so no connection may change until the sandbox has them.
         async with self._changing:
             return await self._add(request, caller)
 
@@ -151,59 +165,59 @@ class Supervisor:
             if is_reserved(one.fd for one in bound.values()):
                 text = "the broker has no file descriptors left"
                 raise CallRefusedError(LIMITS_EXCEEDED, text)
-            now = Times(created=self._outside.now(), boot=self._outside.boot_time())
+            now = Times(created=self._environment.now(), boot=self._environment.boot_time())
             record = make_record(number, request, caller, bound, now)
             with self._registered(record):
                 access = await self._checked(record)
                 spec, fds = make_spec(record, access, bound, request.close_notify, self.limits)
-                await self._outside.engine.add(spec, fds)
+                await self._engine.add(spec, fds)
                 self._store_new(record)
         if request.ready_notify is not None:
             notify(request.ready_notify)
         return record
 
     def _store_new(self, record: Record) -> None:
-        # Once the gate has it, and not before: what is stored and at no gate would be told of as lost, and nobody
-        # was told that it is there. Somebody may have seen it in the list, and changed it.
+        # Stored only once the gate has it: a stored sandbox that no gate has would be announced as lost, though its
+        # creator was never told of it. The record may have changed since, because callers see it in the list.
         try:
-            self._outside.state.put(self.registry.present(record))
+            self._state.put(self.registry.current(record))
         except CallRefusedError:
-            self._later(record.id, partial(self._outside.engine.stop, record.id))
+            self._later(record.id, partial(self._engine.stop, record.id))
             raise
 
     def announce(self, record: Record) -> None:
-        """Tell that the creator has been answered: its end may be told from now on."""
+        """Take note that the creator was answered, so that the end of the sandbox may be announced."""
         self.apply_event(record.id, LifeEvent.ANNOUNCED)
-        if self._gone_buses.issuperset(record.sockets):  # be it that they went meanwhile
+        if self._gone_buses.issuperset(record.sockets):  # perhaps since `add` began
             self.apply_event(record.id, LifeEvent.BUS_GONE)
 
     async def stop(self, caller: Caller, id_or_path: str) -> None:
-        """End a sandbox, its connections included."""
+        """End a sandbox and its connections."""
         record = self._find_for_change(caller, id_or_path)
         step = self.registry.apply(record.id, LifeEvent.STOP_ASKED)
         with ignore_ended_sandbox():
-            await self._outside.engine.stop(record.id, step.reason or STOPPED)
+            await self._engine.stop(record.id, step.reason or STOPPED)
 
     async def stop_listening(self, caller: Caller, id_or_path: str) -> None:
-        """Take no more connections; the sandbox ends with its last one."""
+        """Accept no more connections from a sandbox, so that it ends with its last one."""
         record = self._find_for_change(caller, id_or_path)
         step = self.registry.apply(record.id, LifeEvent.CLOSE_ASKED)
         if step.record is not None and step.record is not record:
-            self._outside.state.put_fact(step.record)
+            self._state.put_fact(step.record)
         await self._end_listening(record.id)
 
     async def set_access(
         self, caller: Caller, id_or_path: str, rules: Sequence[Rule], *, replace: bool = True
     ) -> AccessList:
-        """Give it these rules, or these as well, and return all once they are in force."""
+        """Replace the rules of a sandbox, or add rules to them; return all rules once they are in force."""
         async with self._changing:
             record = self._find_for_change(caller, id_or_path)
             before = () if replace else record.access.rules
-            # The same rule twice says nothing more; its origin is no part of what it says.
+            # Two rules that differ only in their origin mean the same, and only one is kept.
             meanings = {_meaning(rule): rule for rule in (*before, *rules)}
             access = msgspec.structs.replace(record.access, rules=tuple(meanings.values()))
             wanted = await self._checked(msgspec.structs.replace(record, access=access))
-            await self._outside.engine.set_access(record.id, wanted)
+            await self._engine.set_access(record.id, wanted)
             sandbox = self.registry.find(record.id)
             try:
                 self._store(msgspec.structs.replace(sandbox.record, access=access))
@@ -211,12 +225,12 @@ class Supervisor:
                 refused = exc
             else:
                 return access
-            await self._outside.engine.set_access(record.id, self.in_force(sandbox.record))
+            await self._engine.set_access(record.id, self.in_force(sandbox.record))
             raise refused
 
     async def who(self, bus: str, unique_name: str) -> Behind:
-        """Return who is behind a connection. The gate's answer cannot be out of date."""
-        id_ = await self._outside.engine.who(bus, unique_name)
+        """Return the origin of a connection. The gate's answer cannot be out of date."""
+        id_ = await self._engine.who(bus, unique_name)
         sandbox = self.registry.get(id_) if id_ else None
         has_it = sandbox is not None and (bus, unique_name) in sandbox.connections
         return Behind(is_inside=id_ is not None, sandbox=sandbox, is_there=has_it)
@@ -226,17 +240,17 @@ class Supervisor:
         return (await self.who(bus, unique_name)).is_inside
 
     async def request_instance_field(self, caller: Caller) -> None:
-        """Have the caller's messages from sandboxes carry the instance path. It is watched as for `add`."""
-        await self.tags.add(caller.bus, caller.unique_name)
+        """Add the instance field to messages from sandboxes to the caller, who is watched as for `add`."""
+        await self.field_requests.add(caller.bus, caller.unique_name)
 
     def in_force(self, record: Record) -> AccessList:
-        """Return the list that the sandbox is under: given, of its connections, and built in."""
+        """Return the list in force for a sandbox: given rules, those of its connections, and built-in rules."""
         return record.in_force(self.snaps.compiled(record.identity, record.plugs))
 
-    # -- what happens -----------------------------------------------------------------------------------
+    # -- events ---------------------------------------------------------------------------------------------
 
     def take_event(self, event: Event) -> None:
-        """Take what the engine tells."""
+        """Take note of an event of the engine."""
         match event:
             case Connected():
                 self.registry.connect(event.sandbox, event.bus, event.unique_name)
@@ -244,20 +258,20 @@ class Supervisor:
                 self.registry.disconnect(event.sandbox, event.bus, event.unique_name)
             case Denied():
                 if sandbox := self.registry.deny(event):
-                    self._outside.announcer.denied(sandbox.record, event)
+                    self._environment.announcer.denied(sandbox.record, event)
             case Ended():
                 removed = self.registry.end(event.sandbox, event.reason)
                 if removed is not None:
                     self._remove(removed)
-            case ContainerServerLost():  # the engine's to deal with
+            case ContainerServerLost():  # handled by the engine
                 pass
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
-        """Take the engine's word for what there is; set right what should be otherwise."""
+        """Compare the registry with all that the engine has, and queue the jobs that make both equal."""
         self._jobs.begin_anew()
-        for record in recover_from_gate(self.registry, self._outside.state, snapshot):
-            self.vigil.begin(record, again=True)
-        held = self._outside.engine.held
+        for record in recover_from_gate(self.registry, self._state, snapshot):
+            self.watches.begin(record, again=True)
+        held = self._engine.held
         result = self.registry.reconcile(
             snapshot, self.in_force, lambda record: is_held(record, held)
         )
@@ -265,91 +279,91 @@ class Supervisor:
         for text in (*result.differences, *over_limit(snapshot, self.limits.rule_steps)):
             LOGGER.warning("%s", text)
         for record in result.changed:
-            self._outside.state.put_fact(record)
+            self._state.put_fact(record)
         for removed in result.lost:
             self._remove(removed)
         for id_ in result.strangers:
-            self._later(id_, partial(self._outside.engine.stop, id_))
-        if result.strangers:  # of which the file knows nothing, and the gate neither, soon
-            # If it cannot be stored, the next one that is sees to it.
+            self._later(id_, partial(self._engine.stop, id_))
+        if result.strangers:  # their numbers are not in the file, and soon not at the gate
+            # If the number cannot be stored now, the next stored record skips it as well.
             with contextlib.suppress(CallRefusedError):
-                self._outside.state.skip_to(self.registry.next_number)
+                self._state.skip_to(self.registry.next_number)
         for id_ in result.other_access:
             self._later(id_, partial(self._set_access_again, id_))
-        self.tags.tell_again()
-        self._decide_again()
+        self.field_requests.request_again()
+        self._repeat_decisions()
         self._sweep()
 
     def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
-        """Return what the engine had not by its last snapshot, and is to serve again."""
-        outside = self._outside
+        """Return the sandboxes that the last snapshot lacked, and that the engine must serve again."""
+        folder = self._environment.folder
         found = [sandbox.record for id_ in self._missing if (sandbox := self.registry.get(id_))]
         self._missing = ()
         return [
-            make_again(one, self.in_force(one), outside.engine.held, self.limits, outside.folder)
+            make_again(one, self.in_force(one), self._engine.held, self.limits, folder)
             for one in found
         ]
 
     def instance_field_wishes(self) -> list[tuple[str, str]]:
-        """Return who wants header field 10, as bus and unique name."""
-        return self.tags.wishes
+        """Return the connections, as bus and unique name, that requested the instance field."""
+        return self.field_requests.connections
 
     def lost(self, sandbox: str) -> None:
-        """Take note that the engine does not take one again."""
+        """Take note that the engine refuses to serve a missing sandbox."""
         if removed := self.registry.lose(SandboxId(sandbox)):
             self._remove(removed)
 
     def name_gone(self, bus: str, unique_name: str) -> None:
-        """A connection that was watched left its bus."""
-        self.tags.gone(bus, unique_name)
-        self.vigil.name_gone(bus, unique_name)
+        """Take note that a watched connection left its bus."""
+        self.field_requests.gone(bus, unique_name)
+        self.watches.name_gone(bus, unique_name)
 
     def bus_gone(self, bus: str) -> None:
-        """A bus counts as gone for good, with whoever was on it: what has no other one ends."""
+        """Treat a bus as gone for good: end the sandboxes that have no other bus."""
         self._gone_buses.add(bus)
         for sandbox in self.registry:
             if self._gone_buses.issuperset(sandbox.record.sockets):
                 self.apply_event(sandbox.record.id, LifeEvent.BUS_GONE)
-        self.vigil.bus_back(bus, is_same=False)
+        self.watches.bus_back(bus, is_same=False)
 
     def bus_met(self, bus: str, id_: str) -> None:
-        """At the start: if it is another bus than the one of before us, all have left it."""
+        """Take note of a bus at the start. If it restarted since the last supervisor, all have left it."""
         if not self._bus_ids.meet(bus, id_):
-            LOGGER.warning("bus %s: it started anew: whoever was on it is gone", bus)
-            self.vigil.bus_back(bus, is_same=False)
-            self.tags.bus_back(bus, is_same=False)
+            LOGGER.warning("bus %s was restarted: all its connections are gone", bus)
+            self.watches.bus_back(bus, is_same=False)
+            self.field_requests.bus_back(bus, is_same=False)
 
     def bus_back(self, bus: str, id_: str) -> None:
-        """There is a new connection to a bus, with a watch over nobody. If it is another bus, all have left it."""
+        """Take note of a new connection to a bus, which watches no names yet. If the bus restarted, all have left it."""
         self._gone_buses.discard(bus)
         is_same = self._bus_ids.meet(bus, id_)
         if not is_same:
-            self._outside.engine.bus_restarted(bus)
-        self.vigil.bus_back(bus, is_same=is_same)
-        self.tags.bus_back(bus, is_same=is_same)
+            self._engine.bus_restarted(bus)
+        self.watches.bus_back(bus, is_same=is_same)
+        self.field_requests.bus_back(bus, is_same=is_same)
 
     def apply_event(self, id_: SandboxId, event: LifeEvent) -> None:
-        """Something ends a sandbox, or closes it: see to what follows."""
+        """Apply an event of a sandbox's life, and carry out its effects."""
         step = self.registry.apply(id_, event)
         if step.record is not None:
             LOGGER.debug("%s: %s", id_, event.value)
             self._carry_out(step, step.record)
 
     async def run_jobs(self) -> None:
-        """Do what events gave to do, for ever."""
+        """Carry out the queued engine calls, for ever."""
         await self._jobs.run()
 
     # -- helpers -------------------------------------------------------------------------------------------
 
     async def _checked(self, record: Record) -> AccessList:
-        """Return the list to be in force, if it is not too long or slow. Raises CallRefusedError."""
+        """Return the list in force for a record. Raises CallRefusedError if it is too long or costs too much."""
         access, steps = self.in_force(record), self.limits.rule_steps
         return await check_list(access, record.identity, record.sockets, steps)
 
     def _find_for_change(self, caller: Caller, id_or_path: str) -> Record:
         record = self.registry.find(id_or_path).record
         if caller.uid not in (0, record.uid):
-            raise CallRefusedError(ACCESS_DENIED, f"{record.id} is of another user")
+            raise CallRefusedError(ACCESS_DENIED, f"{record.id} belongs to another user")
         return record
 
     def _listen(
@@ -357,83 +371,83 @@ class Supervisor:
     ) -> AbstractContextManager[Bound]:
         if request.socket is not None and bus == request.buses[0]:
             return given_socket(request.socket)
-        return bound_socket(self._outside.folder, caller.uid)
+        return bound_socket(self._environment.folder, caller.uid)
 
     @contextlib.contextmanager
     def _registered(self, record: Record) -> Iterator[None]:
-        """Have it in the registry, unless the block fails."""
+        """Add a record to the registry, and remove it if the block fails."""
         self.registry.add(record)
         try:
             yield
         except BaseException as exc:
-            if self.registry.present(record) is not record:  # what was changed was stored
-                self._outside.state.delete(record)
+            if self.registry.current(record) is not record:  # a changed record was stored
+                self._state.delete(record)
             self.registry.withdraw(record.id)
             if not isinstance(exc, CallRefusedError):
-                # The gate may have it, or come to have it.
-                self._later(record.id, partial(self._outside.engine.stop, record.id))
+                # The gate may have the sandbox, or may still get it.
+                self._later(record.id, partial(self._engine.stop, record.id))
             raise
 
     def _carry_out(self, step: Step, record: Record) -> None:
         for effect in step.effects:
             match effect:
                 case Effect.WATCH:
-                    self.vigil.begin(record)
+                    self.watches.begin(record)
                 case Effect.CLOSE:
-                    self._outside.state.put_fact(record)
+                    self._state.put_fact(record)
                     self._later(record.id, partial(self._end_listening, record.id))
                 case Effect.STOP:
-                    stop = partial(self._outside.engine.stop, record.id, step.reason or STOPPED)
+                    stop = partial(self._engine.stop, record.id, step.reason or STOPPED)
                     self._later(record.id, stop)
                 case Effect.TELL:
                     self._remove(Removed(record=record, reason=step.reason))
                 case Effect.FORGET:
-                    pass  # whoever withdrew it sees to that
+                    pass  # `_registered` does the rest
 
-    def _decide_again(self) -> None:
-        """What was decided may have been told to a gate that is no more."""
+    def _repeat_decisions(self) -> None:
+        """Queue the decided ends again, because the gate that was told may be gone."""
         for sandbox in self.registry:
             id_ = sandbox.record.id
             if sandbox.phase is Phase.STOPPING:
-                self._later(id_, partial(self._outside.engine.stop, id_, sandbox.reason))
+                self._later(id_, partial(self._engine.stop, id_, sandbox.reason))
             elif sandbox.phase is Phase.CLOSING and sandbox.record.listening:
                 self._later(id_, partial(self._end_listening, id_))
 
     def _store(self, record: Record) -> None:
-        self._outside.state.put(record)
+        self._state.put(record)
         self.registry.update(record)
 
     def _remove(self, removed: Removed) -> None:
         record = removed.record
         LOGGER.info("%s: ended (%s)", record.id, removed.reason)
-        self._outside.state.delete(record)
-        self.vigil.end(record)
+        self._state.delete(record)
+        self.watches.end(record)
         self.ended[removed.reason] = self.ended.get(removed.reason, 0) + 1
-        self._outside.announcer.removed(record, removed.reason)
+        self._environment.announcer.removed(record, removed.reason)
 
     def _sweep(self) -> None:
         keep = {path for sandbox in self.registry for path in sandbox.record.sockets.values()}
-        for path in sweep(self._outside.folder, keep):
-            LOGGER.info("%s: left behind by an earlier gate: unlinked", path)
+        for path in sweep(self._environment.folder, keep):
+            LOGGER.info("%s: unlinked a socket that an earlier gate left behind", path)
 
     async def _end_listening(self, id_: SandboxId) -> None:
         with ignore_ended_sandbox():
-            await self._outside.engine.stop_listening(id_)
+            await self._engine.stop_listening(id_)
         sandbox = self.registry.get(id_)
-        if sandbox is not None:  # else that was its end
+        if sandbox is not None:  # else the sandbox has ended
             record = msgspec.structs.replace(sandbox.record, listening=False)
             self.registry.update(record)
-            self._outside.state.put_fact(record)
+            self._state.put_fact(record)
 
     async def _set_access_again(self, id_: SandboxId) -> None:
         async with self._changing:
             record = self.registry.find(id_).record
             try:
-                await self._outside.engine.set_access(id_, self.in_force(record))
+                await self._engine.set_access(id_, self.in_force(record))
             except CallRefusedError as exc:
-                if exc.dbus_name == NOT_CONTAINER:  # it ended by itself
+                if exc.dbus_name == NOT_CONTAINER:  # the sandbox has ended
                     raise
-                text = "%s: the gate keeps the rules that it had: %s; %s"
+                text = "%s: the gate keeps the old rules: %s; %s"
                 LOGGER.error(text, id_, exc, WHAT_TO_DO)  # noqa: TRY400 - no defect of ours
 
 

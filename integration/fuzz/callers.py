@@ -81,7 +81,7 @@ def _world() -> _World:
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),
-            watches={"session": watch},
+            name_watches={"session": watch},
             folder=folder,
         ),
         ConfiguredLimits(),

@@ -64,7 +64,7 @@ def world(tmp_path: Path) -> Iterator[World]:
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),
-            watches={"session": watch, "system": FakeWatch()},
+            name_watches={"session": watch, "system": FakeWatch()},
             folder=folder,
         )
         yield World(outside, engine, watch)

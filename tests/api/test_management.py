@@ -89,7 +89,7 @@ def world(tmp_path: Path) -> Iterator[World]:
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),
-            watches={"session": FakeWatch([":1.1"])},
+            name_watches={"session": FakeWatch([":1.1"])},
             folder=tmp_path,
             now=lambda: 12.5,
         )

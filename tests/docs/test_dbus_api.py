@@ -23,10 +23,11 @@ from broker.bus import callers
 from broker.bus.codec import MAX_BODY, MAX_STEPS
 from broker.bus.connection import MAX_CALL_FDS
 from broker.bus.message_intake import MAX_HEAD
+from broker.control_protocol.messages import MAX_DENIAL_TEXT
 from broker.daemon import MAX_BACKLOG
 from broker.engines.gate_engine import GAP_TIMEOUT
 from broker.supervisor.sandboxes.lifecycle import TRANSITIONS
-from broker.supervisor.sandboxes.registry import MAX_DENIAL_TEXT, MAX_DENIALS
+from broker.supervisor.sandboxes.registry import MAX_DENIALS
 from broker.supervisor.sandboxes.rule_limits import MAX_RULES, MAX_RULES_BYTES
 from broker.wire import errors
 from broker.wire.interfaces import BROKER, CONTAINERS1

@@ -110,7 +110,7 @@ def open_world(folder: Path) -> Iterator[World]:
             engine=engine,
             state=state,
             announcer=FakeAnnouncer(),
-            watches={"session": FakeWatch(list(CALLERS))},
+            name_watches={"session": FakeWatch(list(CALLERS))},
             folder=folder,
             load_library=_no_library,
         )

@@ -58,7 +58,7 @@ class Stage:
             engine=self.engine,
             state=self.state,
             announcer=FakeAnnouncer(),
-            watches={"session": FakeWatch([":1.1"])},
+            name_watches={"session": FakeWatch([":1.1"])},
             folder=self.folder,
             load_library=lambda: catalogue or library(),
         )

@@ -86,7 +86,7 @@ def test_limits_reach_the_sandboxes(tmp_path: Path) -> None:
         ("[buses]\nsession = 1", "buses"),
         ('runtime_dir = "here"', "absolute"),
         ("not toml", "buswarden.toml"),
-        ('[buses]\n"no good" = "unix:path=/x"', "not a name for a bus"),
+        ('[buses]\n"no good" = "unix:path=/x"', "invalid bus name"),
         ('[buses]\nsession = "tcp:host=x"', "unix"),
     ],
 )

@@ -18,13 +18,13 @@ class World:
         self.engine = FakeEngine()
         self.watches = {bus: FakeWatch([":1.5"]) for bus in ("session", "system")}  # who calls
         self.jobs: list[Any] = []
-        self.tags = self.restart()
+        self.requests = self.restart()
 
     def restart(self) -> InstanceFieldRequests:
-        self.tags = InstanceFieldRequests(
+        self.requests = InstanceFieldRequests(
             self.state, self.engine, self.watches, lambda _about, job: self.jobs.append(job)
         )
-        return self.tags
+        return self.requests
 
     async def do_jobs(self) -> list[tuple[str, ...]]:
         self.engine.done.clear()
@@ -40,63 +40,63 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 async def test_a_wish_is_stored_watched_and_told_again(world: World) -> None:
-    await world.tags.add("session", ":1.5")
-    await world.tags.add("session", ":1.5")
-    assert world.state.load_tags() == [("session", ":1.5")]
+    await world.requests.add("session", ":1.5")
+    await world.requests.add("session", ":1.5")
+    assert world.state.load_field_requests() == [("session", ":1.5")]
     assert world.watches["session"].names == [":1.5", ":1.5"]
     world.watches = {"session": FakeWatch(), "system": FakeWatch()}
-    world.restart().tell_again()
-    assert world.tags.wishes == [("session", ":1.5")]
+    world.restart().request_again()
+    assert world.requests.connections == [("session", ":1.5")]
     assert world.watches["session"].names == [":1.5"]
     assert await world.do_jobs() == [("request_instance_field", "session", ":1.5")]
 
 
 async def test_who_leaves_wants_nothing_any_more(world: World) -> None:
-    await world.tags.add("session", ":1.5")
-    world.tags.gone("session", ":1.5")
-    world.tags.gone("session", ":1.6")
-    assert world.state.load_tags() == []
+    await world.requests.add("session", ":1.5")
+    world.requests.gone("session", ":1.5")
+    world.requests.gone("session", ":1.6")
+    assert world.state.load_field_requests() == []
     assert await world.do_jobs() == [("untag_headers", "session", ":1.5")]
 
 
 async def test_who_leaves_before_the_answer_wants_nothing(world: World) -> None:
     world.watches["session"].names.clear()
-    await world.tags.add("session", ":1.5")
-    assert world.state.load_tags() == []
+    await world.requests.add("session", ":1.5")
+    assert world.state.load_field_requests() == []
     assert world.watches["session"].names == []
     assert await world.do_jobs() == [("untag_headers", "session", ":1.5")]
-    world.tags.tell_again()
+    world.requests.request_again()
     assert world.jobs == []
 
 
 async def test_another_bus_knows_none_of_them(world: World) -> None:
     for bus in ("session", "system"):
-        await world.tags.add(bus, ":1.5")
-    world.tags.bus_back("session", is_same=False)
-    assert world.state.load_tags() == [("system", ":1.5")]
+        await world.requests.add(bus, ":1.5")
+    world.requests.bus_back("session", is_same=False)
+    assert world.state.load_field_requests() == [("system", ":1.5")]
     world.watches["system"] = FakeWatch()
-    world.tags.bus_back("system", is_same=True)
+    world.requests.bus_back("system", is_same=True)
     assert world.watches["system"].names == [":1.5"]
-    assert world.state.load_tags() == [("system", ":1.5")]
+    assert world.state.load_field_requests() == [("system", ":1.5")]
 
 
 async def test_a_wish_on_a_bus_that_is_configured_no_more_is_forgotten(world: World) -> None:
-    await world.tags.add("system", ":1.5")
+    await world.requests.add("system", ":1.5")
     del world.watches["system"]
     world.restart()
-    assert world.state.load_tags() == []
+    assert world.state.load_field_requests() == []
 
 
 async def test_what_the_gate_does_not_take_is_not_stored(world: World) -> None:
     world.engine.refuse = lost()
     with pytest.raises(EngineLostError):
-        await world.tags.add("session", ":1.5")
-    assert world.state.load_tags() == []
+        await world.requests.add("session", ":1.5")
+    assert world.state.load_field_requests() == []
 
 
 async def test_a_full_disk_ends_no_watch(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    await world.tags.add("session", ":1.5")
+    await world.requests.add("session", ":1.5")
     world.state._db.execute("PRAGMA query_only = ON")
-    world.tags.gone("session", ":1.5")
+    world.requests.gone("session", ":1.5")
     assert "read-only" in caplog.text
     await trio.lowlevel.checkpoint()

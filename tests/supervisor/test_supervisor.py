@@ -47,7 +47,7 @@ class World:
             engine=self.engine,
             state=self.state,
             announcer=self.announcer,
-            watches=self.watches,
+            name_watches=self.watches,
             folder=self.folder,
             now=lambda: 12.5,
         )
@@ -413,7 +413,7 @@ async def test_attack_c4_rules_that_the_gate_does_not_take_again_are_told(
     world.engine.refuse = CallRefusedError(LIMITS_EXCEEDED, "rule_steps=9 would be exceeded")
     await world.do_jobs()
     (line,) = [one.getMessage() for one in caplog.records if one.levelname == "ERROR"]
-    assert line.startswith(f"{id_}: the gate keeps the rules that it had: rule_steps=9 would be")
+    assert line.startswith(f"{id_}: the gate keeps the old rules: rule_steps=9 would be")
     assert line.endswith(WHAT_TO_DO)
     assert id_ in world.stored()
 
@@ -421,7 +421,7 @@ async def test_attack_c4_rules_that_the_gate_does_not_take_again_are_told(
 async def test_strangers_are_stopped_and_other_rules_set_again(world: World) -> None:
     id_ = await world.add()
     stranger = make_record(9)
-    world.state.unsettle(None)
+    world.state.set_pending_recovery(None)
     world.supervisor.registry.next_number = 10  # it was given once
     world.engine.specs["c9"] = make_state(stranger).spec
     ours = make_state(make_record(0, portals_as_host=True), listening=False)

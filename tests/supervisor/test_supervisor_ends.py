@@ -29,7 +29,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 async def watch(world: World) -> None:
     """Watch, and do what is to be done."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.supervisor.vigil.run)
+        nursery.start_soon(world.supervisor.watches.run)
         nursery.start_soon(world.supervisor.run_jobs)
         await trio.testing.wait_all_tasks_blocked(0.01)
         nursery.cancel_scope.cancel()
@@ -165,7 +165,7 @@ async def test_what_ends_it_survives_a_restart(world: World) -> None:
     assert world.announcer.reasons == {ended: "process-ended"}
     assert world.stored() == [lives]
     await world.supervisor.stop(CALLER, lives)
-    assert len(world.supervisor.vigil.processes) == 0
+    assert len(world.supervisor.watches.processes) == 0
 
 
 async def test_a_bus_that_is_gone_ends_what_has_no_other(world: World) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from broker.control_protocol.messages import Denied, Event
+from broker.control_protocol.messages import Denied, Event, shorten_denial_text
 from broker.gate.event_journal import summarise
 from broker.gate.filter.connection_state import ConnectionState
 from broker.gate.filter.denials import Denial
@@ -12,10 +12,7 @@ from broker.wire.interfaces import CONTAINERS1
 
 # Refusals that are reported one by one, a sandbox; the others are counted.
 REPORTS_PER_SECOND: Final = 50
-# Characters of each of a report's texts: the supervisor keeps no more. A path in a message may have a MiB, and a
-# thousand reports are kept (kept.py).
-MAX_TEXT: Final = 255
-_CUT: Final = "…"
+
 # The interfaces of the broker's own signals. Their refusal is not reported, because a report would make the supervisor send
 # more of them.
 _OWN_SIGNALS: Final = ("org.buswarden.", CONTAINERS1)
@@ -48,7 +45,7 @@ class DenialReports:
         if self.left == REPORTS_PER_SECOND:
             self._loop.call_later(1.0, self._refill)
         self.left -= 1
-        texts = {name: _shorten(text) for name, text in denial._asdict().items()}
+        texts = {name: shorten_denial_text(text) for name, text in denial._asdict().items()}
         self._emit(Denied(sandbox=self._sandbox, bus=bus, more=self.unreported, **texts))
         self.unreported = 0
 
@@ -67,8 +64,3 @@ class DenialReports:
         if self.unreported:
             more, self.unreported = self.unreported, 0
             self._emit(summarise(self._sandbox, more))
-
-
-def _shorten(text: str) -> str:
-    """Return as much of a text as is reported; what is cut ends in a mark."""
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(_CUT)] + _CUT

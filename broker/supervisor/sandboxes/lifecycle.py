@@ -1,12 +1,15 @@
-"""The life of a sandbox as a table: what can happen to it, what it is then, and what follows. Pure.
+"""The life of a sandbox as a table of transitions: phase and event give the next phase, reason and effects. Pure.
 
-Theory of operation. TABLE has a row for each thing that means something in a phase; what has no row there means
-nothing: the gate and the watches may be late, and tell of what ended already. The first event that ends a
-sandbox gives the reason: no row out of STOPPING or ENDED has one of its own. What closes it (its creator
-left, somebody asked for it) is the reason only if the last connection ends it, not if something else comes before.
-Only ANNOUNCED leads out of STARTING and ENDED to anything that is told, so nothing is told of a
-sandbox before its creator knows of it. docs/lifetime.md has the table and a picture, both made from it by
-`python -m tests.helpers.lifetime_picture`.
+Theory of operation. TRANSITIONS has a row for each event that matters in a phase. Other events change nothing,
+because the gate and the watches may report late on a sandbox that has ended already.
+
+Reasons: the first event that ends a sandbox gives the reason, so no row out of STOPPING or ENDED has one. An event
+that closes a sandbox (its creator left, or StopListening) gives the reason only if the last connection then ends it.
+
+Announcements: only ANNOUNCED leads from STARTING or ENDED to an effect that tells anybody. So nothing is announced
+of a sandbox before its creator knows of it.
+
+docs/lifetime.md has this table and a picture, both made from it by `python -m tests.helpers.lifetime_picture`.
 """
 
 import enum
@@ -18,18 +21,18 @@ import msgspec
 
 
 class Phase(enum.Enum):
-    """Where a sandbox is in its life."""
+    """A phase in the life of a sandbox."""
 
-    STARTING = enum.auto()  # its creator does not know of it yet
+    STARTING = enum.auto()  # the creator does not know of it yet
     RUNNING = enum.auto()
-    CLOSING = enum.auto()  # takes no more connections, and ends with the last
-    STOPPING = enum.auto()  # its end is decided, and the gate has to do it
-    ENDED = enum.auto()  # before its creator knew of it
-    GONE = enum.auto()  # told, and forgotten
+    CLOSING = enum.auto()  # accepts no more connections, and ends with the last one
+    STOPPING = enum.auto()  # its end is decided, and the gate is asked to end it
+    ENDED = enum.auto()  # ended before the creator knew of it
+    GONE = enum.auto()  # announced as ended, and removed
 
 
 class Event(enum.Enum):
-    """What happens to a sandbox. The value is how docs/lifetime.md says it."""
+    """An event in the life of a sandbox. The value is its text in docs/lifetime.md."""
 
     ANNOUNCED = "the creator is answered"
     WITHDRAWN = "adding it fails"
@@ -48,7 +51,7 @@ class Event(enum.Enum):
 
 
 class Effect(enum.Enum):
-    """What follows."""
+    """An effect of a transition. The value is its text in docs/lifetime.md."""
 
     WATCH = "watch process, cgroup, time and creator"
     CLOSE = "the gate stops listening"
@@ -57,7 +60,7 @@ class Effect(enum.Enum):
     FORGET = "the record is deleted"
 
 
-# The reasons, as SandboxEnded tells them.
+# Reasons of ends, as sent with SandboxEnded.
 CLOSE_NOTIFY: Final = "close-notify"
 LAST_CONNECTION: Final = "last-connection"
 STOPPED: Final = "stopped"
@@ -72,14 +75,14 @@ GATE_LOST: Final = "gate-lost"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
-    """What an event means in a phase. Without a reason the one that was noted stays."""
+    """The effect of an event in a phase. Without a reason, the recorded reason stays."""
 
     to: Phase
     reason: str | None = None
     effects: tuple[Effect, ...] = ()
 
 
-# What the watches and callers decide, with its reason: the gate is told, and the end follows.
+# Ends that watches and callers decide, with their reasons. The gate is asked, and the end follows.
 _DECIDED: Final = {
     Event.STOP_ASKED: STOPPED,
     Event.PROCESS_ENDED: PROCESS_ENDED,
@@ -87,7 +90,7 @@ _DECIDED: Final = {
     Event.TIME_OVER: TIME_LIMIT,
     Event.BUS_GONE: BUS_GONE,
 }
-# What the gate did, with its reason.
+# Ends that the gate reports, with their reasons.
 _DONE: Final = {
     Event.PIPE_CLOSED: CLOSE_NOTIFY,
     Event.LAST_CONNECTION: LAST_CONNECTION,
@@ -106,7 +109,7 @@ def _make_table() -> dict[tuple[Phase, Event], Transition]:
     table = {
         (starting, Event.ANNOUNCED): Transition(to=running, effects=(Effect.WATCH,)),
         (starting, Event.WITHDRAWN): Transition(to=gone, effects=forget),
-        # Somebody saw it in the list: what the gate says then is its end.
+        # A caller saw the sandbox in the list. The gate's report is then its end.
         (starting, Event.STOP_ASKED): Transition(to=starting, effects=stop),
         (starting, Event.CLOSE_ASKED): Transition(to=starting, effects=close),
         (ended, Event.ANNOUNCED): Transition(to=gone, effects=tell),
@@ -116,42 +119,42 @@ def _make_table() -> dict[tuple[Phase, Event], Transition]:
         (closing, Event.CLOSE_ASKED): Transition(to=closing, effects=close),
     }
     for event, reason in _DONE.items():
-        if event is not Event.GATE_LOST:  # which may not have had it yet
+        if event is not Event.GATE_LOST:  # the lost gate may not have had the sandbox yet
             table[starting, event] = Transition(to=ended, reason=reason)
         for phase in _LIVING:
             table[phase, event] = Transition(to=gone, reason=reason, effects=tell)
         table[stopping, event] = Transition(to=gone, effects=tell)
-    # What closed it is why its last connection was the last; a gate that went took that one along.
+    # The reason of closing stays, because it made the last connection the last. A lost gate took that one along.
     for event in (Event.LAST_CONNECTION, Event.GATE_LOST):
         table[closing, event] = Transition(to=gone, effects=tell)
     for event, reason in _DECIDED.items():
         for phase in _LIVING:
             table[phase, event] = Transition(to=stopping, reason=reason, effects=stop)
-    # Once more: the first time may have been asked of a gate that is no more.
+    # Asked again, because the gate that was asked first may be gone.
     table[stopping, Event.STOP_ASKED] = Transition(to=stopping, effects=stop)
     return table
 
 
 TRANSITIONS: Final[Mapping[tuple[Phase, Event], Transition]] = _make_table()
-# What the gate gives as the reason of an end, and what that is to us.
+# The event for each reason that the gate reports with an end.
 FROM_GATE: Final[Mapping[str, Event]] = {
     reason: event for event, reason in _DONE.items() if event is not Event.GATE_LOST
 }
-# And what had been decided, if the gate stopped it for that reason: perhaps by a supervisor that is no more.
+# The decision behind a reason that the gate reports, which perhaps an earlier supervisor made.
 DECIDED: Final[Mapping[str, Event]] = {
     reason: event for event, reason in _DECIDED.items() if reason not in FROM_GATE
 }
 
 
 class Process(msgspec.Struct, frozen=True):
-    """A process that a sandbox ends with. Pids are used again; the two together are not."""
+    """A process whose end ends a sandbox. A pid is used again, but not with the same start time."""
 
     pid: int
-    start: int  # clock ticks since boot, as /proc/PID/stat has it
+    start: int  # clock ticks since boot, from /proc/PID/stat
 
 
 class Cgroup(msgspec.Struct, frozen=True):
-    """A cgroup that a sandbox ends with. One of the same path made later has another inode."""
+    """A cgroup whose last process's end ends a sandbox. A later cgroup of the same path has another inode."""
 
     path: str
     inode: int

@@ -1,10 +1,16 @@
-"""The sandboxes there are: identifiers, limits, connections, denials. Pure: changes return their effects.
+"""The registry of sandboxes: ids, limits, connections, denials. Pure: changes return their effects.
 
-Theory of operation. What becomes of a sandbox is the table's to say (ends.py), and `happen` is the only way to go by
-it: it is gone when the engine says that it ended, or that it does not have it. What ended while STARTING is kept
-as ENDED, until `announce` says that the creator knows of it: so an end is told once for each
-instance that was announced, after the announcement, and never for others. Ids are given once, and survive the
-registry: whoever stores records stores `next_number` with them.
+Theory of operation. The table in lifecycle.py decides what becomes of a sandbox, and `apply` is the only way to
+change its phase. A sandbox is gone when the engine says that it ended, or that the engine does not have it.
+
+A sandbox that ended while STARTING is kept as ENDED until `announce` says that its creator knows of it. So each
+announced sandbox has one announced end, after its announcement, and no other sandbox has any:
+
+    AddServer:                    STARTING
+    gate: the pipe is closed      ENDED            (not announced, nothing to tell)
+    the creator is answered       GONE             InstanceRemoved, after the answer
+
+A number is used for one sandbox only, also across restarts: `next_number` is stored together with the records.
 """
 
 from collections import deque
@@ -14,7 +20,12 @@ from typing import Final, NewType
 
 import msgspec
 
-from broker.control_protocol.messages import Denied, SandboxState, Snapshot
+from broker.control_protocol.messages import (
+    Denied,
+    SandboxState,
+    Snapshot,
+    shorten_denial_text,
+)
 from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.lifecycle import (
     DECIDED,
@@ -34,11 +45,10 @@ from policy.wall import WALL
 
 SandboxId = NewType("SandboxId", str)
 
-# Refusals that are remembered for each sandbox, and of each of their texts.
+# The last refusals of each sandbox, which are kept for Show.
 MAX_DENIALS: Final = 50
-MAX_DENIAL_TEXT: Final = 255
 
-# Portals take the gate's process for the app, and so a sandboxed app for a host's (docs/design.md, Identity).
+# Portals identify an app by the gate's process, and so take a sandboxed app for a host's (docs/design.md, Identity).
 PORTAL_RULES: Final = tuple(
     Rule(
         access=frozenset({Access.SEND}),
@@ -50,16 +60,16 @@ PORTAL_RULES: Final = tuple(
     for name in ("org.freedesktop.portal.*", "org.freedesktop.impl.portal.*")
 )
 
-# What stands in every list, unless its creator insists on portals.
+# Rules of every sandbox, unless its creator insists on portals.
 BUILT_IN: Final = (*PORTAL_RULES, *WALL)
 
 
-# The origin of a rule that a caller's `own` rule brings where calls to the bus need rules, too.
+# The origin of the rules that let an app request the names that an `own` rule gives it.
 OWN_CALLS: Final = "built in: a rule for owning a name lets it be asked for"
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is known of a sandbox and stored. Metadata and credentials are marshalled `a{sv}`."""
+    """The stored description of a sandbox. Metadata and credentials are marshalled `a{sv}`."""
 
     number: int
     type: str
@@ -77,46 +87,43 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     keep_after_creator: bool = False
     close_notify: bool = False
     plugs: tuple[str, ...] = ()
-    process: Process | None = None  # it ends with it
-    cgroup: Cgroup | None = None  # it ends with the last process in there
+    process: Process | None = None  # whose end ends the sandbox
+    cgroup: Cgroup | None = None  # whose last process's end ends the sandbox
     time_limit: int = 0  # seconds; 0: none
-    expires: float = 0.0  # when that is over, by the clock that counts from boot
+    expires: float = 0.0  # the end of the time limit, in seconds since boot
     created: float
     listening: bool = True
-    closing: str = ""  # why it is to take no more connections
+    closing: str = ""  # why the sandbox shall accept no more connections
     held: AccessList | None = (
-        None  # what the connections of snaps gave that we do not know any more
+        None  # rules from connections of snaps that were lost with the state file
     )
 
     @property
     def id(self) -> SandboxId:
-        """Its id."""
         return SandboxId(f"c{self.number}")
 
     @property
     def path(self) -> str:
-        """Its object path."""
         return f"{INSTANCE_PREFIX}{self.id}"
 
     @property
     def identity(self) -> Identity:
-        """Which app it is of."""
         return Identity(type=self.type, app=self.app, component=self.component)
 
     @property
     def access_in_force(self) -> AccessList:
-        """Return the list with what is built in."""
+        """The given rules with the built-in ones."""
         return self.in_force(None)
 
     @property
     def built_in(self) -> tuple[Rule, ...]:
-        """The rules that are there whatever else is."""
+        """The rules that no caller can take away."""
         return WALL if self.portals_as_host else BUILT_IN
 
     def in_force(self, compiled: AccessList | None) -> AccessList:
-        """Return the list with what is built in and what the snaps' connections give.
+        """Return the given rules with those of the snaps' connections and the built-in ones.
 
-        Only where both lists let in what no rule is about, it comes in; likewise what goes to the bus.
+        A default allows a message only if the defaults of both lists do.
         """
         compiled = self.held if compiled is None else compiled
         more = compiled or NO_ACCESS
@@ -131,7 +138,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def _own_calls(given: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Return what is needed to own names beside the rules that callers gave for them."""
+    """Return the rules for requesting and releasing the names that the given rules allow to own."""
     buses = {rule.bus for rule in given if Access.OWN in rule.access and not rule.deny}
     return tuple(
         Rule(
@@ -153,13 +160,13 @@ class SandboxEntry:
     record: Record
     phase: Phase = Phase.STARTING
     connections: dict[tuple[str, str], None] = field(default_factory=dict)  # (bus, unique name)
-    denied: int = 0  # messages refused so far
+    denied: int = 0  # number of refused messages
     denials: deque[Denied] = field(default_factory=lambda: deque(maxlen=MAX_DENIALS))
-    reason: str = ""  # why it ends, or takes no more connections
+    reason: str = ""  # why the sandbox ends, or accepts no more connections
 
     @property
-    def is_known(self) -> bool:
-        """Whether its creator has been told of it, and nobody of its end."""
+    def is_announced(self) -> bool:
+        """Return whether the creator was told of the sandbox, and its end was not announced."""
         return self.phase in {Phase.RUNNING, Phase.CLOSING, Phase.STOPPING}
 
     def may_be_seen_by(self, uid: int) -> bool:
@@ -169,7 +176,7 @@ class SandboxEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """The effect of an end: to be announced as InstanceRemoved and SandboxEnded."""
+    """An end to be announced as InstanceRemoved and SandboxEnded."""
 
     record: Record
     reason: str
@@ -177,7 +184,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What came of an event."""
+    """The result of an event."""
 
     record: Record | None = None
     reason: str = ""
@@ -185,7 +192,7 @@ class Step:
 
     @property
     def removed(self) -> Removed | None:
-        """What is to be announced, if that is what follows."""
+        """The end to be announced, if the event led to one."""
         if self.record is None or Effect.TELL not in self.effects:
             return None
         return Removed(record=self.record, reason=self.reason)
@@ -196,18 +203,18 @@ NOTHING: Final = Step()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconciled:
-    """What a snapshot of the gate means for us."""
+    """The differences between the registry and a snapshot of the gate."""
 
-    strangers: tuple[SandboxId, ...]  # the gate has them and nobody knows them: to be stopped
-    lost: tuple[Removed, ...]  # the gate has them no more
-    missing: tuple[SandboxId, ...]  # so it is with these, but it can have them again
+    strangers: tuple[SandboxId, ...]  # only at the gate: to be stopped
+    lost: tuple[Removed, ...]  # not at the gate, and ended by that
+    missing: tuple[SandboxId, ...]  # not at the gate, which can serve them again
     changed: tuple[Record, ...]  # to be stored
-    other_access: tuple[SandboxId, ...]  # enforced by rules that were never acknowledged
-    differences: tuple[str, ...]  # for the log
+    other_access: tuple[SandboxId, ...]  # under rules that were never acknowledged
+    differences: tuple[str, ...]  # the same in words, for the log
 
 
 class Registry:
-    """All sandboxes."""
+    """All sandboxes, by id."""
 
     def __init__(
         self, limits: ConfiguredLimits, records: Iterable[Record] = (), next_number: int = 0
@@ -228,22 +235,22 @@ class Registry:
     # -- looking up -----------------------------------------------------------------------------
 
     def get(self, id_: str) -> SandboxEntry | None:
-        """Return a sandbox that has not ended."""
+        """Return a sandbox that has not ended; None if there is none of this id."""
         sandbox = self._sandboxes.get(SandboxId(id_))
         return sandbox if sandbox is not None and sandbox.phase is not Phase.ENDED else None
 
     def find(self, id_or_path: str, *, seen_by: int | None = None) -> SandboxEntry:
-        """Return the sandbox that a caller means. Raises CallRefusedError NotContainer.
+        """Return the sandbox of an id or path. Raises CallRefusedError NotContainer.
 
-        Of those that the user `seen_by` may not see it says the same as of those that are not there.
+        The error is the same for a sandbox that the user `seen_by` may not see.
         """
         sandbox = self.get(id_or_path.removeprefix(INSTANCE_PREFIX))
         if sandbox is None or (seen_by is not None and not sandbox.may_be_seen_by(seen_by)):
             raise CallRefusedError(NOT_CONTAINER, f"there is no container {id_or_path[:100]!r}")
         return sandbox
 
-    def present(self, record: Record) -> Record:
-        """Return what a sandbox's record is by now, be it that it ended before its creator knew of it."""
+    def current(self, record: Record) -> Record:
+        """Return the current record of a sandbox, also of one that ended before it was announced."""
         return self._sandboxes[record.id].record
 
     def connection_count(self) -> int:
@@ -265,7 +272,7 @@ class Registry:
         return self.next_number
 
     def add(self, record: Record) -> SandboxEntry:
-        """Take in a sandbox."""
+        """Add a new sandbox in the phase STARTING."""
         assert record.id not in self._sandboxes
         self.next_number = max(self.next_number, record.number + 1)
         self._by_uid[record.uid] = self._by_uid.get(record.uid, 0) + 1
@@ -273,7 +280,7 @@ class Registry:
         return sandbox
 
     def restore(self, record: Record) -> None:
-        """Take in a sandbox that was announced by one before us."""
+        """Add a sandbox that an earlier supervisor announced."""
         sandbox = self.add(record)
         sandbox.phase = Phase.RUNNING
         if record.closing or not record.listening:
@@ -281,22 +288,22 @@ class Registry:
             sandbox.reason = record.closing or LAST_CONNECTION
 
     def withdraw(self, id_: SandboxId) -> None:
-        """Forget a sandbox that did not come about."""
+        """Remove a sandbox that could not be made."""
         step = self.apply(id_, Event.WITHDRAWN)
         assert Effect.FORGET in step.effects
 
     def announce(self, id_: SandboxId) -> Removed | None:
-        """The creator is told now: return the end, if that came first."""
+        """Take note that the creator was answered; return the end if the sandbox ended before."""
         return self.apply(id_, Event.ANNOUNCED).removed
 
     def end(self, id_: str, reason: str) -> Removed | None:
-        """The gate ended it. Unknown ones are ignored: they were withdrawn."""
+        """Take note that the gate ended a sandbox. Unknown ids are ignored, because they were withdrawn."""
         if (decided := DECIDED.get(reason)) is not None:
             self.apply(id_, decided)
         return self.apply(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
 
     def apply(self, id_: str, event: Event) -> Step:
-        """Go by the table; what means nothing changes nothing."""
+        """Apply an event by the table of transitions. An event without a transition changes nothing."""
         sandbox = self._sandboxes.get(SandboxId(id_))
         row = TRANSITIONS.get((sandbox.phase, event)) if sandbox is not None else None
         if sandbox is None or row is None:
@@ -310,33 +317,33 @@ class Registry:
         return Step(record=sandbox.record, reason=sandbox.reason, effects=row.effects)
 
     def update(self, record: Record) -> None:
-        """Replace what is known of a sandbox."""
+        """Replace the record of a sandbox."""
         sandbox = self._sandboxes[record.id]
         assert sandbox.record.uid == record.uid
         sandbox.record = record
 
-    # -- what happens in it ---------------------------------------------------------------------------
+    # -- connections and denials ----------------------------------------------------------------------
 
     def connect(self, id_: str, bus: str, unique_name: str) -> None:
-        """A connection said Hello."""
+        """Add a connection that has its unique name."""
         if sandbox := self.get(id_):
             sandbox.connections[bus, unique_name] = None
 
     def disconnect(self, id_: str, bus: str, unique_name: str) -> None:
-        """A connection is closed."""
+        """Remove a connection that was closed."""
         if sandbox := self.get(id_):
             sandbox.connections.pop((bus, unique_name), None)
 
     def deny(self, event: Denied) -> SandboxEntry | None:
-        """Remember a refusal, cut short: the texts are the sandbox's choice."""
+        """Keep a refusal, with its texts cut because the sandbox chose them."""
         sandbox = self.get(event.sandbox)
         if sandbox is not None:
-            # Without a kind it is about no refusal of its own: those before it were too many to report.
+            # An event without a kind is no refusal itself, and only counts those that were too many to report.
             sandbox.denied += bool(event.kind) + event.more
             sandbox.denials.append(shorten(event))
         return sandbox
 
-    # -- after a restart, ours or the gate's ------------------------------------------------------------
+    # -- after a restart of the supervisor or the gate ----------------------------------------------------
 
     def reconcile(
         self,
@@ -344,7 +351,10 @@ class Registry:
         in_force: Callable[[Record], AccessList] = lambda record: record.access_in_force,
         is_held: Callable[[Record], bool] = lambda _record: False,
     ) -> Reconciled:
-        """Take the gate's word for what there is. Sandboxes that are STARTING are left to who adds them."""
+        """Compare the registry with a snapshot of the gate, which is right about which sandboxes exist.
+
+        Sandboxes that are STARTING are left to the call of AddServer that makes them.
+        """
         theirs = {state.spec.id: state for state in snapshot.sandboxes}
         strangers, others = [], []
         differences: list[str] = []
@@ -354,23 +364,23 @@ class Registry:
             sandbox = self.get(id_)
             if sandbox is None:
                 strangers.append(SandboxId(id_))
-                differences.append(f"{id_}: the gate has it and we do not: stopped")
-            elif sandbox.is_known:
+                differences.append(f"{id_}: stopped, because only the gate knew it")
+            elif sandbox.is_announced:
                 changed += self._adopt(sandbox, state, differences)
                 if state.spec.access != in_force(sandbox.record):
                     others.append(sandbox.record.id)
-                    differences.append(f"{id_}: the gate had other rules: set again")
+                    differences.append(f"{id_}: rules set again, because the gate had others")
         lost, missing = [], []
         for sandbox in self:
-            if not sandbox.is_known or sandbox.record.id in theirs:
+            if not sandbox.is_announced or sandbox.record.id in theirs:
                 continue
             if sandbox.phase is Phase.RUNNING and is_held(sandbox.record):
                 sandbox.connections.clear()
                 missing.append(sandbox.record.id)
-                differences.append(f"{sandbox.record.id}: the gate does not have it: served again")
+                differences.append(f"{sandbox.record.id}: served again, because the gate lacked it")
             elif removed := self._lose(sandbox):
                 lost.append(removed)
-                differences.append(f"{sandbox.record.id}: the gate does not have it: ended")
+                differences.append(f"{sandbox.record.id}: ended, because the gate lacked it")
         return Reconciled(
             strangers=tuple(strangers),
             lost=tuple(lost),
@@ -381,12 +391,12 @@ class Registry:
         )
 
     def lose(self, id_: SandboxId) -> Removed | None:
-        """The gate does not have it, and will not."""
+        """Take note that the gate does not have a sandbox, and will not get it again."""
         sandbox = self.get(id_)
         return self._lose(sandbox) if sandbox is not None else None
 
     def _lose(self, sandbox: SandboxEntry) -> Removed | None:
-        # One that took no more connections has lost its last one.
+        # A sandbox that accepted no more connections has lost its last one with the gate.
         closing = sandbox.phase is Phase.CLOSING
         event = Event.LAST_CONNECTION if closing else Event.GATE_LOST
         return self.apply(sandbox.record.id, event).removed
@@ -397,7 +407,7 @@ class Registry:
         sandbox.connections = dict.fromkeys(state.connections)
         sandbox.denied = state.denied
         if sandbox.record.listening and not state.listening:
-            differences.append(f"{sandbox.record.id}: the gate has stopped listening")
+            differences.append(f"{sandbox.record.id}: the gate stopped listening")
             self.apply(sandbox.record.id, Event.CLOSE_ASKED)
             sandbox.record = msgspec.structs.replace(sandbox.record, listening=False)
             yield sandbox.record
@@ -416,9 +426,9 @@ class Registry:
 
 
 def shorten(event: Denied) -> Denied:
-    """Return the event with texts of bounded length."""
+    """Return the event with texts of bounded length, whatever a gate sent."""
     texts: Mapping[str, str] = {
-        name: value[:MAX_DENIAL_TEXT]
+        name: shorten_denial_text(value)
         for name, value in msgspec.structs.asdict(event).items()
         if isinstance(value, str)
     }

@@ -17,13 +17,13 @@ from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
 from policy.match import RULE_WORK, excess, make_judge, most_steps
 from policy.rules import AccessList, Identity
 
-# An access list of this many takes about 2 MiB, in each of the places that have it.
+# A list of so many rules takes about 2 MiB in each of the processes that have it.
 MAX_RULES: Final = 10_000
-# And of unusual ones: the gate's frames carry a list, twice for snaps, and as much again of a sandbox besides.
+# Bytes of a list with unusually long rules. A frame for the gate carries a list twice for snaps, and as much again.
 MAX_RULES_BYTES: Final = 8 * 1024 * 1024
-# What policy.match counts as work, between two turns of others: some milliseconds.
+# Work, as policy.match counts it, between two turns of other callers: some milliseconds.
 SLICE: Final = 50_000
-# About a list that was taken when the limit was another.
+# Advice on a list that was accepted under another limit.
 WHAT_TO_DO: Final = "give it other rules, or set rule_steps higher"
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def check_cost(
 
 
 def over_limit(snapshot: Snapshot, rule_steps: int) -> list[str]:
-    """Say which sandboxes have rules that cost more than new ones may: they were taken before the limit was set."""
+    """Return a line for each sandbox whose rules, accepted under an earlier limit, cost more than new ones may."""
     return [
         f"{state.spec.id}: a message takes {state.usage.rule_steps} steps, over rule_steps={rule_steps}: its rules stay"
         f" as long as this gate runs, and the next one ends it; {WHAT_TO_DO}"

@@ -1,7 +1,7 @@
-"""Descriptors and socket files: what we bind for a sandbox, and what a caller hands us.
+"""Listening sockets of sandboxes: those that the supervisor binds, and those that callers pass.
 
-A Bound belongs to whoever made it, and closes our descriptor at the end of its block; the file is unlinked there
-only if the block failed, as otherwise it is the gate's to unlink.
+The descriptor of a Bound is closed at the end of its block. The socket file is unlinked there only if the block
+failed, because otherwise the gate unlinks it.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from broker.posix.sockets import bind_with_umask
 from broker.wire.address import make_unix_address
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
 
-# Connections that wait for the gate to take them. It counts them from there on.
+# Connections that wait until the gate accepts them. The gate limits those that it has accepted.
 BACKLOG: Final = 128
 _TRIES: Final = 16
 _NO_SOCKET: Final = "Socket is not a unix stream socket that can listen"
@@ -34,17 +34,17 @@ _NO_SOCKET: Final = "Socket is not a unix stream socket that can listen"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """A socket that listens."""
+    """A listening socket."""
 
     fd: int
-    path: str  # as in sun_path: an abstract one begins with NUL
+    path: str  # as in sun_path: an abstract name begins with NUL
     guid: str
-    device: int = 0  # of a file that we made; 0: it is somebody else's
+    device: int = 0  # of a file that the supervisor made; 0 for a caller's socket
     inode: int = 0
 
     @property
     def is_ours(self) -> bool:
-        """Whether the file is to be unlinked."""
+        """Return whether the supervisor made the file, which must be unlinked."""
         return self.inode != 0
 
     @property
@@ -55,7 +55,7 @@ class Bound:
 
 @contextmanager
 def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
-    """Listen on a new file in the folder, which only that uid may connect to."""
+    """Listen on a new socket file in the folder, to which only one user may connect."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         path = _bind(sock, folder)
         try:
@@ -78,7 +78,7 @@ def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
 
 @contextmanager
 def given_socket(fd: int) -> Iterator[Bound]:
-    """Listen on a socket of the caller's, which stays open for it. Raises CallRefusedError."""
+    """Listen on a socket that the caller passed, and duplicate it. Raises CallRefusedError."""
     with _opened(fd) as sock:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             raise CallRefusedError(INVALID_ARGS, _NO_SOCKET)
@@ -87,10 +87,10 @@ def given_socket(fd: int) -> Iterator[Bound]:
             path = name if isinstance(name, str) else name.decode()
         except UnicodeDecodeError:
             raise CallRefusedError(
-                INVALID_ARGS, "Socket is bound to a name that is no text"
+                INVALID_ARGS, "Socket is bound to a name that is not text"
             ) from None
         if not path.removeprefix("\0").isprintable() or not path.removeprefix("\0"):
-            raise CallRefusedError(INVALID_ARGS, "Socket is not bound to a name, or to an odd one")
+            raise CallRefusedError(INVALID_ARGS, "Socket is not bound to a printable name")
         try:
             if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 sock.listen(BACKLOG)
@@ -100,25 +100,25 @@ def given_socket(fd: int) -> Iterator[Bound]:
 
 
 def check_readable(fd: int, name: str) -> None:
-    """Check that the kernel will tell of its end. Raises CallRefusedError."""
+    """Check that a descriptor becomes readable when its writers are gone. Raises CallRefusedError."""
     if not ends_with_its_writers(fd):
         raise CallRefusedError(INVALID_ARGS, f"{name} is not {READABLE_KIND}")
 
 
 def check_writable(fd: int, name: str) -> None:
-    """Check that whoever waits at the other end can be told. Raises CallRefusedError."""
+    """Check that a byte can be written to a descriptor. Raises CallRefusedError."""
     if not takes_a_byte(fd):
         raise CallRefusedError(INVALID_ARGS, f"{name} is not {WRITABLE_KIND}")
 
 
 def notify(fd: int) -> None:
-    """Write one byte, without ever waiting for whoever reads, or does not."""
+    """Write one byte, and never wait for a reader."""
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             with socket.socket(fileno=os.dup(fd)) as sock:
                 sock.send(b"\0", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             return
-        # O_NONBLOCK set on the descriptor would be the caller's as well: open the pipe anew.
+        # Opened again, because O_NONBLOCK on this descriptor would change the caller's as well.
         own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.write(own, b"\0")
@@ -127,7 +127,7 @@ def notify(fd: int) -> None:
 
 
 def sweep(folder: Path, keep: set[str]) -> list[str]:
-    """Unlink the sockets in the folder that are not to be kept, and return their paths."""
+    """Unlink the sockets in the folder except those in `keep`, and return their paths."""
     swept = []
     for path in folder.glob("dbus-*"):
         if str(path) not in keep:
@@ -147,14 +147,14 @@ def _bind(sock: socket.socket, folder: Path) -> Path:
                 raise
         else:
             return path
-    raise FileExistsError(f"no free name in {folder}")
+    raise FileExistsError(f"no unused file name in {folder} after {_TRIES} tries")
 
 
 def _opened(fd: int) -> socket.socket:
-    """Return a duplicate as a socket. Raises CallRefusedError."""
+    """Return a duplicate of a descriptor as a socket object. Raises CallRefusedError."""
     try:
         return duplicate_socket(fd)
     except OSError as exc:
-        if exc.errno in {errno.EBADF, errno.ENOTSOCK}:  # also O_PATH, which is no open socket
+        if exc.errno in {errno.EBADF, errno.ENOTSOCK}:  # also a socket file opened with O_PATH
             raise CallRefusedError(INVALID_ARGS, _NO_SOCKET) from exc
         raise

@@ -68,7 +68,7 @@ class Times:
 def make_record(
     number: int, request: AddRequest, caller: Caller, bound: Mapping[str, Bound], now: Times
 ) -> Record:
-    """Return what is stored of a new sandbox."""
+    """Return the record of a new sandbox."""
     return Record(
         number=number,
         type=request.type,
@@ -101,7 +101,7 @@ def make_spec(
     close_notify: int | None,
     limits: ConfiguredLimits,
 ) -> tuple[SandboxSpec, list[int]]:
-    """Return the sandbox as the gate is to have it, and the descriptors that go with that."""
+    """Return the specification of a sandbox for the gate, and the descriptors that go with it."""
     fds = [one.fd for one in bound.values()]
     close_notify_at = None
     if close_notify is not None:
@@ -126,7 +126,7 @@ def make_spec(
         access=access,
         close_notify=close_notify_at,
         limits=limits.for_sandbox(),
-        # For a supervisor that has lost it. The rules are not in it: the gate has those in force.
+        # For a supervisor that has lost the record. It lacks the rules, because the gate has those in force.
         record=msgspec.msgpack.encode(msgspec.structs.replace(record, access=_no_rules(record))),
         metadata=record.metadata,
     )
@@ -138,7 +138,7 @@ def _no_rules(record: Record) -> AccessList:
 
 
 def is_held(record: Record, held: HeldSockets) -> bool:
-    """Say whether all of a sandbox that listens is held: its sockets, and its pipe if it has one."""
+    """Return whether a sandbox listens, and all its sockets and its pipe are held."""
     wanted = {*record.sockets, PIPE} if record.close_notify else {*record.sockets}
     return record.listening and wanted <= set(held.of(record.id))
 
@@ -146,14 +146,14 @@ def is_held(record: Record, held: HeldSockets) -> bool:
 def make_again(
     record: Record, access: AccessList, held: HeldSockets, limits: ConfiguredLimits, folder: Path
 ) -> tuple[SandboxSpec, Sequence[int]]:
-    """Return the sandbox as the gate is to have it, and its descriptors, which stay held."""
+    """Return the specification of a held sandbox for a new gate, and its descriptors, which stay held."""
     fds = held.of(record.id)
     bound = {bus: _find(record, bus, fds[bus], folder) for bus in record.sockets}
     return make_spec(record, access, bound, fds.get(PIPE), limits)
 
 
 def _find(record: Record, bus: str, fd: int, folder: Path) -> Bound:
-    """Return a socket of ours or of the caller's, as it was when it was made."""
+    """Return a held socket of a sandbox as it was described when it was made."""
     path = record.sockets[bus]
     guid = record.addresses[bus].rpartition("guid=")[2]
     device, inode = _identify(path, folder)
@@ -161,7 +161,10 @@ def _find(record: Record, bus: str, fd: int, folder: Path) -> Bound:
 
 
 def _identify(path: str, folder: Path) -> tuple[int, int]:
-    """Return device and inode of a socket that we made; zeros for another. Only we make files in our folder."""
+    """Return device and inode of a socket that the supervisor made; zeros for a caller's socket.
+
+    A path in the folder is the supervisor's, because nobody else makes files there.
+    """
     if path.startswith("\0") or Path(path).parent != folder:
         return 0, 0
     try:

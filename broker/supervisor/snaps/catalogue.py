@@ -1,6 +1,6 @@
-"""The snaps and their connections, compiled: which rules they give to which sandbox. Nothing here waits.
+"""The installed snaps and their connections, compiled into rules for sandboxes. Nothing here waits.
 
-The catalogue is read when it is first needed: who has no snaps pays nothing for it.
+The catalogue is read when it is first needed, because a system without snaps needs no memory for it.
 """
 
 import logging
@@ -33,15 +33,15 @@ def load_own_library() -> Library:
 
 
 def is_snap(type_: str, component: str | None) -> bool:
-    """Say whether a sandbox can be an app of a snap."""
+    """Return whether a sandbox can be an app of a snap."""
     return type_ == SNAP_TYPE and component is not None
 
 
 class Snaps:
-    """What is installed and connected. A compiler made by `build` becomes the one in force by assignment."""
+    """The compiler in force. Assign `compiler` to replace it by one that `build` made."""
 
     def __init__(self, world: World, load: Callable[[], Library]) -> None:
-        """Take what was stored. Raises ConfigError."""
+        """Compile the stored snaps. Raises ConfigError."""
         self._load: Final = load
         self._library: Library | None = None
         self.compiler: Compiler | None = None
@@ -50,7 +50,7 @@ class Snaps:
                 bare = World(system=world.system, snaps=world.snaps)
                 self.compiler = self.build(bare, world.connections)
             except CallRefusedError as exc:
-                raise ConfigError(f"the stored snaps: {exc}") from exc
+                raise ConfigError(f"cannot compile the stored snaps: {exc}") from exc
 
     @property
     def library(self) -> Library:
@@ -59,20 +59,17 @@ class Snaps:
             try:
                 self._library = self._load()
             except (CatalogueError, OSError) as exc:
-                raise CallRefusedError(FAILED, f"the catalogue: {exc}") from exc
+                raise CallRefusedError(FAILED, f"cannot read the catalogue: {exc}") from exc
         return self._library
 
     def ready(self) -> Compiler:
-        """Return the compiler, of no snaps if none were loaded. Raises CallRefusedError."""
+        """Return the compiler, which has no snaps if none were loaded. Raises CallRefusedError."""
         if self.compiler is None:
             self.compiler = self.build(World(), ())
         return self.compiler
 
     def build(self, world: World, kept: tuple[tuple[str, str], ...]) -> Compiler:
-        """Compile snaps; of the connections to keep, those that make no sense are left out.
-
-        Raises CallRefusedError.
-        """
+        """Compile snaps with the connections in `kept` that are still valid. Raises CallRefusedError."""
         library = self.library
         names = {snap.name for snap in world.snaps}
         try:
@@ -86,13 +83,13 @@ class Snaps:
             try:
                 compiler.connect(parse_connection(plug, slot))
             except SnapError as exc:
-                LOGGER.warning("%s and %s are not connected any more: %s", plug, slot, exc)
+                LOGGER.warning("disconnected %s from %s: %s", plug, slot, exc)
         return compiler
 
     def compiled(self, identity: Identity, plugs: Collection[str] = ()) -> AccessList | None:
-        """Return what the snaps give to an app; None if it is no app of theirs.
+        """Return the rules of an app of a snap; None for any other app.
 
-        `plugs`: whoever made the sandbox said that it may use no others. None named: all.
+        If the creator of the sandbox named plugs, only their rules are returned.
         """
         tag = self.tag_for(identity)
         if self.compiler is None or tag is None:
@@ -100,31 +97,32 @@ class Snaps:
         return self.compiler.narrowed(tag, plugs) if plugs else self.compiler.access(tag)
 
     def tag_for(self, identity: Identity) -> str | None:
-        """Return the security tag of an app, if it is one of the snaps'."""
+        """Return the security tag of an app of a snap; None for any other app."""
         if self.compiler is None or not is_snap(identity.type, identity.component):
             return None
-        # Looked for as snap and app: a tag's text says of no dot which of the two it belongs to.
+        # Found by snap and app, because the text of a tag does not show where the snap's name ends.
         snap, app = self.compiler.snaps.get(identity.app), str(identity.component)
         return tag_of(snap.name, app) if snap is not None and app in snap.apps else None
 
     def tag(self, name: str) -> str:
-        """Return the security tag that `SNAP.APP`, or a tag, means. Raises CallRefusedError."""
+        """Return the security tag for `SNAP.APP` or for a tag. Raises CallRefusedError."""
         known = self.ready().tags
         for tag in (f"snap.{name}", name):
             if tag in known:
                 return tag
-        raise CallRefusedError(INVALID_ARGS, f"no app of a snap is {name[:100]!r}")
+        raise CallRefusedError(INVALID_ARGS, f"no installed snap has an app {name[:100]!r}")
 
     def interface(self, name: str) -> Known:
-        """Return what the catalogue has about an interface. Raises CallRefusedError."""
+        """Return the catalogue's entry for an interface of snaps. Raises CallRefusedError."""
         known = self.library.interfaces.get(name)
         if known is None:
-            raise CallRefusedError(INVALID_ARGS, f"no interface {name[:100]!r} with D-Bus rules")
+            text = f"the catalogue has no interface {name[:100]!r} with D-Bus rules"
+            raise CallRefusedError(INVALID_ARGS, text)
         return known
 
 
 def world_of(compiler: Compiler) -> World:
-    """Return what it was made of."""
+    """Return the snaps and connections of a compiler."""
     pairs = tuple(
         (f"{one.plug_snap}:{one.plug}", f"{one.slot_snap}:{one.slot}")
         for one in compiler.connections
@@ -136,7 +134,7 @@ def world_of(compiler: Compiler) -> World:
 def decode_world(text: str) -> World:
     """Return the snaps that JSON describes. Raises CallRefusedError InvalidArgs."""
     if len(text) > MAX_WORLD:
-        raise CallRefusedError(INVALID_ARGS, f"more than {MAX_WORLD} characters of JSON")
+        raise CallRefusedError(INVALID_ARGS, f"the JSON has more than {MAX_WORLD} characters")
     try:
         return parse_world(msgspec.json.decode(text))
     except (msgspec.MsgspecError, SnapError, RecursionError) as exc:

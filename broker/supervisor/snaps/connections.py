@@ -1,9 +1,14 @@
-"""Changes of what is connected, in force at the gate and stored before they are answered; and why things are denied.
+"""Changes to the connections of snaps, and explanations of denials.
 
-Theory of operation. A change is made in the compiler, which says whose lists it touches; then
-at the engine, for the sandboxes of these apps alone; then it is stored, then answered. If any of that fails it is undone
-in the same order, and the old rules are in force again when the caller is told. One change is made at
-a time, and no sandbox of a snap comes into being meanwhile.
+Theory of operation. A change takes four steps, and the caller is answered after the last one:
+
+    1. the compiler makes the change, and names the apps whose rules it changes
+    2. the new rules of these apps' sandboxes are checked, all of them before the next step
+    3. the engine enforces the new rules
+    4. the state file stores the change
+
+If a step fails, the compiler undoes the change and the engine enforces the old rules again, before the caller is
+told. One change is made at a time, and no sandbox of a snap is made meanwhile.
 """
 
 import logging
@@ -30,11 +35,11 @@ from policy.snaps.installed import SnapError, parse_connection, tag_of
 LOGGER: Final = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
-UNDO_TIMEOUT: Final = 10.0  # seconds: whoever waits for the change waits for that, too
+UNDO_TIMEOUT: Final = 10.0  # seconds, for which the caller waits, too
 
 
 class Policy:
-    """The snaps' connections as callers change them and ask about them."""
+    """The operations of callers on snaps and their connections."""
 
     def __init__(
         self,
@@ -53,51 +58,49 @@ class Policy:
         self._rule_steps: Final = rule_steps
 
     async def connect(self, uid: int, plug: str, slot: str) -> tuple[Change, ...]:
-        """Connect a plug to a slot and say what that changed. Raises CallRefusedError."""
-        _check_owner(uid)
-        async with self._changing:
-            compiler, connection = self._snaps.ready(), _refusing(parse_connection, plug, slot)
-            if compiler.is_connected(connection):
-                return ()
-            changes = _refusing(compiler.connect, connection)
-            await self._carry_out(
-                {change.tag for change in changes},
-                store=partial(self._state.put_connection, plug, slot),
-                undo=partial(compiler.disconnect, connection),
-            )
-            return changes
+        """Connect a plug to a slot, and return the changes of rules. Raises CallRefusedError."""
+        return await self._change_connection(uid, plug, slot, connect=True)
 
     async def disconnect(self, uid: int, plug: str, slot: str) -> tuple[Change, ...]:
-        """Undo a connection and say what that changed. Raises CallRefusedError."""
+        """Disconnect a plug from a slot, and return the changes of rules. Raises CallRefusedError."""
+        return await self._change_connection(uid, plug, slot, connect=False)
+
+    async def _change_connection(
+        self, uid: int, plug: str, slot: str, *, connect: bool
+    ) -> tuple[Change, ...]:
         _check_owner(uid)
         async with self._changing:
             compiler, connection = self._snaps.ready(), _refusing(parse_connection, plug, slot)
-            changes = _refusing(compiler.disconnect, connection)
+            if connect and compiler.is_connected(connection):
+                return ()
+            state = self._state
+            change, undo = compiler.connect, compiler.disconnect
+            store = state.put_connection if connect else state.delete_connection
+            if not connect:
+                change, undo = undo, change
+            changes = _refusing(change, connection)
             await self._carry_out(
                 {change.tag for change in changes},
-                store=partial(self._state.delete_connection, plug, slot),
-                undo=partial(compiler.connect, connection),
+                store=partial(store, plug, slot),
+                undo=partial(undo, connection),
             )
             return changes
 
     async def load(self, uid: int, text: str) -> None:
-        """Have these snaps and no others; connections that still make sense are kept.
-
-        Raises CallRefusedError.
-        """
+        """Replace the installed snaps, and keep connections that are still valid. Raises CallRefusedError."""
         _check_owner(uid)
         world = decode_world(text)
         async with self._changing:
             before = self._snaps.ready()
             kept = world_of(before).connections
-            # It can take seconds, and everybody else is to be answered meanwhile.
+            # In a thread, because this can take seconds and other callers must be answered meanwhile.
             after = await trio.to_thread.run_sync(self._snaps.build, world, kept)
             held = [sandbox.record for sandbox in self._registry if sandbox.record.held is not None]
             tags = _differing(before, after, self._tags_in_use())
             tags |= {tag for record in held if (tag := _tag(record)) is not None}
             self._snaps.compiler = after
             self._hold(held, give_back=False)
-            # The host's own snap is made anew from the catalogue by whoever reads this.
+            # Without the host's own snap, which is made from the catalogue when the file is read.
             stored = msgspec.structs.replace(world, connections=world_of(after).connections)
 
             def undo() -> None:
@@ -110,8 +113,8 @@ class Policy:
                     self._state.put_fact(sandbox.record)
 
     async def explain(self, uid: int, what: str, question: Question) -> Explanation:
-        """Explain for a sandbox, or for an app of a snap. Raises CallRefusedError."""
-        # Other callers have turns meanwhile, and must not change the rules that are explained.
+        """Explain a verdict for a sandbox, or for an app of a snap. Raises CallRefusedError."""
+        # Under the lock, because other callers have turns meanwhile and could change the rules.
         async with self._changing:
             return await in_slices(self._explaining(uid, what, question))
 
@@ -124,7 +127,7 @@ class Policy:
             return (yield from _refusing_late(explaining(compiler, app, question)))
         record = sandbox.record
         if uid not in {0, record.uid}:
-            raise CallRefusedError(ACCESS_DENIED, f"{record.id} is of another user")
+            raise CallRefusedError(ACCESS_DENIED, f"{record.id} belongs to another user")
         access = self._in_force(record)
         explanation = yield from explaining_list(access, record.identity, question)
         tag = self._snaps.tag_for(record.identity)
@@ -136,7 +139,7 @@ class Policy:
     async def _carry_out(
         self, tags: set[str], *, store: Callable[[], object], undo: Callable[[], object]
     ) -> None:
-        """Have what the compiler says now in force and stored; or undone, if anything fails."""
+        """Enforce the compiler's present rules and store the change; undo it if anything fails."""
         try:
             await self._enforce(tags)
             store()
@@ -147,7 +150,7 @@ class Policy:
             raise
 
     async def _enforce(self, tags: set[str]) -> None:
-        # All are looked at before the first is changed.
+        # All lists are checked before the first one is changed.
         await self._check_apps(tags)
         lists = {}
         for record in self._records(tags):
@@ -157,11 +160,11 @@ class Policy:
             try:
                 await self._engine.set_access(id_, access)
             except CallRefusedError as exc:
-                if exc.dbus_name != NOT_CONTAINER:  # else it has ended, and needs no rules
+                if exc.dbus_name != NOT_CONTAINER:  # an ended sandbox needs no rules
                     raise
 
     async def _check_apps(self, tags: set[str]) -> None:
-        """Refuse lists that cost too much, be it that no sandbox has them yet. Raises CallRefusedError."""
+        """Refuse lists that cost too much, even if no sandbox has them yet. Raises CallRefusedError."""
         compiler = self._snaps.ready()
         for tag in tags & set(compiler.tags):
             access, me = compiler.access(tag), compiler.identity(tag)
@@ -176,11 +179,11 @@ class Policy:
             try:
                 await self._engine.set_access(record.id, self._in_force(record))
             except (CallRefusedError, EngineLostError) as exc:
-                # It has ended; or the next snapshot shows its list, which is then set again.
+                # Either the sandbox has ended, or the next snapshot shows the wrong list, which is then set again.
                 LOGGER.warning("%s: %s", record.id, exc)
 
     def _hold(self, records: Collection[Record], *, give_back: bool) -> None:
-        """What was lost with the state file counts until there are snaps again."""
+        """Drop the rules that stood in for lost snaps, because snaps were loaded; or put them back."""
         for record in records:
             if sandbox := self._registry.get(record.id):
                 held = record.held if give_back else None
@@ -209,18 +212,19 @@ def _tag(record: Record) -> str | None:
 
 
 def _differing(before: Compiler, after: Compiler, tags: set[str]) -> set[str]:
-    """Return which of these apps' lists are not the same in both."""
+    """Return the apps among `tags` whose lists differ between two compilers."""
     old, new = tags & set(before.tags), tags & set(after.tags)
     return (old ^ new) | {tag for tag in old & new if before.access(tag) != after.access(tag)}
 
 
 def _check_owner(uid: int) -> None:
     if uid not in {0, os.geteuid()}:
-        raise CallRefusedError(ACCESS_DENIED, "connections are changed by the broker's user alone")
+        text = "only the broker's own user may change connections"
+        raise CallRefusedError(ACCESS_DENIED, text)
 
 
 def _refusing(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call it; what makes no sense about snaps is the caller's mistake."""
+    """Call a function, and turn SnapError into CallRefusedError."""
     try:
         return function(*args, **kwargs)
     except SnapError as exc:

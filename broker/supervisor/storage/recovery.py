@@ -1,9 +1,16 @@
-"""Opening the state file, whatever has become of it; and taking over from the gate what the file lost.
+"""Open the state file even if it is missing or damaged, and recover lost records from the gate.
 
-Theory of operation. A file that is damaged is kept beside the new one, which gets what can still be read: each record by
-itself, the snaps and their connections all or none, the counter or else the clock. What is left to be asked of the gate is noted in
-the new file, so that our own end before we have asked changes nothing. The gate's word then goes
-before the file's: it keeps the record of each sandbox as it was when it was made, and has the rules in force.
+Theory of operation. A damaged file is kept beside a new one, which gets everything that can still be read: each
+record by itself, the snaps and their connections all or none, the counter or else the clock. The new file also says
+that the gate has to be asked for the rest, so a supervisor that dies before it has asked loses nothing:
+
+    open_state           sandboxes.db is damaged   ->   sandboxes.db.damaged-1, and a new sandboxes.db
+                         new file: what could be read, and a PendingRecovery
+    first snapshot       recover_from_gate         ->   records that differ from the file are replaced
+                         new file: all records, no PendingRecovery
+
+The gate's word counts more than the file's, because the gate keeps the record of each sandbox as it was when the
+sandbox was made, and has the rules in force.
 """
 
 import contextlib
@@ -37,18 +44,18 @@ from policy.rules import AccessList, Rule
 from policy.snaps.installed import SNAP_TYPE, World
 
 LOGGER: Final = logging.getLogger(__name__)
-KEPT_ASIDE: Final = 5  # damaged files; the oldest go
+KEPT_ASIDE: Final = 5  # damaged files; older ones are deleted
 NO_VALUES: Final = bytes(8)  # a marshalled a{sv}
-# No snap has a plug of this name: a sandbox whose plugs are not known gets none.
+# Stands for the plugs of a sandbox whose plugs are unknown. No snap has a plug of this name, so it gets none.
 UNKNOWN_PLUG: Final = "?"
 _JOURNAL: Final = "-wal"
-# What callers gave says who they were; what the connections of snaps gave does not.
+# The origin of a rule that a caller gave names the caller; the origin of a snap's rule does not.
 _BY_CALLER: Final = re.compile(r"[A-Za-z0-9_]+ by ")
 
 
 @contextmanager
 def open_state(path: Path) -> Iterator[StateFile]:
-    """Open the state file; one that is damaged is set aside. Raises ConfigError or NoRoomError if it cannot be used."""
+    """Open the state file, or set it aside if it is damaged. Raises ConfigError or NoRoomError."""
     state = _open(path)
     try:
         yield state
@@ -57,44 +64,44 @@ def open_state(path: Path) -> Iterator[StateFile]:
 
 
 def recover_from_gate(registry: Registry, state: StateFile, snapshot: Snapshot) -> list[Record]:
-    """Take over from the gate what the file does not know, if there is such; return that."""
-    unsettled = state.unsettled()
-    if unsettled is None:
+    """Recover from the gate the records that the file has lost, if any; return them."""
+    pending = state.pending_recovery()
+    if pending is None:
         return []
     theirs = {number: one for one in snapshot.sandboxes if (number := _number(one.spec.id)) >= 0}
     if any(number >= registry.next_number for number in theirs):
-        # The counter is lost, or an old one. There were more, perhaps: the clock is ahead of all numbers.
+        # The counter is lost or too low. Even higher numbers may have been used, but none beyond the clock.
         registry.next_number = max(registry.next_number, *(n + 1 for n in theirs), _clock())
-    snaps_lost = unsettled.snaps_lost or not unsettled.aside
-    adopted = [
+    snaps_lost = pending.snaps_lost or not pending.aside
+    recovered = [
         record
         for number, one in theirs.items()
-        if (record := _take_over(registry, number, one, snaps_lost=snaps_lost)) is not None
+        if (record := _recover(registry, number, one, snaps_lost=snaps_lost)) is not None
     ]
-    for record in adopted:
+    for record in recovered:
         state.put_fact(record)
     try:
         state.skip_to(registry.next_number)
-        state.unsettle(None)
-    except CallRefusedError as exc:  # it is asked again of the next snapshot
+        state.set_pending_recovery(None)
+    except CallRefusedError as exc:  # the next snapshot is another chance
         LOGGER.error("%s", exc)  # noqa: TRY400 - no defect of ours
-    if adopted:
+    if recovered:
         LOGGER.warning(
             "%d sandboxes taken over from the gate, which knew them better than the state file: %s",
-            len(adopted),
-            ", ".join(record.id for record in adopted[:20]),
+            len(recovered),
+            ", ".join(record.id for record in recovered[:20]),
         )
-    return adopted
+    return recovered
 
 
 def record_from_gate(state: SandboxState, known: Record | None, *, snaps_lost: bool) -> Record:
-    """Return the record of a sandbox as the gate has it."""
+    """Return the record of a sandbox by the gate's word; `known` is the record in the file, if any."""
     spec = state.spec
-    noted = known
+    original = known
     if spec.record:
         with contextlib.suppress(DamagedError):
-            noted = decode_record(_number(spec.id), spec.record)
-    record = noted if noted is not None else _minimal_record(state)
+            original = decode_record(_number(spec.id), spec.record)
+    record = original if original is not None else _minimal_record(state)
     given, compiled = _split_rules(record, spec.access)
     held = None
     if snaps_lost and compiled:
@@ -104,20 +111,20 @@ def record_from_gate(state: SandboxState, known: Record | None, *, snaps_lost: b
 
 
 @dataclass(slots=True, kw_only=True)
-class _Found:
-    """What a damaged file still says."""
+class _Salvaged:
+    """The readable contents of a damaged file."""
 
     records: list[Record]
     next_number: int | None = None
     world: World | None = None
-    tags: list[tuple[str, str]] = field(default_factory=list)
+    field_requests: list[tuple[str, str]] = field(default_factory=list)
     bus_ids: dict[str, str] = field(default_factory=dict)
 
 
 def _open(path: Path) -> StateFile:
     if not path.exists():
-        _clear(path)  # a journal that was left behind would be taken for the new one's
-        # Made under another name, so that a file that holds nothing is always one that lost it.
+        _clear(path)  # because a leftover journal would be applied to the new file
+        # Made under another name and renamed, so that an empty file is always a damaged one.
         new = _clear(path.with_name(f"{path.name}.new"))
         StateFile(new).close()
         _take_its_place(new, path)
@@ -136,7 +143,7 @@ def _open(path: Path) -> StateFile:
 
 @contextmanager
 def _held_journal(path: Path) -> Iterator[Path]:
-    """Keep the journal: SQLite deletes one that it finds beside a file that is no database."""
+    """Link the journal under another name, because SQLite deletes one beside a file that is no database."""
     held = Path(f"{path}.held{_JOURNAL}")
     held.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -160,7 +167,7 @@ def _replace(path: Path, journal: Path, reason: str) -> StateFile:
         text = f"{path} is damaged ({reason}), and cannot be set aside: {why}"
         raise unusable(text, exc) from exc
     LOGGER.error(
-        "%s is damaged (%s): kept as %s; read from it: %d sandboxes, %s; the gate is asked for the rest%s",
+        "%s is damaged (%s): kept as %s; recovered: %d sandboxes, %s; the gate is asked for the rest%s",
         path,
         reason,
         aside.name,
@@ -168,13 +175,13 @@ def _replace(path: Path, journal: Path, reason: str) -> StateFile:
         "the snaps and connections" if found.world is not None else "no snaps and connections",
         ""
         if found.world is not None
-        else "; load the snaps again, until then apps of snaps keep the rules they have",
+        else "; load the snaps again: until then, apps of snaps keep their present rules",
     )
     return StateFile(path)
 
 
-def _salvage(path: Path, journal: Path) -> _Found:
-    """Read what can be read, from a copy: SQLite changes what it opens."""
+def _salvage(path: Path, journal: Path) -> _Salvaged:
+    """Read all that is readable, from a copy, because SQLite changes a file that it opens."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="salvage-") as folder:
         copy = Path(folder) / path.name
         shutil.copyfile(path, copy)
@@ -183,29 +190,29 @@ def _salvage(path: Path, journal: Path) -> _Found:
         try:
             state = StateFile(copy)
         except DamagedError:
-            return _Found(records=[])
+            return _Salvaged(records=[])
         try:
             return _read(state)
         finally:
             state.close()
 
 
-def _read(state: StateFile) -> _Found:
-    # Also by whoever is told the sandbox's id: of two that are equal one is as good as the other.
+def _read(state: StateFile) -> _Salvaged:
+    # `load_each` may yield a record twice.
     records = {record.number: record for record in state.load_each()}
-    found = _Found(records=list(records.values()))
+    found = _Salvaged(records=list(records.values()))
     with contextlib.suppress(DamagedError):
         found.next_number = state.load_counter()
     with contextlib.suppress(DamagedError):
         found.world = state.load_world()
     with contextlib.suppress(DamagedError):
-        found.tags = state.load_tags()
+        found.field_requests = state.load_field_requests()
     with contextlib.suppress(DamagedError):
         found.bus_ids = state.load_bus_ids()
     return found
 
 
-def _fill(path: Path, found: _Found, aside: str) -> None:
+def _fill(path: Path, found: _Salvaged, aside: str) -> None:
     state = StateFile(path)
     try:
         for record in found.records:
@@ -213,17 +220,17 @@ def _fill(path: Path, found: _Found, aside: str) -> None:
         state.skip_to(found.next_number if found.next_number is not None else _clock())
         if found.world is not None:
             state.put_world(found.world)
-        for bus, unique_name in found.tags:
-            state.put_tag(bus, unique_name)
+        for bus, unique_name in found.field_requests:
+            state.put_field_request(bus, unique_name)
         for bus, id_ in found.bus_ids.items():
             state.put_bus_id(bus, id_)
-        state.unsettle(PendingRecovery(aside=aside, snaps_lost=found.world is None))
+        state.set_pending_recovery(PendingRecovery(aside=aside, snaps_lost=found.world is None))
     finally:
         state.close()
 
 
 def _aside(path: Path) -> Path:
-    """Return the name for a damaged file, and make room for it."""
+    """Return the new name for a damaged file, and delete the oldest of those kept."""
     kept = sorted(
         number
         for one in path.parent.glob(f"{path.name}.damaged-*")
@@ -235,7 +242,7 @@ def _aside(path: Path) -> Path:
 
 
 def _set_aside(path: Path, journal: Path, aside: Path) -> None:
-    # The file stays until the new one takes its place. Its journal must go: it would be taken for the new one's.
+    # The file stays until the new one replaces it. Its journal must go, because it would be applied to the new one.
     os.link(path, aside)
     with contextlib.suppress(FileNotFoundError):
         journal.rename(f"{aside}{_JOURNAL}")
@@ -244,7 +251,9 @@ def _set_aside(path: Path, journal: Path, aside: Path) -> None:
 
 
 def _take_its_place(new: Path, path: Path) -> None:
-    if Path(f"{new}{_JOURNAL}").exists():  # closing it had it all in one file, if there was room
+    if Path(
+        f"{new}{_JOURNAL}"
+    ).exists():  # closing the file empties its journal, unless the disk is full
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
     new.rename(path)
 
@@ -255,13 +264,13 @@ def _clear(path: Path) -> Path:
     return path
 
 
-def _take_over(
+def _recover(
     registry: Registry, number: int, state: SandboxState, *, snaps_lost: bool
 ) -> Record | None:
-    """Have in the registry what the gate has; return it if that is news."""
+    """Put the gate's record of a sandbox into the registry; return it if it differs from the one before."""
     known = registry.get(state.spec.id)
-    if known is not None and not known.is_known:
-        return None  # it is being made
+    if known is not None and not known.is_announced:
+        return None  # AddServer is still at work on it
     before = known.record if known is not None else None
     record = record_from_gate(state, before, snaps_lost=snaps_lost)
     assert record.number == number
@@ -275,7 +284,7 @@ def _take_over(
 
 
 def _minimal_record(state: SandboxState) -> Record:
-    """Make a record of what a gate knows that was given none."""
+    """Make a record from the state of a sandbox whose gate was given no record."""
     spec = state.spec
     paths = {one.bus: one.path for one in spec.listeners if one.path}
     return Record(
@@ -294,7 +303,7 @@ def _minimal_record(state: SandboxState) -> Record:
         },
         access=msgspec.structs.replace(spec.access, rules=()),
         portals_as_host=not set(PORTAL_RULES) <= set(spec.access.rules),
-        # Whom it should follow is not known: it ends with its last connection, its pipe, or when told.
+        # The creator is unknown, so the sandbox cannot follow it.
         keep_after_creator=True,
         close_notify=spec.close_notify is not None,
         plugs=(UNKNOWN_PLUG,),
@@ -303,7 +312,7 @@ def _minimal_record(state: SandboxState) -> Record:
 
 
 def _split_rules(record: Record, access: AccessList) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
-    """Return the rules that callers gave and those of connections; without the built-in ones."""
+    """Return the rules that callers gave, and those of snaps' connections, both without the built-in ones."""
     rules = [r for r in access.rules if r not in record.built_in and r.origin != OWN_CALLS]
     if record.type != SNAP_TYPE:
         return tuple(rules), ()
@@ -317,5 +326,5 @@ def _number(text: str) -> int:
 
 
 def _clock() -> int:
-    """Return a number that no sandbox has: nobody makes one a second since 1970."""
+    """Return a number above all sandbox numbers, because nobody makes a sandbox a second since 1970."""
     return int(time.time())

@@ -1,9 +1,13 @@
-"""What survives us, in SQLite: the sandboxes, the number of the next, the snaps and their connections.
+"""The state file, in SQLite: sandboxes, the number of the next one, snaps and their connections.
 
-Each change is committed before its function returns, and so before the answer to whoever asked for it. The
-file lives as long as the runtime folder, a tmpfs: it is made to stand a kill, not a power cut. What cannot be
-stored is refused, but for what happened whether we store it or not: that is stored with the next change.
-A file that is damaged is set aside by whoever opens it (`broker.supervisor.storage.recovery`).
+Each change is committed before its function returns, and so before its caller is answered. The file lives as long as
+the runtime folder, a tmpfs. It survives a kill, and need not survive a power cut.
+
+A change that cannot be stored is refused. A fact, such as the end of a sandbox, cannot be refused: if it cannot be
+stored it is owed, and stored together with the next change.
+
+A damaged file is set aside by recovery.py. The format is pinned by a recorded file in tests/data/, see
+tests/supervisor/storage/test_recorded_state.py.
 """
 
 import errno
@@ -21,7 +25,7 @@ from broker.wire.errors import FAILED, BrokerError, CallRefusedError, ConfigErro
 from policy.snaps.installed import SnapError, World, parse_world
 
 LOGGER: Final = logging.getLogger(__name__)
-# What makes each version of the file out of the one before; the first one out of nothing.
+# The statements that make each version of the file from the version before, and the first one from nothing.
 STEPS: Final = (
     """
     CREATE TABLE sandbox (number INTEGER PRIMARY KEY, record BLOB NOT NULL);
@@ -33,18 +37,18 @@ STEPS: Final = (
     CREATE TABLE snap (name TEXT PRIMARY KEY, snap BLOB NOT NULL);
     CREATE TABLE connection (plug TEXT, slot TEXT, PRIMARY KEY (plug, slot));
     """,
-    # A row: the gate has not been asked yet what the file, new or damaged, does not say.
+    # At most one row, a PendingRecovery.
     """
     CREATE TABLE unsettled (aside TEXT NOT NULL, snaps_lost INTEGER NOT NULL);
     """,
-    # Connections that want header field 10; and which bus their names, and those of creators, are of.
+    # Connections that requested the instance field; and the ids of the buses that gave them their names.
     """
     CREATE TABLE tag (bus TEXT, unique_name TEXT, PRIMARY KEY (bus, unique_name));
     CREATE TABLE bus (name TEXT PRIMARY KEY, id TEXT NOT NULL);
     """,
 )
-SCHEMA: Final = len(STEPS)  # an older program could not read the file
-# Of what SQLite says, what is the file's fault: no such table, or not of this form; a torn page; no database.
+SCHEMA: Final = len(STEPS)
+# Errors of SQLite that a damaged file causes: no such table, a table of another form, a torn page, no database.
 _DAMAGE: Final = {
     sqlite3.SQLITE_ERROR,
     sqlite3.SQLITE_CORRUPT,
@@ -53,39 +57,39 @@ _DAMAGE: Final = {
     sqlite3.SQLITE_FORMAT,
     sqlite3.SQLITE_NOTADB,
 }
-_DO: Final = {
-    sqlite3.SQLITE_FULL: "no space is left there: make room",
-    sqlite3.SQLITE_READONLY: "it is read-only: make it writable",
-    sqlite3.SQLITE_IOERR: "it cannot be read or written: is its disk full?",
+_ADVICE: Final = {
+    sqlite3.SQLITE_FULL: "no space left on its disk: make room",
+    sqlite3.SQLITE_READONLY: "the file is read-only: make it writable",
+    sqlite3.SQLITE_IOERR: "the file cannot be read or written: is its disk full?",
 }
 
 
 class DamagedError(BrokerError):
-    """The file's bytes are not what was stored: to be set aside."""
+    """The file's contents are not those that were stored, so it must be set aside."""
 
 
 class NoRoomError(BrokerError):
-    """Its disk is full: no mistake in the settings, and so worth another try."""
+    """The disk is full, which is no mistake in the configuration and so worth another try."""
 
 
 class PendingRecovery(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be asked of the gate, as the file does not know."""
+    """A note that the gate must still be asked for records that the file lacks."""
 
-    aside: str  # the damaged file; empty: there was no file
-    snaps_lost: bool  # with their connections
+    aside: str  # name of the damaged file; empty if the file was missing
+    snaps_lost: bool  # together with their connections
 
 
 class StateFile:
-    """The open file."""
+    """An open state file."""
 
     def __init__(self, path: Path) -> None:
-        """Open it, made if it is not there. Raises DamagedError, and ConfigError or NoRoomError if it cannot be used."""
+        """Open the file, or make it if it is missing. Raises DamagedError, ConfigError or NoRoomError."""
         is_new = not path.exists()
         if path.is_file() and not path.stat().st_size:
-            raise DamagedError("nothing is in it")
+            raise DamagedError("the file is empty")
         self._path: Final = path
         self._encoder: Final = msgspec.msgpack.Encoder()
-        # What could not be stored when it happened; None: that it ended.
+        # Facts that could not be stored when they happened; None stands for an end.
         self._owed: Final[dict[int, Record | None]] = {}
         try:
             self._db: Final = sqlite3.connect(path, isolation_level="IMMEDIATE")
@@ -99,23 +103,23 @@ class StateFile:
             raise
 
     def close(self) -> None:
-        """Close it; what is owed is tried a last time."""
+        """Close the file, after a last try to store owed facts."""
         if self._owed:
             with suppress(CallRefusedError), self._writing():
                 pass
         self._db.close()
 
     def check(self) -> None:
-        """Read all of it. Raises DamagedError."""
+        """Read the whole file. Raises DamagedError."""
         with self._reading():
             ((verdict, *_),) = self._db.execute("PRAGMA quick_check(1)").fetchall()
         if verdict != "ok":
             raise DamagedError(verdict)
         self.load()
         self.load_world()
-        self.load_tags()
+        self.load_field_requests()
         self.load_bus_ids()
-        self.unsettled()
+        self.pending_recovery()
 
     def load(self) -> tuple[list[Record], int]:
         """Return all records and the next number. Raises DamagedError."""
@@ -124,8 +128,8 @@ class StateFile:
             return [decode_record(*row) for row in rows], self.load_counter()
 
     def load_each(self) -> Iterator[Record]:
-        """Give the records that can be read, of a file that is damaged."""
-        # From either end up to the page that is torn.
+        """Yield the readable records of a damaged file. A record may come twice."""
+        # From both ends, each up to the torn page.
         for order in ("ASC", "DESC"):
             try:
                 for row in self._db.execute(
@@ -143,24 +147,24 @@ class StateFile:
         with self._reading():
             ((number,),) = self._db.execute("SELECT next FROM counter").fetchall()
             if not isinstance(number, int) or number < 0:
-                raise DamagedError("the counter is no number")
+                raise DamagedError("the counter is not a number")
             return number
 
     def put(self, record: Record) -> None:
-        """Store a record, new or changed; its number is never given again. Raises CallRefusedError."""
+        """Store a record, new or changed, and keep its number from being used again. Raises CallRefusedError."""
         with self._writing():
             self._put(record)
 
     def put_fact(self, record: Record) -> None:
-        """Store what has come to pass: now, or with the next change that can be stored."""
+        """Store a record that states a fact: now, or with the next change that can be stored."""
         self._owe(record.number, record)
 
     def delete(self, record: Record) -> None:
-        """Forget a record, but not its number: now, or with the next change that can be stored."""
+        """Delete a record, but not its number: now, or with the next change that can be stored."""
         self._owe(record.number, None)
 
     def skip_to(self, number: int) -> None:
-        """Give no number below this. Raises CallRefusedError."""
+        """Raise the next number to at least `number`. Raises CallRefusedError."""
         with self._writing():
             self._db.execute("UPDATE counter SET next = max(next, ?)", (number,))
 
@@ -184,7 +188,7 @@ class StateFile:
         rows = [(snap.name, self._encoder.encode(snap)) for snap in world.snaps]
         with self._writing():
             for table in ("system", "snap", "connection"):
-                self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - none of it is from outside
+                self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - a constant
             self._db.execute("INSERT INTO system VALUES (?)", (world.system,))
             self._db.executemany("INSERT INTO snap VALUES (?, ?)", rows)
             self._db.executemany("INSERT INTO connection VALUES (?, ?)", world.connections)
@@ -195,70 +199,70 @@ class StateFile:
             self._db.execute("INSERT OR REPLACE INTO connection VALUES (?, ?)", (plug, slot))
 
     def delete_connection(self, plug: str, slot: str) -> None:
-        """Forget a connection. Raises CallRefusedError."""
+        """Delete a connection. Raises CallRefusedError."""
         with self._writing():
             self._db.execute("DELETE FROM connection WHERE plug = ? AND slot = ?", (plug, slot))
 
-    def load_tags(self) -> list[tuple[str, str]]:
-        """Return who wants header field 10: (bus, unique name). Raises DamagedError."""
+    def load_field_requests(self) -> list[tuple[str, str]]:
+        """Return the connections that requested the instance field, as (bus, unique name). Raises DamagedError."""
         with self._reading():
             rows = self._db.execute("SELECT bus, unique_name FROM tag ORDER BY rowid").fetchall()
             if not all(isinstance(text, str) for row in rows for text in row):
-                raise DamagedError("a tag is no text")
+                raise DamagedError("a request for the instance field is not text")
             return rows
 
-    def put_tag(self, bus: str, unique_name: str) -> None:
-        """Store who wants header field 10. Raises CallRefusedError."""
+    def put_field_request(self, bus: str, unique_name: str) -> None:
+        """Store a connection's request for the instance field. Raises CallRefusedError."""
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO tag VALUES (?, ?)", (bus, unique_name))
 
-    def delete_tag(self, bus: str, unique_name: str) -> None:
-        """Forget who wants header field 10. Raises CallRefusedError."""
+    def delete_field_request(self, bus: str, unique_name: str) -> None:
+        """Delete a connection's request for the instance field. Raises CallRefusedError."""
         with self._writing():
             self._db.execute(
                 "DELETE FROM tag WHERE bus = ? AND unique_name = ?", (bus, unique_name)
             )
 
     def load_bus_ids(self) -> dict[str, str]:
-        """Return which bus was met last, by name. Raises DamagedError."""
+        """Return the ids of the buses last seen, by name. Raises DamagedError."""
         with self._reading():
             rows = self._db.execute("SELECT name, id FROM bus").fetchall()
             if not all(isinstance(text, str) for row in rows for text in row):
-                raise DamagedError("the id of a bus is no text")
+                raise DamagedError("the id of a bus is not text")
             return dict(rows)
 
     def put_bus_id(self, bus: str, id_: str) -> None:
-        """Store which bus was met. Raises CallRefusedError."""
+        """Store the id of a bus. Raises CallRefusedError."""
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO bus VALUES (?, ?)", (bus, id_))
 
-    def unsettled(self) -> PendingRecovery | None:
-        """Return what the gate has to be asked for. Raises DamagedError."""
+    def pending_recovery(self) -> PendingRecovery | None:
+        """Return the note that the gate must be asked, if there is one. Raises DamagedError."""
         with self._reading():
             rows = self._db.execute("SELECT aside, snaps_lost FROM unsettled").fetchall()
         return PendingRecovery(aside=rows[0][0], snaps_lost=bool(rows[0][1])) if rows else None
 
-    def unsettle(self, what: PendingRecovery | None) -> None:
-        """Note what the gate has to be asked for; None: it has been. Raises CallRefusedError."""
+    def set_pending_recovery(self, pending: PendingRecovery | None) -> None:
+        """Store the note that the gate must be asked; None after the answer. Raises CallRefusedError."""
         with self._writing():
             self._db.execute("DELETE FROM unsettled")
-            if what is not None:
+            if pending is not None:
                 self._db.execute(
-                    "INSERT INTO unsettled VALUES (?, ?)", (what.aside, what.snaps_lost)
+                    "INSERT INTO unsettled VALUES (?, ?)", (pending.aside, pending.snaps_lost)
                 )
 
     def _prepare(self, *, is_new: bool) -> None:
-        # One writer, on a tmpfs: no fsync, and a cache that does not show in our memory.
+        # One writer on a tmpfs needs no fsync, and a small cache saves memory.
         for pragma in ("journal_mode = WAL", "synchronous = OFF", "cache_size = -256"):
             self._db.execute(f"PRAGMA {pragma}").fetchall()
         ((version,),) = self._db.execute("PRAGMA user_version").fetchall()
         if version > SCHEMA:
             raise ConfigError(
-                f"{self._path} is of version {version} and this program knows {SCHEMA}:"
+                f"{self._path} has version {version}, and this program reads up to {SCHEMA}:"
                 " run the newer program, or move the file away"
             )
         if version < 0 or (version == 0 and not is_new):
-            raise DamagedError("it has no version")
+            raise DamagedError("the file has no version")
         if version < SCHEMA:
             steps = "".join(STEPS[version:])
             if is_new:
@@ -276,16 +280,16 @@ class StateFile:
         self._owed[number] = record
         try:
             with self._writing():
-                pass  # but for what is owed
+                pass  # only the owed facts
         except CallRefusedError as exc:
             # No defect of ours: a line, and no traceback.
             LOGGER.error(  # noqa: TRY400
-                "c%d: %s; it is tried again with the next change", number, exc
+                "c%d: %s; the next change stores this one as well", number, exc
             )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """One transaction, with what is owed before it; of which nothing is left if it fails."""
+        """Run a transaction, which stores the owed facts first. A failed one changes nothing."""
         owed = dict(self._owed)
         try:
             with self._db:
@@ -296,23 +300,23 @@ class StateFile:
                         self._put(record)
                 yield
         except sqlite3.Error as exc:
-            if self._db.in_transaction:  # it was the commit that failed
+            if self._db.in_transaction:  # the commit failed
                 self._db.rollback()
             raise CallRefusedError(
-                FAILED, f"it cannot be stored in {self._path}: {_explain(exc)}"
+                FAILED, f"cannot store the change in {self._path}: {_explain(exc)}"
             ) from exc
         self._owed.clear()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Tell damage from what the operator can set right. Raises DamagedError, ConfigError, NoRoomError."""
+        """Separate damage from errors that the operator can mend. Raises DamagedError, ConfigError, NoRoomError."""
         try:
             yield
         except sqlite3.Error as exc:
             if _code(exc) in _DAMAGE:
                 raise DamagedError(str(exc)) from exc
             raise unusable(f"cannot use {self._path}: {_explain(exc)}", exc) from exc
-        except ValueError as exc:  # more rows than there can be, or fewer
+        except ValueError as exc:  # too many rows, or too few
             raise DamagedError(str(exc)) from exc
 
 
@@ -330,7 +334,7 @@ def _is_full(exc: BaseException | None) -> bool:
 
 
 def decode_record(number: object, data: object) -> Record:
-    """Return a record as stored under that number. Raises DamagedError."""
+    """Return the record that is stored under a number. Raises DamagedError."""
     try:
         record = _decoder.decode(data)  # type: ignore[arg-type]
     except (msgspec.MsgspecError, UnicodeDecodeError, TypeError) as exc:
@@ -344,9 +348,9 @@ _decoder: Final = msgspec.msgpack.Decoder(Record)
 
 
 def _code(exc: sqlite3.Error) -> int:
-    # The upper bits say more than we want to know. Python's own complaints have none: a text that is not UTF-8.
+    # The upper bits only give details. An error of Python's own, such as text that is not UTF-8, has no code.
     return getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
 
 
 def _explain(exc: sqlite3.Error) -> str:
-    return _DO.get(_code(exc), str(exc))
+    return _ADVICE.get(_code(exc), str(exc))

@@ -1,11 +1,16 @@
-"""Cgroups whose last process somebody waits for.
+"""A watch over cgroups, for the end of their last process.
 
-Theory of operation. `is_empty` is the only judge, and opens the cgroup anew each time: a path is walked only inside a
-cgroup filesystem, so no caller can make us look anywhere else or wait for a filesystem of its own. When to
-ask it says one inotify: `cgroup.events` is written to when its `populated` changes (not more often than
-each 10 ms, and never if the cgroup is removed before that: so its parent is watched for removals as well). A
-cgroup of a v1 hierarchy has no such file, and its release agent is not ours to set: those are looked at
-twice a second, and so is what inotify has no room for.
+Theory of operation. `is_empty` is the only judge, and opens the cgroup anew each time. A path is walked only inside
+a cgroup filesystem, so no caller can make the supervisor look anywhere else, or wait for another filesystem.
+
+An inotify says when to ask. The kernel writes to `cgroup.events` when `populated` changes, but not more often than
+every 10 ms, and never if the cgroup is removed before that:
+
+    process 1 ends            populated becomes 0      ->  event on cgroup.events, is_empty: yes
+    process 1 ends, rmdir     (too soon for a write)   ->  event on the parent folder, is_empty: yes
+
+So the parent folder is watched for removals as well. A cgroup of a v1 hierarchy has no such file, and its release
+agent is the system's to set. Such cgroups are looked at twice a second, and so are those that inotify has no room for.
 """
 
 import ctypes
@@ -14,29 +19,30 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Final
 
 import trio
 
 from broker.supervisor.sandboxes.lifecycle import Cgroup
+from broker.supervisor.watches.watched import Judge, OnEnd, Watched
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
 
 LOGGER: Final = logging.getLogger(__name__)
-LOOK_EVERY: Final = 0.5  # seconds, at cgroups that nothing tells of
+LOOK_EVERY: Final = 0.5  # seconds, at cgroups without inotify
 LOOKS_A_TURN: Final = 25  # some milliseconds
-MAX_DEPTH: Final = 64  # of cgroups in a cgroup of v1
+MAX_DEPTH: Final = 64  # of nested cgroups of v1
 _EVENTS: Final = "cgroup.events"
 _IN_MODIFY, _IN_DELETE, _IN_Q_OVERFLOW, _IN_IGNORED = 0x2, 0x200, 0x4000, 0x8000
 _EVENT: Final = struct.Struct("iIII")
 _BUFFER: Final = 64 * 1024
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# What the kernel says of a file whose cgroup has been removed.
+# Errors of the kernel for a file whose cgroup has been removed.
 _REMOVED: Final = {errno.ENOENT, errno.ENODEV}
-Told = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,65 +54,44 @@ class CgroupMount:
     unified: bool  # v2
 
 
-class Cgroups:
-    """The cgroups that are watched, each for any number of holders."""
+class Cgroups(Watched[str, Cgroup]):
+    """The watched cgroups. A thing is a cgroup, and its key is its path."""
 
     def __init__(self) -> None:
-        self._watched: Final[dict[str, dict[str, tuple[Cgroup, Told]]]] = {}
-        self._told_by: Final[dict[str, tuple[int, ...]]] = {}  # path -> its inotify watches
-        self._tells_of: Final[dict[int, set[str]]] = {}  # inotify watch -> paths
-        self._by_hand: Final[set[str]] = set()  # paths
+        super().__init__(
+            look_every=LOOK_EVERY, interval="twice a second", looks_a_turn=LOOKS_A_TURN
+        )
+        self._watches_of: Final[dict[str, tuple[int, ...]]] = {}  # path -> its inotify watches
+        self._paths_of: Final[dict[int, set[str]]] = {}  # inotify watch -> paths
         self._inotify: _Inotify | None = None
         self._is_running = False
         self._wanted: Final = trio.Event()
-        self._not_all = trio.Event()
 
-    def __len__(self) -> int:
-        return len(self._watched)
-
-    @property
-    def way(self) -> str:
-        """How it is done now, in words."""
-        hand = f", {len(self._by_hand)} looked at twice a second" if self._by_hand else ""
-        return f"inotify{hand}"
-
-    def watch(self, holder: str, cgroup: Cgroup, told: Told) -> None:
-        """Call `told` once when it has no process: at once, if that is so already."""
-        holders = self._watched.setdefault(cgroup.path, {})
-        if any(other.inode != cgroup.inode for other, _ in holders.values()):
-            self._disarm(cgroup.path)  # it would tell of the one that had this path before
-        holders[holder] = (cgroup, told)
+    def watch(self, holder: str, thing: Cgroup, on_end: OnEnd) -> None:
+        holders = self._watched.get(thing.path, {})
+        if any(other.inode != thing.inode for other, _ in holders.values()):
+            self._disarm(thing.path)  # its inotify watches are of an earlier cgroup of this path
         self._wanted.set()
-        self._arm(cgroup.path)
-
-    def forget(self, holder: str, cgroup: Cgroup) -> None:
-        """Undo `watch`. Fine if it has become empty, or was never watched."""
-        holders = self._watched.get(cgroup.path, {})
-        if holders.pop(holder, None) is not None and not holders:
-            del self._watched[cgroup.path]
-            self._disarm(cgroup.path)
+        super().watch(holder, thing, on_end)
 
     async def run(self) -> None:
-        """Tell of ends until cancelled."""
-        await self._wanted.wait()  # a user may have 128 of the kernel's, all programs together
+        """Call back holders until cancelled."""
+        await self._wanted.wait()  # a user may have 128 inotify instances, in all programs together
         try:
             self._inotify = _Inotify()
         except OSError as exc:
             LOGGER.warning("inotify: %s: cgroups are looked at twice a second", exc.strerror)
         self._is_running = True
         try:
-            for number, path in enumerate(list(self._watched), 1):
-                self._arm(path)
-                if not number % LOOKS_A_TURN:
-                    await trio.lowlevel.checkpoint()
+            await self._for_each(self._arm)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._look_by_hand)
+                nursery.start_soon(self._keep_looking)
                 if self._inotify is not None:
                     nursery.start_soon(self._listen, self._inotify)
         finally:
             self._is_running = False
-            self._told_by.clear()
-            self._tells_of.clear()
+            self._watches_of.clear()
+            self._paths_of.clear()
             if self._inotify is not None:
                 self._inotify.close()
                 self._inotify = None
@@ -114,78 +99,70 @@ class Cgroups:
     async def _listen(self, inotify: "_Inotify") -> None:
         while True:
             await trio.lowlevel.wait_readable(inotify.fd)
-            self._take(inotify.read())
+            self._take_events(inotify.read())
 
-    def _take(self, events: list[tuple[int, int]]) -> None:
+    def _take_events(self, events: list[tuple[int, int]]) -> None:
         paths: set[str] = set()
         for watch, mask in events:
             if mask & _IN_Q_OVERFLOW:
                 paths.update(self._watched)
             elif not mask & _IN_IGNORED:
-                paths.update(self._tells_of.get(watch, ()))
+                paths.update(self._paths_of.get(watch, ()))
         for path in paths:
             self._look(path)
 
-    def _look(self, path: str, mounts: list[CgroupMount] | None = None) -> None:
-        is_told = False
-        for holder, (cgroup, told) in list(self._watched.get(path, {}).items()):
-            empty = is_empty(cgroup, mounts)
-            if empty is None:
-                self._look_again(path)
-            elif empty:
-                self.forget(holder, cgroup)
-                told()
-                is_told = True
-        if is_told and path in self._told_by:  # others wait for one that has this path now
-            self._disarm(path)
-            self._arm(path)
+    # -- Watched ----------------------------------------------------------------------------------------
 
-    def _look_again(self, path: str) -> None:
-        self._by_hand.add(path)
-        self._not_all.set()
+    def _key(self, thing: Cgroup) -> str:
+        return thing.path
 
-    def _arm(self, path: str) -> None:
-        """See to it that we are told of its last process, and look whether that was before."""
-        if not self._is_running or path not in self._watched:
+    def _has_ended(self, thing: Cgroup) -> bool | None:
+        return is_empty(thing)
+
+    def _kernel_method(self) -> str:
+        return "inotify"
+
+    def _look(self, key: str, has_ended: Judge[Cgroup] | None = None) -> bool:
+        found = super()._look(key, has_ended)
+        if found and key in self._watches_of:  # other holders wait for a later cgroup of this path
+            self._disarm(key)
+            self._arm(key)
+        return found
+
+    def _arm(self, key: str) -> None:
+        if not self._is_running or key not in self._watched:
             return
-        if path not in self._told_by:
-            watches = self._inotify.add(path, self._tells_of) if self._inotify is not None else ()
+        if key not in self._watches_of:
+            watches = self._inotify.add(key, self._paths_of) if self._inotify is not None else ()
             if watches:
-                self._told_by[path] = watches
+                self._watches_of[key] = watches
                 for watch in watches:
-                    self._tells_of.setdefault(watch, set()).add(path)
-                self._by_hand.discard(path)
+                    self._paths_of.setdefault(watch, set()).add(key)
+                self._by_hand.discard(key)
             else:
-                self._look_again(path)
-        self._look(path)
+                self._look_later(key)
+        self._look(key)
 
-    def _disarm(self, path: str) -> None:
-        self._by_hand.discard(path)
-        for watch in self._told_by.pop(path, ()):
-            others = self._tells_of[watch]
-            others.discard(path)
+    def _disarm(self, key: str) -> None:
+        self._by_hand.discard(key)
+        for watch in self._watches_of.pop(key, ()):
+            others = self._paths_of[watch]
+            others.discard(key)
             if not others:
-                del self._tells_of[watch]
+                del self._paths_of[watch]
                 if self._inotify is not None:
                     self._inotify.remove(watch)
 
-    async def _look_by_hand(self) -> None:
-        while True:
-            await self._not_all.wait()
-            await trio.sleep(LOOK_EVERY)
-            mounts = find_mounts()
-            for number, path in enumerate(list(self._by_hand), 1):
-                if path in self._told_by:
-                    self._by_hand.discard(path)
-                self._look(path, mounts)
-                if not number % LOOKS_A_TURN:
-                    await trio.lowlevel.checkpoint()
-            if not self._by_hand:
-                self._not_all = trio.Event()
+    def _look_by_hand(self, keys: Sequence[str]) -> None:
+        is_empty_there = partial(is_empty, mounts=find_mounts())
+        for path in keys:
+            if path in self._watches_of:
+                self._by_hand.discard(path)
+            self._look(path, is_empty_there)
 
 
 class _Inotify:
-    """One inotify. The standard library has none."""
+    """An inotify instance, because the standard library has none."""
 
     def __init__(self) -> None:
         self._libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -197,15 +174,15 @@ class _Inotify:
         os.close(self.fd)
 
     def add(self, path: str, used: Container[int]) -> tuple[int, ...]:
-        """Watch a cgroup; return nothing if it cannot be watched, be it that it is gone.
+        """Watch a cgroup; return its watches, none if it cannot be watched or is gone.
 
-        `used`: the watches that there are, of which it may get one.
+        The kernel may return a watch of `used`, the existing ones, which an error must not remove.
         """
         try:
             with _opened(path) as (fd, mount):
                 if not mount.unified:
                     return ()
-                # By way of the descriptor: the path may be another's by now.
+                # Through the descriptor, because the path may belong to another cgroup by now.
                 here = f"/proc/self/fd/{fd}"
                 events = self._add(f"{here}/{_EVENTS}", _IN_MODIFY)
                 try:
@@ -217,14 +194,14 @@ class _Inotify:
         except FileNotFoundError:
             return ()
         except (OSError, CallRefusedError) as exc:
-            LOGGER.warning("cgroup %s: %s: looked at twice a second", path, exc)
+            LOGGER.warning("cgroup %s is looked at twice a second: %s", path, exc)
             return ()
 
     def remove(self, watch: int) -> None:
         self._libc.inotify_rm_watch(self.fd, watch)
 
     def read(self) -> list[tuple[int, int]]:
-        """Return (watch, mask) of what happened."""
+        """Return the events as (watch, mask)."""
         try:
             data = os.read(self.fd, _BUFFER)
         except BlockingIOError:
@@ -247,7 +224,7 @@ class _Inotify:
 
 
 def identify(path: str, name: str = "Cgroup") -> Cgroup:
-    """Return which cgroup that is now, if there is a process in it. Raises CallRefusedError."""
+    """Return the cgroup that has a path now, if it has a process. Raises CallRefusedError."""
     try:
         with _opened(path) as (fd, mount):
             cgroup = Cgroup(path, os.fstat(fd).st_ino)
@@ -259,27 +236,27 @@ def identify(path: str, name: str = "Cgroup") -> Cgroup:
     except CallRefusedError as exc:
         raise CallRefusedError(exc.dbus_name, f"{name}: {exc}") from None
     if not populated:
-        # One that fills up later would end its sandbox before, or after a restart of ours.
+        # An empty cgroup would end its sandbox at once, even if it got a process later.
         raise CallRefusedError(INVALID_ARGS, f"{name}: there is no process in {path[:200]!r}")
     return cgroup
 
 
 def is_empty(cgroup: Cgroup, mounts: list[CgroupMount] | None = None) -> bool | None:
-    """Say whether neither it nor a cgroup in it has a process, or it is no more; None: it cannot be seen now."""
+    """Return whether a cgroup is gone, or has no process in itself and its cgroups; None if that cannot be seen now."""
     try:
         with _opened(cgroup.path, mounts) as (fd, mount):
             return os.fstat(fd).st_ino != cgroup.inode or not _is_populated(fd, mount)
     except OSError as exc:
         return True if exc.errno in _REMOVED else None
     except CallRefusedError:
-        return None  # its filesystem is not mounted at the moment
+        return None  # the cgroup filesystem is not mounted at the moment
 
 
 @contextmanager
 def _opened(
     path: str, mounts: list[CgroupMount] | None = None
 ) -> Iterator[tuple[int, CgroupMount]]:
-    """Open its folder. Raises OSError, and CallRefusedError if it is in no cgroup filesystem."""
+    """Open a cgroup's folder. Raises OSError, and CallRefusedError if it is in no cgroup filesystem."""
     wanted = PurePath(path)
     if not wanted.is_absolute() or str(wanted) != path or ".." in wanted.parts or "\0" in path:
         raise CallRefusedError(INVALID_ARGS, f"{path[:200]!r} is not a plain absolute path")
@@ -308,11 +285,11 @@ def _is_populated(fd: int, mount: CgroupMount) -> bool:
         key, _, value = line.partition(b" ")
         if key == b"populated":
             return value != b"0"
-    raise OSError(errno.ENOTSUP, "no word of processes in cgroup.events")
+    raise OSError(errno.ENOTSUP, "cgroup.events has no line 'populated'")
 
 
 def _has_process(fd: int, depth: int) -> bool:
-    """Say whether a cgroup of v1, or one in it, has a process."""
+    """Return whether a cgroup of v1, or a cgroup in it, has a process."""
     if _read(fd, "cgroup.procs", 1):
         return True
     for name in os.listdir(fd):
@@ -336,12 +313,12 @@ def _read(folder: int, name: str, size: int = 4096) -> bytes:
 
 
 def find_mounts() -> list[CgroupMount]:
-    """Return the cgroup filesystems that are mounted where we see them."""
+    """Return the cgroup filesystems mounted in this process's namespace."""
     return parse_mounts(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
 
 
 def parse_mounts(text: str) -> list[CgroupMount]:
-    """Return the cgroup filesystems of a mountinfo."""
+    """Return the cgroup filesystems in the text of a mountinfo file."""
     mounts = []
     for line in text.splitlines():
         before, _, after = line.partition(" - ")

@@ -1,8 +1,8 @@
-"""The kernel's process connector: one netlink socket that tells of every process of the machine that ends.
+"""The kernel's process connector: a netlink socket that names every process of the machine that ends.
 
-It is for root, or so since Linux 6.6 for everybody, and counts pids as the first pid namespace does: in a container it
-is refused, says nothing, or names other pids than ours. So a thread of our own ends first, and only who is told of
-that under our own pid uses it.
+Root may use the connector, and since Linux 6.6 every user. It gives pids of the first pid namespace. So in a
+container it is refused, silent, or names other pids. The test is a thread of this process that ends: the connector
+is used only if it names that exit under this process's own pid.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from typing import Final
 
 LOGGER: Final = logging.getLogger(__name__)
-TEST_TIMEOUT: Final = 1.0  # seconds, from the end of our thread to the word of it
-# Exits that can wait: some ten thousand, which is more than a pid namespace usually starts in a second.
+TEST_TIMEOUT: Final = 1.0  # seconds, from the end of the thread to the connector's event
+# Bytes of queued exits: some ten thousand, more than usually end in a second.
 BUFFER: Final = 4 * 1024 * 1024
 READS_A_TURN: Final = 256
 _ONE: Final = 4096  # a message has 76 bytes
@@ -36,20 +36,20 @@ _NLMSG_DONE: Final = 3
 
 
 class ProcessConnector:
-    """A subscription. Owns the socket."""
+    """A subscription to exits, which owns its socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock: Final = sock
 
     def fileno(self) -> int:
-        """Return what becomes readable."""
+        """Return the descriptor that becomes readable."""
         return self._sock.fileno()
 
     def read(self) -> set[int] | None:
-        """Return the pids of processes of which a thread ended; None if the kernel dropped some."""
+        """Return the pids of processes of which a thread ended; None if the kernel dropped events."""
         found: set[int] = set()
         count, dropped = 0, False
-        # Once it has dropped one the kernel drops all, and says nothing more of it, until we have read the rest.
+        # After a first dropped event the kernel drops all others without an error, until the queue is read.
         while dropped or count < READS_A_TURN:
             count += 1
             try:
@@ -62,12 +62,12 @@ class ProcessConnector:
                     return None
                 dropped = True
                 continue
-            if sender == 0:  # the kernel; other processes may write to us, too
+            if sender == 0:  # the kernel, for other processes may write to this socket, too
                 found.update(parse_exits(data))
         return None if dropped else found
 
     def close(self) -> None:
-        """Tell the kernel that nobody listens: older ones count, and do not look whether we are there."""
+        """Unsubscribe and close the socket. Older kernels count listeners, and do not notice a closed one."""
         size = _REQUEST.size
         request = _REQUEST.pack(size, _NLMSG_DONE, 0, 0, 0, *_CN_PROC, 0, 0, 4, 0, _IGNORE)
         try:
@@ -78,7 +78,7 @@ class ProcessConnector:
 
 
 def parse_exits(data: bytes) -> Iterator[int]:
-    """Give the thread group of each exit in a datagram."""
+    """Yield the thread group of each exit in a datagram."""
     at = 0
     while len(data) - at >= _NLMSGHDR.size + _EVENT.size:
         length = _NLMSGHDR.unpack_from(data, at)[0]
@@ -91,20 +91,23 @@ def parse_exits(data: bytes) -> Iterator[int]:
 
 
 def open_connector() -> ProcessConnector | None:
-    """Subscribe, if it is permitted and works here. It takes some tenths of a second: for a thread."""
+    """Subscribe, or return None if that is refused or of no use here.
+
+    Call from a thread, because the test takes some tenths of a second.
+    """
     sock = _subscribe()
     if sock is None:
         return None
     connector = ProcessConnector(sock)
     if not _knows_us(connector):
         connector.close()
-        LOGGER.info("process-connector: it does not know our pids: watching by pidfds")
+        LOGGER.info("process-connector: the kernel names other pids: watching by pidfds")
         return None
     return connector
 
 
 def _subscribe() -> socket.socket | None:
-    # Imported by who needs it: it takes more memory than the rest of the supervisor's own modules together.
+    # Imported only here, because pyroute2 takes more memory than all modules of the supervisor together.
     try:
         from pyroute2.netlink import NLMSG_DONE  # noqa: PLC0415
         from pyroute2.netlink.connector.cn_proc import (  # noqa: PLC0415
@@ -119,12 +122,12 @@ def _subscribe() -> socket.socket | None:
         theirs = ProcEventSocket()
         try:
             theirs.bind()
-            # Not by its `control`, which waits for an answer that a container never gets.
+            # Not by the method `control`, which waits for an answer that never comes in a container.
             request = proc_event_control()
             request["action"], request["len"] = _LISTEN, 4
             request["idx"], request["val"] = _CN_PROC
             theirs.put(request, NLMSG_DONE, msg_flags=0, msg_seq=0)
-            # Its socket is all that we keep: it has an event loop of its own around it.
+            # Only the socket is kept, because pyroute2 puts an event loop of its own around it.
             sock = socket.socket(fileno=os.dup(theirs.fileno()))
         finally:
             theirs.close()
@@ -137,7 +140,7 @@ def _subscribe() -> socket.socket | None:
 
 
 def _tune(sock: socket.socket) -> None:
-    """Have exits only, and room for many."""
+    """Let the kernel queue only exits, and many of them."""
     program = b"".join(
         struct.pack("=HBBI", *line)
         for line in (
@@ -152,12 +155,12 @@ def _tune(sock: socket.socket) -> None:
         pointer = struct.pack("HP", 4, ctypes.addressof(held))
         sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, pointer)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER)
-    except OSError as exc:  # it works without, only slower
+    except OSError as exc:  # the connector works without, only slower
         LOGGER.debug("process-connector: %s", exc.strerror)
 
 
 def _knows_us(connector: ProcessConnector) -> bool:
-    """End a thread of our own, and say whether we are told so under our pid."""
+    """Return whether the connector names the end of a thread of this process under the process's own pid."""
     thread = threading.Thread(target=_do_nothing)
     thread.start()
     thread.join()
@@ -172,4 +175,4 @@ def _knows_us(connector: ProcessConnector) -> bool:
 
 
 def _do_nothing() -> None:
-    """A thread of ours that ends."""
+    """Return at once, as the body of a thread that ends."""

@@ -1,7 +1,8 @@
-"""What ends sandboxes, but for pipes and connections, which are the gate's to watch: creators, processes, cgroups, time.
+"""Watch the supervisor's end conditions of a sandbox: creator, process, cgroup and time limit.
 
-A sandbox that has nothing to end with follows its creator: it stops listening when the connection that created it
-leaves its bus, unless it was told to outlive it. The rest is watched whether or not it listens.
+The gate watches the others, pipes and connections. A sandbox without any other end condition follows its creator: it
+stops listening when the connection that created it leaves its bus, unless KeepAfterCreator was given. Process,
+cgroup and time limit are watched whether or not the sandbox listens.
 """
 
 import heapq
@@ -17,16 +18,16 @@ from broker.supervisor.sandboxes.registry import Record, SandboxId
 from broker.supervisor.watches.cgroups import Cgroups
 from broker.supervisor.watches.processes import Processes
 
-# trio's clock stands still while the machine sleeps, and ours does not: a time limit is over at most so late.
+# The longest delay of a time limit after the machine was suspended, because trio's clock stands still meanwhile.
 LONGEST_SLEEP: Final = 60.0  # seconds
-Happen = Callable[[SandboxId, Event], None]
+OnEvent = Callable[[SandboxId, Event], None]
 
 
-class Watch(Protocol):
-    """What is needed of a watch over one bus's names."""
+class NameWatch(Protocol):
+    """A watch over the names on one bus."""
 
     def __contains__(self, name: str) -> bool:
-        """Say whether it is watched, and there."""
+        """Return whether a name is watched and has an owner."""
 
     def add(self, name: str) -> None:
         """Watch a name."""
@@ -36,23 +37,23 @@ class Watch(Protocol):
 
 
 def boot_time() -> float:
-    """Return the seconds since boot, those in which the machine slept included."""
+    """Return the seconds since boot, including the time in which the machine was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def follows_creator(record: Record) -> bool:
-    """Say whether it stops listening when its creator leaves."""
+    """Return whether a sandbox stops listening when its creator leaves."""
     ends_otherwise = record.close_notify or record.process or record.cgroup
     return not ends_otherwise and not record.keep_after_creator
 
 
 class SandboxWatches:
-    """The watch over all sandboxes. `happen` is told what happened, and may be so within each call."""
+    """A watch over all sandboxes. Any call may call `on_event` before it returns."""
 
     def __init__(
         self,
-        watches: Mapping[str, Watch],
-        happen: Happen,
+        watches: Mapping[str, NameWatch],
+        on_event: OnEvent,
         *,
         processes: Processes,
         cgroups: Cgroups,
@@ -61,34 +62,34 @@ class SandboxWatches:
         self.processes: Final = processes
         self.cgroups: Final = cgroups
         self._watches: Final = watches
-        self._happen: Final = happen
+        self._on_event: Final = on_event
         self._creators: Final = CreatorWatch()
         self._limits: Final = TimeLimits(now)
         self._now: Final = now
 
     def begin(self, record: Record, *, again: bool = False) -> None:
-        """Watch what this sandbox ends with. `again`: it is an earlier supervisor's."""
+        """Watch the end conditions of a sandbox. `again` marks a sandbox of an earlier supervisor."""
         id_ = record.id
-        if again:  # it may be watched already, by another record of it
+        if again:  # an earlier record of the sandbox may be watched already
             self.end(record)
         if self._creators.add(record):
             watch = self._watches.get(record.creator_bus)
             if watch is not None and (again or record.creator in watch):
                 watch.add(record.creator)
-            else:  # it left while its sandbox was made, or its bus is configured no more: nobody will tell us
+            else:  # the creator left during AddServer, or its bus is no longer configured: no event will come
                 self._creators.remove(record)
-                self._happen(id_, Event.CREATOR_LEFT)
+                self._on_event(id_, Event.CREATOR_LEFT)
         if record.expires:
             self._limits.add(id_, record.expires)
         if record.process is not None:
             self.processes.watch(
-                id_, record.process, lambda: self._happen(id_, Event.PROCESS_ENDED)
+                id_, record.process, lambda: self._on_event(id_, Event.PROCESS_ENDED)
             )
         if record.cgroup is not None:
-            self.cgroups.watch(id_, record.cgroup, lambda: self._happen(id_, Event.CGROUP_EMPTY))
+            self.cgroups.watch(id_, record.cgroup, lambda: self._on_event(id_, Event.CGROUP_EMPTY))
 
     def end(self, record: Record) -> None:
-        """Watch for it no more. Fine if it was not watched."""
+        """Stop watching a sandbox. Harmless if it was not watched."""
         if self._creators.remove(record):
             self._watches[record.creator_bus].discard(record.creator)
         self._limits.discard(record.id)
@@ -98,24 +99,24 @@ class SandboxWatches:
             self.cgroups.forget(record.id, record.cgroup)
 
     def time_left(self, record: Record) -> int:
-        """Return the seconds until its time limit; 0 if it has none, or that is over."""
+        """Return the seconds until a sandbox's time limit; 0 if there is none, or it is over."""
         return max(0, math.ceil(record.expires - self._now())) if record.expires else 0
 
     def describe(self) -> dict[str, str]:
-        """Return how many are watched, and how."""
+        """Return how many processes and cgroups are watched, and by which method."""
         processes, cgroups = self.processes, self.cgroups
         return {
-            "processes": f"{len(processes)} by {processes.way}",
-            "cgroups": f"{len(cgroups)} by {cgroups.way}",
+            "processes": f"{len(processes)} by {processes.method}",
+            "cgroups": f"{len(cgroups)} by {cgroups.method}",
         }
 
     def name_gone(self, bus: str, unique_name: str) -> None:
-        """A connection left its bus."""
+        """Take note that a connection left its bus."""
         for id_ in self._creators.left(bus, unique_name):
-            self._happen(id_, Event.CREATOR_LEFT)
+            self._on_event(id_, Event.CREATOR_LEFT)
 
     def bus_back(self, bus: str, *, is_same: bool) -> None:
-        """There is a new connection to a bus, with a watch over nobody; or all have left it."""
+        """Watch all creators again after a bus was reconnected; if it is another bus, all have left it."""
         for its_bus, creator in self._creators:
             if its_bus == bus and is_same:
                 for _ in range(self._creators.count(bus, creator)):
@@ -130,38 +131,37 @@ class SandboxWatches:
             nursery.start_soon(self.cgroups.run)
             while True:
                 for id_ in await self._limits.wait():
-                    self._happen(id_, Event.TIME_OVER)
+                    self._on_event(id_, Event.TIME_OVER)
 
 
 class TimeLimits:
-    """When which sandbox's time is over."""
+    """The time limits of sandboxes, soonest first."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now: Final = now
         self._at: Final[dict[SandboxId, float]] = {}
-        self._next: Final[
-            list[tuple[float, SandboxId]]
-        ] = []  # a heap, with some that were discarded
+        # A heap, which also contains some discarded entries.
+        self._next: Final[list[tuple[float, SandboxId]]] = []
         self._changed = trio.Event()
 
     def __len__(self) -> int:
         return len(self._at)
 
     def add(self, id_: SandboxId, at: float) -> None:
-        """Its time is over then."""
+        """Add the time at which a sandbox ends."""
         self._at[id_] = at
         heapq.heappush(self._next, (at, id_))
         self._changed.set()
 
     def discard(self, id_: SandboxId) -> None:
-        """It has ended."""
+        """Remove the time limit of a sandbox. Harmless if it has none."""
         if self._at.pop(id_, None) is not None and len(self._next) > 2 * len(self._at) + 8:
-            # A heap forgets only from its top: those of long limits would pile up.
+            # A heap drops entries only from its top, so discarded entries with long limits would pile up.
             self._next[:] = [entry for entry in self._next if entry[1] in self._at]
             heapq.heapify(self._next)
 
     async def wait(self) -> list[SandboxId]:
-        """Wait for the next that are over, and return them, once."""
+        """Wait until time limits are over, and return their sandboxes, each once."""
         while not (over := list(self._take())):
             self._changed = trio.Event()
             left = self._next[0][0] - self._now() if self._next else LONGEST_SLEEP
@@ -180,7 +180,7 @@ class TimeLimits:
 
 
 class CreatorWatch:
-    """The sandboxes that follow somebody: (bus, unique name) -> their ids."""
+    """The sandboxes that follow their creators: (bus, unique name) -> ids."""
 
     def __init__(self) -> None:
         self._followers: Final[dict[tuple[str, str], dict[SandboxId, None]]] = {}
@@ -189,14 +189,14 @@ class CreatorWatch:
         return iter(list(self._followers))
 
     def add(self, record: Record) -> bool:
-        """Note a sandbox; say whether it follows its creator."""
+        """Add a sandbox if it follows its creator, and return whether it does."""
         if not follows_creator(record):
             return False
         self._followers.setdefault((record.creator_bus, record.creator), {})[record.id] = None
         return True
 
     def remove(self, record: Record) -> bool:
-        """Forget a sandbox; say whether it was noted."""
+        """Remove a sandbox, and return whether it was there."""
         key = (record.creator_bus, record.creator)
         followers = self._followers.get(key, {})
         if record.id not in followers:
@@ -207,9 +207,9 @@ class CreatorWatch:
         return True
 
     def count(self, bus: str, unique_name: str) -> int:
-        """Return how many follow this connection."""
+        """Return the number of sandboxes that follow a connection."""
         return len(self._followers.get((bus, unique_name), ()))
 
     def left(self, bus: str, unique_name: str) -> tuple[SandboxId, ...]:
-        """Return, once, who followed this connection."""
+        """Remove and return the sandboxes that followed a connection."""
         return tuple(self._followers.pop((bus, unique_name), ()))

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from broker.control_protocol.messages import Denied, Event
+from broker.control_protocol.messages import MAX_DENIAL_TEXT, Denied, Event
 from broker.gate.event_journal import MAX_DENIALS, EventJournal
 from broker.gate.filter.bus_state import BusState
 from broker.gate.filter.denials import Denial
 from broker.gate.io.loop import Loop
-from broker.gate.sandbox.denial_reports import MAX_TEXT, REPORTS_PER_SECOND, DenialReports, is_news
+from broker.gate.sandbox.denial_reports import REPORTS_PER_SECOND, DenialReports, is_news
 from policy.rules import Identity
 from tests.helpers.modelbus import make_bus
 
@@ -60,7 +60,7 @@ def test_refusal_is_told_as_it_was(world: World) -> None:
 
 
 def test_long_texts_are_cut_and_marked(world: World) -> None:
-    as_long_as_may_be = "/" + "x" * (MAX_TEXT - 1)
+    as_long_as_may_be = "/" + "x" * (MAX_DENIAL_TEXT - 1)
     world.reports.add("session", SHORT._replace(path=as_long_as_may_be))
     world.reports.add("session", SHORT._replace(path=as_long_as_may_be + "x"))
     whole, cut = (event.path for event in world.told)
@@ -68,7 +68,7 @@ def test_long_texts_are_cut_and_marked(world: World) -> None:
     assert cut == as_long_as_may_be[:-1] + "…"
     world.reports.add("session", LONG)
     texts = [value for value in msgspec.structs.astuple(world.told[-1]) if isinstance(value, str)]
-    assert max(map(len, texts)) == MAX_TEXT
+    assert max(map(len, texts)) == MAX_DENIAL_TEXT
 
 
 def test_what_is_kept_of_refusals_has_a_bound_of_bytes(world: World) -> None:

@@ -3,12 +3,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from broker.control_protocol.messages import Denied
+from broker.control_protocol.messages import MAX_DENIAL_TEXT, Denied
 from broker.supervisor.config import ConfiguredLimits
 from broker.supervisor.sandboxes.lifecycle import Event, Phase
 from broker.supervisor.sandboxes.registry import (
     BUILT_IN,
-    MAX_DENIAL_TEXT,
     MAX_DENIALS,
     NOTHING,
     Record,
@@ -166,7 +165,7 @@ def test_denials_are_counted_and_the_last_are_kept_short() -> None:
     sandbox = registry.find("c0")
     assert sandbox.denied == MAX_DENIALS + 5 + 11
     assert len(sandbox.denials) == MAX_DENIALS
-    assert sandbox.denials[-1].member == "x" * MAX_DENIAL_TEXT
+    assert sandbox.denials[-1].member == "x" * (MAX_DENIAL_TEXT - 1) + "…"
     assert registry.deny(denied(sandbox="c9")) is None
 
 
@@ -366,7 +365,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def restart_supervisor(self) -> None:
-        if not all(sandbox.is_known for sandbox in self.registry):
+        if not all(sandbox.is_announced for sandbox in self.registry):
             return
         records = [sandbox.record for sandbox in self.registry]
         limits = ConfiguredLimits(max_containers=5, max_containers_per_user=4)
@@ -386,7 +385,7 @@ class Lives(RuleBasedStateMachine):
     def phases_are_what_was_decided(self) -> None:
         for sandbox in self.registry:
             id_ = sandbox.record.id
-            if sandbox.is_known:
+            if sandbox.is_announced:
                 assert (sandbox.phase is Phase.STOPPING) == (id_ in self.asked)
                 assert sandbox.record.closing == self.expected[id_].closing
 

@@ -61,10 +61,10 @@ async def test_what_a_sandbox_was_given_is_part_of_the_explanation(stage: Stage)
 
 async def test_who_may_ask_about_whom(stage: Stage) -> None:
     id_ = await stage.add("remote")
-    with pytest.raises(CallRefusedError, match="of another user"):
+    with pytest.raises(CallRefusedError, match="belongs to another user"):
         await stage.policy.explain(ME + 1, id_, QUESTION)
     for what in ("c99", "remote.nothing", ""):
-        with pytest.raises(CallRefusedError, match="no app of a snap"):
+        with pytest.raises(CallRefusedError, match="no installed snap has an app"):
             await stage.policy.explain(ME, what, QUESTION)
 
 

@@ -42,9 +42,9 @@ def make_file(path: Path, count: int = 5) -> None:
             state.put(make_record(number))
         state.skip_to(42)
         state.put_world(WORLD)
-        state.put_tag("session", ":1.2")
+        state.put_field_request("session", ":1.2")
         state.put_bus_id("session", "abc")
-        state.unsettle(None)
+        state.set_pending_recovery(None)
 
 
 @contextmanager
@@ -109,11 +109,11 @@ def test_what_can_be_read_is_used_and_the_file_is_kept(
             assert len(records) == left
             assert next_number == counter if counter is not None else next_number > CLOCK
             assert state.load_world() == (WORLD if has_snaps else World())
-            assert state.unsettled() == PendingRecovery(
+            assert state.pending_recovery() == PendingRecovery(
                 aside="state.db.damaged-1", snaps_lost=not has_snaps
             )
             if left and "tag" not in name:
-                assert state.load_tags() == [("session", ":1.2")]
+                assert state.load_field_requests() == [("session", ":1.2")]
                 assert state.load_bus_ids() == {"session": "abc"}
     assert (tmp_path / "state.db.damaged-1").read_bytes() == before
     (line,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -164,7 +164,7 @@ def test_a_file_that_was_cut_off_may_still_have_its_journal(tmp_path: Path) -> N
     path.write_bytes(b"")
     journal = Path(f"{path}-wal").read_bytes()
     with open_state(path) as state:
-        assert state.unsettled() is not None
+        assert state.pending_recovery() is not None
     assert Path(f"{path}.damaged-1-wal").read_bytes() == journal
 
 
@@ -173,7 +173,7 @@ def test_a_journal_that_is_lost_is_not_taken_for_an_empty_state(tmp_path: Path) 
     kill(path)
     Path(f"{path}-wal").unlink()
     with open_state(path) as state:
-        assert state.unsettled() is not None
+        assert state.pending_recovery() is not None
     assert Path(f"{path}.damaged-1").exists()
 
 
@@ -187,7 +187,7 @@ def test_no_page_torn_out_of_it_makes_it_empty_in_silence(
     with open_state(path) as state:
         for number in range(20):
             state.put(make_record(number, access=large))
-        state.unsettle(None)
+        state.set_pending_recovery(None)
     content = bytearray(path.read_bytes())
     start = data.draw(st.integers(0, len(content) - 1))
     length = data.draw(st.sampled_from([1, 16, 512, 4096]))
@@ -198,7 +198,7 @@ def test_no_page_torn_out_of_it_makes_it_empty_in_silence(
     try:
         with open_state(path) as state:
             records, next_number = state.load()
-            told = state.unsettled() is not None
+            told = state.pending_recovery() is not None
     except ConfigError as exc:  # the version may say that it is of a newer program
         assert "version" in str(exc)  # noqa: PT017
         return
@@ -265,7 +265,7 @@ def settled(state: StateFile, *states: SandboxState) -> Registry:
     registry = Registry(ConfiguredLimits(), records, next_number)
     for record in recover_from_gate(registry, state, make_snapshot(*states)):
         assert registry.find(record.id).record == record
-    assert state.unsettled() is None
+    assert state.pending_recovery() is None
     records, next_number = state.load()
     assert records == [sandbox.record for sandbox in registry]
     assert next_number == registry.next_number
@@ -330,7 +330,7 @@ def test_a_gate_that_was_given_no_record_tells_what_it_has(tmp_path: Path) -> No
 
 def test_no_file_is_asked_of_the_gate_and_no_gate_is_a_first_start(tmp_path: Path) -> None:
     with open_state(tmp_path / "state.db") as state:
-        assert state.unsettled() == PendingRecovery(aside="", snaps_lost=False)
+        assert state.pending_recovery() == PendingRecovery(aside="", snaps_lost=False)
         assert settled(state).next_number == 0
     with open_state(tmp_path / "other.db") as state:
         registry = settled(state, as_in_gate(make_record(3)))
@@ -374,7 +374,7 @@ def test_a_full_disk_leaves_it_to_be_asked_again(
     adopted = recover_from_gate(registry, state, make_snapshot(as_in_gate(make_record(7))))
     assert [record.id for record in adopted] == ["c7"]
     assert "read-only" in caplog.text
-    assert state.unsettled() is not None
+    assert state.pending_recovery() is not None
     state._db.execute("PRAGMA query_only = OFF")
     assert recover_from_gate(registry, state, make_snapshot(as_in_gate(make_record(7)))) == []
     assert [record.id for record in state.load()[0]] == ["c0", "c7"]

@@ -112,9 +112,9 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None
     with open_state(path) as state:
         state.put(make_record(1))
         full = Full(state)
-        with pytest.raises(CallRefusedError, match=r"cannot be stored.*make room"):
+        with pytest.raises(CallRefusedError, match=r"cannot store.*make room"):
             state.put(make_record(2, access=LARGE))
-        with pytest.raises(CallRefusedError, match="cannot be stored"):
+        with pytest.raises(CallRefusedError, match="cannot store"):
             state.put_world(World(snaps=tuple(Snap(name=f"{n}-{'x' * 100}") for n in range(200))))
         assert state.load() == ([make_record(1)], 2)
         assert state.load_world() == World()
@@ -136,7 +136,7 @@ def test_a_full_disk_is_no_mistake_in_the_settings(code: int, kind: type[Excepti
     error = sqlite3.OperationalError("no")
     error.sqlite_errorcode = code
     assert type(unusable("it cannot be opened", error)) is kind
-    refused = CallRefusedError(FAILED, "it cannot be stored")
+    refused = CallRefusedError(FAILED, "cannot store the change")
     refused.__cause__ = error
     assert type(unusable("it cannot be opened", refused)) is kind
 

@@ -1,4 +1,4 @@
-"""What the supervisor does when its state cannot be stored, and with what it took over from a gate."""
+"""The supervisor while its state cannot be stored, and with records that it took over from a gate."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def set_read_only(world: World | Stage, *, value: bool = True) -> None:
 
 async def test_a_sandbox_that_cannot_be_stored_is_refused_and_nowhere(world: World) -> None:
     set_read_only(world)
-    with pytest.raises(CallRefusedError, match="cannot be stored"):
+    with pytest.raises(CallRefusedError, match="cannot store"):
         await world.supervisor.add(request(), CALLER)
     await world.do_jobs()
     left = (world.engine.specs, world.files(), world.stored(), world.announcer.ended)
@@ -51,7 +51,7 @@ async def test_rules_that_cannot_be_stored_are_not_in_force(world: World) -> Non
     id_ = await world.add(access=AccessList(rules=(SEND_X,)))
     before = world.engine.access[id_]
     set_read_only(world)
-    with pytest.raises(CallRefusedError, match="cannot be stored"):
+    with pytest.raises(CallRefusedError, match="cannot store"):
         await world.supervisor.set_access(CALLER, id_, [SEND_Y])
     assert world.engine.access[id_] == before
     assert world.supervisor.registry.find(id_).record.access.rules == (SEND_X,)
@@ -89,7 +89,7 @@ async def test_held_rules_go_when_there_are_snaps_again(stage: Stage) -> None:
     stage.state.put(record)
     assert SEND_Y in stage.supervisor.in_force(record).rules
     set_read_only(stage)
-    with pytest.raises(CallRefusedError, match="cannot be stored"):
+    with pytest.raises(CallRefusedError, match="cannot store"):
         await stage.load()
     assert registry.find(id_).record.held == HELD
     assert SEND_Y in stage.engine.access[id_].rules

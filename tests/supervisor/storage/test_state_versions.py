@@ -88,8 +88,8 @@ def test_each_version_becomes_this_one_and_loses_nothing(tmp_path: Path, version
         assert next_number == 7
         world = World(snaps=(Snap(name="a"),), connections=(("a:p", "b:s"),))
         assert state.load_world() == (world if version >= 2 else World())
-        assert state.unsettled() is None
-        assert state.load_tags() == ([("session", ":1.2")] if version >= 4 else [])
+        assert state.pending_recovery() is None
+        assert state.load_field_requests() == ([("session", ":1.2")] if version >= 4 else [])
         assert state.load_bus_ids() == ({"session": "abc"} if version >= 4 else {})
         state.put(make_record(8))
     with open_state(tmp_path / "new.db"):
@@ -103,7 +103,7 @@ def test_a_newer_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as db, db:
         db.execute(f"PRAGMA user_version = {SCHEMA + 1}")
     before = shape(path)
-    with pytest.raises(ConfigError, match=f"is of version {SCHEMA + 1}.*run the newer program"):
+    with pytest.raises(ConfigError, match=f"has version {SCHEMA + 1}.*run the newer program"):
         with open_state(path):
             pass
     assert shape(path) == before

@@ -136,7 +136,7 @@ async def test_what_becomes_empty_is_told_once(folder: Path) -> None:
         remove(second)  # seen by way of its parent
         await _until(lambda: told == ["c0", "c1", "c2"])
         assert len(watched) == 0
-        assert not any((watched._told_by, watched._tells_of, watched._by_hand))
+        assert not any((watched._watches_of, watched._paths_of, watched._by_hand))
         nursery.cancel_scope.cancel()
 
 
@@ -156,7 +156,7 @@ async def test_a_path_that_is_used_again_at_once_is_watched_anew(folder: Path) -
         await trio.testing.wait_all_tasks_blocked()
         (Path(second.path) / "cgroup.events").write_text("populated 0\n")
         await _until(lambda: told == ["c0", "c1"])
-        assert not any((watched._told_by, watched._tells_of, watched._by_hand))
+        assert not any((watched._watches_of, watched._paths_of, watched._by_hand))
         nursery.cancel_scope.cancel()
 
 
@@ -215,7 +215,7 @@ async def test_without_inotify_cgroups_are_looked_at(
         nursery.start_soon(watched.run)
         await trio.sleep(2)
         assert told == []
-        assert watched.way == "inotify, 1 looked at twice a second"
+        assert watched.method == "inotify, 1 looked at twice a second"
         remove(cgroup)
         await trio.sleep(2)
         assert told == ["c0"]
@@ -247,7 +247,7 @@ async def test_what_cannot_be_seen_is_looked_at_again(
         await trio.lowlevel.checkpoint()
         watched.watch("c0", cgroup, lambda: told.append("c0"))
         await trio.sleep(1)
-        assert watched.way == "inotify, 1 looked at twice a second"
+        assert watched.method == "inotify, 1 looked at twice a second"
         await trio.sleep(2)
         assert told == []
         monkeypatch.setattr(cgroups, "find_mounts", lambda: mounts)

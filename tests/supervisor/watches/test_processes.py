@@ -106,7 +106,7 @@ def test_a_process_is_its_pid_and_its_start() -> None:
 
 def test_a_process_has_to_live_and_to_be_of_the_callers_user() -> None:
     assert identify(os.getpid(), 0) == ME
-    with pytest.raises(CallRefusedError, match="of another user") as caught:
+    with pytest.raises(CallRefusedError, match="belongs to another user") as caught:
         identify(os.getpid(), os.getuid() + 1)
     assert caught.value.dbus_name == ACCESS_DENIED
     for pid in (0, NOBODY.pid, 2**32 - 1):
@@ -119,7 +119,7 @@ def test_a_pidfd_says_which_process() -> None:
     fd = os.pidfd_open(os.getpid())
     try:
         assert identify_fd(fd, os.getuid()) == ME
-        with pytest.raises(CallRefusedError, match="of another user"):
+        with pytest.raises(CallRefusedError, match="belongs to another user"):
             identify_fd(fd, os.getuid() + 1)
     finally:
         os.close(fd)
@@ -204,9 +204,9 @@ async def test_many_are_watched_by_the_connector_and_few_are_not(
     async with running(watched):
         watched.watch("a", ME, told.of("a"))
         watched.watch("b", second, told.of("b"))
-        assert watched.way == "pidfds"
+        assert watched.method == "pidfds"
         watched.watch("c", first, told.of("c"))
-        await _until(lambda: watched.way == "process connector")
+        await _until(lambda: watched.method == "process connector")
         assert watched._pidfds == {}
         ended.add(first.pid)
         ended.add(second.pid)
@@ -215,12 +215,12 @@ async def test_many_are_watched_by_the_connector_and_few_are_not(
         connectors[0].tell(None)  # it missed something: all are looked at
         await _until(lambda: told.names == ["c", "b"])
         watched.forget("a", ME)
-        assert watched.way == "pidfds"
+        assert watched.method == "pidfds"
         assert connectors[0].is_closed
         ended.clear()
         for holder, process in (("a", ME), ("b", second), ("c", first)):
             watched.watch(holder, process, told.of(holder))
-        await _until(lambda: watched.way == "process connector")
+        await _until(lambda: watched.method == "process connector")
     assert connectors[1].is_closed
 
 
@@ -254,7 +254,7 @@ async def test_without_a_connector_pidfds_do(
         watched.watch("c9", others[0], told.of("c9"))
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert tries == [1]
-        assert watched.way == "pidfds"
+        assert watched.method == "pidfds"
         assert len(watched._pidfds) == 3
 
 
@@ -267,13 +267,13 @@ async def test_a_connector_that_drops_too_much_is_left(
     async with running(watched):
         watched.watch("a", ME, told.of("a"))
         watched.watch("b", others[0], told.of("b"))
-        await _until(lambda: watched.way == "process connector")
+        await _until(lambda: watched.method == "process connector")
         for _ in range(MAX_OVERRUNS):
             assert not connector.is_closed
             connector.tell(None)
             await trio.testing.wait_all_tasks_blocked(0.01)
         assert connector.is_closed
-        assert watched.way == "pidfds"
+        assert watched.method == "pidfds"
         assert set(watched._pidfds) == {others[0].pid, ME.pid}
 
 
@@ -287,13 +287,13 @@ async def test_without_descriptors_processes_are_looked_at(
     told, watched = Told(), Processes()
     async with running(watched):
         watched.watch("a", ME, told.of("a"))
-        assert watched.way == "pidfds, 1 looked at each second"
+        assert watched.method == "pidfds, 1 looked at each second"
         await trio.sleep(3)
         assert told.names == []
         ended.add(ME.pid)
         await trio.sleep(3)
         assert told.names == ["a"]
-        assert watched.way == "pidfds"
+        assert watched.method == "pidfds"
 
 
 async def test_what_cannot_be_told_is_asked_again(

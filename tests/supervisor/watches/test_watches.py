@@ -66,7 +66,7 @@ class World:
     def __init__(self) -> None:
         self.happened: list[tuple[str, Event]] = []
         self.watch = FakeWatch([":1.1"])
-        self.vigil = SandboxWatches(
+        self.watches = SandboxWatches(
             {"session": self.watch},
             lambda id_, event: self.happened.append((id_, event)),
             processes=Processes(),
@@ -78,18 +78,18 @@ class World:
 def test_a_creator_that_leaves_is_told_of_each_of_its_sandboxes() -> None:
     world = World()
     for number in (0, 1):
-        world.vigil.begin(make_record(number))
-    world.vigil.begin(make_record(2, keep_after_creator=True))
-    world.vigil.end(make_record(1))
-    world.vigil.name_gone("session", ":1.1")
-    world.vigil.name_gone("session", ":1.1")
+        world.watches.begin(make_record(number))
+    world.watches.begin(make_record(2, keep_after_creator=True))
+    world.watches.end(make_record(1))
+    world.watches.name_gone("session", ":1.1")
+    world.watches.name_gone("session", ":1.1")
     assert world.happened == [("c0", Event.CREATOR_LEFT)]
 
 
 def test_a_creator_that_left_before_is_told_at_once() -> None:
     world = World()
     world.watch.names.clear()
-    world.vigil.begin(make_record())
+    world.watches.begin(make_record())
     assert world.happened == [("c0", Event.CREATOR_LEFT)]
     assert world.watch.names == []
 
@@ -97,7 +97,7 @@ def test_a_creator_that_left_before_is_told_at_once() -> None:
 def test_after_a_restart_creators_are_watched_unseen() -> None:
     world = World()
     world.watch.names.clear()
-    world.vigil.begin(make_record(), again=True)
+    world.watches.begin(make_record(), again=True)
     assert world.happened == []
     assert world.watch.names == [":1.1"]
 
@@ -105,18 +105,18 @@ def test_after_a_restart_creators_are_watched_unseen() -> None:
 def test_a_creator_on_a_bus_that_is_configured_no_more_has_left() -> None:
     world = World()
     record = make_record(creator_bus="system")
-    world.vigil.begin(record, again=True)
+    world.watches.begin(record, again=True)
     assert world.happened == [("c0", Event.CREATOR_LEFT)]
-    world.vigil.end(record)
-    world.vigil.bus_back("session", is_same=True)
+    world.watches.end(record)
+    world.watches.bus_back("session", is_same=True)
 
 
 def test_what_is_taken_over_twice_is_watched_once() -> None:
     world = World()
     for _ in range(2):
-        world.vigil.begin(make_record(), again=True)
+        world.watches.begin(make_record(), again=True)
     assert world.watch.names == [":1.1", ":1.1"]  # it was watched before for somebody else
-    world.vigil.end(make_record())
+    world.watches.end(make_record())
     assert world.watch.names == [":1.1"]
 
 
@@ -124,17 +124,17 @@ async def test_what_ended_while_nobody_watched_is_told_when_somebody_does(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     world = World()
-    world.vigil.begin(make_record(0, process=GONE, expires=trio.current_time() - 5), again=True)
-    world.vigil.begin(make_record(1, process=GONE), again=True)
-    world.vigil.end(make_record(1, process=GONE))
+    world.watches.begin(make_record(0, process=GONE, expires=trio.current_time() - 5), again=True)
+    world.watches.begin(make_record(1, process=GONE), again=True)
+    world.watches.end(make_record(1, process=GONE))
     assert world.happened == []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.vigil.run)
+        nursery.start_soon(world.watches.run)
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
     assert sorted(event.name for _, event in world.happened) == ["PROCESS_ENDED", "TIME_OVER"]
     assert {id_ for id_, _ in world.happened} == {"c0"}
-    assert world.vigil.describe() == {"processes": "0 by pidfds", "cgroups": "0 by inotify"}
+    assert world.watches.describe() == {"processes": "0 by pidfds", "cgroups": "0 by inotify"}
 
 
 async def test_time_limits_are_over_in_order_and_once(
@@ -143,16 +143,16 @@ async def test_time_limits_are_over_in_order_and_once(
     world = World()
     start = trio.current_time()
     for number, seconds in enumerate((500, 30, 200, 30, 100)):
-        world.vigil.begin(make_record(number, expires=start + seconds, keep_after_creator=True))
-    assert world.vigil.time_left(make_record(expires=start + 0.5)) == 1
-    assert world.vigil.time_left(make_record(expires=start - 5)) == 0
-    assert world.vigil.time_left(make_record()) == 0
+        world.watches.begin(make_record(number, expires=start + seconds, keep_after_creator=True))
+    assert world.watches.time_left(make_record(expires=start + 0.5)) == 1
+    assert world.watches.time_left(make_record(expires=start - 5)) == 0
+    assert world.watches.time_left(make_record()) == 0
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.vigil.run)
+        nursery.start_soon(world.watches.run)
         await trio.sleep(40)
-        world.vigil.end(make_record(4, expires=1.0, keep_after_creator=True))
+        world.watches.end(make_record(4, expires=1.0, keep_after_creator=True))
         # A nearer one than the one it waits for.
-        world.vigil.begin(make_record(7, expires=start + 50, keep_after_creator=True))
+        world.watches.begin(make_record(7, expires=start + 50, keep_after_creator=True))
         await trio.sleep(300)
         nursery.cancel_scope.cancel()
     assert [id_ for id_, _ in world.happened] == ["c1", "c3", "c7", "c2"]
