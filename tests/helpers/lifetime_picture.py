@@ -55,8 +55,8 @@ def make_table() -> str:
         for event in Event
     ]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    legend = "; ".join(f"{_letter(effect)}: {effect.value}" for effect in Effect)
-    return f"{table}\n{legend}.\n"
+    legend = "".join(f"- {_letter(effect)}: {effect.value}\n" for effect in Effect)
+    return f"{table}\n{legend}"
 
 
 def make_svg() -> str:

@@ -55,8 +55,8 @@ class Effect(enum.Enum):
 
     WATCH = "watch process, cgroup, time and creator"
     CLOSE = "the gate stops listening"
-    STOP = "the gate stops it"
-    TELL = "signals; the record is deleted"
+    STOP = "the gate stops the sandbox"
+    TELL = "the signals are sent, and the record is deleted"
     FORGET = "the record is deleted"
 
 
