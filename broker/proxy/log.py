@@ -98,8 +98,8 @@ class Tap:
             entry = self._state.pending.calls_to_bus[header.serial]
             if isinstance(entry, InterceptedCall) and entry.is_own:
                 return
-            if isinstance(entry, InterceptedCall) and entry.then.kind == "translate":
-                header = replace(header, serial=int(entry.then.values[0]))
+            if isinstance(entry, InterceptedCall) and entry.action.kind == "translate":
+                header = replace(header, serial=int(entry.action.values[0]))
         peer = (header.destination if arrow == "->" else header.sender) or "*"
         self._print("allowed", arrow, f"{peer} {describe(header)}")
 

@@ -149,11 +149,11 @@ class ConnectionState:
         member: str,
         signature: str,
         values: Sequence[Value],
-        then: ReplyAction,
+        action: ReplyAction,
     ) -> None:
         """Call the bus on this connection for the gate's own use."""
         serial = self.pending.next_gate_serial()
-        self.pending.calls_to_bus[serial] = InterceptedCall(then, is_own=True)
+        self.pending.calls_to_bus[serial] = InterceptedCall(action, is_own=True)
         self.to_bus.append(
             marshal.make_call(
                 serial,
@@ -199,21 +199,21 @@ class ConnectionState:
         self.to_app.append(Chunk(data, fds) if fds else data)
 
     def handle_reply(
-        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+        self, action: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
         """Do with the reply what is said."""
-        self.reply_handlers[then.kind](then, reply, data, fds)
+        self.reply_handlers[action.kind](action, reply, data, fds)
 
     def _translate(
-        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+        self, action: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
-        (serial,) = then.values
+        (serial,) = action.values
         assert isinstance(serial, int)
         data = self.pending.give_serial_back(serial, reply, data)
-        if then.after is None:
+        if action.after is None:
             self.deliver(data, fds)
         else:
-            self.handle_reply(then.after, reply, data, fds)
+            self.handle_reply(action.after, reply, data, fds)
 
     def refuse_caller(self, caller: str, serial: int, name: str, text: str) -> None:
         """Refuse a call to the app in the app's place."""
@@ -271,13 +271,13 @@ class ConnectionState:
         self.callers.update(dict.fromkeys(dump.callers))
         self.counts_callers = dump.counts_callers
 
-    def _check(self, then: ReplyAction | None) -> None:
+    def _check(self, action: ReplyAction | None) -> None:
         """Raise ValueError if nobody here knows what to do with such a reply."""
-        while then is not None:
-            if then.kind not in self.reply_handlers:
-                raise ValueError(f"a reply to be dealt with as {then.kind!r}")
-            then = then.after
+        while action is not None:
+            if action.kind not in self.reply_handlers:
+                raise ValueError(f"a reply to be dealt with as {action.kind!r}")
+            action = action.after
 
 
-def _ignore(_then: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
+def _ignore(_action: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
     """It makes no difference what was answered."""

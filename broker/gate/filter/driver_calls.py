@@ -264,29 +264,29 @@ class BusDriverCalls:
         header: Header,
         signature: str,
         values: Sequence[Value],
-        then: ReplyAction | None = None,
+        action: ReplyAction | None = None,
     ) -> bool:
         """Forward a call with these arguments in place of its own; `then` is for the reply."""
         body = marshal.make_body(signature, values)
         made = replace(header, little=True, signature=signature, body_length=len(body))
-        return self._send(made, body, then)
+        return self._send(made, body, action)
 
-    def _send(self, header: Header, body: bytes, then: ReplyAction | None) -> bool:
+    def _send(self, header: Header, body: bytes, action: ReplyAction | None) -> bool:
         state = self._state
         serial = header.serial
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
         # dbus-daemon answers also what wants no reply, and with an error what it cannot pass on: what comes
         # under a serial of the app's, once it has said Hello, may be about anything that had it.
-        is_safe = not state.unique_name or (then is None and wants_reply)
+        is_safe = not state.unique_name or (action is None and wants_reply)
         if serial >= FIRST_GATE_SERIAL or not is_safe:
             serial = state.pending.next_gate_serial()
             if wants_reply:
-                then = state.pending.translated(header.serial, then)
+                action = state.pending.translated(header.serial, action)
         made = replace(header, serial=serial, unix_fds=0)
         state.to_bus.append(serialise_header(made) + body)
         if wants_reply:
             state.pending.calls_to_bus[serial] = (
-                BUS_DRIVER if then is None else InterceptedCall(then)
+                BUS_DRIVER if action is None else InterceptedCall(action)
             )
         return True
 
@@ -302,7 +302,7 @@ class BusDriverCalls:
         return self._call(header, "", (), ReplyAction("hello"))
 
     def _greeted(
-        self, _then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+        self, _action: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
         state = self._state
         if reply.type != MessageType.METHOD_RETURN:
@@ -330,10 +330,10 @@ class BusDriverCalls:
         return self._call(header, "s", (text,), ReplyAction("add-match", (text,)))
 
     def _added_match(
-        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+        self, action: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
         if reply.type == MessageType.ERROR:
-            rule = parse_match_rule(str(then.values[0]))
+            rule = parse_match_rule(str(action.values[0]))
             if rule in self._state.matches:
                 self._state.matches.drop(rule)
         self._state.deliver(data, fds)
@@ -358,10 +358,10 @@ class BusDriverCalls:
         if self._owners.waiting:
             return False
         if self._visibility.sees(name):
-            then = (
+            action = (
                 ReplyAction("credentials") if header.member == "GetConnectionCredentials" else None
             )
-            return self._call(header, "s", (name,), then)
+            return self._call(header, "s", (name,), action)
         state = self._state
         self._report(header, "the name may not be seen", direction="see", name=name)
         if header.member == "NameHasOwner":
@@ -371,7 +371,7 @@ class BusDriverCalls:
         raise CallRefusedError(*state.bus.absent_name_error(header.member or "", name))
 
     def _told_credentials(
-        self, _then: ReplyAction, _reply: Header, data: bytes, fds: tuple[int, ...]
+        self, _action: ReplyAction, _reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
         state = self._state
         if fds:
@@ -386,13 +386,13 @@ class BusDriverCalls:
         name = str(name)
         if not is_well_known_name(name):
             raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
-        target = self._owners.names.get(name)
-        if target is None and self._state.judge.any_send:
+        replier = self._owners.names.get(name)
+        if replier is None and self._state.judge.any_send:
             self._owners.look_up(name)
             return False
         if self._owners.waiting:
             return False
-        if name == DRIVER or self._may_start(name, target):
+        if name == DRIVER or self._may_start(name, replier):
             return self._call(header, "su", (name, flags))
         state = self._state
         self._report(header, "no rule allows sending to it", name=name)
@@ -403,9 +403,9 @@ class BusDriverCalls:
             )
         raise CallRefusedError(*state.bus.absent_name_error("StartServiceByName", name))
 
-    def _may_start(self, name: str, target: Replier | None) -> bool:
+    def _may_start(self, name: str, replier: Replier | None) -> bool:
         state = self._state
-        owner = target.owner if target is not None else ""
+        owner = replier.owner if replier is not None else ""
         names = {name}
         if owner and not state.bus.judges_names_alone:
             names |= self._owners.names_of(owner)
@@ -416,7 +416,9 @@ class BusDriverCalls:
             return False
         return self._call(header, "", (), ReplyAction("list"))
 
-    def _listed(self, _then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]) -> None:
+    def _listed(
+        self, _action: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+    ) -> None:
         state = self._state
         if reply.type != MessageType.METHOD_RETURN:
             state.deliver(data, fds)
@@ -461,13 +463,13 @@ class BusDriverCalls:
         state.bus.payers.moves(state.unique_name, name)
         state.name_requests += 1
         request = state.requested_names[name] = state.name_requests
-        then = ReplyAction("request-name", (name, request))
-        return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), then)
+        action = ReplyAction("request-name", (name, request))
+        return self._call(header, "su", (name, flags & REQUEST_NAME_FLAGS), action)
 
     def _requested_name(
-        self, then: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
+        self, action: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
-        name, request = then.values
+        name, request = action.values
         names = self._state.requested_names
         got = (
             reply.type == MessageType.METHOD_RETURN and read_reply(reply, data, "u")[0] in HAS_NAME

@@ -205,9 +205,7 @@ class Filter:
         pos = run = known = 0
         pending = self._pending.calls_to_bus
         room = state.sandbox.limits.pending_calls
-        verdicts = self._verdicts
-        calls = verdicts.app_calls
-        tables = verdicts.app_tables
+        calls, tables = self._verdicts.app_calls, self._verdicts.app_tables
         kinds = KINDS if plain or not buffer.has_fds else {}
         unpack = FIXED.unpack_from
         while pos + FIXED_SIZE <= end:
@@ -217,14 +215,14 @@ class Filter:
                 table = tables[kind]
                 start = pos + 16 + (fields + 7 & -8)
                 stop = start + body
-                target = table.get(data[pos + 12 : start])
-                if target is not None and stop <= end and 0 < serial < FIRST_GATE_SERIAL:
+                replier = table.get(data[pos + 12 : start])
+                if replier is not None and stop <= end and 0 < serial < FIRST_GATE_SERIAL:
                     if table is not calls:
                         pos = stop
                         known += 1
                         continue
                     if serial not in pending and len(pending) < room:
-                        pending[serial] = target
+                        pending[serial] = replier
                         more = match_call_run(data, (pos, start, stop), pending, room)
                         known += 1 + more
                         pos = stop + (stop - pos) * more

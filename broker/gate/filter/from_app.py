@@ -113,30 +113,30 @@ class AppMessages:
 
     def _call(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
         state = self._state
-        target = self._target(header)
-        if target is None:
+        replier = self._find_replier(header)
+        if replier is None:
             return False
         if self._over_limit(header, fds):
             return True
-        names, peer = self._other_end(header, target)
+        names, peer = self._other_end(header, replier)
         verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
         if not verdict.allowed:
             state.sandbox.close_fds(fds)
             self._refuse(header, verdict, names, peer)
             return True
         if header.flags & Flag.NO_REPLY_EXPECTED:
-            plain = self._emit(header, data, fds, target)
+            plain = self._emit(header, data, fds, replier)
             if plain:
                 state.verdicts.app_mute.remember(
-                    data[12 : header.size], True, *_names(header, target)
+                    data[12 : header.size], True, *_names(header, replier)
                 )
             return True
-        plain = self._emit(header, data, fds, target)
+        plain = self._emit(header, data, fds, replier)
         if header.serial < FIRST_GATE_SERIAL:
-            state.pending.calls_to_bus[header.serial] = target
+            state.pending.calls_to_bus[header.serial] = replier
         if plain:
             state.verdicts.app_calls.remember(
-                data[12 : header.size], target, *_names(header, target)
+                data[12 : header.size], replier, *_names(header, replier)
             )
         return True
 
@@ -166,15 +166,15 @@ class AppMessages:
             verdict = Verdict(allowed=False, rule=None, reason="the bus takes no signals")
             state.sandbox.denied(state, denial("send", header, DRIVER, verdict))
             return True
-        target = self._target(header)
-        if target is None:
+        replier = self._find_replier(header)
+        if replier is None:
             return False
-        names, peer = self._other_end(header, target)
+        names, peer = self._other_end(header, replier)
         verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
         if verdict.allowed and len(fds) <= MAX_FDS:
-            if self._emit(header, data, fds, target):
+            if self._emit(header, data, fds, replier):
                 state.verdicts.app_signals.remember(
-                    data[12 : header.size], True, *_names(header, target)
+                    data[12 : header.size], True, *_names(header, replier)
                 )
         else:
             state.sandbox.close_fds(fds)
@@ -191,28 +191,28 @@ class AppMessages:
             state.sandbox.close_fds(fds)
             state.sandbox.denied(state, denial("send", header, "", verdict))
 
-    def _target(self, header: Header) -> Replier | None:
+    def _find_replier(self, header: Header) -> Replier | None:
         """Return who is written to; None if that has to be asked first."""
         name = header.destination or ""
         if name[:1] == ":":
             # Not before it is known which names it owns: one of them may be denied.
             return None if self._owners.waiting else Replier(name)
-        target = self._owners.names.get(name)
-        if target is None:
+        replier = self._owners.names.get(name)
+        if replier is None:
             if not self._state.judge.any_send and self._visibility.knows_enough(name):
                 return Replier("", name)
             self._owners.look_up(name)
             return None
         self._owners.touch(name)
-        return None if self._owners.waiting else target
+        return None if self._owners.waiting else replier
 
-    def _other_end(self, header: Header, target: Replier) -> tuple[set[str], Identity | None]:
+    def _other_end(self, header: Header, replier: Replier) -> tuple[set[str], Identity | None]:
         state = self._state
         name = header.destination or ""
         names = {name}
-        if target.owner and (target.owner == name or not state.bus.judges_names_alone):
-            names |= self._owners.names_of(target.owner)
-        return names, state.bus.peer(target.owner)
+        if replier.owner and (replier.owner == name or not state.bus.judges_names_alone):
+            names |= self._owners.names_of(replier.owner)
+        return names, state.bus.peer(replier.owner)
 
     def _refuse(
         self, header: Header, verdict: Verdict, names: Collection[str], peer: Identity | None
@@ -229,17 +229,17 @@ class AppMessages:
         text = refusal(header, name, verdict)
         if name in state.callers and not seen:
             # It may be seen as long as it lives, and nothing has told us of its end.
-            then = ReplyAction("refuse", (header.serial, name, question, text))
-            state.call_driver("NameHasOwner", "s", (name,), then)
+            action = ReplyAction("refuse", (header.serial, name, question, text))
+            state.call_driver("NameHasOwner", "s", (name,), action)
             return
         self._say_why(
             header.serial, name, question, text if seen or self._visibility.sees(name) else ""
         )
 
     def _refuse_now(
-        self, then: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
+        self, action: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
     ) -> None:
-        serial, name, question, text = then.values
+        serial, name, question, text = action.values
         assert isinstance(serial, int)
         callers = self._state.callers
         if reply.signature == "b" and not read_reply(reply, data, "b")[0]:
@@ -276,11 +276,11 @@ class AppMessages:
     # -- onto the bus -------------------------------------------------------------------------------
 
     def _emit(
-        self, header: Header, data: bytes, fds: tuple[int, ...], target: Replier | None
+        self, header: Header, data: bytes, fds: tuple[int, ...], replier: Replier | None
     ) -> bool:
         """Pass a message on, cleaned; return True if it went as it came, and may be remembered."""
         state = self._state
-        clean, untouched = cleaned(state, header, data, target)
+        clean, untouched = cleaned(state, header, data, replier)
         if fds:
             state.to_bus.append(Chunk(clean, fds))
             return False
@@ -288,20 +288,20 @@ class AppMessages:
         return untouched and header.little
 
 
-def _names(header: Header, target: Replier) -> tuple[str, str]:
+def _names(header: Header, replier: Replier) -> tuple[str, str]:
     """Return what a verdict rests on: who has the name that is written to, and what else that one has."""
-    return header.destination or "", target.owner
+    return header.destination or "", replier.owner
 
 
 def cleaned(
-    state: ConnectionState, header: Header, data: bytes, target: Replier | None
+    state: ConnectionState, header: Header, data: bytes, replier: Replier | None
 ) -> tuple[bytes, bool]:
     """Return the message as the bus may have it, and whether it is as it was.
 
     A serial of the gate's own range is translated; the reply will be translated back.
     """
     extra = {}
-    if _may_reach_who_wants_tags(state, header, target):
+    if _may_reach_who_wants_tags(state, header, replier):
         extra[INSTANCE_FIELD] = ("o", INSTANCE_PREFIX + state.sandbox.id)
     dirty = (
         header.has_unknown
@@ -314,7 +314,7 @@ def cleaned(
         serial = state.pending.next_gate_serial()
         if header.type == MessageType.METHOD_CALL and not header.flags & Flag.NO_REPLY_EXPECTED:
             state.pending.calls_to_bus[serial] = InterceptedCall(
-                state.pending.translated(header.serial), target
+                state.pending.translated(header.serial), replier
             )
     elif not dirty and not extra:
         return data, True
@@ -323,7 +323,7 @@ def cleaned(
 
 
 def _may_reach_who_wants_tags(
-    state: ConnectionState, header: Header, target: Replier | None
+    state: ConnectionState, header: Header, replier: Replier | None
 ) -> bool:
     """Return whether a receiver of the message may have asked for header field 10.
 
@@ -335,4 +335,4 @@ def _may_reach_who_wants_tags(
         return False
     if name is not None and name[:1] == ":":
         return name in state.bus.wants_instance_field
-    return bool(state.bus.wants_instance_field) or (target is not None and not target.owner)
+    return bool(state.bus.wants_instance_field) or (replier is not None and not replier.owner)

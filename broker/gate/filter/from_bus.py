@@ -96,8 +96,8 @@ class BusMessages:
         entry = self._state.pending.calls_to_bus.get(header.reply_serial or 0)
         if not isinstance(entry, InterceptedCall):
             return ""
-        then = entry.then.after if entry.then.kind == "translate" else entry.then
-        return then.kind if then is not None else ""
+        action = entry.action.after if entry.action.kind == "translate" else entry.action
+        return action.kind if action is not None else ""
 
     def _reply(self, header: Header, data: bytes, fds: tuple[int, ...]) -> None:
         state = self._state
@@ -125,7 +125,7 @@ class BusMessages:
         if isinstance(entry, InterceptedCall):
             if entry.is_own:
                 self._cost = QUESTION_COST
-            state.handle_reply(entry.then, header, data, fds)
+            state.handle_reply(entry.action, header, data, fds)
             return
         state.deliver(data, fds)
         if untouched and not fds and header.little and header.sender:
@@ -135,10 +135,10 @@ class BusMessages:
 
     def _may_answer(self, entry: Replier | InterceptedCall, sender: str) -> bool:
         """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
-        target = entry.target if isinstance(entry, InterceptedCall) else entry
-        if not (target.owner or target.name):  # NOBODY
+        replier = entry.replier if isinstance(entry, InterceptedCall) else entry
+        if not (replier.owner or replier.name):  # NOBODY
             return False
-        return sender in (DRIVER, target.owner) or sender in target.former
+        return sender in (DRIVER, replier.owner) or sender in replier.former
 
     # -- signals of the bus itself -----------------------------------------------------------------
 
@@ -231,10 +231,10 @@ class BusMessages:
             return verdict
         if peer is UNKNOWN:
             return NOT_KNOWN
-        speaker = state.bus.broadcast_judges.get(sender)
-        if speaker is None:
+        sender_judge = state.bus.broadcast_judges.get(sender)
+        if sender_judge is None:
             return verdict
-        return speaker.judge_broadcast_receiver(
+        return sender_judge.judge_broadcast_receiver(
             header.path, header.interface, header.member, state.sandbox.identity
         )
 
@@ -245,7 +245,7 @@ class BusMessages:
             self._state.call_driver("ListNames", "", (), ReplyAction("count-callers"))
 
     def _counted(
-        self, _then: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
+        self, _action: ReplyAction, reply: Header, data: bytes, _fds: tuple[int, ...]
     ) -> None:
         self._state.counts_callers = False
         if reply.signature == "as":

@@ -33,7 +33,7 @@ def match_call_run(data: bytes, place: Place, pending: Pending, room: int) -> in
         return 0
     form = _call_form(start - pos - 12, stop - start)
     first, body, serial, key = form.unpack_from(data, pos)
-    target = pending[serial]
+    replier = pending[serial]
     left = room - len(pending)
     done = 0
     for word, size, serial, fields in form.iter_unpack(_following(data, pos, stop)):
@@ -41,7 +41,7 @@ def match_call_run(data: bytes, place: Place, pending: Pending, room: int) -> in
             break
         if serial in pending or not 0 < serial < FIRST_GATE_SERIAL:
             break
-        pending[serial] = target
+        pending[serial] = replier
         done += 1
     return done
 

@@ -58,7 +58,7 @@ class NameOwners:
         self._synced: Final = synced
         self.names: Final[dict[str, Replier]] = {}
         self.waiting = 0  # answers that are on their way
-        self._then: Callable[[], Work] | None = None
+        self._when_known: Callable[[], Work] | None = None
         self.views: Final = Views(state.bus)
         # Of names with calls that wait, which hold it: who owned them meanwhile.
         self._histories: WeakValueDictionary[str, OwnerHistory] | None = None
@@ -84,15 +84,15 @@ class NameOwners:
 
     # -- what to know -------------------------------------------------------------------------
 
-    def follow(self, uses: NamesUsed, then: Callable[[], Work] | None = None) -> Work:
-        """Follow these names from now on; when all are known do the work of `then`.
+    def follow(self, uses: NamesUsed, when_known: Callable[[], Work] | None = None) -> Work:
+        """Follow these names from now on; when all are known do the work of `when_known`.
 
         All may be known at once.
         """
-        self._then = then
+        self._when_known = when_known
         self.waiting += 1  # keeps synced() from coming early
         before, self._uses = self._uses, uses
-        asked = {_target_of(entry).name for entry in self._state.pending.calls_to_bus.values()}
+        asked = {_replier_of(entry).name for entry in self._state.pending.calls_to_bus.values()}
         for name in list(self.names):
             yield NAME_WORK
             if self._relevant(name):
@@ -125,16 +125,18 @@ class NameOwners:
         absent = self._state.bus.absent_name
         for question in _LOOK_UPS:
             self._ask(question, "s", (absent,), ReplyAction("wording", (question, absent)))
-        then = ReplyAction("wording", ("StartServiceByName", absent))
-        self._ask("StartServiceByName", "su", (absent, 0), then)
+        action = ReplyAction("wording", ("StartServiceByName", absent))
+        self._ask("StartServiceByName", "su", (absent, 0), action)
         for question, flags in (("", 0), ("-no-start", Flag.NO_AUTO_START)):
             self._ping(absent, flags, f"call{question}")
             self._ping(ABSENT_UNIQUE, flags, f"unique{question}")
 
     def _ping(self, name: str, flags: int, question: str) -> None:
         serial = self._state.pending.next_gate_serial()
-        then = ReplyAction("wording", (question, name))
-        self._state.pending.calls_to_bus[serial] = InterceptedCall(then, Replier(name), is_own=True)
+        action = ReplyAction("wording", (question, name))
+        self._state.pending.calls_to_bus[serial] = InterceptedCall(
+            action, Replier(name), is_own=True
+        )
         self.waiting += 1
         self._state.to_bus.append(
             marshal.make_call(
@@ -148,11 +150,11 @@ class NameOwners:
         )
 
     def _worded(
-        self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]
+        self, action: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]
     ) -> None:
         if header.type == MessageType.ERROR and header.signature == "s":
             (text,) = marshal.read_body("s", data[header.size :], little=header.little)
-            question, asked = map(str, then.values)
+            question, asked = map(str, action.values)
             self._state.bus.learn_absent_name_error(
                 question, asked, header.error_name or "", str(text)
             )
@@ -165,19 +167,19 @@ class NameOwners:
 
     def owner_changed(self, name: str, new: str) -> bool:
         """Take note of an owner change ("" is nobody); return whether the name matters here."""
-        target = self.names.get(name)
-        if target is None:
+        replier = self.names.get(name)
+        if replier is None:
             if not self._relevant(name):
                 return False
-            target = self.names[name] = Replier("", name)
-        old = target.owner
+            replier = self.names[name] = Replier("", name)
+        old = replier.owner
         if old == new:
             return True
         if old:
             self.views.take(old, name)
         if new:
             self.views.give(new, name)
-        self._follow(target, old, new)
+        self._follow(replier, old, new)
         if not new and name not in self._uses.exact and name not in self._extra:
             del self.names[name]  # names come and go: those of a subtree or glob have no end
         self._state.verdicts.forget_about(name, old, new)
@@ -198,19 +200,19 @@ class NameOwners:
         parts = name.split(".")
         return any(".".join(parts[:n]) in uses.subtrees for n in range(1, len(parts)))
 
-    def _follow(self, target: Replier, old: str, new: str) -> None:
+    def _follow(self, replier: Replier, old: str, new: str) -> None:
         """Let waiting calls to this name be answered by whoever owned it since they were made.
 
-        They have `target` in common, or one from before an earlier change; calls from now on have another.
+        They have `replier` in common, or one from before an earlier change; calls from now on have another.
         """
-        self._keep_history(target).add(old, new)
-        self.names[target.name] = Replier(new, target.name)
+        self._keep_history(replier).add(old, new)
+        self.names[replier.name] = Replier(new, replier.name)
 
-    def _keep_history(self, target: Replier) -> OwnerHistory:
-        """Let the calls that wait for `target` know of all changes from now on."""
-        history = self._history_of(target.name)
-        if not isinstance(target.former, OwnersSince):
-            target.former = OwnersSince(history)
+    def _keep_history(self, replier: Replier) -> OwnerHistory:
+        """Let the calls that wait for `replier` know of all changes from now on."""
+        history = self._history_of(replier.name)
+        if not isinstance(replier.former, OwnersSince):
+            replier.former = OwnersSince(history)
         return history
 
     def _history_of(self, name: str) -> OwnerHistory:
@@ -227,13 +229,13 @@ class NameOwners:
         return history.count if history is not None else 0
 
     def _forget(self, name: str) -> None:
-        target = self.names.pop(name, None)
-        if target is None:
+        replier = self.names.pop(name, None)
+        if replier is None:
             return
-        self._keep_history(target)
-        if target.owner:
-            self.views.take(target.owner, name)
-        self._state.verdicts.forget_about(name, target.owner)
+        self._keep_history(replier)
+        if replier.owner:
+            self.views.take(replier.owner, name)
+        self._state.verdicts.forget_about(name, replier.owner)
 
     def _set_matches(self) -> None:
         """Bring the match rules of the connection in line with what is to be known."""
@@ -251,10 +253,10 @@ class NameOwners:
         self._matches.update(wanted)
 
     def _ask(
-        self, member: str, signature: str, values: tuple[Value, ...], then: ReplyAction
+        self, member: str, signature: str, values: tuple[Value, ...], action: ReplyAction
     ) -> None:
         self.waiting += 1
-        self._state.call_driver(member, signature, values, then)
+        self._state.call_driver(member, signature, values, action)
 
     def hold(self, work: Work) -> None:
         """Begin a chore, and hold messages that need owners until it is done."""
@@ -269,9 +271,9 @@ class NameOwners:
         self.waiting -= 1
         if self.waiting:
             return
-        then, self._then = self._then, None
-        if then is not None:
-            self.hold(then())
+        when_known, self._when_known = self._when_known, None
+        if when_known is not None:
+            self.hold(when_known())
         else:
             self._synced()
 
@@ -292,10 +294,12 @@ class NameOwners:
         if not self._unasked:
             self._unasked = EMPTY_QUEUE
 
-    def _told(self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]) -> None:
+    def _told(
+        self, action: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]
+    ) -> None:
         self._asking = max(0, self._asking - 1)  # an earlier gate did not count
         self._ask_on()
-        name, owner = str(then.values[0]), ""
+        name, owner = str(action.values[0]), ""
         if header.type == MessageType.METHOD_RETURN:
             owner = str(marshal.read_body("s", data[header.size :], little=header.little)[0])
         if name in self.names:
@@ -303,13 +307,13 @@ class NameOwners:
         self._answered()
 
     def _listed(
-        self, then: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]
+        self, action: ReplyAction, header: Header, data: bytes, _fds: tuple[int, ...]
     ) -> None:
         if header.type != MessageType.METHOD_RETURN:
             raise PeerQuotaError("the bus does not list its names")
         (names,) = marshal.read_body("as", data[header.size :], little=header.little)
         assert isinstance(names, tuple)
-        self.hold(self._take_list(names, tuple(map(str, then.values))))
+        self.hold(self._take_list(names, tuple(map(str, action.values))))
         self._answered()
 
     def _take_list(self, names: tuple[Value, ...], wanted: tuple[str, ...]) -> Work:
@@ -324,12 +328,12 @@ class NameOwners:
             if name[0] == ":":
                 continue
             yield NAME_WORK
-            target = self.names.get(name)
-            if (target is None or not target.owner) and self._relevant(name):
+            replier = self.names.get(name)
+            if (replier is None or not replier.owner) and self._relevant(name):
                 self._ask_owner(name)
 
     def _worked(
-        self, _then: ReplyAction, header: Header, _data: bytes, _fds: tuple[int, ...]
+        self, _action: ReplyAction, header: Header, _data: bytes, _fds: tuple[int, ...]
     ) -> None:
         if header.type != MessageType.METHOD_RETURN:
             # Without it an owner change could be missed, and a right outlive its reason.
@@ -341,9 +345,9 @@ class NameOwners:
     def dump(self, asked: Collection[str]) -> OwnersDump:
         """Return all of it. `asked`: the names that calls wait for."""
         return OwnersDump(
-            names=tuple((name, target.owner) for name, target in self.names.items()),
+            names=tuple((name, replier.owner) for name, replier in self.names.items()),
             waiting=self.waiting,
-            tells=self._then is not None,
+            tells=self._when_known is not None,
             extra=tuple(self._extra),
             exact=tuple(sorted(self._uses.exact)),
             subtrees=tuple(sorted(self._uses.subtrees)),
@@ -360,10 +364,10 @@ class NameOwners:
             return HistoryDump(name=name)
         return HistoryDump(name=name, count=history.count, changes=history.changes)
 
-    def load(self, dump: OwnersDump, then: Callable[[], Work]) -> Sequence[OwnerHistory]:
+    def load(self, dump: OwnersDump, when_known: Callable[[], Work]) -> Sequence[OwnerHistory]:
         """Restore the state from `dump`, and return the histories: they live until nobody has them.
 
-        What `then` returns is done when all owners are known, if that was still to be done.
+        What `when_known` returns is done when all owners are known, if that was still to be done.
         """
         for name, owner in dump.names:
             self.names[name] = Replier(owner, name)
@@ -373,7 +377,7 @@ class NameOwners:
         for history, one in zip(histories, dump.histories, strict=True):
             history.restore(one.count, one.changes)
         self.waiting = dump.waiting
-        self._then = then if dump.tells else None
+        self._when_known = when_known if dump.tells else None
         self._extra.update(dict.fromkeys(dump.extra))
         self._uses = NamesUsed(
             exact=frozenset(dump.exact), subtrees=frozenset(dump.subtrees), globs=dump.globs
@@ -394,5 +398,5 @@ class NameOwners:
         return self._uses
 
 
-def _target_of(entry: Replier | InterceptedCall) -> Replier:
-    return entry.target if isinstance(entry, InterceptedCall) else entry
+def _replier_of(entry: Replier | InterceptedCall) -> Replier:
+    return entry.replier if isinstance(entry, InterceptedCall) else entry

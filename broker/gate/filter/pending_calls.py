@@ -41,16 +41,16 @@ class Replier:
 class InterceptedCall:
     """A call whose reply is not simply passed on: `then` says what is done with it."""
 
-    __slots__ = ("former", "is_own", "name", "owner", "target", "then")
+    __slots__ = ("action", "former", "is_own", "name", "owner", "replier")
 
     def __init__(
-        self, then: ReplyAction, target: "Replier | None" = None, *, is_own: bool = False
+        self, action: ReplyAction, replier: "Replier | None" = None, *, is_own: bool = False
     ) -> None:
         self.owner = ""  # never equal to a sender
         self.name = ""
         self.former: Collection[str] = frozenset()
-        self.target = target if target is not None else BUS_DRIVER
-        self.then = then
+        self.replier = replier if replier is not None else BUS_DRIVER
+        self.action = action
         self.is_own = is_own  # a call of the gate, not of the app
 
 
@@ -114,19 +114,19 @@ class PendingCalls:
         dump, row, is_plain = ReplierDump(owner=""), (0, 0, 0), False
         for serial, entry in self.calls_to_bus.items():
             if entry is not last:  # many in a row are for one peer
-                last, dump = entry, _dump_target(entry, changes_of)
+                last, dump = entry, _dump_replier(entry, changes_of)
                 is_plain = isinstance(entry, Replier)
                 if is_plain:
                     row = (*plain.index(dump.owner, dump.name), dump.since)
             if is_plain:
                 plain.add((serial, *row))
             else:
-                then, is_own = (
-                    (entry.then, entry.is_own)
+                action, is_own = (
+                    (entry.action, entry.is_own)
                     if isinstance(entry, InterceptedCall)
                     else (None, False)
                 )
-                others.append(CallDump(serial=serial, target=dump, then=then, is_own=is_own))
+                others.append(CallDump(serial=serial, target=dump, then=action, is_own=is_own))
         return plain.dump(), tuple(others)
 
     def load(self, dump: ConnectionStateDump, since: Callable[[str, int], "OwnersSince"]) -> None:
@@ -189,13 +189,15 @@ class OwnersSince(Collection[str]):
         return len({*self})
 
 
-def _dump_target(entry: Replier | InterceptedCall, changes_of: Callable[[str], int]) -> ReplierDump:
-    target = entry.target if isinstance(entry, InterceptedCall) else entry
-    if isinstance(target.former, OwnersSince):
-        since = target.former.count
+def _dump_replier(
+    entry: Replier | InterceptedCall, changes_of: Callable[[str], int]
+) -> ReplierDump:
+    replier = entry.replier if isinstance(entry, InterceptedCall) else entry
+    if isinstance(replier.former, OwnersSince):
+        since = replier.former.count
     else:
-        since = changes_of(target.name) if target.name else 0
-    return ReplierDump(owner=target.owner, name=target.name, since=since)
+        since = changes_of(replier.name) if replier.name else 0
+    return ReplierDump(owner=replier.owner, name=replier.name, since=since)
 
 
 def _load_plain(
@@ -205,19 +207,19 @@ def _load_plain(
     made: dict[tuple[int, int, int], Replier] = {}
     for serial, owner, name, count in unpack_rows(dump.rows):
         key = (owner, name, count)
-        target = made.get(key)
-        if target is None:
-            target = made[key] = Replier(owners[owner], names[name])
-            if target.name:
-                target.former = since(target.name, count)
-        yield serial, target
+        replier = made.get(key)
+        if replier is None:
+            replier = made[key] = Replier(owners[owner], names[name])
+            if replier.name:
+                replier.former = since(replier.name, count)
+        yield serial, replier
 
 
 def _load_call(
     dump: CallDump, since: Callable[[str, int], OwnersSince]
 ) -> Replier | InterceptedCall:
     its = dump.target
-    target = Replier(its.owner, its.name)
+    replier = Replier(its.owner, its.name)
     if its.name:
-        target.former = since(its.name, its.since)
-    return target if dump.then is None else InterceptedCall(dump.then, target, is_own=dump.is_own)
+        replier.former = since(its.name, its.since)
+    return replier if dump.then is None else InterceptedCall(dump.then, replier, is_own=dump.is_own)

@@ -44,8 +44,8 @@ class NameVisibility:
         state = self._state
         if name in (DRIVER, state.unique_name) or name in state.callers:
             return True
-        target = self._owners.names.get(name)
-        owner = name if name[:1] == ":" else target.owner if target is not None else ""
+        replier = self._owners.names.get(name)
+        owner = name if name[:1] == ":" else replier.owner if replier is not None else ""
         if owner and (owner in state.callers or owner == state.unique_name):
             return True
         if owner and (owner == name or not state.bus.judges_names_alone):

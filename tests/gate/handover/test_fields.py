@@ -39,7 +39,7 @@ FIELDS: Final = {
     "filter/verdict_cache.py:VerdictCache": ("", VERDICTS),
     "filter/subscriptions.py:Subscriptions": ("", "_counts _filed _spaces count"),
     "filter/name_owners.py:NameOwners": (
-        "_asking _extra _matches _then _unasked _uses names waiting",
+        "_asking _extra _matches _unasked _uses _when_known names waiting",
         "_histories views",
     ),
     "filter/owner_views.py:Views": ("", "_by_owner _bus _views"),

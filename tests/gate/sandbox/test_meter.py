@@ -70,7 +70,7 @@ class World:
         """Have the bus answer the question."""
         (entry,) = self.filter.state.pending.calls_to_bus.values()
         self.filter.state.pending.calls_to_bus.clear()
-        self.filter.state.handle_reply(entry.then, None, b"", ())  # type: ignore[union-attr, arg-type]
+        self.filter.state.handle_reply(entry.action, None, b"", ())  # type: ignore[union-attr, arg-type]
 
 
 @pytest.fixture
