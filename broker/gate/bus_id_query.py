@@ -1,6 +1,6 @@
 """Find out the id of a bus, for questions that come before the first app connects.
 
-A new gate finds the sandboxed names of an earlier one on file, by the id of the bus (ledger.py). The bus states
+A new gate finds the sandboxed names of an earlier one on file, by the id of the bus (name_ledger.py). The bus states
 its id in the handshake. So the gate connects, goes through the handshake, and closes before Hello: the connection
 gets no name.
 """
@@ -33,7 +33,7 @@ class BusIdQuery:
         self._loop: Final = loop
         self._done: Final = done
         self._client: Final = SaslClient(uid)
-        self._pipe: SocketStream | None = None
+        self._stream: SocketStream | None = None
         self._is_over = False
         self._deadline: Final = loop.call_later(QUERY_SECONDS, self.end)
         connect_unix(loop, bus.address, uid, self._connected)
@@ -44,8 +44,8 @@ class BusIdQuery:
             return
         self._is_over = True
         self._deadline.cancel()
-        if self._pipe is not None:
-            self._pipe.close()
+        if self._stream is not None:
+            self._stream.close()
         # In a later turn, because `__init__` may call this before the caller has the object.
         self._loop.next_turn(lambda: self._done(self))
 
@@ -57,16 +57,16 @@ class BusIdQuery:
         if sock is None:
             self.end()
             return
-        self._pipe = SocketStream(self._loop, sock, self._readable, _nothing)
+        self._stream = SocketStream(self._loop, sock, self._readable, _nothing)
         try:
-            self._pipe.write([self._client.start()])
+            self._stream.write([self._client.start()])
         except StreamClosedError:
             self.end()
 
     def _readable(self) -> None:
-        assert self._pipe is not None
+        assert self._stream is not None
         try:
-            data, fds = self._pipe.read()
+            data, fds = self._stream.read()
             close_fds(fds)
             self._client.feed(data)
         except BlockingIOError:

@@ -71,25 +71,25 @@ class BusClientOwner(Protocol):
     def instance_removed(self, sandbox: str, bus: str) -> None:
         """The bus ended what it had made for a sandbox."""
 
-    def upstream_lost(self, sandbox: str, bus: str) -> None:
+    def server_lost(self, sandbox: str, bus: str) -> None:
         """The connection is gone, and with it what the bus had made for a sandbox."""
 
 
 class BusClient:
     """One connection."""
 
-    def __init__(self, loop: Loop, host: BusClientOwner, bus: BusState, uid: int) -> None:
+    def __init__(self, loop: Loop, owner: BusClientOwner, bus: BusState, uid: int) -> None:
         self.bus: Final = bus
         self.uid: Final = uid
         self.claimed: Final[dict[str, str]] = {}  # instance -> sandbox
         self.unclaimed: Final[dict[str, tuple[str, str]]] = {}  # instance -> (interface, undo)
         self.is_closed = False
         self._loop: Final = loop
-        self._host: Final = host
-        self._client: Final = SaslClient(uid)
+        self._owner: Final = owner
+        self._sasl: Final = SaslClient(uid)
         self._is_greeting = True
-        self._pipe: SocketStream | None = None
-        self._early: list[bytes] = []  # until there is a pipe
+        self._stream: SocketStream | None = None
+        self._early: list[bytes] = []  # sent when the stream is there
         self._buffer = bytearray()
         self._skip = 0  # bytes of a message that is gone over, still to come
         self._waiting: Final[dict[int, BusClientCallDump]] = {}
@@ -105,7 +105,7 @@ class BusClient:
     def open(self) -> None:
         """Connect."""
         self._loop.call_later(CALL_SECONDS, self._check_ready)
-        self._send(self._client.start())
+        self._send(self._sasl.start())
         self._send_call(_HELLO, DRIVER, "Hello")
         body = marshal.make_body("s", (_MATCH,))
         self._send_call(_ADD_MATCH, DRIVER, "AddMatch", "s", body)
@@ -128,13 +128,13 @@ class BusClient:
         for call in waiting.values():
             self._refuse(call, errors.DISCONNECTED, f"bus {self.bus.name}: {reason}")
         for sandbox in lost:
-            self._host.upstream_lost(sandbox, self.bus.name)
+            self._owner.server_lost(sandbox, self.bus.name)
 
     def hang_up(self) -> None:
         """End it, and tell nobody."""
         self.is_closed = True
-        if self._pipe is not None:
-            self._pipe.close()
+        if self._stream is not None:
+            self._stream.close()
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -159,12 +159,12 @@ class BusClient:
         """Call a method on an instance, whatever comes of it."""
         self.unclaimed.pop(instance, None)
         self.claimed.pop(instance, None)
-        self._tell(interface, member, instance)
+        self._call_instance(interface, member, instance)
         self._leave_soon()
 
     def stop_listening(self, member: str, instance: str) -> None:
         """Have the bus take no more connections for it."""
-        self._tell(CONTAINERS1, member, instance)
+        self._call_instance(CONTAINERS1, member, instance)
 
     def supervisor_lost(self) -> None:
         """Nobody waits for answers any more, nor will claim anything."""
@@ -173,7 +173,7 @@ class BusClient:
         for instance, (interface, undo) in list(self.unclaimed.items()):
             self.call_no_reply(interface, undo, instance)
 
-    def _tell(self, interface: str, member: str, instance: str) -> None:
+    def _call_instance(self, interface: str, member: str, instance: str) -> None:
         if not self.is_closed:
             serial = self._take_serial()
             body = marshal.make_body("o", (instance,))
@@ -193,7 +193,7 @@ class BusClient:
 
     def _refuse(self, call: BusClientCallDump, error: str, text: str) -> None:
         if call.asked:
-            self._host.answer(call.asked, Refused(error, text))
+            self._owner.answer(call.asked, Refused(error, text))
 
     @property
     def _is_idle(self) -> bool:
@@ -241,15 +241,15 @@ class BusClient:
         )
 
     def _send(self, data: bytes) -> None:
-        if self._pipe is None:
+        if self._stream is None:
             self._early.append(data)
             return
         try:
-            self._pipe.write([data])
+            self._stream.write([data])
         except StreamClosedError:
             self.close("it hung up")
             return
-        if self._pipe.queued > MAX_BYTES:
+        if self._stream.queued > MAX_BYTES:
             self.close("it does not read")
 
     def _connected(self, sock: socket.socket | None) -> None:
@@ -260,16 +260,16 @@ class BusClient:
         if sock is None:
             self.close("it cannot be reached")
             return
-        self._pipe = SocketStream(self._loop, sock, self._readable, _nothing)
+        self._stream = SocketStream(self._loop, sock, self._readable, _nothing)
         early, self._early = b"".join(self._early), []
         self._send(early)
 
     # -- reading ------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        assert self._pipe is not None
+        assert self._stream is not None
         try:
-            data, fds = self._pipe.read()
+            data, fds = self._stream.read()
             close_fds(fds)
             self._feed(data)
         except BlockingIOError:
@@ -281,20 +281,20 @@ class BusClient:
 
     def _feed(self, data: bytes) -> None:
         if self._is_greeting:
-            self._client.feed(data)
-            self._is_greeting = not self._client.done
+            self._sasl.feed(data)
+            self._is_greeting = not self._sasl.done
             if self._is_greeting:
                 return
             # Another bus than before, perhaps: then all that is known of its names is void.
-            self.bus.authenticated(self._client.guid)
-            data = self._client.leftover
+            self.bus.authenticated(self._sasl.guid)
+            data = self._sasl.leftover
         skipped = min(self._skip, len(data))
         self._skip -= skipped
         self._buffer += data[skipped:]
         while len(self._buffer) >= FIXED_SIZE and not self.is_closed:
             length = measure(self._buffer, 0, BUS_LIMITS)
             if length > MAX_BYTES:
-                if not self._go_over(length):
+                if not self._skip_message(length):
                     return
                 continue
             if len(self._buffer) < length:
@@ -304,11 +304,11 @@ class BusClient:
             try:
                 header = parse_header(message, 0, READ_LIMITS)
             except PeerProtocolError as exc:
-                self._leave_out(skim_header(message), str(exc))
+                self._report_skipped(skim_header(message), str(exc))
             else:
                 self._take(header, message)
 
-    def _go_over(self, length: int) -> bool:
+    def _skip_message(self, length: int) -> bool:
         """Leave out a message that is too long. False: the end of its header is still to come."""
         header_size = measure_header(self._buffer, 0, BUS_LIMITS)
         if header_size > MAX_BYTES:
@@ -319,20 +319,20 @@ class BusClient:
             header = skim_header(self._buffer)
         self._skip = max(0, length - len(self._buffer))
         del self._buffer[:length]
-        self._leave_out(header, f"a message of {length} bytes")
+        self._report_skipped(header, f"a message of {length} bytes")
         return True
 
-    def _leave_out(self, header: Header, why: str) -> None:
+    def _report_skipped(self, header: Header, why: str) -> None:
         """Tell whoever waits for a message that it is not read. Raises PeerProtocolError."""
         if header.sender == DRIVER:
             raise PeerProtocolError(f"the bus sent an unreadable message: {why}")
         LOGGER.warning("left-out bus=%s sender=%s: %s", self.bus.name, header.sender, why)
         if header.type == MessageType.METHOD_CALL:
-            self._answer_stranger(header)
+            self._refuse_call(header)
 
     def _take(self, header: Header, message: bytes) -> None:
         if header.type == MessageType.METHOD_CALL:
-            self._answer_stranger(header)
+            self._refuse_call(header)
         elif header.sender != DRIVER:
             return
         elif header.type == MessageType.SIGNAL:
@@ -353,7 +353,7 @@ class BusClient:
 
     def _take_reply(self, call: BusClientCallDump, header: Header, body: bytes) -> None:
         if call.removed:
-            self._host.instance_removed(call.removed, self.bus.name)
+            self._owner.instance_removed(call.removed, self.bus.name)
             return
         reader = Reader(body, little=header.little)
         if header.type == MessageType.ERROR:
@@ -365,10 +365,10 @@ class BusClient:
             if call.asked:
                 self.unclaimed[instance] = (call.interface, call.undo)
             else:
-                self._tell(call.interface, call.undo, instance)
+                self._call_instance(call.interface, call.undo, instance)
         if call.asked:
             answer = Called(signature=header.signature, body=body, little=header.little)
-            self._host.answer(call.asked, answer)
+            self._owner.answer(call.asked, answer)
 
     def _removed(self, instance: str) -> None:
         self.unclaimed.pop(instance, None)
@@ -382,7 +382,7 @@ class BusClient:
         )
         self._send_call(serial, PEER, "Ping")
 
-    def _answer_stranger(self, header: Header) -> None:
+    def _refuse_call(self, header: Header) -> None:
         """Whoever calls us must not wait for ever."""
         if header.flags & Flag.NO_REPLY_EXPECTED or header.sender is None:
             return
@@ -401,11 +401,11 @@ class BusClient:
 
     def dump(self, fds: Fds) -> BusClientDump:
         """Return all of it, descriptors as indexes. It must be ready."""
-        assert self._pipe is not None
+        assert self._stream is not None
         return BusClientDump(
             bus=self.bus.name,
             uid=self.uid,
-            stream=self._pipe.dump(fds),
+            stream=self._stream.dump(fds),
             buffer=bytes(self._buffer),
             skip=self._skip,
             next_serial=self._next_serial,
@@ -417,10 +417,10 @@ class BusClient:
     def load(self, dump: BusClientDump, fds: Sequence[int]) -> None:
         """Be as the one was that made the dump."""
         self._is_greeting, self._greeted = False, _ADD_MATCH
-        self._pipe = SocketStream(
+        self._stream = SocketStream(
             self._loop, stream_socket_from_fd(fds[dump.stream.fd]), self._readable, _nothing
         )
-        self._pipe.load(dump.stream, fds)
+        self._stream.load(dump.stream, fds)
         self._buffer += dump.buffer
         self._skip = dump.skip
         self._next_serial = dump.next_serial
@@ -439,81 +439,81 @@ def _nothing() -> None:
 class BusClients:
     """All of them, by bus and user."""
 
-    def __init__(self, loop: Loop, host: BusClientOwner) -> None:
+    def __init__(self, loop: Loop, owner: BusClientOwner) -> None:
         self._loop: Final = loop
-        self._host: Final = host
-        self._links: Final[dict[tuple[str, int], BusClient]] = {}
+        self._owner: Final = owner
+        self._clients: Final[dict[tuple[str, int], BusClient]] = {}
 
     def call(self, bus: BusState, request: CallBus, asked: int) -> None:
         """Call the bus; the answer goes to the request of that number. Raises CallRefusedError."""
-        link = self._get(bus.name, request.uid)
-        if link is None:
-            link = BusClient(self._loop, self._host, bus, request.uid)
-            self._links[bus.name, request.uid] = link
-            link.open()
-            if link.is_closed:
+        client = self._get(bus.name, request.uid)
+        if client is None:
+            client = BusClient(self._loop, self._owner, bus, request.uid)
+            self._clients[bus.name, request.uid] = client
+            client.open()
+            if client.is_closed:
                 text = f"bus {bus.name} cannot be reached"
                 raise CallRefusedError(errors.DISCONNECTED, text)
-        link.call(request, asked)
+        client.call(request, asked)
 
-    def claim(self, sandbox: str, uid: int, upstreams: Mapping[str, ContainerServer]) -> None:
+    def claim(self, sandbox: str, uid: int, servers: Mapping[str, ContainerServer]) -> None:
         """Have these be a sandbox's from now on: they are made, and nobody's. Raises CallRefusedError."""
-        for bus, upstream in upstreams.items():
-            link = self._get(bus, uid)
-            if upstream.instance and (link is None or upstream.instance not in link.unclaimed):
-                text = f"bus {bus} does not have {upstream.instance} any more"
+        for bus, server in servers.items():
+            client = self._get(bus, uid)
+            if server.instance and (client is None or server.instance not in client.unclaimed):
+                text = f"bus {bus} does not have {server.instance} any more"
                 raise CallRefusedError(errors.DISCONNECTED, text)
-        for bus, upstream in upstreams.items():
-            if upstream.instance and (link := self._get(bus, uid)) is not None:
-                del link.unclaimed[upstream.instance]
-                link.claimed[upstream.instance] = sandbox
+        for bus, server in servers.items():
+            if server.instance and (client := self._get(bus, uid)) is not None:
+                del client.unclaimed[server.instance]
+                client.claimed[server.instance] = sandbox
 
-    def stop_listening(self, uid: int, upstreams: Mapping[str, ContainerServer]) -> None:
+    def stop_listening(self, uid: int, servers: Mapping[str, ContainerServer]) -> None:
         """Have the buses take no more connections there."""
-        for bus, upstream in upstreams.items():
-            link = self._get(bus, uid)
-            if link is not None and upstream.instance in link.claimed and upstream.stop_listening:
-                link.stop_listening(upstream.stop_listening, upstream.instance)
+        for bus, server in servers.items():
+            client = self._get(bus, uid)
+            if client is not None and server.instance in client.claimed and server.stop_listening:
+                client.stop_listening(server.stop_listening, server.instance)
 
-    def stop(self, uid: int, upstreams: Mapping[str, ContainerServer]) -> None:
+    def stop(self, uid: int, servers: Mapping[str, ContainerServer]) -> None:
         """Have the buses end them."""
-        for bus, upstream in upstreams.items():
-            link = self._get(bus, uid)
-            if link is not None and upstream.instance in link.claimed:
-                link.call_no_reply(CONTAINERS1, upstream.stop, upstream.instance)
+        for bus, server in servers.items():
+            client = self._get(bus, uid)
+            if client is not None and server.instance in client.claimed:
+                client.call_no_reply(CONTAINERS1, server.stop, server.instance)
 
     def supervisor_lost(self) -> None:
         """Undo what nobody will claim."""
-        for link in self._links.values():
-            link.supervisor_lost()
+        for client in self._clients.values():
+            client.supervisor_lost()
 
     def close(self) -> None:
         """Hang up on all: the buses end what they made, and nobody is told."""
-        for link in self._links.values():
-            link.hang_up()
-        self._links.clear()
+        for client in self._clients.values():
+            client.hang_up()
+        self._clients.clear()
 
     def dump(self, fds: Fds) -> tuple[BusClientDump, ...]:
         """Return those that are ready."""
-        return tuple(link.dump(fds) for link in self._links.values() if link.is_ready)
+        return tuple(client.dump(fds) for client in self._clients.values() if client.is_ready)
 
     def settle(self) -> None:
         """Close what is not ready to be handed over: it has made nothing yet."""
-        for link in list(self._links.values()):
-            if not link.is_ready:
-                link.close("the gate is being replaced: try again")
-        for key in [key for key, link in self._links.items() if link.is_closed]:
-            del self._links[key]
+        for client in list(self._clients.values()):
+            if not client.is_ready:
+                client.close("the gate is being replaced: try again")
+        for key in [key for key, client in self._clients.items() if client.is_closed]:
+            del self._clients[key]
 
     def load(
         self, dumps: Sequence[BusClientDump], buses: Mapping[str, BusState], fds: Sequence[int]
     ) -> None:
         """Have those that were dumped."""
         for dump in dumps:
-            link = BusClient(self._loop, self._host, buses[dump.bus], dump.uid)
-            self._links[dump.bus, dump.uid] = link
-            link.load(dump, fds)
+            client = BusClient(self._loop, self._owner, buses[dump.bus], dump.uid)
+            self._clients[dump.bus, dump.uid] = client
+            client.load(dump, fds)
 
     def _get(self, bus: str, uid: int) -> BusClient | None:
-        link = self._links.get((bus, uid))
-        return link if link is not None and not link.is_closed else None
+        client = self._clients.get((bus, uid))
+        return client if client is not None and not client.is_closed else None

@@ -32,27 +32,27 @@ class ContainerServers:
         self._emit: Final = emit
         self._answer: Final = answer
 
-    def set(self, sandbox: Sandbox, bus: str, upstream: ContainerServer | None) -> None:
+    def set(self, sandbox: Sandbox, bus: str, server: ContainerServer | None) -> None:
         """Have a sandbox's connections to a bus made there, and end the server before. Raises CallRefusedError."""
         uid, before = sandbox.spec.uid, sandbox.spec.container_servers.get(bus)
-        if upstream is not None:
-            self.bus_clients.claim(sandbox.id, uid, {bus: upstream})
+        if server is not None:
+            self.bus_clients.claim(sandbox.id, uid, {bus: server})
         if before is not None:  # nobody else ever would
             self.bus_clients.stop(uid, {bus: before})
-        sandbox.set_container_server(bus, upstream)
+        sandbox.set_container_server(bus, server)
         self.follow(sandbox)
 
     def follow(self, sandbox: Sandbox) -> None:
         """Tell the buses what a sandbox has no use for any more."""
-        uid, upstreams = sandbox.spec.uid, sandbox.spec.container_servers
+        uid, servers = sandbox.spec.uid, sandbox.spec.container_servers
         if sandbox.is_over:
-            self.bus_clients.stop(uid, upstreams)
+            self.bus_clients.stop(uid, servers)
         elif not sandbox.is_listening:
-            for bus, upstream in upstreams.items():
+            for bus, server in servers.items():
                 # Who is on the way there would be refused, and a bus ends a server that it has nobody left on.
-                if upstream.stop_listening and not sandbox.is_connecting(bus):
-                    self.bus_clients.stop_listening(uid, {bus: upstream})
-                    told = msgspec.structs.replace(upstream, stop_listening="")
+                if server.stop_listening and not sandbox.is_connecting(bus):
+                    self.bus_clients.stop_listening(uid, {bus: server})
+                    told = msgspec.structs.replace(server, stop_listening="")
                     sandbox.set_container_server(bus, told)
 
     def answer(self, asked: int, answer: Called | Refused) -> None:
@@ -69,7 +69,7 @@ class ContainerServers:
         else:  # it took no more connections there, and the last one has left
             found.set_container_server(bus, None)
 
-    def upstream_lost(self, sandbox: str, bus: str) -> None:
+    def server_lost(self, sandbox: str, bus: str) -> None:
         """A bus has forgotten a sandbox: what connects there waits for the supervisor to have it made again."""
         if (found := self._sandboxes.get(sandbox)) is not None:
             found.set_container_server(bus, ContainerServer())

@@ -122,7 +122,11 @@ def without_connections(
     if used != list(range(len(used))):
         raise HandoverError("the descriptors are in another order than expected")
     bare = msgspec.structs.replace(dump, connections=(), lingering=(), waiting=())
-    states = [(link.bus, link.filter.state) for link in dump.connections if link.filter is not None]
+    states = [
+        (connection.bus, connection.filter.state)
+        for connection in dump.connections
+        if connection.filter is not None
+    ]
     names = [(bus, state.unique_name) for bus, state in states if state.unique_name]
     names += [(rest.bus, rest.unique_name) for rest in dump.lingering]
     return bare, fds[: len(used)], names

@@ -27,12 +27,12 @@ class Sliced:
         if self._slice():
             return True
         self._later = later
-        self._loop.next_turn(self._go_on)
+        self._loop.next_turn(self._do_next_slice)
         return False
 
-    def _go_on(self) -> None:
+    def _do_next_slice(self) -> None:
         if not self._slice():
-            self._loop.next_turn(self._go_on)
+            self._loop.next_turn(self._do_next_slice)
         elif self._later is not None:
             self._later()
 

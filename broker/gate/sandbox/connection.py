@@ -197,7 +197,7 @@ class AppConnection:
         if self._closed:
             return
         self._closed = True
-        LOGGER.debug("link-closed sandbox=%s: %r", self.sandbox.id, reason)
+        LOGGER.debug("connection-closed sandbox=%s: %r", self.sandbox.id, reason)
         self._handshake.close()
         self._cancel_message_deadline()
         if self._filter is not None:
@@ -316,9 +316,9 @@ class AppConnection:
             self._check_fds()
 
     @ends_connection_on_error
-    def cut_short(self, pipe: SocketStream, rest: bytes) -> None:
+    def cut_short(self, stream: SocketStream, rest: bytes) -> None:
         """Go on after a message that the other end did not take whole."""
-        pipe.queue(rest)
+        stream.queue(rest)
         self._send()
 
     @ends_connection_on_error

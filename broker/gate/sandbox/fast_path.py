@@ -3,7 +3,7 @@
 Most of what apps send comes one message at a time, and then what is around the judgement costs more than
 the judgement: calls, lists of one, a queue. So an established connection has these handlers in the loop. They
 take nothing but one whole known message, where nothing waits that has to go first (`SocketStream.is_clear`);
-everything else goes to the link as it was read. What is looked up, and why that is enough, is the same as in
+everything else goes to the slow_path as it was read. What is looked up, and why that is enough, is the same as in
 filter.py.
 """
 
@@ -61,15 +61,19 @@ class Accounting:
 
 
 def install_fast_path(
-    link: SlowPath, payers: Accounting, app: SocketStream, bus: SocketStream
+    slow_path: SlowPath, accounting: Accounting, app: SocketStream, bus: SocketStream
 ) -> None:
-    """Have known messages of an established connection passed on without the link."""
-    app.set_handler(_make_handler(link, app, bus, _make_app_note(payers), link.app_sent))
-    bus.set_handler(_make_handler(link, bus, app, _make_bus_note(payers), link.bus_sent))
+    """Have known messages of an established connection passed on without the slow_path."""
+    app.set_handler(
+        _make_handler(slow_path, app, bus, _make_app_note(accounting), slow_path.app_sent)
+    )
+    bus.set_handler(
+        _make_handler(slow_path, bus, app, _make_bus_note(accounting), slow_path.bus_sent)
+    )
 
 
 def _make_handler(
-    link: SlowPath, source: SocketStream, target: SocketStream, note: TryForward, sent: Sent
+    slow_path: SlowPath, source: SocketStream, target: SocketStream, note: TryForward, sent: Sent
 ) -> Handler:
     receive, target_fd = source.sock.recvmsg, target.fd
 
@@ -89,9 +93,9 @@ def _make_handler(
             except OSError as exc:
                 taken = _count_as_sent(exc, size)
             if taken != size:
-                link.cut_short(target, data[taken:])
-        except Exception as exc:  # noqa: BLE001 - the link knows what each means for it
-            link.failed(exc)
+                slow_path.cut_short(target, data[taken:])
+        except Exception as exc:  # noqa: BLE001 - the slow_path knows what each means for it
+            slow_path.failed(exc)
 
     return handle
 
@@ -105,8 +109,8 @@ def _count_as_sent(exc: OSError, size: int) -> int:
     raise StreamClosedError from exc
 
 
-def _make_app_note(payers: Accounting) -> TryForward:
-    judging, budget, meter = payers.judging, payers.budget, payers.meter
+def _make_app_note(accounting: Accounting) -> TryForward:
+    judging, budget, meter = accounting.judging, accounting.budget, accounting.meter
     state = judging.state
     pending, calls, tables = (
         state.pending.calls_to_bus,
@@ -145,8 +149,8 @@ def _make_app_note(payers: Accounting) -> TryForward:
     return note
 
 
-def _make_bus_note(payers: Accounting) -> TryForward:
-    judging, meter = payers.judging, payers.meter
+def _make_bus_note(accounting: Accounting) -> TryForward:
+    judging, meter = accounting.judging, accounting.meter
     state = judging.state
     pending, tables = state.pending.calls_to_bus, state.verdicts.bus_tables
     reply_at, shapes = state.verdicts.bus_reply_at, state.verdicts.bus_replies

@@ -171,8 +171,8 @@ class Sandbox:
         self._reason = reason
         for listening in list(self._listening):
             self._close_listener(listening)
-        for link in list(self.connections):
-            link.close(reason)
+        for connection in list(self.connections):
+            connection.close(reason)
         if self._close_pipe >= 0:
             self._loop.remove(self._close_pipe)
             os.close(self._close_pipe)
@@ -247,12 +247,12 @@ class Sandbox:
 
     def _prepared(self, refused: CallRefusedError | None) -> None:
         self._is_preparing = False
-        for link in [one for one in self.connections if one.filter is None]:
+        for connection in [one for one in self.connections if one.filter is None]:
             if refused is not None:
                 self.limited_log.warning("rules", str(refused))
-                link.close("its rules are not understood")
+                connection.close("its rules are not understood")
             else:
-                link.resume()
+                connection.resume()
 
     def set_access(self, access: AccessList) -> Work:
         """Judge by other rules once this is done. Raises CallRefusedError, and nothing has changed."""
@@ -261,10 +261,10 @@ class Sandbox:
             raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
         self.spec = msgspec.structs.replace(self.spec, access=access)
         self._judges = judges
-        for link in list(self.connections):
-            judging = link.filter
-            if judging is not None and link in self.connections:
-                yield from link.change_rules(self.judge(judging.state.bus.name))
+        for connection in list(self.connections):
+            judging = connection.filter
+            if judging is not None and connection in self.connections:
+                yield from connection.change_rules(self.judge(judging.state.bus.name))
                 yield CHANGE_WORK
 
     def _compiled(
@@ -284,23 +284,29 @@ class Sandbox:
 
     def settle(self) -> None:
         """Do now what connections would do in later turns."""
-        for link in list(self.connections):
-            link.settle()
+        for connection in list(self.connections):
+            connection.settle()
 
-    def set_container_server(self, bus: str, upstream: ContainerServer | None) -> None:
+    def set_container_server(self, bus: str, server: ContainerServer | None) -> None:
         """Make connections to that bus there from now on, those that wait for it included."""
-        upstreams = {b: u for b, u in self.spec.container_servers.items() if b != bus}
-        upstreams |= {bus: upstream} if upstream is not None else {}
-        self.spec = msgspec.structs.replace(self.spec, container_servers=upstreams)
-        for link in [one for one in self.connections if one.filter is None and one.bus.name == bus]:
-            link.resume()
+        servers = {b: u for b, u in self.spec.container_servers.items() if b != bus}
+        servers |= {bus: server} if server is not None else {}
+        self.spec = msgspec.structs.replace(self.spec, container_servers=servers)
+        for connection in [
+            one for one in self.connections if one.filter is None and one.bus.name == bus
+        ]:
+            connection.resume()
 
     # -- connections -------------------------------------------------------------------------------
 
     @property
     def states(self) -> list[ConnectionState]:
         """Its connections, those in their handshakes left out."""
-        return [link.filter.state for link in self.connections if link.filter is not None]
+        return [
+            connection.filter.state
+            for connection in self.connections
+            if connection.filter is not None
+        ]
 
     def has_connections(self, bus: str) -> bool:
         """Return whether an app is connected to that bus, or about to be."""
@@ -392,16 +398,16 @@ class Sandbox:
         state.bus.connected(state.unique_name, self.id, self.identity)
         state.bus.payers.joined(state.unique_name, self.messages)
         self._emit(Connected(self.id, state.bus.name, state.unique_name))
-        for link in self.connections:
-            if link.filter is not None and link.filter.state is state:
-                link.said_hello()
+        for connection in self.connections:
+            if connection.filter is not None and connection.filter.state is state:
+                connection.said_hello()
         self._changed(self)
 
-    def connection_closed(self, link: AppConnection) -> None:
+    def connection_closed(self, connection: AppConnection) -> None:
         """Forget a connection."""
-        self.connections.pop(link, None)
-        self._waiting.pop(link.read_on, None)
-        state = link.filter.state if link.filter is not None else None
+        self.connections.pop(connection, None)
+        self._waiting.pop(connection.read_on, None)
+        state = connection.filter.state if connection.filter is not None else None
         if state is not None and state.unique_name:
             state.bus.payers.left(state.unique_name, self.id, list(state.requested_names))
         self._end_if_done()
@@ -425,8 +431,8 @@ class Sandbox:
 
     # -- budgets -----------------------------------------------------------------------------------
 
-    def charge(self, cost: int, go_on: Callable[[], None], *, goes_first: bool = False) -> bool:
-        """Take note of messages. True: whoever sent them is not to be read until `go_on` is called.
+    def charge(self, cost: int, read_on: Callable[[], None], *, goes_first: bool = False) -> bool:
+        """Take note of messages. True: whoever sent them is not to be read until `read_on` is called.
 
         The sandbox's other connections get one read each meanwhile: one cannot starve them. Who is in the
         middle of a message goes first, or many large ones would all be whole, and sent to the bus, at once.
@@ -437,9 +443,9 @@ class Sandbox:
             self.is_throttled = True
             self._loop.call_later(wait, self._wake_next)
         if self.is_throttled:
-            self._waiting[go_on] = None
+            self._waiting[read_on] = None
             if goes_first:
-                self._waiting.move_to_end(go_on, last=False)
+                self._waiting.move_to_end(read_on, last=False)
         return self.is_throttled
 
     @ends_sandbox_on_error
@@ -453,8 +459,8 @@ class Sandbox:
         if wait := self.messages.pause():
             self._loop.call_later(wait, self._wake_next)
         elif self._waiting:
-            go_on, _ = self._waiting.popitem(last=False)
-            go_on()
+            read_on, _ = self._waiting.popitem(last=False)
+            read_on()
             self._loop.next_turn(self._wake_next)
         else:
             self.is_throttled = False
@@ -462,7 +468,7 @@ class Sandbox:
     @property
     def fds(self) -> int:
         """How many descriptors of messages are here."""
-        return sum(link.fds for link in self.connections)
+        return sum(connection.fds for connection in self.connections)
 
     def usage(self) -> Usage:
         """Return what is taken of the limits."""
@@ -477,7 +483,7 @@ class Sandbox:
             connections=len(self.lingering),
             lingering=len(self.lingering),
         )
-        return sum((link.usage() for link in self.connections), mine)
+        return sum((connection.usage() for connection in self.connections), mine)
 
     def close_fds(self, fds: Sequence[int]) -> None:
         """Close what a refused message brought."""
@@ -509,7 +515,7 @@ class Sandbox:
 
     def dump(self, fds: Fds) -> SandboxDump:
         """Return all of it, descriptors as indexes."""
-        places = {link.read_on: place for place, link in enumerate(self.connections)}
+        places = {connection.read_on: place for place, connection in enumerate(self.connections)}
         listeners = self.spec.listeners
         return SandboxDump(
             spec=self.spec,
@@ -519,7 +525,7 @@ class Sandbox:
                 for listening in self._listening
             ),
             close_pipe=fds.put(self._close_pipe) if self._close_pipe >= 0 else -1,
-            connections=tuple(link.dump(fds) for link in self.connections),
+            connections=tuple(connection.dump(fds) for connection in self.connections),
             lingering=tuple(rest.dump(fds) for rest in self.lingering),
             reason=self._reason,
             waiting_requests=tuple(self.waiting_requests),
@@ -527,7 +533,7 @@ class Sandbox:
             limited_log=self.limited_log.dump(),
             is_throttled=self.is_throttled,
             throttled_count=self._throttled_count,
-            waiting=tuple(places.get(go_on, -1) for go_on in self._waiting),
+            waiting=tuple(places.get(read_on, -1) for read_on in self._waiting),
             denied_count=self.denied_count,
             reports_left=self._reports.left,
             unreported=self._reports.unreported,
@@ -542,22 +548,22 @@ class Sandbox:
         if dump.close_pipe >= 0:
             self._watch_pipe(fds[dump.close_pipe])
         for one in dump.connections:
-            link = AppConnection(
+            connection = AppConnection(
                 self._loop,
                 self,
                 self._buses[one.bus],
                 stream_socket_from_fd(fds[one.app_side.fd]),
                 one.guid,
             )
-            self.connections[link] = None
-            link.load(one, fds)
+            self.connections[connection] = None
+            connection.load(one, fds)
         for rest in dump.lingering:
             self.linger(
                 self._buses[rest.bus], rest.unique_name, stream_socket_from_fd(fds[rest.fd])
             )
         self._reason = dump.reason
         self.waiting_requests.extend(dump.waiting_requests)
-        readers = [link.read_on for link in self.connections]
+        readers = [connection.read_on for connection in self.connections]
         for place in dump.waiting:
             self._waiting[readers[place] if place >= 0 else self.resume_listening] = None
         self.messages.load(dump.messages)
@@ -574,8 +580,8 @@ class Sandbox:
         for listening in self._listening:
             listening.leave()
         self._loop.remove(self._close_pipe)
-        for link in self.connections:
-            link.discard()
+        for connection in self.connections:
+            connection.discard()
         for rest in self.lingering:
             rest.leave()
             self._buses[rest.bus].lingering.pop(rest.unique_name, None)
@@ -594,7 +600,7 @@ class Sandbox:
             self._pause_listening()
         if self.is_throttled:
             self._loop.next_turn(self._wake_next)
-        for link in list(self.connections):
-            link.resume()
+        for connection in list(self.connections):
+            connection.resume()
         if self._reason:
             self._loop.call_later(LINGER_SECONDS, self.finish)

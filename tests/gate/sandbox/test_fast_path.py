@@ -59,7 +59,7 @@ class Way:
             os.close(fd)
         self.sent.append((side, data, len(fds)))
 
-    def cut_short(self, pipe: SocketStream, rest: bytes) -> None:
+    def cut_short(self, stream: SocketStream, rest: bytes) -> None:
         self.rests.append((pipe, rest))
 
     def failed(self, exc: Exception) -> None:
