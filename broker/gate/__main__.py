@@ -27,7 +27,7 @@ from broker.posix.sockets import bind_with_umask
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
-# Bytes. Blocks up to this size are used again; the largest message that is usual is 1 MiB.
+# Bytes. Blocks up to this size are reused. The largest usual message has 1 MiB.
 LARGEST_KEPT: Final = 4 * 1024 * 1024
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD: Final = -1
@@ -36,7 +36,7 @@ LOGGER: Final = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to end. Returns the exit code."""
+    """Serve until SIGTERM, SIGINT or `Shutdown`. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="buswarden-gate", allow_abbrev=False)
     parser.add_argument("--control", required=True, metavar="PATH", help="listen here")
     parser.add_argument(
@@ -55,54 +55,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     raise_descriptor_limit()
     _keep_freed_memory()
-    faulthandler.enable()  # where we are, if we die of a defect below Python
+    faulthandler.enable()  # a traceback, should the process die of a defect below Python
     loop = Loop()
-    manager = SystemdService()
-    gate = Gate(loop, manager, Path(args.control).parent)
+    service = SystemdService()
+    gate = Gate(loop, service, Path(args.control).parent)
     if args.take_over is not None:
-        opening = _take_over(gate, args.take_over, args.ready_fd)
+        header = _take_over(gate, args.take_over, args.ready_fd)
     else:
-        opening = None
+        header = None
         try:
-            gate.serve(manager.control() or _listen(args.control))
+            gate.serve(service.control() or _listen(args.control))
         except OSError as exc:
             sys.stderr.write(f"buswarden: cannot listen on {args.control}: {_reason(exc)}\n")
             return EXIT_REFUSED
 
     def begin() -> None:
-        if args.trace is not None:  # not before: an older gate may have written there until now
-            if manager.is_there and opening is None:
+        if (
+            args.trace is not None
+        ):  # not before, because the old gate may have written there until now
+            if service.is_there and header is None:
                 _set_aside(args.trace)
             _trace(args.trace)
-        if opening is not None:
-            gate.resume(opening.serial)
+        if header is not None:
+            gate.resume(header.serial)
         else:
             _say_ready(args.ready_fd)
             gc.collect()
-        manager.serves(loop)
-        # What exists now stays for good; without this every full collection would walk over all of it.
+        service.serves(loop)
+        # All objects up to now stay. Frozen, they are not walked over in every full collection.
         gc.freeze()
         gc.enable()
 
     _serve(loop, gate, begin)
-    if not manager.is_there:
+    if not service.is_there:
         Path(args.control).unlink(missing_ok=True)
     elif args.trace is not None:
-        args.trace.unlink(missing_ok=True)  # it would be taken for that of a crash
+        args.trace.unlink(missing_ok=True)  # or the supervisor would take it for that of a crash
     return EXIT_OK
 
 
 def _take_over(gate: Gate, fd: int, ready_fd: int | None) -> HandoverHeader:
-    """Be the next one of a gate that serves. If it does not work out this process ends, and touches nothing."""
+    """Take over from the gate at the other end of the socket. After any failure this process ends, and touches nothing."""
     channel = Channel(fd, LONGEST_WAIT)
     try:
         try:
             offer(channel, os.getpid())
             gc.collect()
-            gc.disable()  # nothing of what comes now is garbage
+            gc.disable()  # the state that is loaded now is no garbage
         finally:
-            _say_ready(ready_fd)  # also to say why not
-        opening = take_over(channel, gate)
+            _say_ready(ready_fd)  # also after a failure, which the channel tells
+        header = take_over(channel, gate)
         channel.close()
     except HandoverError as exc:
         LOGGER.warning("take-over: %s", exc)
@@ -112,12 +114,12 @@ def _take_over(gate: Gate, fd: int, ready_fd: int | None) -> HandoverHeader:
     except Exception:
         LOGGER.exception("take-over")
         os._exit(EXIT_REFUSED)
-    return opening
+    return header
 
 
 def _say_ready(fd: int | None) -> None:
     if fd is not None:
-        # A supervisor that died meanwhile does not matter: the next one finds us.
+        # If the supervisor has died, the next one finds this gate by its control socket.
         with contextlib.suppress(BrokenPipeError):
             os.write(fd, b"x")
         os.close(fd)
@@ -140,7 +142,7 @@ def _serve(loop: Loop, gate: Gate, begin: Callable[[], None]) -> None:
     begin()
     try:
         loop.run()
-        # Not after an exception, which is a defect: as after any other crash the sockets stay for the next gate.
+        # Not after an exception, which is a defect: as after any other crash, the sockets stay for the next gate.
         gate.close()
     finally:
         signal.set_wakeup_fd(-1)
@@ -150,7 +152,7 @@ def _serve(loop: Loop, gate: Gate, begin: Callable[[], None]) -> None:
 
 
 def _trace(path: Path) -> None:
-    """Nobody needs it to serve: without room for it we go on."""
+    """Record headers in that file. The gate serves also without."""
     try:
         trace_into(path)
     except OSError as exc:
@@ -158,13 +160,13 @@ def _trace(path: Path) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """What is there is of a gate that died: the supervisor, which may be another one by now, makes a record of it."""
+    """Keep the trace of a gate that died. The supervisor, perhaps the next one, makes a crash report of it."""
     with contextlib.suppress(OSError):
         path.rename(path.with_name(f"{path.name}.old"))
 
 
 def _listen(path: str) -> socket.socket:
-    """Bind a socket that only its owner can reach, in place of one that nobody serves any more."""
+    """Bind a socket that only its owner can connect to, in place of a socket that nobody serves any more."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with open_folder(Path(path).parent):
@@ -195,7 +197,7 @@ def _is_stale(path: str) -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc use freed blocks of messages again: glibc maps and clears new pages for large ones."""
+    """Make malloc reuse freed blocks of messages. By default glibc maps and clears new pages for large ones."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)

@@ -28,7 +28,7 @@ class BusIdQuery:
         self, loop: Loop, bus: BusState, uid: int, done: Callable[["BusIdQuery"], None]
     ) -> None:
         self.bus: Final = bus
-        # The supervisor's requests that wait for it, with the names that they are about.
+        # Requests of the supervisor that wait for the id, with the unique names that they are about.
         self.waiting_requests: list[tuple[int, str]] = []
         self._loop: Final = loop
         self._done: Final = done

@@ -1,7 +1,7 @@
-"""What has to be told once more if the supervisor dies before it has dealt with it: ends and refusals. No I/O.
+"""Events that no supervisor has confirmed yet, to be sent again to the next one: `Ended` and `Denied`. No I/O.
 
-Each such event has a number. The supervisor says up to which one it has dealt with them, and until then they are
-here, in bounded room: of refusals the oldest go first, and are counted. What else happens a snapshot tells.
+Each of these events has a number. A supervisor confirms all events up to a number. The journal has bounded room: the
+oldest refusals are dropped first, and counted. A snapshot tells all other events.
 """
 
 from collections.abc import Iterator
@@ -11,25 +11,25 @@ import msgspec
 
 from broker.control_protocol.messages import Denied, Ended, Event
 
-# The end of each of as many sandboxes as there may be.
+# As many as there may be sandboxes.
 MAX_ENDS: Final = 10_000
-# Of all sandboxes together: twenty times what a supervisor remembers of one. No text of one is long (reports.py), so
-# they are some MiB at the most.
+# Refusals of all sandboxes together: twenty times as many as a supervisor remembers of one. Their texts are short
+# (sandbox/denial_reports.py), so all together have some MiB at the most.
 MAX_DENIALS: Final = 1000
 
 
 class EventJournal(msgspec.Struct):
-    """The events by their numbers, oldest first."""
+    """The unconfirmed events by their numbers, oldest first."""
 
     ends: dict[int, Ended] = {}
     denials: dict[int, Denied] = {}
     last: int = 0
-    told: int = 0  # up to here a supervisor was told, whatever it has made of it
-    # Refusals that went while no supervisor was there to be told: sandbox -> how many.
+    told: int = 0  # the last number that was sent to a supervisor
+    # Refusals that were dropped before any supervisor was told: sandbox -> how many.
     uncounted: dict[str, int] = {}
 
-    def add(self, event: Event, *, is_told: bool) -> int:
-        """Keep an event, and return its number: 0 if it is not of those that are kept."""
+    def add(self, event: Event, *, was_sent: bool) -> int:
+        """Keep an event and return its number; 0 for an event that a snapshot tells."""
         match event:
             case Ended():
                 self.last += 1
@@ -44,23 +44,23 @@ class EventJournal(msgspec.Struct):
                     self._drop_denial()
             case _:
                 return 0
-        if is_told:
+        if was_sent:
             self.told = self.last
         return self.last
 
     def confirm(self, number: int) -> None:
-        """Forget all up to that one."""
+        """Forget all events up to that number."""
         for events in (self.ends, self.denials):
             while events and (first := next(iter(events))) <= number:
                 del events[first]
 
     def forget_end(self, sandbox: str) -> None:
-        """There is one of that name anew: an end that is told late must not be taken for its own."""
+        """Drop unconfirmed `Ended` events of an id that is being reused."""
         for number in [n for n, event in self.ends.items() if event.sandbox == sandbox]:
             del self.ends[number]
 
     def replay(self) -> Iterator[tuple[int, Event]]:
-        """Return everything, for a supervisor that comes."""
+        """Return all events with their numbers, for a new supervisor."""
         kept: list[tuple[int, Event]] = [*self.ends.items(), *self.denials.items()]
         yield from sorted(kept, key=lambda item: item[0])
         self.told = self.last
@@ -77,7 +77,7 @@ class EventJournal(msgspec.Struct):
 
 
 def summarise(sandbox: str, more: int, when: str = "one by one") -> Denied:
-    """Return an event that only tells how many refusals went unreported."""
+    """Return an event with nothing but the number of unreported refusals."""
     return Denied(
         sandbox=sandbox,
         bus="",

@@ -1,7 +1,7 @@
 """Wishes for header field 10: connections that want it on messages from sandboxes.
 
 A wish is answered when no message without the field is on its way any more. That takes a question to the bus on each
-connection (barrier.py). So wishes are dealt with in rounds, a few in a second, and a wish that comes during a round is in
+connection (filter/read_barrier.py). So wishes are dealt with in rounds, a few in a second, and a wish that comes during a round is in
 the next one.
 
     service      gate                                  bus

@@ -18,7 +18,7 @@ So a name is written before the app may send under it. If the write fails the co
                    | <- call of :1.7 -------------------- | (refused: :1.7 is no host)
 
 Files are named by the id of the bus, which the gate learns in the handshake of its first connection (`meet`). Before
-that a name that stands in any file is doubtful (`is_doubtful`), and the question about it waits (meeting.py). A bus
+that a name that stands in any file is doubtful (`is_doubtful`), and the question about it waits (bus_id_query.py). A bus
 that starts anew has another id and gives the same names again, so its ledger begins empty (`move`).
 """
 

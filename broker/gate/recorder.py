@@ -1,7 +1,7 @@
-"""What the gate writes down of messages for whoever looks into its death: two rings in a file that it has mapped.
+"""The last headers that the gate has handled, in two rings in a mapped file, for an inquiry after it died.
 
-Of each message that is judged, and of each one or run of them that passes because it is known. A write is one into memory of
-our own; the kernel keeps it when we are killed. Before `trace_into` nothing is written.
+One ring has each message that was judged. The other has known messages, or the first one of each run of them. A write
+goes into the gate's own memory, which the kernel keeps when the gate is killed. Nothing is written before `trace_into`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from broker.wire.header import READ_LIMITS, Header, parse_header
 
 _rings: memoryview | None = None
 _numbers: Iterator[int] = itertools.count(1)
-# Where the next one is written.
+# The next slot of each ring.
 _judged: Iterator[int] = itertools.cycle(range(0, RING, SLOT))
 _known: Iterator[int] = itertools.cycle(range(RING, SIZE, SLOT))
 
@@ -35,7 +35,7 @@ _now: Final = time.time
 
 
 class HeaderRecorder:
-    """Writes down the headers of one sandbox's messages: of each that is judged, and of each run of known ones.
+    """Records the headers of one sandbox's messages.
 
     `note_from_app` and `note_from_bus` are for known messages.
     """

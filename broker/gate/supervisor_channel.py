@@ -146,7 +146,7 @@ class SupervisorChannel:
 
     def emit(self, event: Event) -> None:
         """Send an event, and keep it if no snapshot tells it."""
-        number = self._journal.add(event, is_told=self._stream is not None)
+        number = self._journal.add(event, was_sent=self._stream is not None)
         self._send(Envelope(serial=0, body=event, number=number))
 
     def forget_end(self, sandbox: str) -> None:

@@ -1,7 +1,7 @@
-"""The gate as a service of systemd: the control socket that it is given, what it says of itself, and its successor.
+"""The gate as a service of systemd: the control socket from the socket unit, notifications, and the next gate.
 
-The successor is started here and not by the supervisor, since that one is another service: a process of its would have its
-restrictions, and end with it.
+The gate starts the next gate itself. A process that the supervisor started would belong to the supervisor's service: it
+would have the restrictions of that service, and end with it.
 """
 
 import os
@@ -21,26 +21,26 @@ CONTROL: Final = "control"  # FileDescriptorName= of the socket unit
 
 
 class SystemdService:
-    """Who started us, if it was systemd; else nobody, who gives nothing and is told nothing."""
+    """The service that this process is; without systemd, a service that passes nothing and notifies nobody."""
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Take what is in the environment."""
+        """Take the descriptors and addresses in the environment."""
         self._given: Final = dict(take_descriptors(environ))
         self._notifier: Final[Notifier] = take_notifier(environ, patience=0.0)
-        self._next = 0  # the process that is to take over
+        self._next = 0  # pid of the next gate
 
     @property
     def is_there(self) -> bool:
-        """Whether there is one, whose control socket is not ours to take away."""
+        """Whether systemd started the gate, and so owns its control socket."""
         return self._notifier.is_wanted
 
     def control(self) -> socket.socket | None:
-        """Return the socket to listen on for supervisors, if one was given."""
+        """Return the control socket, if systemd passed one."""
         fd = self._given.pop(CONTROL, None)
         return socket.socket(fileno=fd) if fd is not None else None
 
     def serves(self, loop: Loop) -> None:
-        """Say that we serve, and from now on that we are alive."""
+        """Notify systemd that the gate serves, and from now on that it is alive."""
         self._notifier.ready()
         pause = self._notifier.watchdog / 2
 
@@ -52,7 +52,7 @@ class SystemdService:
             alive()
 
     def start_next(self, request: StartNext, fds: Sequence[int]) -> Started:
-        """Start who is to take over, where we are. The descriptors are ours, if it comes so far. Raises CallRefusedError."""
+        """Start the next gate in this service. Raises CallRefusedError; else the descriptors are closed."""
         if not self.is_there:
             raise CallRefusedError(errors.NOT_SUPPORTED, "this gate is no service of systemd")
         if len(fds) != 2 or not request.argv:
@@ -68,12 +68,12 @@ class SystemdService:
         return Started(self._next)
 
     def replaced(self) -> None:
-        """Say who serves now."""
+        """Notify systemd that the next gate is the main process now."""
         if self._next:
             self._notifier.main_process(self._next)
 
     def _reap(self) -> None:
-        """Take note of an earlier one that did not come so far."""
+        """Wait for an earlier next gate, which did not take over."""
         if self._next:
             os.waitpid(self._next, os.WNOHANG)
             self._next = 0

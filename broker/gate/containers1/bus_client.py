@@ -1,11 +1,26 @@
 """The gate's own connections to buses, for the supervisor's calls to a bus that has Containers1. No rules apply.
 
-Theory of operation. A bus that has Containers1 ends a server when the connection that asked for it leaves, and
-the gate outlives the supervisor. So the supervisor's calls go through connections of the gate. There is one
-connection for each bus and user, made when it is first needed.
+A bus that has Containers1 ends a server when the connection that asked for it leaves, and the gate outlives the
+supervisor. So the supervisor's calls go through connections of the gate. There is one connection for each bus and user,
+made when it is first needed.
 
-What a call with `undo` made is unclaimed until a sandbox has it. If the supervisor leaves before that, or no longer
-waits for the answer, the gate undoes the call. So nothing is left half made, whichever process dies when.
+The result of a call with `undo` is unclaimed until a sandbox claims it. If the supervisor leaves before that, or no
+longer waits for the answer, the gate undoes the call. So nothing is left half made, whichever process dies when.
+
+    supervisor            gate                                     bus
+     | CallBus AddServer -> | -- Hello, AddMatch, AddServer -----> |
+     |                      | <-- /c1, its address --------------- |
+     | <-- Called --------- | unclaimed: /c1                       |
+     | AddSandbox --------> | claimed: /c1 by the sandbox          |
+     |                      |                                      |
+     | CallBus AddServer -> | -- AddServer ----------------------> |
+     | dies                 | <-- /c2 ---------------------------- |
+     |                      | -- StopInstance /c2 ---------------> |
+     |                      |                                      |
+     |                      | <-- InstanceRemoved /c1 ------------ |
+     |                      | -- Ping ---------------------------> |
+     |                      | <-- an answer: the server alone ended |
+     |                      |     no answer: the bus itself ends    |
 
 The bus is trusted in what it says. It is not trusted to answer or to read: calls have a deadline, and the
 number of waiting calls is bounded.
@@ -44,11 +59,11 @@ from broker.wire.sasl import SaslClient
 from broker.wire.skim import skim_fixed, skim_header
 
 LOGGER: Final = logging.getLogger(__name__)
-# Less than callers on a bus wait for an answer, AddServer's two calls together.
+# Seconds. The two calls of AddServer together take less than callers on a bus wait for an answer.
 CALL_SECONDS: Final = 5.0
-# A bus that has nothing to keep for us need not have us, either: most buses are asked once what they can do.
+# Seconds until a connection without calls and servers ends. Most buses are only asked once what they support.
 IDLE_SECONDS: Final = 10.0
-# Calls that wait on one connection, those included for whose answer nobody waits any more.
+# Calls without an answer on one connection, also those that the supervisor has given up.
 MAX_WAITING: Final = 1024
 # The most bytes of a reply, and of what the bus leaves unread. Longer messages are skipped, because any program on the bus
 # may send one here.
@@ -63,20 +78,20 @@ _MATCH: Final = (
 
 
 class BusClientOwner(Protocol):
-    """What an own connection needs of the gate."""
+    """The gate, as its own connections need it."""
 
     def answer(self, asked: int, answer: Called | Refused) -> None:
-        """Answer the supervisor's request of that number."""
+        """Answer the supervisor's request of that serial."""
 
     def instance_removed(self, sandbox: str, bus: str) -> None:
-        """The bus ended what it had made for a sandbox."""
+        """Handle that the bus ended the server of a sandbox."""
 
     def server_lost(self, sandbox: str, bus: str) -> None:
-        """The connection is gone, and with it what the bus had made for a sandbox."""
+        """Handle that the connection ended, and with it the server of a sandbox."""
 
 
 class BusClient:
-    """One connection."""
+    """One connection of the gate to one bus, as one user."""
 
     def __init__(self, loop: Loop, owner: BusClientOwner, bus: BusState, uid: int) -> None:
         self.bus: Final = bus
@@ -91,19 +106,19 @@ class BusClient:
         self._stream: SocketStream | None = None
         self._early: list[bytes] = []  # sent when the stream is there
         self._buffer = bytearray()
-        self._skip = 0  # bytes of a message that is gone over, still to come
+        self._skip = 0  # bytes still to come of a message that is skipped
         self._waiting: Final[dict[int, BusClientCallDump]] = {}
         self._next_serial = _FIRST_CALL
         self._greeted = 0  # answers to Hello and AddMatch
-        self._may_leave = False  # soon
+        self._may_leave = False  # a timer for that runs
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may be handed over."""
+        """Whether Hello and AddMatch were answered, so that the connection may be handed over."""
         return self._greeted == _ADD_MATCH
 
     def open(self) -> None:
-        """Connect."""
+        """Connect, and call Hello and AddMatch."""
         self._loop.call_later(CALL_SECONDS, self._check_ready)
         self._send(self._sasl.start())
         self._send_call(_HELLO, DRIVER, "Hello")
@@ -115,7 +130,7 @@ class BusClient:
             self.close(f"cannot be user {self.uid}: {exc}")
 
     def close(self, reason: str) -> None:
-        """End it. Whoever waits is told; what the bus made is lost."""
+        """End the connection. Waiting requests are refused, and the servers that the bus made are lost."""
         if self.is_closed:
             return
         LOGGER.warning("own-connection-lost bus=%s: %s", self.bus.name, reason)
@@ -131,7 +146,7 @@ class BusClient:
             self._owner.server_lost(sandbox, self.bus.name)
 
     def hang_up(self) -> None:
-        """End it, and tell nobody."""
+        """End the connection without a word to the owner."""
         self.is_closed = True
         if self._stream is not None:
             self._stream.close()
@@ -139,7 +154,7 @@ class BusClient:
     # -- calls ------------------------------------------------------------------------------------
 
     def call(self, request: CallBus, asked: int) -> None:
-        """Call the bus; the answer goes to who asked. Raises CallRefusedError."""
+        """Call the bus, and answer the request `asked` when the bus does. Raises CallRefusedError."""
         if len(self._waiting) >= MAX_WAITING:
             text = f"bus {self.bus.name}: {MAX_WAITING} calls wait for its answer"
             raise CallRefusedError(errors.LIMITS_EXCEEDED, text)
@@ -156,18 +171,18 @@ class BusClient:
         self._send_call(serial, request.interface, request.member, request.signature, request.body)
 
     def call_no_reply(self, interface: str, member: str, instance: str) -> None:
-        """Call a method on an instance, whatever comes of it."""
+        """Call a method that ends an instance, and ask for no reply."""
         self.unclaimed.pop(instance, None)
         self.claimed.pop(instance, None)
         self._call_instance(interface, member, instance)
         self._leave_soon()
 
     def stop_listening(self, member: str, instance: str) -> None:
-        """Have the bus take no more connections for it."""
+        """Ask the bus to accept no more connections for an instance."""
         self._call_instance(CONTAINERS1, member, instance)
 
     def supervisor_lost(self) -> None:
-        """Nobody waits for answers any more, nor will claim anything."""
+        """Give up all requests, and undo what is unclaimed."""
         for serial, call in self._waiting.items():
             self._waiting[serial] = call.unasked()
         for instance, (interface, undo) in list(self.unclaimed.items()):
@@ -182,7 +197,7 @@ class BusClient:
     def _check_answered(self, serial: int) -> None:
         call = self._waiting.get(serial)
         if call is not None and call.asked:
-            # It stays, for what the answer may bring is to be undone.
+            # The call stays, because a late answer may bring something to be undone.
             self._waiting[serial] = call.unasked()
             text = f"bus {self.bus.name} did not answer {call.member} in {CALL_SECONDS:g} s"
             self._refuse(call, errors.NO_REPLY, text)
@@ -211,7 +226,7 @@ class BusClient:
 
     def _take_serial(self) -> int:
         serial = self._next_serial
-        # Those of the greeting are not used again, lest an answer pass for theirs.
+        # The serials of Hello and AddMatch are not reused, or an answer could pass for one of theirs.
         self._next_serial = serial + 1 if serial < _LAST_SERIAL else _FIRST_CALL
         return serial
 
@@ -285,7 +300,7 @@ class BusClient:
             self._is_greeting = not self._sasl.done
             if self._is_greeting:
                 return
-            # Another bus than before, perhaps: then all that is known of its names is void.
+            # If this is another bus than before, all that is known of unique names is void.
             self.bus.authenticated(self._sasl.guid)
             data = self._sasl.leftover
         skipped = min(self._skip, len(data))
@@ -309,7 +324,7 @@ class BusClient:
                 self._take(header, message)
 
     def _skip_message(self, length: int) -> bool:
-        """Leave out a message that is too long. False: the end of its header is still to come."""
+        """Skip a message that is too long; return False if the end of its header is still to come."""
         header_size = measure_header(self._buffer, 0, BUS_LIMITS)
         if header_size > MAX_BYTES:
             header = skim_fixed(self._buffer)
@@ -323,7 +338,7 @@ class BusClient:
         return True
 
     def _report_skipped(self, header: Header, why: str) -> None:
-        """Tell whoever waits for a message that it is not read. Raises PeerProtocolError."""
+        """Log a message that is not read, and refuse it if it is a call. Raises PeerProtocolError."""
         if header.sender == DRIVER:
             raise PeerProtocolError(f"the bus sent an unreadable message: {why}")
         LOGGER.warning("left-out bus=%s sender=%s: %s", self.bus.name, header.sender, why)
@@ -375,7 +390,8 @@ class BusClient:
         sandbox = self.claimed.pop(instance, None)
         if sandbox is None:
             return
-        # A bus that ends removes all, too, and then hangs up: its sandboxes are to wait for it to come back.
+        # A bus that ends removes all servers as well, and then hangs up. Its sandboxes wait until the bus is back. So a
+        # Ping finds out which it is.
         serial = self._take_serial()
         self._waiting[serial] = BusClientCallDump(
             serial=serial, interface=PEER, member="Ping", removed=sandbox
@@ -383,7 +399,7 @@ class BusClient:
         self._send_call(serial, PEER, "Ping")
 
     def _refuse_call(self, header: Header) -> None:
-        """Whoever calls us must not wait for ever."""
+        """Answer a call from another program, which would wait for ever otherwise."""
         if header.flags & Flag.NO_REPLY_EXPECTED or header.sender is None:
             return
         serial = self._take_serial()
@@ -400,7 +416,7 @@ class BusClient:
     # -- handing over ---------------------------------------------------------------------------------
 
     def dump(self, fds: Fds) -> BusClientDump:
-        """Return all of it, descriptors as indexes. It must be ready."""
+        """Return the state, with descriptors as indexes. The connection must be ready."""
         assert self._stream is not None
         return BusClientDump(
             bus=self.bus.name,
@@ -415,7 +431,7 @@ class BusClient:
         )
 
     def load(self, dump: BusClientDump, fds: Sequence[int]) -> None:
-        """Be as the one was that made the dump."""
+        """Restore the state from `dump`."""
         self._is_greeting, self._greeted = False, _ADD_MATCH
         self._stream = SocketStream(
             self._loop, stream_socket_from_fd(fds[dump.stream.fd]), self._readable, _nothing
@@ -437,7 +453,7 @@ def _nothing() -> None:
 
 
 class BusClients:
-    """All of them, by bus and user."""
+    """All connections of the gate, by bus and user."""
 
     def __init__(self, loop: Loop, owner: BusClientOwner) -> None:
         self._loop: Final = loop
@@ -445,7 +461,7 @@ class BusClients:
         self._clients: Final[dict[tuple[str, int], BusClient]] = {}
 
     def call(self, bus: BusState, request: CallBus, asked: int) -> None:
-        """Call the bus; the answer goes to the request of that number. Raises CallRefusedError."""
+        """Call the bus, and answer the request `asked` when the bus does. Raises CallRefusedError."""
         client = self._get(bus.name, request.uid)
         if client is None:
             client = BusClient(self._loop, self._owner, bus, request.uid)
@@ -457,7 +473,7 @@ class BusClients:
         client.call(request, asked)
 
     def claim(self, sandbox: str, uid: int, servers: Mapping[str, ContainerServer]) -> None:
-        """Have these be a sandbox's from now on: they are made, and nobody's. Raises CallRefusedError."""
+        """Claim unclaimed servers for a sandbox. Raises CallRefusedError if one of them has ended."""
         for bus, server in servers.items():
             client = self._get(bus, uid)
             if server.instance and (client is None or server.instance not in client.unclaimed):
@@ -469,36 +485,36 @@ class BusClients:
                 client.claimed[server.instance] = sandbox
 
     def stop_listening(self, uid: int, servers: Mapping[str, ContainerServer]) -> None:
-        """Have the buses take no more connections there."""
+        """Ask the buses to accept no more connections on these servers."""
         for bus, server in servers.items():
             client = self._get(bus, uid)
             if client is not None and server.instance in client.claimed and server.stop_listening:
                 client.stop_listening(server.stop_listening, server.instance)
 
     def stop(self, uid: int, servers: Mapping[str, ContainerServer]) -> None:
-        """Have the buses end them."""
+        """Ask the buses to end these servers."""
         for bus, server in servers.items():
             client = self._get(bus, uid)
             if client is not None and server.instance in client.claimed:
                 client.call_no_reply(CONTAINERS1, server.stop, server.instance)
 
     def supervisor_lost(self) -> None:
-        """Undo what nobody will claim."""
+        """Give up all requests, and undo what is unclaimed."""
         for client in self._clients.values():
             client.supervisor_lost()
 
     def close(self) -> None:
-        """Hang up on all: the buses end what they made, and nobody is told."""
+        """End all connections. The buses end the servers, and nobody is told."""
         for client in self._clients.values():
             client.hang_up()
         self._clients.clear()
 
     def dump(self, fds: Fds) -> tuple[BusClientDump, ...]:
-        """Return those that are ready."""
+        """Return the connections that are ready."""
         return tuple(client.dump(fds) for client in self._clients.values() if client.is_ready)
 
     def settle(self) -> None:
-        """Close what is not ready to be handed over: it has made nothing yet."""
+        """Close connections that are not ready to be handed over: they have made nothing yet."""
         for client in list(self._clients.values()):
             if not client.is_ready:
                 client.close("the gate is being replaced: try again")
@@ -508,7 +524,7 @@ class BusClients:
     def load(
         self, dumps: Sequence[BusClientDump], buses: Mapping[str, BusState], fds: Sequence[int]
     ) -> None:
-        """Have those that were dumped."""
+        """Restore the connections from `dumps`."""
         for dump in dumps:
             client = BusClient(self._loop, self._owner, buses[dump.bus], dump.uid)
             self._clients[dump.bus, dump.uid] = client

@@ -1,4 +1,4 @@
-"""What buses that have Containers1 made for sandboxes: said to the buses, and heard from them."""
+"""Container servers: those that buses with Containers1 made for sandboxes, and when they end."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -18,7 +18,7 @@ from broker.gate.sandbox.sandbox import Sandbox
 
 
 class ContainerServers:
-    """The buses' own servers of all sandboxes. The host of the gate's own connections."""
+    """The container servers of all sandboxes. The owner of the gate's own connections to buses."""
 
     def __init__(
         self,
@@ -33,44 +33,44 @@ class ContainerServers:
         self._answer: Final = answer
 
     def set(self, sandbox: Sandbox, bus: str, server: ContainerServer | None) -> None:
-        """Have a sandbox's connections to a bus made there, and end the server before. Raises CallRefusedError."""
+        """Set where a sandbox connects to a bus, and end the former server. Raises CallRefusedError."""
         uid, before = sandbox.spec.uid, sandbox.spec.container_servers.get(bus)
         if server is not None:
             self.bus_clients.claim(sandbox.id, uid, {bus: server})
-        if before is not None:  # nobody else ever would
+        if before is not None:  # and no other program would end it
             self.bus_clients.stop(uid, {bus: before})
         sandbox.set_container_server(bus, server)
         self.follow(sandbox)
 
     def follow(self, sandbox: Sandbox) -> None:
-        """Tell the buses what a sandbox has no use for any more."""
+        """End the servers of a sandbox that is over, and their listening if the sandbox does not listen any more."""
         uid, servers = sandbox.spec.uid, sandbox.spec.container_servers
         if sandbox.is_over:
             self.bus_clients.stop(uid, servers)
         elif not sandbox.is_listening:
             for bus, server in servers.items():
-                # Who is on the way there would be refused, and a bus ends a server that it has nobody left on.
+                # The bus would refuse connections that are on their way, and ends a server without connections.
                 if server.stop_listening and not sandbox.is_connecting(bus):
                     self.bus_clients.stop_listening(uid, {bus: server})
                     told = msgspec.structs.replace(server, stop_listening="")
                     sandbox.set_container_server(bus, told)
 
     def answer(self, asked: int, answer: Called | Refused) -> None:
-        """Answer the supervisor's request of that number, later than others."""
+        """Answer the supervisor's request of that serial."""
         self._answer(asked, answer)
 
     def instance_removed(self, sandbox: str, bus: str) -> None:
-        """The bus ended what it had made for a sandbox, of itself or because somebody asked it to."""
+        """End a sandbox whose server a bus has ended, for whatever reason."""
         found = self._sandboxes.get(sandbox)
         if found is None:
             return
         if found.is_listening or found.has_connections(bus):
             found.stop("instance-removed")
-        else:  # it took no more connections there, and the last one has left
+        else:  # the server did not listen any more, and its last connection has left
             found.set_container_server(bus, None)
 
     def server_lost(self, sandbox: str, bus: str) -> None:
-        """A bus has forgotten a sandbox: what connects there waits for the supervisor to have it made again."""
+        """Let connections to a bus that has lost a server wait, and tell the supervisor, which recreates the server."""
         if (found := self._sandboxes.get(sandbox)) is not None:
             found.set_container_server(bus, ContainerServer())
             self._emit(ContainerServerLost(sandbox, bus))

@@ -1,8 +1,19 @@
-"""The hand-over from gate to gate: the words, the frames, and the descriptors, over a socket between the two.
+"""The hand-over from gate to gate: words, frames and descriptors on the socket between the two.
 
-The old gate does nothing else while it lasts, so nothing changes under it, and no step may take too long. It decides:
-until it has said Go, the new gate reads from nobody and writes to nobody; once it has, it is gone. Whatever goes
-wrong before is a HandoverError there, and it goes on; what the new gate had were copies.
+    new gate                                  old gate
+     | -- Offer: the versions that it reads -> |
+     | <- HandoverHeader --------------------- | serves nobody meanwhile
+     | <- SandboxDump, once a sandbox -------- |
+     | loads each, dumps it again, compares    |
+     | -- Ready -----------------------------> |
+     | <- Go --------------------------------- | exits
+     | serves                                  |
+
+The old gate decides. Until it has said Go, the new gate reads from nobody and writes to nobody. Either side may say
+Failed, end, or be silent for too long instead of any step. Then the old gate raises HandoverError and serves again,
+because all that the new gate had were copies.
+
+The old gate does nothing else during a hand-over, so its state does not change meanwhile, and no step may take long.
 """
 
 import gc
@@ -17,33 +28,33 @@ import msgspec
 from broker.gate.dumps import VERSION, Fds, HandoverError, HandoverHeader, SandboxDump
 from broker.posix.descriptors import ANCILLARY_SIZE, SCM_MAX_FD, close_fds, received_fds, rights
 
-# Bytes of one packet: some of them fit into the socket's buffer.
+# Bytes of one packet. Several packets fit into the buffer of the socket.
 PACKET: Final = 65536
-# A frame is as large as what one sandbox may have queued and held, on all its connections.
+# Bytes. A frame has all that one sandbox may have queued and held, on all its connections.
 MAX_FRAME: Final = 1 << 40
 _HEAD: Final = struct.Struct("<QI")  # bytes and descriptors that follow
 Dump = Callable[[Fds], SandboxDump]
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The new gate is there, and can read these versions."""
+    """The new gate has started, and can read these versions."""
 
     pid: int
     reads: tuple[int, ...]
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The new gate has everything, and has tried it."""
+    """The new gate has loaded everything, and has compared its own dump with it."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The new gate cannot take it."""
+    """The new gate cannot take over."""
 
     text: str
 
 
 class Go(msgspec.Struct, frozen=True, tag=True):
-    """The old gate will not read any more: the new one begins."""
+    """The old gate reads no more: the new gate begins."""
 
 
 Word = Offer | Ready | Failed | Go
@@ -52,17 +63,16 @@ _words: Final = msgspec.msgpack.Decoder(Word)
 
 
 class Channel:
-    """One end of the socket. All of it raises HandoverError."""
+    """One end of the socket. All methods raise HandoverError."""
 
     def __init__(self, fd: int, seconds: float) -> None:
         self._sock: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
-        self._seconds: Final = (
-            seconds  # for a step: who has much to read may be long, but not silent
-        )
+        # For a step: a gate that has much to read may take long, but may not be silent.
+        self._seconds: Final = seconds
         self._sock.settimeout(seconds)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket."""
         self._sock.close()
 
     def say(self, word: Word) -> None:
@@ -76,15 +86,15 @@ class Channel:
         return decode_word(data)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send a frame with its descriptors, which stay ours, too."""
+        """Send a frame with its descriptors, which stay the caller's as well."""
         rest = memoryview(_HEAD.pack(len(data), len(fds)) + data)
         while rest or fds:
-            # Descriptors need some byte to go with.
+            # A message with descriptors has at least one byte.
             self._send(rest[:PACKET] or b"F", fds[:SCM_MAX_FD])
             rest, fds = rest[PACKET:], fds[SCM_MAX_FD:]
 
     def receive(self) -> tuple[bytes, list[int]]:
-        """Wait for a frame. The descriptors are the caller's."""
+        """Wait for a frame. The caller owns its descriptors."""
         first, fds = self._receive()
         if len(first) < _HEAD.size:
             raise HandoverError("the other gate said something else than expected")
@@ -133,7 +143,7 @@ class Channel:
 def hand_over(
     channel: Channel, header: Callable[[Fds], HandoverHeader], dumps: Iterable[Dump]
 ) -> None:
-    """Give everything to the gate at the other end. When it returns, that one serves. Raises HandoverError."""
+    """Send all state to the gate at the other end, which serves from then on. Raises HandoverError."""
     offer = channel.hear()
     if isinstance(offer, Failed):
         raise HandoverError(offer.text)
@@ -141,7 +151,7 @@ def hand_over(
         reads = offer.reads if isinstance(offer, Offer) else ()
         known = ", ".join(map(str, reads)) or "nothing"
         raise HandoverError(f"it reads hand-over version {known}; this one writes {VERSION}")
-    gc.disable()  # nothing of this is garbage
+    gc.disable()  # a collection would only look at all of it, in vain
     try:
         for dump in (header, *dumps):
             channel.send(*_write(dump))
@@ -161,12 +171,12 @@ def _write(dump: Callable[[Fds], msgspec.Struct]) -> tuple[bytes, list[int]]:
         return encode(dump(fds)), fds.all
     except HandoverError:
         raise
-    except Exception as exc:  # a defect of ours, which is no reason to end
+    except Exception as exc:  # a defect of ours, after which this gate still serves
         raise HandoverError(f"the state cannot be written down: {exc!r}") from exc
 
 
 def exit_now(last: Callable[[], None]) -> NoReturn:
-    """Do the last thing, and end this process as it stands: what it has open is another's, and not to be tidied up."""
+    """Call `last`, and end this process without closing anything, because the other gate has it all open."""
     try:
         last()
     finally:
@@ -176,19 +186,19 @@ def exit_now(last: Callable[[], None]) -> NoReturn:
 def dump_equals(
     dump: Callable[[Fds], msgspec.Struct], received: msgspec.Struct, fds: Sequence[int]
 ) -> bool:
-    """Say whether a dump says what was received."""
+    """Return whether dumping again gives what was received."""
     again = Fds()
     # As values: a newer gate may write more fields than an older one.
     return dump(again) == received and again.all == list(fds)
 
 
 def encode(frame: msgspec.Struct) -> bytes:
-    """Return a frame's bytes. Equal state gives equal bytes."""
+    """Return the bytes of a frame. Equal states give equal bytes."""
     return _encoder.encode(frame)
 
 
 def decode_word(data: bytes) -> Word:
-    """Read what the other side says. Raises HandoverError."""
+    """Return the word of the other side. Raises HandoverError."""
     try:
         word: Word = _words.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
@@ -197,7 +207,7 @@ def decode_word(data: bytes) -> Word:
 
 
 def decode_header(data: bytes) -> HandoverHeader:
-    """Read a first frame. Raises HandoverError."""
+    """Return the header of a first frame. Raises HandoverError."""
     try:
         return msgspec.msgpack.decode(data, type=HandoverHeader)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
@@ -205,7 +215,7 @@ def decode_header(data: bytes) -> HandoverHeader:
 
 
 def decode_sandbox(data: bytes) -> SandboxDump:
-    """Read a sandbox. Raises HandoverError."""
+    """Return the dump of a sandbox. Raises HandoverError."""
     try:
         return msgspec.msgpack.decode(data, type=SandboxDump)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:

@@ -20,7 +20,7 @@ from policy.rules import Access, AccessList, Identity, Rule
 
 
 class _NoSandbox:
-    """Where the connection of `check_judgement` would belong."""
+    """A sandbox that only `check_judgement` uses."""
 
     id: Final = "c0"
     identity: Final = Identity(type="org.buswarden.Test", app="app")
@@ -43,12 +43,12 @@ class _NoSandbox:
 
 
 def check_judgement() -> None:
-    """Have a connection of nobody say Hello, call what it may and what it may not. Raises HandoverError."""
+    """Judge a Hello, an allowed call and a denied one, on a connection to no bus. Raises HandoverError."""
     rules = AccessList(rules=(Rule(access=frozenset({Access.SEND}), name="org.example.Yes"),))
     host = _NoSandbox()
     judge = Judge(rules, bus="none", me=host.identity)
     bus = BusState("none", "unix:path=/none", NameLedger(), make_absent_name(b""))
-    bus.gives_instance_field = False  # what is passed on is to be what was sent
+    bus.gives_instance_field = False  # so that an allowed call is passed on unchanged
     judging = Filter(bus, host, judge, app_takes_fds=True, clock=time.monotonic)
     judging.feed_app(_call(1, DRIVER, "Hello"))
     _answer_all(judging)
@@ -58,7 +58,7 @@ def check_judgement() -> None:
     passed = list(judging.state.to_bus)
     judging.state.to_bus.clear()
     judging.feed_app(_call(3, "org.example.No", "Do"))
-    _answer_all(judging)  # it asked who that is
+    _answer_all(judging)  # the filter asks for the owner first
     refused = b"".join(bytes(item) for item in judging.state.to_app if isinstance(item, bytes))
     good = (
         judging.state.unique_name == ":1.1"
@@ -78,7 +78,7 @@ def _call(serial: int, name: str, member: str) -> bytes:
 
 
 def _answer_all(judging: Filter) -> None:
-    """Answer as a bus on which nobody is: Hello with a name, all else with nothing or an error."""
+    """Answer like a bus without other connections."""
     while judging.state.to_bus:
         sent = b"".join(bytes(item) for item in judging.state.to_bus if isinstance(item, bytes))
         judging.state.to_bus.clear()

@@ -1,4 +1,4 @@
-"""The new gate's side of a hand-over: take everything, try it, and only then say so."""
+"""The new gate's side of a hand-over: load everything, compare it with the dumps, and only then say Ready."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ from policy.match import Judge
 from policy.rules import AccessList, Identity
 
 LOGGER: Final = logging.getLogger(__name__)
-# The old gate decides how long it waits; this is for one that was stopped, or hangs.
-LONGEST_WAIT: Final = 600.0  # seconds
-# Compiled rules by whose and which they are, then by bus.
+# Seconds. The old gate has a limit of its own; this one is for an old gate that was stopped, or hangs.
+LONGEST_WAIT: Final = 600.0
+# Compiled rules: by app and list, then by bus.
 _Known = dict[tuple[Identity, AccessList], dict[str, Judge]]
 
 
@@ -44,15 +44,15 @@ class Successor(Protocol):
 
 
 def offer(channel: Channel, pid: int) -> None:
-    """Say that we are there. Raises HandoverError, also if we do not work."""
+    """Offer to take over, after a self check. Raises HandoverError."""
     check_judgement()
     channel.say(Offer(pid=pid, reads=READS))
 
 
 def take_over(channel: Channel, gate: Successor) -> HandoverHeader:
-    """Get everything, and wait until it is ours; `gate.resume` is next.
+    """Receive and load everything, and wait for Go. `gate.resume` is next.
 
-    Raises HandoverError: then this process is to end as it stands, for what it has open is another's.
+    Raises HandoverError. Then the caller ends the process without closing anything, because the old gate has it all open.
     """
     data, fds = channel.receive()
     header = decode_header(data)
@@ -69,7 +69,7 @@ def take_over(channel: Channel, gate: Successor) -> HandoverHeader:
             _take_sandbox(channel, gate, known)
     except HandoverError:
         raise
-    except Exception as exc:  # whatever it is, the old gate is better
+    except Exception as exc:  # whatever it is, the old gate still serves
         raise HandoverError(f"the state does not work out here: {exc!r}") from exc
     if not dump_equals(gate.dumper(header.serial, header.protocol, header.pid), header, fds):
         raise HandoverError("what came of the old gate's state differs from it")
@@ -84,29 +84,29 @@ def _take_sandbox(channel: Channel, gate: Successor, known: _Known) -> None:
     data, fds = channel.receive()
     dump = decode_sandbox(data)
     sandbox = gate.add_empty(dump)
-    # Compiling rules takes longest of all, and many sandboxes are of the same app.
+    # Compiling rules takes the longest, and many sandboxes belong to the same app.
     judges = known.setdefault((sandbox.identity, dump.spec.access), {})
     problem = _load(sandbox, dump, fds, judges)
     if not problem:
         return
-    # One sandbox has no veto: it is served without the connections that it had.
+    # One sandbox must not prevent an upgrade, so it is served without the connections that it had.
     LOGGER.error("not-taken-over sandbox=%s: %s: its connections end", sandbox.id, problem)
     sandbox.discard()
     bare, kept, lost = without_connections(dump, fds)
     sandbox = gate.add_empty(bare)
     if problem := _load(sandbox, bare, kept, judges):
         raise HandoverError(f"{sandbox.id}: {problem}")
-    close_fds(fds[len(kept) :])  # copies: the old gate has them still
+    close_fds(fds[len(kept) :])  # copies, which the old gate still has
     sandbox.lost.extend(lost)
 
 
 def _load(sandbox: Sandbox, dump: SandboxDump, fds: Sequence[int], judges: dict[str, Judge]) -> str:
-    """Load a sandbox; return what is wrong with what came of it."""
+    """Load a sandbox; return the problem, if there is one."""
     try:
         sandbox.load(dump, fds, judges)
         if dump_equals(sandbox.dump, dump, fds):
             return ""
-    except Exception as exc:  # noqa: BLE001 - whatever it is, it is this sandbox's matter
+    except Exception as exc:  # noqa: BLE001 - whatever it is, only this sandbox has it
         return repr(exc)
     return "what came of it differs from what it was"
 
@@ -114,7 +114,7 @@ def _load(sandbox: Sandbox, dump: SandboxDump, fds: Sequence[int], judges: dict[
 def without_connections(
     dump: SandboxDump, fds: Sequence[int]
 ) -> tuple[SandboxDump, Sequence[int], list[tuple[str, str]]]:
-    """Return a dump that has none, with its descriptors, and the buses and unique names of those it had.
+    """Return the dump without connections, its descriptors, and the buses and unique names of the connections.
 
     Raises HandoverError.
     """

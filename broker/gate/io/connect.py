@@ -1,4 +1,4 @@
-"""Connecting to a bus, as the user whose app it is."""
+"""Connections to buses, made as the user of the app."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from broker.wire.sasl import AuthClient, SaslClient
 
 LOGGER: Final = logging.getLogger(__name__)
 
-# A bus whose backlog is full answers EAGAIN at once: it is asked again after this many seconds.
+# Seconds until the next attempt after EAGAIN, which is the answer of a bus whose backlog is full.
 RETRY_PAUSE: Final = 0.05
 RETRIES: Final = 100
 
@@ -95,7 +95,7 @@ class _UnixAttempt:
 
 @contextmanager
 def _as_user(uid: int) -> Iterator[None]:
-    """Be somebody else: a bus takes a connection's user and groups from the moment of connect(2)."""
+    """Take the user and groups of a user for a moment, because a bus looks at those of connect(2)."""
     mine = os.geteuid()
     if uid == mine:
         yield

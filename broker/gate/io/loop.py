@@ -1,8 +1,10 @@
 """The event loop of the gate: level-triggered epoll, callbacks, timers.
 
-Not trio's: a wake-up there costs a re-arm of the descriptor and a task switch, which is a fifth of a round
-trip (docs/decisions/0001-the-gate-has-its-own-loop.md). All callbacks are synchronous and short; one that
-raises is a defect of ours and ends the gate, so whoever serves a peer contains the peer.
+The gate does not use trio, because a wake-up there costs a re-arm of the descriptor and a task switch: a fifth of a
+round trip (docs/decisions/0001-the-gate-has-its-own-loop.md). All callbacks are synchronous and short. A callback that
+raises ends the gate, so the code that serves a peer has to catch the errors that the peer can cause.
+
+    one turn:   due timers  ->  epoll_wait  ->  handlers of ready descriptors  ->  callbacks of `next_turn`
 """
 
 import heapq
@@ -14,7 +16,7 @@ from typing import Final
 
 READABLE: Final = select.EPOLLIN
 WRITABLE: Final = select.EPOLLOUT
-# Events that come whether asked for or not.
+# Events that epoll reports without being asked.
 BROKEN: Final = select.EPOLLHUP | select.EPOLLERR
 MAX_EVENTS: Final = 64
 
@@ -22,7 +24,7 @@ Handler = Callable[[int], None]
 
 
 class Timer:
-    """A call at some time. Cancelled ones stay in the heap until then, without their callback."""
+    """A call at a time of the loop's clock. A cancelled timer stays in the heap without its callback."""
 
     __slots__ = ("callback", "when")
 
@@ -31,12 +33,12 @@ class Timer:
         self.when: Final = when  # of the loop's clock
 
     def cancel(self) -> None:
-        """Do not call."""
+        """Drop the callback."""
         self.callback = None
 
 
 class Loop:
-    """File descriptors and timers, and what to call for them."""
+    """File descriptors and timers, with a callback for each."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._epoll: Final = select.epoll()
@@ -48,43 +50,43 @@ class Loop:
         self._running = True
 
     def add(self, fd: int, events: int, handler: Handler) -> None:
-        """Call `handler(events)` when one of `events` is there."""
+        """Call `handler(events)` when the descriptor has one of `events`."""
         self._epoll.register(fd, events)
         self._handlers[fd] = handler
 
     def replace(self, fd: int, handler: Handler) -> None:
-        """Call somebody else for a descriptor that is there."""
+        """Set another handler for a descriptor in the loop."""
         self._handlers[fd] = handler
 
     def change(self, fd: int, events: int) -> None:
-        """Wait for other events."""
+        """Set other events for a descriptor in the loop."""
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forget a descriptor. Call it before closing it: the number may come back at once."""
+        """Remove a descriptor. Do so before closing it, because its number may be reused at once."""
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """Call once, after that time."""
+        """Call once, after so many seconds."""
         return self.call_at(self._clock() + seconds, callback)
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Call once, at that time of the clock."""
+        """Call once, at that time of the loop's clock."""
         timer = Timer(callback, when)
         heapq.heappush(self._timers, (when, next(self._order), timer))
         return timer
 
     def next_turn(self, callback: Callable[[], None]) -> None:
-        """Call once, when everybody else had their turn."""
+        """Call once, after all handlers of this turn."""
         self._next_turn.append(callback)
 
     def stop(self) -> None:
-        """Return from `run` when the present callbacks are done."""
+        """Make `run` return after the present callbacks."""
         self._running = False
 
     def run(self) -> None:
-        """Serve until stopped."""
+        """Call handlers and timers until `stop`."""
         handlers = self._handlers
         poll = self._epoll.poll
         while self._running:
@@ -92,7 +94,7 @@ class Loop:
             if self._next_turn:
                 timeout = 0
             for fd, events in poll(timeout, MAX_EVENTS):
-                # An earlier callback of this turn may have closed it.
+                # An earlier handler of this turn may have removed the descriptor.
                 handler = handlers.get(fd)
                 if handler is not None:
                     handler(events)
@@ -102,11 +104,11 @@ class Loop:
                     callback()
 
     def close(self) -> None:
-        """Give the epoll descriptor back."""
+        """Close the epoll descriptor."""
         self._epoll.close()
 
     def _run_timers(self) -> float:
-        """Call what is due; return the seconds to the next one, -1 for none."""
+        """Call the due timers; return the seconds to the next timer, or -1 without any."""
         while self._timers and self._running:
             when, _, timer = self._timers[0]
             left = when - self._clock()

@@ -1,4 +1,4 @@
-"""Work that takes longer than anybody may be kept waiting: done in slices, one a turn of the loop. No I/O."""
+"""Long work of the whole gate, such as compiling rules: a slice in each turn of the loop, so that nobody waits long."""
 
 from collections.abc import Callable
 from typing import Final
@@ -9,7 +9,7 @@ from broker.wire.errors import CallRefusedError
 
 
 class Sliced:
-    """A piece of work that is done in slices; `ended` is told its outcome."""
+    """A piece of work that is done in slices; `ended` is called with its outcome."""
 
     def __init__(
         self, loop: Loop, work: Work, ended: Callable[[CallRefusedError | None], None]
@@ -22,7 +22,7 @@ class Sliced:
     def begin(self, later: Callable[[], None]) -> bool:
         """Do the first slice; return True if that was all.
 
-        Otherwise the rest follows in later turns of the loop, and then `later` is called.
+        Otherwise the rest follows in later turns of the loop, and `later` is called after the last slice.
         """
         if self._slice():
             return True

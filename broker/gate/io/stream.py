@@ -1,4 +1,12 @@
-"""One socket of a connection: reading with descriptors, writing with a queue behind it."""
+"""A stream socket in the loop: reads with descriptors, and writes with a queue for what the other end does not take.
+
+A stream that is paused is still watched for hang-ups. epoll would report a hang-up in every turn until somebody reads,
+so the stream leaves the loop then, and comes back with the next `pause(reading=True)`:
+
+    in the loop, reading  --pause-->  in the loop, not reading  --hang-up-->  away
+            ^                                 |                                |
+            +-----------resume----------------+------------resume--------------+
+"""
 
 import contextlib
 import select
@@ -15,10 +23,10 @@ from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary, close_fds, recei
 from broker.wire.errors import PeerProtocolError
 
 READ_SIZE: Final = 65536
-# For who sends more than that at a time: fewer calls, and fewer messages that end in the next read.
+# After a full read: fewer system calls, and fewer messages that are cut by the end of a read.
 READ_SIZE_FOR_MUCH: Final = 262144
 # Plain integers: an operation on the socket module's enum members runs Python code, once a message.
-# Independent of O_NONBLOCK, which every holder of the socket may change.
+# MSG_DONTWAIT instead of O_NONBLOCK, which every process that holds the socket may clear.
 DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC) | DONTWAIT
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
@@ -27,7 +35,7 @@ MAX_PARTS: Final = 64
 
 
 class StreamClosedError(Exception):
-    """The other end is gone."""
+    """The other end has closed the connection."""
 
 
 class SocketStream:
@@ -43,17 +51,17 @@ class SocketStream:
         self._loop: Final = loop
         self.sock: Final = sock
         self.fd: Final = sock.fileno()
-        self.readable = readable  # may be replaced: another state, another reader
+        self.readable = readable  # replaced when the connection enters another state
         self._drained: Final = drained
         self._queue: deque[Chunk] = EMPTY_QUEUE
         self.queued = 0  # bytes that the other end has not taken
         self.queued_fds = 0
-        self.is_behind = False  # what waits is more than one message, or was when more came
+        self.is_behind = False  # the queue has, or had when more came, more than one message
         self.handler: Callable[[int], None] = self.on_event
-        # Read, and nothing waits on either way that has to go before what comes: see shortcut.py.
+        # True: the stream is read, and nothing that waits has to go before the next message (fast_path.py).
         self.is_clear = False
         self._reading = True
-        self._is_away = False  # hung up while not read: not in the loop
+        self._is_away = False  # the other end hung up while paused: not in the loop
         self._events: int = READABLE
         self._recvmsg = sock.recvmsg
         self._read_size = READ_SIZE
@@ -61,7 +69,10 @@ class SocketStream:
         loop.add(self.fd, READABLE, self.handler)
 
     def read(self) -> tuple[bytes, Sequence[int]]:
-        """Return what is there, with its descriptors. Raises Closed, BlockingIOError, PeerProtocolError."""
+        """Read once; return bytes and descriptors.
+
+        Raises StreamClosedError, BlockingIOError and PeerProtocolError.
+        """
         try:
             data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY_SIZE, RECEIVE)
         except ConnectionError as exc:
@@ -69,21 +80,21 @@ class SocketStream:
         return self.received(data, ancillary, flags)
 
     def read_or_lose_fds(self) -> tuple[bytes, Sequence[int], bool]:
-        """Return what is there, its descriptors, and whether there was no room for them. Raises as `read`."""
+        """Read once; return bytes, descriptors, and whether there was no room for descriptors. Raises as `read`."""
         try:
             data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY_SIZE, RECEIVE)
         except ConnectionError as exc:
             raise StreamClosedError from exc
         if not flags & TRUNCATED:
             return (*self.received(data, ancillary, flags), False)
-        # The descriptors that did fit are of no use alone.
+        # Some descriptors of a message are of no use without the others.
         close_fds(received_fds(ancillary) if ancillary else ())
         return data, (), True
 
     def received(
         self, data: bytes, ancillary: Sequence[Ancillary], flags: int
     ) -> tuple[bytes, Sequence[int]]:
-        """Return what recvmsg gave, with its descriptors. Raises Closed, PeerProtocolError."""
+        """Return the bytes and descriptors of a recvmsg. Raises StreamClosedError and PeerProtocolError."""
         self._read_size = READ_SIZE if len(data) < READ_SIZE else READ_SIZE_FOR_MUCH
         fds = received_fds(ancillary) if ancillary else ()
         if flags & TRUNCATED:
@@ -95,9 +106,10 @@ class SocketStream:
         return data, fds
 
     def write(self, output: Output) -> None:
-        """Send, or queue what the other end does not take; `output` is emptied. Raises Closed.
+        """Send all of `output`, and queue what the other end does not take; `output` is emptied.
 
-        Not if the other end has gone: what it sent before is still to be read, and `read` raises it then.
+        Raises StreamClosedError, but not for an end that has hung up: its last bytes are still to be read, and `read`
+        raises the error after them.
         """
         if not self._queue and len(output) == 1 and output[0].__class__ is bytes:
             data = output[0]
@@ -117,30 +129,30 @@ class SocketStream:
         for item in output:
             self._enqueue(item if isinstance(item, Chunk) else Chunk(item, ()))
         output.clear()
-        # The other end that took no more a moment ago: the loop says when it does.
+        # While the loop waits for room, another attempt to write is of no use.
         if not self._events & WRITABLE or self._is_away:
             self._flush()
         self.is_behind = len(self._queue) > 1 or (was_waiting and bool(self._queue))
 
     def set_handler(self, handler: Callable[[int], None]) -> None:
-        """Have the loop call somebody else, who leaves to `event` what it does not do itself."""
+        """Set another handler in the loop, which calls `on_event` for all that it does not do itself."""
         self.handler = handler
         if not self._is_away:
             self._loop.replace(self.fd, handler)
 
     def queue(self, data: bytes) -> None:
-        """Have the end of something that was not all taken sent as soon as the other end takes it."""
+        """Queue the rest of a message that another wrote in part."""
         self._enqueue(Chunk(data, ()))
         self._listen()
 
     def pause(self, *, reading: bool) -> None:
-        """Read on, or not."""
+        """Stop or resume reading."""
         if reading is not self._reading:
             self._reading = reading
             self._listen()
 
     def dump(self, fds: Fds) -> StreamDump:
-        """Return it with what is queued, descriptors as indexes."""
+        """Return the socket and its queue, descriptors as indexes."""
         return StreamDump(
             fd=fds.put(self.fd),
             queue=tuple(ChunkDump(bytes(c.data), fds.put_all(c.fds)) for c in self._queue),
@@ -148,14 +160,14 @@ class SocketStream:
         )
 
     def load(self, dump: StreamDump, fds: Sequence[int]) -> None:
-        """Have what was queued, and read or not, as the one that made the dump."""
+        """Restore the queue from `dump`, and read if it says so."""
         for one in dump.queue:
             self._enqueue(Chunk(one.data, pick(fds, one.fds)))
         self._reading = dump.reading
         self._listen()
 
     def drain(self, seconds: float) -> None:
-        """Wait until the other end has taken what is queued, but no longer than that: nothing else is served meanwhile."""
+        """Wait at most that long until the queue is empty. Nothing else is served meanwhile."""
         deadline = time.monotonic() + seconds
         taking = select.poll()
         taking.register(self.fd, select.POLLOUT)
@@ -165,18 +177,18 @@ class SocketStream:
                     self._flush()
 
     def close(self) -> None:
-        """Close the socket and what is queued."""
+        """Close the socket, and the descriptors in the queue."""
         self._loop.remove(self.fd)
         self.sock.close()
         self._drop_queue()
 
     def leave(self) -> None:
-        """Leave the loop, and close nothing."""
+        """Leave the loop, and keep the descriptor open."""
         self._loop.remove(self.fd)
         self.sock.detach()
 
     def release(self) -> socket.socket:
-        """Give the socket up, and drop what is queued: its other end gets the end of the file there instead."""
+        """Leave the loop, drop the queue, and return the socket: its owner will shut it down there."""
         self._loop.remove(self.fd)
         self._drop_queue()
         return self.sock
@@ -188,7 +200,7 @@ class SocketStream:
         self.queued = self.queued_fds = 0
 
     def on_event(self, events: int) -> None:
-        """Do what the loop says: read, or write what is queued."""
+        """Read or write, as the events of the loop say."""
         if events == READABLE:
             if self._reading:
                 self.readable()
@@ -197,7 +209,7 @@ class SocketStream:
             try:
                 self._flush()
             except StreamClosedError:
-                events |= READABLE  # reading finds out, and ends the connection
+                events |= READABLE  # the read fails as well, and its caller ends the connection
             else:
                 if not self._queue:
                     self.is_behind = False
@@ -206,7 +218,7 @@ class SocketStream:
             if events & (READABLE | BROKEN):
                 self.readable()
         elif events & BROKEN and not self._is_away:
-            # It would be told again and again until somebody reads.
+            # Level-triggered: epoll would report the hang-up in every turn.
             self._is_away = True
             self._loop.remove(self.fd)
 
@@ -230,7 +242,7 @@ class SocketStream:
             self._loop.change(self.fd, wanted)
 
     def _flush(self) -> None:
-        """Send as much as the other end takes. Raises Closed."""
+        """Send as much of the queue as the other end takes. Raises StreamClosedError."""
         while self._queue:
             try:
                 sent = self._send_some()
@@ -249,7 +261,7 @@ class SocketStream:
     def _send_some(self) -> int:
         first = self._queue[0]
         if first.fds:
-            # Alone, so that the receiver can tell which message they belong to.
+            # In a write of its own, so that the receiver can tell to which message the descriptors belong.
             sent = self.sock.sendmsg([first.data], rights(first.fds), DONTWAIT)
             close_fds(first.fds)
             self.queued_fds -= len(first.fds)
@@ -267,7 +279,7 @@ class SocketStream:
         while sent:
             first = self._queue[0]
             if sent < len(first.data):
-                # A view: a large message must not be copied once for each piece that is taken.
+                # A view, because a large message must not be copied for each piece that is taken.
                 self._queue[0] = Chunk(memoryview(first.data)[sent:], first.fds)
                 return
             sent -= len(first.data)

@@ -166,15 +166,15 @@ class AppConnection:
 
     @property
     def filter(self) -> Mediator | None:
-        """What judges it, once both handshakes are done."""
+        """The mediator between app and bus; None during the handshake."""
         return self._filter
 
     def change_rules(self, judge: Judge) -> Work:
-        """Judge by other rules from now on, and be done when the app has been told what that takes."""
+        """Judge by other rules from now on; the work ends when the app has been told which names it now sees."""
         self._new_judge = judge
         self._apply()
         while self._filter is not None and self._filter.is_changing and not self._closed:
-            yield SLICE  # the link's own turns do it
+            yield SLICE  # the connection does its chores in turns of its own
 
     @ends_connection_on_error
     def _apply(self) -> None:
@@ -184,16 +184,19 @@ class AppConnection:
 
     @property
     def queued(self) -> int:
-        """Bytes that the app has not taken yet."""
+        """Bytes that wait for the app to read."""
         return self._app.queued
 
     @property
     def behind(self) -> int:
-        """The same, if they are of more than one message."""
+        """The same, if more than one message waits; else 0."""
         return self._app.queued if self._app.is_behind else 0
 
     def close(self, reason: str) -> None:
-        """End both sides; the bus's lingers if the app had a name there. Does nothing the second time."""
+        """Close both sides. Does nothing the second time.
+
+        The bus side lingers if the bus knows the app by a unique name.
+        """
         if self._closed:
             return
         self._closed = True
@@ -212,7 +215,7 @@ class AppConnection:
 
     def _filter_closed(self, closing: Mediator) -> None:
         state = closing.state
-        self.sandbox.messages.take_more(closing.spent)  # by what ended it
+        self.sandbox.messages.take_more(closing.spent)  # by the message that ended it
         close_fds(closing.close())
         close_fds(descriptors_of([*state.to_bus, *state.to_app]))
         self.bus.members.discard(state.verdicts)
@@ -220,7 +223,7 @@ class AppConnection:
 
     @ends_connection_on_error
     def ask_if_read(self, number: int) -> None:
-        """Ask the bus a question whose answer shows that it has read all before it."""
+        """Ask the bus a question, whose answer shows that the bus has read all messages before it."""
         if self._filter is not None and self._filter.state.unique_name:
             self._filter.state.call_driver("GetId", "", (), ReplyAction(KIND, (number,)))
             self._send()
@@ -243,7 +246,7 @@ class AppConnection:
         return self._is_throttled
 
     def app_authenticated(self) -> None:
-        """Connect to the bus, unless the rules or the address have to be waited for: then `resume` does."""
+        """Connect to the bus, unless the rules or the address are missing: `resume` is called when they are there."""
         spec = self.sandbox.spec
         if not self.sandbox.has_rules(self.bus.name):
             self.sandbox.prepare()
@@ -267,7 +270,7 @@ class AppConnection:
         self._send()
 
     def _judge_with(self, bus_side: SocketStream, *, app_takes_fds: bool) -> Mediator:
-        """Read both streams for messages, and judge these."""
+        """Put a mediator between both streams."""
         self._bus_side = bus_side
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
         self.bus.members.add(judging.state.verdicts)
@@ -293,12 +296,12 @@ class AppConnection:
 
     @ends_connection_on_error
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
-        """Judge what was read from the app, as recvmsg gave it."""
+        """Judge bytes from the app, as recvmsg returned them."""
         self._app_sent(*self._app.received(data, ancillary, flags))
 
     @ends_connection_on_error
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
-        """Judge what was read from the bus, as recvmsg gave it."""
+        """Judge bytes from the bus, as recvmsg returned them."""
         assert self._bus_side is not None
         self._bus_sent(*self._bus_side.received(data, ancillary, flags))
 
@@ -317,13 +320,13 @@ class AppConnection:
 
     @ends_connection_on_error
     def cut_short(self, stream: SocketStream, rest: bytes) -> None:
-        """Go on after a message that the other end did not take whole."""
+        """Send the rest of a message that the other end did not take whole."""
         stream.queue(rest)
         self._send()
 
     @ends_connection_on_error
     def failed(self, exc: Exception) -> None:
-        """End as the exception says."""
+        """End the connection as the exception says."""
         raise exc
 
     def _send(self) -> None:
@@ -387,7 +390,7 @@ class AppConnection:
 
     @property
     def fds(self) -> int:
-        """How many descriptors of messages are here."""
+        """The number of descriptors that came with messages and have not left."""
         count = self._app.queued_fds + (self._filter.fds if self._filter is not None else 0)
         return count + (self._bus_side.queued_fds if self._bus_side is not None else 0)
 
@@ -415,7 +418,7 @@ class AppConnection:
 
     @ends_connection_on_error
     def _do_chores(self) -> None:
-        """Do a slice of what takes long, and read on when all is done."""
+        """Do a slice of the chores, and read the bus again after the last one."""
         self._does_chores_soon = False
         if self._filter is None or self._bus_side is None or self._closed:
             return
@@ -426,7 +429,7 @@ class AppConnection:
 
     @ends_connection_on_error
     def settle(self) -> None:
-        """Do all that takes long now: the connection is about to be handed over."""
+        """Do all chores now, because the connection is about to be handed over."""
         if self._filter is None or self._bus_side is None:
             return
         while self._filter.state.chores:

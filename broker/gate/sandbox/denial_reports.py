@@ -1,4 +1,4 @@
-"""The refusals of one sandbox, told to the supervisor: so many a second one by one, the others as a number."""
+"""Reports of one sandbox's refusals to the supervisor: some a second one by one, the rest as a number."""
 
 from collections.abc import Callable
 from typing import Final
@@ -10,7 +10,7 @@ from broker.gate.filter.denials import Denial
 from broker.gate.io.loop import Loop
 from broker.wire.interfaces import CONTAINERS1
 
-# Refusals that are reported one by one, a sandbox; the others are counted.
+# Refusals of a sandbox that are reported one by one; the others are counted.
 REPORTS_PER_SECOND: Final = 50
 
 # The interfaces of the broker's own signals. Their refusal is not reported, because a report would make the supervisor send
@@ -19,16 +19,16 @@ _OWN_SIGNALS: Final = ("org.buswarden.", CONTAINERS1)
 
 
 def is_news(state: ConnectionState, denial: Denial) -> bool:
-    """Say whether a refusal is to be counted and told: all but those of the broker's own signals are.
+    """Return whether a refusal is counted and reported: all are, except those of the broker's own signals.
 
-    The broker is in no sandbox. What a sandbox sends under these names is told as anything else.
+    The broker is in no sandbox. Signals that a sandbox sends under these names are reported like any others.
     """
     is_own = denial.interface.startswith(_OWN_SIGNALS) and denial.kind == "signal"
     return not (is_own and denial.direction == "receive") or denial.peer in state.bus.identities
 
 
 class DenialReports:
-    """What is told, and what is still to be told."""
+    """Reports of one sandbox, and the number of refusals that were not reported."""
 
     def __init__(self, loop: Loop, sandbox: str, emit: Callable[[Event], None]) -> None:
         self._loop: Final = loop
@@ -50,7 +50,7 @@ class DenialReports:
         self.unreported = 0
 
     def load(self, left: int, unreported: int) -> None:
-        """Go on as one that had so many left."""
+        """Restore the state from a dump."""
         self.left, self.unreported = left, unreported
         if left < REPORTS_PER_SECOND:
             self._loop.call_later(1.0, self._refill)
@@ -60,7 +60,7 @@ class DenialReports:
         self.flush()
 
     def flush(self) -> None:
-        """Say how many were left out, if any were."""
+        """Report how many refusals were left out, if any were."""
         if self.unreported:
             more, self.unreported = self.unreported, 0
             self._emit(summarise(self._sandbox, more))

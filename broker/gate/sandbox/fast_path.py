@@ -1,10 +1,14 @@
-"""The short way of a single message whose header bytes were judged before: one read, a look-up, one write.
+"""The fast path of a single message whose header bytes were judged before: one read, a look-up, one write.
 
-Most of what apps send comes one message at a time, and then what is around the judgement costs more than
-the judgement: calls, lists of one, a queue. So an established connection has these handlers in the loop. They
-take nothing but one whole known message, where nothing waits that has to go first (`SocketStream.is_clear`);
-everything else goes to the slow_path as it was read. What is looked up, and why that is enough, is the same as in
-filter.py.
+Most apps send one message at a time. Then the code around the judgement (calls, lists of one item, a queue) costs more
+than the judgement. So an established connection has the handlers of this module in the loop. They pass on one whole
+known message, if nothing waits that has to go before it (`SocketStream.is_clear`). Everything else goes to the slow
+path, as it was read. filter/filter.py says what is looked up, and why that is enough.
+
+    readable --> is_clear? --> recvmsg --> one whole message? --> known? --> write to the other side
+                    | no                       | no                 | no
+                    v                          v                    v
+              stream.on_event            slow_path.app_sent, slow_path.bus_sent
 """
 
 import os
@@ -29,14 +33,14 @@ _unpack: Final = FIXED.unpack_from
 _unpack_serial: Final = U32.unpack_from
 
 Handler = Callable[[int], None]
-# Take note of one message and say whether to pass it on; False: nothing is done, it has to be looked at.
+# Account for one message and return True to pass it on; False: nothing was done, and the slow path judges it.
 TryForward = Callable[[bytes, int], bool]
-# Who judges what is not passed on: bytes, ancillary data and flags, as recvmsg gave them.
+# The slow path: bytes, ancillary data and flags, as recvmsg returned them.
 Sent = Callable[[bytes, Sequence[Ancillary], int], None]
 
 
 class SlowPath(Protocol):
-    """The link, which does whatever is not done here."""
+    """The connection, which handles everything that the fast path does not."""
 
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the app."""
@@ -44,16 +48,16 @@ class SlowPath(Protocol):
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
         """Judge what was read from the bus."""
 
-    def cut_short(self, pipe: SocketStream, rest: bytes) -> None:
-        """See to the end of a message that was not taken whole."""
+    def cut_short(self, stream: SocketStream, rest: bytes) -> None:
+        """Send the rest of a message that the other end did not take whole."""
 
     def failed(self, exc: Exception) -> None:
-        """End the connection as the exception says, or not."""
+        """End the connection, if the exception says so."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """Who judges what the long way takes, and what both ways are charged to."""
+    """The filter of the connection, and what both paths are charged to."""
 
     judging: Filter
     budget: MessageBudget
@@ -63,7 +67,7 @@ class Accounting:
 def install_fast_path(
     slow_path: SlowPath, accounting: Accounting, app: SocketStream, bus: SocketStream
 ) -> None:
-    """Have known messages of an established connection passed on without the slow_path."""
+    """Pass known messages of an established connection on without the slow path."""
     app.set_handler(
         _make_handler(slow_path, app, bus, _make_app_note(accounting), slow_path.app_sent)
     )
@@ -94,18 +98,18 @@ def _make_handler(
                 taken = _count_as_sent(exc, size)
             if taken != size:
                 slow_path.cut_short(target, data[taken:])
-        except Exception as exc:  # noqa: BLE001 - the slow_path knows what each means for it
+        except Exception as exc:  # noqa: BLE001 - the connection knows what each means for it
             slow_path.failed(exc)
 
     return handle
 
 
 def _count_as_sent(exc: OSError, size: int) -> int:
-    """Return how much of a message nobody has to send any more. Raises Closed."""
+    """Return how many bytes of a message need not be sent again. Raises StreamClosedError."""
     if isinstance(exc, BlockingIOError):
         return 0
     if isinstance(exc, ConnectionError):
-        return size  # what the other end sent before it went is still to be read, and then it ends
+        return size  # the last bytes of the other end are still to be read; the connection ends after them
     raise StreamClosedError from exc
 
 

@@ -1,9 +1,15 @@
-"""What one connection costs: the messages that its filter counts, or the time that they really took if it is more.
+"""The cost of one connection: the messages that its filter counts, or the time that they really took if it is more.
 
-The counts in budgets.py are those of a machine with nothing else to do. On a slower or busier one the same messages
-take more of the gate's time, and of the bus's. So the gate looks at the clock around each judgement of what was read;
-and behind every few hundred messages, or replies to them, it asks the bus something, since until the answer comes the
-bus has been at work on them. Thus whoever floods has a share of the time, on a slow machine as on a fast one.
+The counts in filter/costs.py are those of a machine with nothing else to do. On a slower or busier one the same messages
+take more of the gate's time, and of the bus's. So the gate looks at the clock around each judgement. It also asks the
+bus a question behind every few hundred messages, or replies to them: until the answer comes, the bus was at work on the
+messages before it. So a flood gets the same share of the time on a slow machine as on a fast one.
+
+    app            gate                            bus
+     | 512 messages | -- 512 messages, GetId --->   |
+     | -----------> | clock: 0 ms, paid: 8 ms       | at work
+     |              | <-- answer to GetId --------- |
+     |              | clock: 30 ms: charge 22 more  |
 """
 
 import sys
@@ -17,18 +23,19 @@ from broker.gate.sandbox.budgets import Clock, MessageBudget
 from broker.gate.sandbox.mediator import Mediator
 from broker.wire.header import Header
 
-# Messages, as budgets.py counts them, from one question to the next: a question costs the bus as much as two.
+# Messages from one question to the next. A question costs the bus as much as two messages.
 EVERY: Final = 512
-# Who has not read more than this part of `bytes_queued` pays for replies by their number as well.
+# An app with more than this part of `bytes_queued` unread pays for replies by their number as well.
 BEHIND: Final = 16
 KIND: Final = "meter"
 
 
 class Meter:
-    """Feeds the filter, and sets its `spent` to what that cost.
+    """Feeds the filter, and sets its `spent` to the cost of that.
 
-    Whoever passes messages on without it adds to `counted`, and gives it the next one when that is `ask_from`. Replies
-    cost nothing by their number, for what calls cost has them in it; so they are added to `answered` as well.
+    The fast path passes messages on without the meter. It adds them to `counted`, and gives the meter the next message
+    once `counted` has reached `ask_from`. Replies cost nothing by their number, because the price of a call includes
+    its reply, so replies are added to `answered` as well.
     """
 
     def __init__(
@@ -37,26 +44,26 @@ class Meter:
         self._judging: Final = judging
         self._budget: Final = budget
         self._clock: Final = clock
-        self._asked: tuple[float, int] | None = None  # when, and what had been paid
-        # Who has none passes all answers on, those to calls of the gate's own as well.
+        self._asked: tuple[float, int] | None = None  # when, and the charges before it
+        # A mediator without handlers passes all replies on, also those to calls of the gate.
         self._asks: Final = bool(judging.state.reply_handlers)
         judging.state.reply_handlers[KIND] = self._answered
         self.counted = self.answered = 0  # since the last question
         self.ask_from = EVERY if self._asks else sys.maxsize
 
     def feed_app(self, data: bytes, fds: Sequence[int]) -> None:
-        """Have judged what the app sent. Raises as the filter does."""
+        """Feed the filter bytes from the app. Raises as the filter does."""
         self._measure_app(lambda: self._judging.feed_app(data, fds), len(data))
 
     def resume_reading(self) -> None:
-        """Have judged what waits for its turn. Raises as the filter does."""
+        """Let the filter judge the messages that wait for their turn. Raises as the filter does."""
         self._measure_app(self._judging.resume_reading, 0)
 
     def feed_bus(self, data: bytes, fds: Sequence[int], *, pays: bool) -> None:
-        """Have judged what the bus sent. Raises as the filter does.
+        """Feed the filter bytes from the bus. Raises as the filter does.
 
-        Known replies to the app's calls may cost it the time that they take, and if it `pays` their number. What has to
-        be looked at has been charged to whoever caused it.
+        The app pays for known replies to its calls by the time that they take, and if it `pays`, by their number. All
+        other messages have been charged to the sandboxes that caused them.
         """
         judging = self._judging
         judging.billed = 0.0
@@ -74,11 +81,11 @@ class Meter:
         try:
             judge()
         finally:  # a message that ends the connection has taken its time as well
-            # A read with nothing whole in it is a read: whoever sends byte by byte pays for each.
+            # A read without a whole message costs as well, so an app that sends byte by byte pays for each read.
             least = 1 if size else 0
             judging.spent = max(judging.spent + size // BYTES_A_MESSAGE, least)
             self._spend(start, 0)
-        # Half of a message is not on its way to the bus yet.
+        # An unfinished message is not on its way to the bus yet.
         if judging.state.to_bus:
             self._ask_if_due()
 

@@ -1,4 +1,14 @@
-"""A sandbox in the gate: its listening sockets, its connections, its rules, its end."""
+"""A sandbox in the gate: its listening sockets, its connections, its rules, its end.
+
+    state       how it begins                           how it ends
+    serving     `open`                                  `stop_listening`, `stop`, or a listening socket that is lost
+    draining    no socket listens any more              the last connection and the last lingering one have gone
+    ending      `stop`: all connections are closed      the bus has let go of them, or LINGER_SECONDS have passed
+    over        `finish`: `Ended` is emitted
+
+The close-notification pipe ends a sandbox in any state. An error in handling a sandbox's own descriptors stops that
+sandbox, and nothing else: `ends_sandbox_on_error`.
+"""
 
 import functools
 import os
@@ -49,12 +59,12 @@ from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, Cal
 from policy.match import Judge, excess, make_judge
 from policy.rules import AccessList
 
-# What a socket calls itself in the handshake when nobody gave it a guid: 32 hex digits.
+# The guid, 32 hex digits, in the handshake on a socket whose creator gave it none.
 GUID: Final = os.urandom(16).hex()
-# The work of a change of rules for one connection, beside what its chores count: as `policy.match` counts work.
+# The work of a change of rules for one connection, beside its chores, as `policy.match` counts work.
 CHANGE_WORK: Final = 4096
-# Seconds that the end of a sandbox waits for the bus to close its connections. A message that the bus delivers later is of
-# a sandbox that is not known any more.
+# Seconds that the end of a sandbox waits for the bus to close its connections. Messages that the bus delivers later come
+# from a sandbox that is not known any more.
 LINGER_SECONDS: Final = 5.0
 
 
@@ -84,7 +94,7 @@ def ends_sandbox_on_error(
 
 
 class Sandbox:
-    """One app instance."""
+    """One app instance, with its sockets."""
 
     def __init__(
         self,
@@ -107,7 +117,7 @@ class Sandbox:
         self.limited_log: Final = RateLimitedLog(spec.id, spec.limits.log_lines_per_second)
         self.is_throttled = False
         self._throttled_count = 0
-        # Who may go on when the budget has filled up, in the order in which they came.
+        # Readers that wait for the budget to fill up, in the order in which they came.
         self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
         self.denied_count = 0
         self.connections: Final[dict[AppConnection, None]] = {}  # a set with an order
@@ -116,7 +126,9 @@ class Sandbox:
         ] = {}  # connections that the app has closed and the bus has not
         self._buses: Final = buses
         self._emit: Final = emit
-        self._changed: Final = changed  # it listens less, a connection joined or left, all is over
+        self._changed: Final = (
+            changed  # called when a socket closes, a connection joins or leaves, or all is over
+        )
         self._judges: dict[str, Judge] = {}
         self._listening: Final[list[ListeningSocket]] = []
         self._close_pipe = -1
@@ -133,7 +145,7 @@ class Sandbox:
     # -- life ------------------------------------------------------------------------------------
 
     def open(self, fds: Sequence[int]) -> None:
-        """Serve the sockets. The descriptors are the sandbox's from here on."""
+        """Serve the sockets of the spec. The sandbox owns the descriptors from here on."""
         for listener in self.spec.listeners:
             self._listen(fds[listener.fd], listener)
         if self.spec.close_notify is not None:
@@ -146,16 +158,16 @@ class Sandbox:
 
     def _watch_pipe(self, fd: int) -> None:
         self._close_pipe = fd
-        # Its end alone, whatever it is: bytes mean nothing, and nobody is to keep us busy with them.
+        # The hang-up alone. Bytes mean nothing, and a creator must not keep the gate busy with them.
         self._loop.add(fd, select.EPOLLRDHUP, self._close_notify)
 
     def descriptors(self) -> list[tuple[str, int]]:
-        """Return what it listens on, by bus; and by no bus the pipe that ends it."""
+        """Return the listening descriptors by bus, and by "" the close-notification pipe."""
         found = [(listening.spec.bus, listening.fd) for listening in self._listening]
         return [*found, ("", self._close_pipe)] if self._close_pipe >= 0 else found
 
     def stop_listening(self) -> None:
-        """Take no more connections; end with the last one."""
+        """Close the listening sockets. The sandbox ends with its last connection."""
         for listening in list(self._listening):
             self._close_listener(listening)
         self._end_if_done()
@@ -165,7 +177,7 @@ class Sandbox:
         listening.close()
 
     def stop(self, reason: str) -> None:
-        """End it, connections and all; it is over when the bus has let go of them."""
+        """Close all sockets and connections. The sandbox is over when the bus has let go of the connections."""
         if self._reason:
             return
         self._reason = reason
@@ -190,7 +202,7 @@ class Sandbox:
         self.finish()
 
     def finish(self) -> None:
-        """Tell the end, after `stop`; connections may linger. Does nothing the second time."""
+        """Emit `Ended`, after `stop`. Connections may still linger. Does nothing the second time."""
         if self.is_over:
             return
         self.is_over = True
@@ -201,7 +213,7 @@ class Sandbox:
 
     @ends_sandbox_on_error
     def _close_notify(self, _events: int) -> None:
-        self._loop.remove(self._close_pipe)  # it would be told again and again
+        self._loop.remove(self._close_pipe)  # epoll would report the end in every turn
         self.stop("close-notify")
 
     def _end_if_done(self) -> None:
@@ -218,7 +230,7 @@ class Sandbox:
     # -- rules -----------------------------------------------------------------------------------
 
     def judge(self, bus: str) -> Judge:
-        """Return the rules of this sandbox on a bus, compiled."""
+        """Return the compiled rules for a bus; compile them now if need be."""
         judge = self._judges.get(bus)
         if judge is None:
             judge = Judge(self.spec.access, bus=bus, me=self.identity)
@@ -226,15 +238,15 @@ class Sandbox:
         return judge
 
     def compile(self) -> Work:
-        """Compile the rules that it comes with. Raises CallRefusedError."""
+        """Compile the rules of the spec. Raises CallRefusedError."""
         self._judges = yield from self._compiled(self.spec.access, is_new=True)
 
     def has_rules(self, bus: str) -> bool:
-        """Say whether the rules for a bus are compiled. After a hand-over they are not if no connection needed them."""
+        """Return whether the rules for a bus are compiled. After a hand-over they may not be."""
         return bus in self._judges
 
     def prepare(self) -> None:
-        """Compile the rules in slices, and let connections that wait for them go on."""
+        """Compile the rules in slices, then resume the connections that wait for them."""
         if not self._is_preparing:
             self._is_preparing = True
             Sliced(self._loop, self._prepare(), self._prepared).begin(lambda: None)
@@ -255,7 +267,7 @@ class Sandbox:
                 connection.resume()
 
     def set_access(self, access: AccessList) -> Work:
-        """Judge by other rules once this is done. Raises CallRefusedError, and nothing has changed."""
+        """Change the rules. Raises CallRefusedError, and nothing has changed."""
         judges = yield from self._compiled(access, is_new=True)
         if self.is_over:
             raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
@@ -270,7 +282,10 @@ class Sandbox:
     def _compiled(
         self, access: AccessList, *, is_new: bool
     ) -> Generator[int, None, dict[str, Judge]]:
-        """Return the judges of each bus. Whoever made a new list is not trusted to have counted what it costs."""
+        """Return the judge of each bus. Raises CallRefusedError.
+
+        A new list may also cost too much, because its author is not trusted to have counted that.
+        """
         judges = {}
         for listener in self.spec.listeners:
             try:
@@ -283,12 +298,12 @@ class Sandbox:
         return judges
 
     def settle(self) -> None:
-        """Do now what connections would do in later turns."""
+        """Do all chores of connections now, because the sandbox is about to be handed over."""
         for connection in list(self.connections):
             connection.settle()
 
     def set_container_server(self, bus: str, server: ContainerServer | None) -> None:
-        """Make connections to that bus there from now on, those that wait for it included."""
+        """Set the address of new connections to a bus, and connect those that wait for it."""
         servers = {b: u for b, u in self.spec.container_servers.items() if b != bus}
         servers |= {bus: server} if server is not None else {}
         self.spec = msgspec.structs.replace(self.spec, container_servers=servers)
@@ -301,7 +316,7 @@ class Sandbox:
 
     @property
     def states(self) -> list[ConnectionState]:
-        """Its connections, those in their handshakes left out."""
+        """The states of all connections that are past their handshake."""
         return [
             connection.filter.state
             for connection in self.connections
@@ -319,11 +334,14 @@ class Sandbox:
 
     @property
     def is_listening(self) -> bool:
-        """Whether it takes connections."""
+        """Whether a socket of the sandbox listens."""
         return bool(self._listening)
 
     def may_accept(self) -> bool:
-        """Return False, and pause, while one connection more would be too many only until the bus has let go of others."""
+        """Return whether a connection may be taken now.
+
+        If one more would be too many only because others linger, the sockets pause until the bus has let go of those.
+        """
         most = self.limits.connections
         if not len(self.connections) < most <= len(self.connections) + len(self.lingering):
             return True
@@ -331,7 +349,7 @@ class Sandbox:
         return False
 
     def on_connection(self, listening: ListeningSocket, connection: socket.socket) -> None:
-        """Take a connection, if it is the app's and not one too many."""
+        """Take a connection, if it has the right user and is not one too many."""
         try:
             self._take(connection, listening.spec)
         except (OSError, MemoryError) as exc:  # e.g. no room in the loop
@@ -383,7 +401,7 @@ class Sandbox:
         ] = None
 
     def make_filter(self, bus: BusState, *, app_takes_fds: bool) -> Mediator:
-        """Return what judges a new connection."""
+        """Return the mediator of a new connection."""
         return Filter(
             bus,
             self,
@@ -394,7 +412,7 @@ class Sandbox:
         )
 
     def said_hello(self, state: ConnectionState) -> None:
-        """Register a connection, before its app can use it."""
+        """Register the unique name of a connection, before its app gets to know it."""
         state.bus.connected(state.unique_name, self.id, self.identity)
         state.bus.payers.joined(state.unique_name, self.messages)
         self._emit(Connected(self.id, state.bus.name, state.unique_name))
@@ -413,7 +431,7 @@ class Sandbox:
         self._end_if_done()
 
     def linger(self, bus: BusState, unique_name: str, sock: socket.socket) -> None:
-        """Keep what is left of a connection whose app has gone. The socket is the sandbox's from here on."""
+        """Keep the bus side of a connection whose app has gone. The sandbox owns the socket from here on."""
         rest = LingeringConnection(self._loop, bus.name, unique_name, sock, self._let_go)
         self.lingering[rest] = None
         bus.lingering[unique_name] = rest
@@ -432,10 +450,16 @@ class Sandbox:
     # -- budgets -----------------------------------------------------------------------------------
 
     def charge(self, cost: int, read_on: Callable[[], None], *, goes_first: bool = False) -> bool:
-        """Take note of messages. True: whoever sent them is not to be read until `read_on` is called.
+        """Charge messages; return True if their sender is not to be read until `read_on` is called.
 
-        The sandbox's other connections get one read each meanwhile: one cannot starve them. Who is in the
-        middle of a message goes first, or many large ones would all be whole, and sent to the bus, at once.
+        Meanwhile the other connections of the sandbox get one read each, so one connection cannot starve them. A reader
+        with half a message `goes_first`. Otherwise many large messages would be whole, and sent to the bus, at once.
+
+            budget  1  -- charge(5) -->  -4: throttled, A waits
+                       -- charge(2) -->  -6: B waits
+            timer: filled up    A.read_on()  ->  charge(3): A waits behind B
+            next turn           B.read_on()  ->  ...
+            nobody waits        not throttled any more
         """
         self.messages.left -= cost
         if self.messages.left < 0 and not self.is_throttled and (wait := self.messages.pause()):
@@ -450,9 +474,9 @@ class Sandbox:
 
     @ends_sandbox_on_error
     def _wake_next(self) -> None:
-        """Let whoever has waited longest go on; the next one when that has been read and charged.
+        """Resume the reader that has waited longest; the next one follows when its read has been charged.
 
-        All at once would be a burst of a read each, for which everybody else would have to wait.
+        Resuming all at once would be a burst of a read each, and all other sandboxes would have to wait for it.
         """
         if self._reason:
             return
@@ -467,11 +491,11 @@ class Sandbox:
 
     @property
     def fds(self) -> int:
-        """How many descriptors of messages are here."""
+        """The number of descriptors that came with messages and have not left."""
         return sum(connection.fds for connection in self.connections)
 
     def usage(self) -> Usage:
-        """Return what is taken of the limits."""
+        """Return how much of each limit is used."""
         mine = Usage(
             bytes_held=self.bytes_held,
             rule_steps=max((judge.cost.steps for judge in self._judges.values()), default=0),
@@ -486,7 +510,7 @@ class Sandbox:
         return sum((connection.usage() for connection in self.connections), mine)
 
     def close_fds(self, fds: Sequence[int]) -> None:
-        """Close what a refused message brought."""
+        """Close the descriptors of a refused message."""
         close_fds(fds)
 
     # -- reports -----------------------------------------------------------------------------------
@@ -499,7 +523,7 @@ class Sandbox:
         self._reports.add(state.bus.name, denial)
 
     def state(self) -> SandboxState:
-        """Return what the supervisor may want to know."""
+        """Return the state for a snapshot."""
         named = [(state.bus.name, state.unique_name) for state in self.states if state.unique_name]
         gone = [(rest.bus, rest.unique_name) for rest in self.lingering]
         return SandboxState(
@@ -514,7 +538,7 @@ class Sandbox:
     # -- handing over ------------------------------------------------------------------------------
 
     def dump(self, fds: Fds) -> SandboxDump:
-        """Return all of it, descriptors as indexes."""
+        """Return the state, with descriptors as indexes."""
         places = {connection.read_on: place for place, connection in enumerate(self.connections)}
         listeners = self.spec.listeners
         return SandboxDump(
@@ -540,7 +564,7 @@ class Sandbox:
         )
 
     def load(self, dump: SandboxDump, fds: Sequence[int], judges: dict[str, Judge]) -> None:
-        """Be as the one was that made the dump; `resume` goes on. `judges`: of the same rules, by bus."""
+        """Restore the state from `dump`. `resume` continues. `judges` are those of the same rules, by bus."""
         self._judges = judges
         self._guid = dump.guid
         for place, at in dump.listening:
@@ -575,7 +599,7 @@ class Sandbox:
         self._reports.load(dump.reports_left, dump.unreported)
 
     def discard(self) -> None:
-        """Leave the loop and close nothing: what was loaded belongs to the gate before."""
+        """Leave the loop and close nothing, because the former gate still has all that was loaded."""
         self.is_over = True
         for listening in self._listening:
             listening.leave()

@@ -75,7 +75,7 @@ def test_what_is_kept_of_refusals_has_a_bound_of_bytes(world: World) -> None:
     world.reports.add("session", LONG)
     kept = EventJournal()
     for _ in range(2 * MAX_DENIALS):
-        kept.add(world.told[0], is_told=True)
+        kept.add(world.told[0], was_sent=True)
     assert len(msgspec.msgpack.encode(kept)) < 2 * MIB
 
 

@@ -60,7 +60,7 @@ class Way:
         self.sent.append((side, data, len(fds)))
 
     def cut_short(self, stream: SocketStream, rest: bytes) -> None:
-        self.rests.append((pipe, rest))
+        self.rests.append((stream, rest))
 
     def failed(self, exc: Exception) -> None:
         self.failures.append(exc)
