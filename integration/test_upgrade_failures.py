@@ -128,7 +128,7 @@ async def test_the_old_gate_goes_on(
                     with pytest.raises(CallRefusedError, match=FAILURES[how]) as refused:
                         await engine.upgrade()
                     assert "\n" not in str(refused.value)
-                    assert str(refused.value).startswith("the new gate does not take over: ")
+                    assert str(refused.value).startswith("the new gate cannot take over: ")
                     await trio.sleep(0.1)
                 assert engine.pid == pid
                 for name in names:

@@ -70,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_REFUSED
 
     def begin() -> None:
-        if (
-            args.trace is not None
-        ):  # not before, because the old gate may have written there until now
+        if args.trace is not None:  # not before: until now the old gate may have written there
             if service.is_there and header is None:
                 _set_aside(args.trace)
             _trace(args.trace)

@@ -345,7 +345,7 @@ class Gate:
             hand_over(channel, self.dumper(serial, request.protocol, os.getpid()), dumps)
         except HandoverError as exc:
             LOGGER.warning("hand-over: %s", exc)
-            text = f"the new gate does not take over: {exc}"
+            text = f"the new gate cannot take over: {exc}"
             raise CallRefusedError(errors.FAILED, text) from exc
         finally:
             channel.close()

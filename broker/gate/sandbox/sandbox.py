@@ -15,7 +15,6 @@ import os
 import select
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from typing import Concatenate, Final, ParamSpec
 
@@ -53,6 +52,7 @@ from broker.gate.sandbox.connection import AppConnection
 from broker.gate.sandbox.denial_reports import DenialReports, is_news
 from broker.gate.sandbox.lingering import LingeringConnection
 from broker.gate.sandbox.mediator import Mediator
+from broker.gate.sandbox.throttle import Throttle
 from broker.posix.descriptors import close_fds
 from broker.posix.sockets import peer_uid, stream_socket_from_fd
 from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
@@ -66,10 +66,7 @@ CHANGE_WORK: Final = 4096
 # Seconds that the end of a sandbox waits for the bus to close its connections. Messages that the bus delivers later come
 # from a sandbox that is not known any more.
 LINGER_SECONDS: Final = 5.0
-
-
 UNIX_CONNECTOR: Final = UnixConnector()
-
 
 Arguments = ParamSpec("Arguments")
 
@@ -115,29 +112,23 @@ class Sandbox:
         self.bytes_held = 0
         self.messages: Final = MessageBudget(spec.limits.messages_per_second)
         self.limited_log: Final = RateLimitedLog(spec.id, spec.limits.log_lines_per_second)
-        self.is_throttled = False
-        self._throttled_count = 0
-        # Readers that wait for the budget to fill up, in the order in which they came.
-        self._waiting: Final[OrderedDict[Callable[[], None], None]] = OrderedDict()
+        self._throttle: Final = Throttle(loop, self.messages, self.failed)
         self.denied_count = 0
         self.connections: Final[dict[AppConnection, None]] = {}  # a set with an order
-        self.lingering: Final[
-            dict[LingeringConnection, None]
-        ] = {}  # connections that the app has closed and the bus has not
+        # Connections that the app has closed and the bus has not.
+        self.lingering: Final[dict[LingeringConnection, None]] = {}
         self._buses: Final = buses
         self._emit: Final = emit
-        self._changed: Final = (
-            changed  # called when a socket closes, a connection joins or leaves, or all is over
-        )
+        # Called when a socket closes, a connection joins or leaves, or all is over.
+        self._changed: Final = changed
         self._judges: dict[str, Judge] = {}
         self._listening: Final[list[ListeningSocket]] = []
         self._close_pipe = -1
         self._reports: Final = DenialReports(loop, spec.id, emit)
         self._guid = GUID
         self._reason = ""  # of its end, once that is decided
-        self.waiting_requests: Final[
-            list[int]
-        ] = []  # requests of the supervisor that wait for its end
+        # Serials of requests that wait for the end of the sandbox.
+        self.waiting_requests: Final[list[int]] = []
         self.is_over = self._is_preparing = False
         # Connections of the former gate, by bus and unique name, that this one could not take over.
         self.lost: Final[list[tuple[str, str]]] = []
@@ -181,6 +172,7 @@ class Sandbox:
         if self._reason:
             return
         self._reason = reason
+        self._throttle.stop()
         for listening in list(self._listening):
             self._close_listener(listening)
         for connection in list(self.connections):
@@ -424,7 +416,7 @@ class Sandbox:
     def connection_closed(self, connection: AppConnection) -> None:
         """Forget a connection."""
         self.connections.pop(connection, None)
-        self._waiting.pop(connection.read_on, None)
+        self._throttle.forget(connection.read_on)
         state = connection.filter.state if connection.filter is not None else None
         if state is not None and state.unique_name:
             state.bus.payers.left(state.unique_name, self.id, list(state.requested_names))
@@ -443,51 +435,15 @@ class Sandbox:
         bus.lingering.pop(rest.unique_name, None)
         bus.gone(rest.unique_name)
         self._emit(Gone(self.id, rest.bus, rest.unique_name))
-        if self.resume_listening not in self._waiting:
+        if self.resume_listening not in self._throttle.waiting:
             self.resume_listening()
         self._end_if_done()
 
     # -- budgets -----------------------------------------------------------------------------------
 
     def charge(self, cost: int, read_on: Callable[[], None], *, goes_first: bool = False) -> bool:
-        """Charge messages; return True if their sender is not to be read until `read_on` is called.
-
-        Meanwhile the other connections of the sandbox get one read each, so one connection cannot starve them. A reader
-        with half a message `goes_first`. Otherwise many large messages would be whole, and sent to the bus, at once.
-
-            budget  1  -- charge(5) -->  -4: throttled, A waits
-                       -- charge(2) -->  -6: B waits
-            timer: filled up    A.read_on()  ->  charge(3): A waits behind B
-            next turn           B.read_on()  ->  ...
-            nobody waits        not throttled any more
-        """
-        self.messages.left -= cost
-        if self.messages.left < 0 and not self.is_throttled and (wait := self.messages.pause()):
-            self._throttled_count += 1
-            self.is_throttled = True
-            self._loop.call_later(wait, self._wake_next)
-        if self.is_throttled:
-            self._waiting[read_on] = None
-            if goes_first:
-                self._waiting.move_to_end(read_on, last=False)
-        return self.is_throttled
-
-    @ends_sandbox_on_error
-    def _wake_next(self) -> None:
-        """Resume the reader that has waited longest; the next one follows when its read has been charged.
-
-        Resuming all at once would be a burst of a read each, and all other sandboxes would have to wait for it.
-        """
-        if self._reason:
-            return
-        if wait := self.messages.pause():
-            self._loop.call_later(wait, self._wake_next)
-        elif self._waiting:
-            read_on, _ = self._waiting.popitem(last=False)
-            read_on()
-            self._loop.next_turn(self._wake_next)
-        else:
-            self.is_throttled = False
+        """Charge messages; return True if their sender is not to be read until `read_on` is called."""
+        return self._throttle.charge(cost, read_on, goes_first=goes_first)
 
     @property
     def fds(self) -> int:
@@ -501,7 +457,7 @@ class Sandbox:
             rule_steps=max((judge.cost.steps for judge in self._judges.values()), default=0),
             messages_per_second=self.messages.used,
             log_lines_per_second=self.limited_log.used,
-            throttled=self._throttled_count,
+            throttled=self._throttle.count,
             suppressed=self.limited_log.suppressed_ever,
             caused=self.messages.caused,
             connections=len(self.lingering),
@@ -555,9 +511,9 @@ class Sandbox:
             waiting_requests=tuple(self.waiting_requests),
             messages=self.messages.dump(),
             limited_log=self.limited_log.dump(),
-            is_throttled=self.is_throttled,
-            throttled_count=self._throttled_count,
-            waiting=tuple(places.get(read_on, -1) for read_on in self._waiting),
+            is_throttled=self._throttle.is_throttled,
+            throttled_count=self._throttle.count,
+            waiting=tuple(places.get(read_on, -1) for read_on in self._throttle.waiting),
             denied_count=self.denied_count,
             reports_left=self._reports.left,
             unreported=self._reports.unreported,
@@ -588,13 +544,15 @@ class Sandbox:
         self._reason = dump.reason
         self.waiting_requests.extend(dump.waiting_requests)
         readers = [connection.read_on for connection in self.connections]
-        for place in dump.waiting:
-            self._waiting[readers[place] if place >= 0 else self.resume_listening] = None
+        self._throttle.load(
+            [readers[place] if place >= 0 else self.resume_listening for place in dump.waiting],
+            dump.throttled_count,
+            is_throttled=dump.is_throttled,
+        )
         self.messages.load(dump.messages)
         for bus in self._buses.values():
             bus.payers.adopt(self.id, self.messages)
         self.limited_log.load(dump.limited_log)
-        self.is_throttled, self._throttled_count = dump.is_throttled, dump.throttled_count
         self.denied_count = dump.denied_count
         self._reports.load(dump.reports_left, dump.unreported)
 
@@ -620,10 +578,9 @@ class Sandbox:
             self._emit(Gone(self.id, bus, unique_name))
         self.lost.clear()
         self._end_if_done()
-        if self.resume_listening in self._waiting:
+        if self.resume_listening in self._throttle.waiting:
             self._pause_listening()
-        if self.is_throttled:
-            self._loop.next_turn(self._wake_next)
+        self._throttle.resume()
         for connection in list(self.connections):
             connection.resume()
         if self._reason:

@@ -12,8 +12,8 @@ import pytest
 GATE: Final = Path(__file__).resolve().parents[3] / "broker" / "gate"
 # Given to the constructor, or made by it and never changed.
 GIVEN: Final = """
-_about _access_change _account _app _app_messages _budgets _bus_messages _buses _changed _clock
-_drained _driver _emit _full _judging _least _loop _most _on_lost _on_request _owner _owners
+_about _access_change _account _app _app_messages _budget _budgets _bus_messages _buses _changed _clock
+_drained _driver _emit _failed _full _judging _least _loop _most _on_lost _on_request _owner _owners
 _pending _rate _recorder _reports _sandbox _seconds _state _synced _turn _uid _verdicts _visibility
 absent_name bus connector fd from_app id identity limits recorder reply_handlers sandbox sock state
 """
@@ -29,7 +29,7 @@ CONNECTION: Final = """
 bus _bus_side _filter _guid _handshake _is_throttled _message_deadline _was_unfinished _watched
 """
 SANDBOX: Final = """
-_close_pipe _guid _listening _reason _throttled_count _waiting waiting_requests limited_log denied_count is_throttled lingering
+_close_pipe _guid _listening _reason _throttle waiting_requests limited_log denied_count lingering
 connections messages spec
 """
 # File and class: what is handed over, and what is made again (sums, caches, what a turn of the loop begins with).
@@ -85,6 +85,7 @@ FIELDS: Final = {
     "sandbox/budgets.py:MessageBudget": ("_filled caused left", ""),
     "sandbox/budgets.py:RateLimitedLog": ("_second suppressed suppressed_ever used", ""),
     "sandbox/denial_reports.py:DenialReports": ("left unreported", ""),
+    "sandbox/throttle.py:Throttle": ("_waiting count is_throttled", "_is_stopped"),
     "sandbox/sandbox.py:Sandbox": (SANDBOX, "_is_preparing _judges bytes_held is_over lost"),
     "supervisor_channel.py:SupervisorChannel": (
         "_journal _listening _reader _requests _stream",

@@ -217,7 +217,7 @@ def test_what_differs_is_not_served(
     assert "differs" in hand_over(supervisor)
     (answer,) = supervisor.take()
     assert isinstance(answer.body, Refused)
-    assert "the new gate does not take over: " in answer.body.text
+    assert "the new gate cannot take over: " in answer.body.text
     assert (tmp_path / "c0").exists()
     assert len(snapshot(supervisor).sandboxes) == 1
 

@@ -300,8 +300,8 @@ def test_a_defect_of_who_waited_ends_its_sandbox_alone(supervisor: Supervisor) -
     supervisor.add()
     supervisor.add("c1")
     sandbox = supervisor.gate._sandboxes["c1"]
-    sandbox._waiting[fail_always] = None
-    sandbox._wake_next()
+    sandbox._throttle._waiting[fail_always] = None
+    sandbox._throttle._wake_next()
     assert names(supervisor) == ["c0"]
 
 

@@ -159,7 +159,7 @@ def test_each_read_of_a_handshake_costs(world: World) -> None:
 def test_handshake_waits_for_the_budget(world: World) -> None:
     world.sandbox.messages.left = 0
     assert world.say(AUTH[:1]) == 1
-    assert world.sandbox.is_throttled
+    assert world.sandbox._throttle.is_throttled
     assert world.say(AUTH[1:]) == 0
     with pytest.raises(BlockingIOError):
         world.app.recv(100)

@@ -76,7 +76,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def test_who_is_within_the_budget_is_read_on(world: World) -> None:
     assert not world.sandbox.charge(RATE, lambda: None)
-    assert not world.sandbox.is_throttled
+    assert not world.sandbox._throttle.is_throttled
 
 
 def test_who_waits_goes_on_in_turns(world: World) -> None:
@@ -107,7 +107,7 @@ def test_nobody_waits_any_more_when_nobody_sends(world: World) -> None:
     for _ in range(4):
         world.turn(0.01)
     assert world.went == ["a"]
-    assert not world.sandbox.is_throttled
+    assert not world.sandbox._throttle.is_throttled
 
 
 def test_who_left_is_not_called(world: World) -> None:

@@ -1,0 +1,93 @@
+"""Throttling of one sandbox: whose reads wait until its budget of messages has filled up, and in which order.
+
+budget  1    charge(5, A)         -4: throttled, A waits
+             charge(2, B)         -6: B waits behind A
+timer        filled up: A reads,  charge(3, A): A waits behind B
+next turn    B reads              charge(1, B): B waits behind A
+...          nobody waits: not throttled any more
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from typing import Final
+
+from broker.gate.io.loop import Loop
+from broker.gate.sandbox.budgets import MessageBudget
+
+# Reads once more. It is also the name of the reader: a reader waits once.
+ReadOn = Callable[[], None]
+
+
+class Throttle:
+    """The readers of one sandbox that wait."""
+
+    def __init__(
+        self, loop: Loop, budget: MessageBudget, failed: Callable[[Exception], None]
+    ) -> None:
+        """Throttle readers by a budget; `failed` gets the error of a reader that was resumed."""
+        self._loop: Final = loop
+        self._budget: Final = budget
+        self._failed: Final = failed
+        self._waiting: Final[OrderedDict[ReadOn, None]] = OrderedDict()
+        self.is_throttled = False
+        self.count = 0  # how often throttling began
+        self._is_stopped = False
+
+    @property
+    def waiting(self) -> Collection[ReadOn]:
+        """The readers that wait, in order."""
+        return self._waiting
+
+    def charge(self, cost: int, read_on: ReadOn, *, goes_first: bool = False) -> bool:
+        """Charge messages; return True if their reader is to wait until `read_on` is called.
+
+        Meanwhile the other readers get one read each, so none can starve the others. A reader with half a message
+        `goes_first`. Otherwise many large messages would be whole, and sent to the bus, at once.
+        """
+        self._budget.left -= cost
+        if self._budget.left < 0 and not self.is_throttled and (wait := self._budget.pause()):
+            self.count += 1
+            self.is_throttled = True
+            self._loop.call_later(wait, self._wake_next)
+        if self.is_throttled:
+            self._waiting[read_on] = None
+            if goes_first:
+                self._waiting.move_to_end(read_on, last=False)
+        return self.is_throttled
+
+    def forget(self, read_on: ReadOn) -> None:
+        """Remove a reader."""
+        self._waiting.pop(read_on, None)
+
+    def stop(self) -> None:
+        """Resume no reader any more."""
+        self._is_stopped = True
+
+    def _wake_next(self) -> None:
+        """Resume the reader that has waited longest; the next one follows when its read has been charged.
+
+        Resuming all at once would be a burst of a read each, and all other sandboxes would have to wait for it.
+        """
+        if self._is_stopped:
+            return
+        if wait := self._budget.pause():
+            self._loop.call_later(wait, self._wake_next)
+        elif self._waiting:
+            read_on, _ = self._waiting.popitem(last=False)
+            try:
+                read_on()
+            except Exception as exc:  # noqa: BLE001 - the sandbox knows what it means
+                self._failed(exc)
+            self._loop.next_turn(self._wake_next)
+        else:
+            self.is_throttled = False
+
+    def load(self, waiting: Collection[ReadOn], count: int, *, is_throttled: bool) -> None:
+        """Restore the state from a dump. `resume` continues."""
+        self._waiting.update(dict.fromkeys(waiting))
+        self.count, self.is_throttled = count, is_throttled
+
+    def resume(self) -> None:
+        """Continue after `load`."""
+        if self.is_throttled:
+            self._loop.next_turn(self._wake_next)
