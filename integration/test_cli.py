@@ -169,7 +169,7 @@ def test_status(shared: Warden) -> None:
         (("access", "c99999", "--allow", "send:"), "c99999"),
         (("who", ":1.99999"), ":1.99999"),
         (("who", "org.freedesktop.DBus"), "the bus itself"),
-        (("who", "org.buswarden.Broker1"), "no container"),
+        (("who", "org.buswarden.Broker1"), "in no sandbox"),
         (("who", "nodots"), "not a bus name"),
         (("add", "--type", "nodots", "--app", "x"), "nodots"),
         (("add", "--type", "a.b", "--app", "x", "--bus", "nowhere"), "nowhere"),

@@ -86,7 +86,7 @@ def test_without_any_bus_it_starts_one_of_its_own(folder: Path) -> None:
     log = folder / "log"
     with running(RUN, env=env(folder / "run"), log=log) as process:
         line = process.read_line()
-        assert line.startswith("no session bus found: using a private one, unix:path=")
+        assert line.startswith("no session bus found: using a private bus, unix:path=")
         address = process.wait_line("ready ").split()[1]
         assert address in line
         bus_pid = int(line.rpartition("process ")[2].rstrip(")"))
@@ -114,7 +114,7 @@ def test_private_bus_is_taken_over_after_a_kill(folder: Path) -> None:
             first.wait()
             with running(RUN, env=env(folder / "run"), log=folder / "log") as second:
                 line = second.read_line()
-                assert "an earlier broker's private one" in line
+                assert "an earlier broker's private bus" in line
                 assert f"process {bus_pid})" in line
                 second.wait_line("ready")
                 assert host.driver("GetId")

@@ -106,7 +106,7 @@ def test_bus_that_is_taken_out_is_kept_by_its_sandboxes(bus: Bus, folder: Path) 
                 assert second.show(kept)["sockets"] == {"other": str(kept.socket)}
                 assert client.driver("GetId")
                 assert second.connect(kept).driver("GetId")
-                with pytest.raises(CallError, match="no bus 'other'; there are: session"):
+                with pytest.raises(CallError, match="no bus 'other', only: session"):
                     second.add_server("new", Buses=buses)
 
 

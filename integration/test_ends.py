@@ -180,7 +180,7 @@ def test_the_command_line_says_what_ends_it(shared: Warden) -> None:
         added = shared.cli(*argv, "--process", str(process.pid))
         id_ = added.out.split()[0]
         shown = shared.cli("show", id_).out
-        assert f"process {process.pid}, its time limit, in " in shown
+        assert f"process {process.pid}, the time limit, in " in shown
         assert "1 by " in shared.cli("status").out
         process.send_line("")
         assert ends.wait() == (f"/org/freedesktop/DBus/Containers1/{id_}", "process-ended")

@@ -104,7 +104,7 @@ def test_attack_x2_without_one_it_says_so(shared: Warden) -> None:
         check=False,
     )
     assert done.returncode == 3, done.stderr
-    assert "sh has no cgroup of its own: " in done.stderr
+    assert "no separate cgroup for sh: " in done.stderr
 
 
 def test_attack_x3_the_first_process_is_out_of_reach(shared: Warden) -> None:

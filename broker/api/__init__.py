@@ -1,1 +1,1 @@
-"""What others call: the D-Bus service."""
+"""The broker's D-Bus service: interfaces, arguments and answers."""

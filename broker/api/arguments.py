@@ -1,4 +1,8 @@
-"""AddServer's arguments, checked. Pure, but for a look at the descriptors, the process and the cgroup among them."""
+"""Checks of the arguments of AddServer.
+
+The module is pure, except that descriptors, the process and the cgroup among the arguments are
+examined.
+"""
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +22,12 @@ from policy.rules import AccessList, Rule
 from policy.text import parse_rule
 from policy.usos.wire_form import parse_usos
 
-# An app's identifier may be any text; it is shown, stored, and in each message about the sandbox.
+# An app's identifier may be any text. The text is shown, stored, and part of each message about the
+# sandbox.
 MAX_TEXT: Final = 4096  # bytes
 MAX_PLUGS: Final = 1024
-# A bus takes 64 and ends the connection of who sends more: us, as our answers wrap the metadata in others.
+# A bus closes a connection that sends more than 64 levels. The broker's answers wrap the metadata in
+# further levels, and the broker must not lose the connection.
 MAX_METADATA_NESTING: Final = 32
 MAX_TIME_LIMIT: Final = 2**32 - 1  # seconds
 
@@ -46,7 +52,7 @@ NAMED: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Where a call came from."""
+    """The origin of a call."""
 
     bus: str
     buses: Collection[str]
@@ -57,7 +63,10 @@ class Context:
 
 
 def reading_request(values: Sequence[Any], context: Context) -> Generator[int, None, AddRequest]:
-    """Return what AddServer's four arguments ask for, and tell how much work it was. Raises CallRefusedError."""
+    """Return the request in the four arguments of AddServer, and yield the work done.
+
+    Raises CallRefusedError.
+    """
     type_, app, metadata, variants = values
     if not is_interface(type_):
         raise CallRefusedError(INVALID_ARGS, f"type {type_[:100]!r} is not an interface name")
@@ -91,7 +100,7 @@ def reading_request(values: Sequence[Any], context: Context) -> Generator[int, N
 def reading_allow(
     entries: Sequence[tuple[int, str, str, str]], origin: str
 ) -> Generator[int, None, tuple[Rule, ...]]:
-    """Return the rules of `a(usos)`, and tell how much work it was. Raises CallRefusedError."""
+    """Return the rules of `a(usos)`, and yield the work done. Raises CallRefusedError."""
     check_number(entries, sum(len(text) for entry in entries for text in entry[1:]))
     rules: list[Rule] = []
     for index, entry in enumerate(entries):
@@ -106,7 +115,10 @@ def reading_allow(
 def reading_rules(
     entries: Sequence[tuple[bool, str]], origin: str
 ) -> Generator[int, None, tuple[Rule, ...]]:
-    """Return the rules of `a(bs)`, each deny or not and text, and tell how much work it was. Raises CallRefusedError."""
+    """Return the rules of `a(bs)`, which are (deny, text), and yield the work done.
+
+    Raises CallRefusedError.
+    """
     check_number(entries, sum(len(text) for _, text in entries))
     rules = []
     for deny, text in entries:
@@ -119,7 +131,7 @@ def reading_rules(
 
 
 def _packing_metadata(metadata: Mapping[str, Variant], most: int) -> Generator[int, None, bytes]:
-    """Return metadata as it is stored, and tell how much work it was. Raises CallRefusedError."""
+    """Return metadata in the stored form, and yield the work done. Raises CallRefusedError."""
     packer = Packer("a{sv}", [metadata], max_bytes=most)
     try:
         while not packer.run():
@@ -127,7 +139,7 @@ def _packing_metadata(metadata: Mapping[str, Variant], most: int) -> Generator[i
     except TooLongError as exc:
         text = f"max_container_metadata_bytes={most} would be exceeded"
         raise CallRefusedError(LIMITS_EXCEEDED, text) from exc
-    # These look at each value; there are not many in so few bytes.
+    # These checks visit each value. The size is limited by now, so the values are few.
     if holds_descriptor(metadata):
         raise CallRefusedError(INVALID_ARGS, "metadata cannot hold descriptors")
     if nesting(metadata) > MAX_METADATA_NESTING:
@@ -137,7 +149,7 @@ def _packing_metadata(metadata: Mapping[str, Variant], most: int) -> Generator[i
 
 
 def check_text(text: str, name: str) -> None:
-    """Check the length of a text that may be anything. Raises CallRefusedError."""
+    """Check the length of a text with arbitrary content. Raises CallRefusedError."""
     if len(text.encode()) > MAX_TEXT:
         raise CallRefusedError(LIMITS_EXCEEDED, f"{name}: max_text_bytes={MAX_TEXT} is exceeded")
 
@@ -146,21 +158,21 @@ def _check_named(variants: Mapping[str, Variant]) -> dict[str, Any]:
     for name, variant in variants.items():
         wanted = NAMED.get(name)
         if wanted is None:
-            raise CallRefusedError(INVALID_ARGS, f"named argument {name[:100]!r} is not understood")
+            raise CallRefusedError(INVALID_ARGS, f"unknown named argument {name[:100]!r}")
         if variant.signature != wanted:
             raise CallRefusedError(
-                INVALID_ARGS, f"named argument {name} is of type {wanted}, not {variant.signature}"
+                INVALID_ARGS, f"named argument {name} has type {wanted}, not {variant.signature}"
             )
     return {name: variant.value for name, variant in variants.items()}
 
 
 def _check_buses(wanted: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
     if not wanted or len(set(wanted)) != len(wanted):
-        raise CallRefusedError(INVALID_ARGS, "Buses is empty, or has one twice")
+        raise CallRefusedError(INVALID_ARGS, "Buses is empty, or names a bus twice")
     for bus in wanted:
         if bus not in known:
             listed = ", ".join(known)
-            raise CallRefusedError(INVALID_ARGS, f"no bus {bus[:100]!r}; there are: {listed}")
+            raise CallRefusedError(INVALID_ARGS, f"no bus {bus[:100]!r}, only: {listed}")
     return tuple(wanted)
 
 
@@ -176,7 +188,7 @@ def _check_plugs(plugs: Sequence[str]) -> tuple[str, ...]:
 
 def _check_process(named: Mapping[str, Any], context: Context) -> Process | None:
     if "Process" in named and "ProcessFd" in named:
-        raise CallRefusedError(INVALID_ARGS, "Process and ProcessFd are two ways to say one thing")
+        raise CallRefusedError(INVALID_ARGS, "only one of Process and ProcessFd may be given")
     if "Process" in named:
         return processes.identify(named["Process"], context.uid)
     fd = _take_fd(named, context, "ProcessFd", _check_nothing)
@@ -187,7 +199,7 @@ def _check_time_limit(named: Mapping[str, Any]) -> int:
     seconds: int = named.get("TimeLimit", 0)
     if "TimeLimit" in named and not 1 <= seconds <= MAX_TIME_LIMIT:
         raise CallRefusedError(
-            INVALID_ARGS, f"TimeLimit is of 1 to {MAX_TIME_LIMIT} seconds, not {seconds}"
+            INVALID_ARGS, f"TimeLimit must be 1 to {MAX_TIME_LIMIT} seconds, not {seconds}"
         )
     return seconds
 
@@ -206,4 +218,4 @@ def _take_fd(
 
 
 def _check_nothing(_fd: int, _name: str) -> None:
-    """Whoever listens on it looks."""
+    """Accept any descriptor, because the user of the descriptor checks the type."""

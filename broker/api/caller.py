@@ -1,4 +1,4 @@
-"""Who calls: asked of the bus and the gate, never of the caller."""
+"""Identification of callers by the bus and the gate, never by the caller's own words."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from broker.wire.errors import ACCESS_DENIED, CallRefusedError
 
 
 class Connection(Protocol):
-    """What the interfaces need of a bus."""
+    """The part of a bus connection that the interfaces use."""
 
     async def call(
         self, target: Destination, member: str, signature: str = "", values: Any = ()
@@ -20,30 +20,31 @@ class Connection(Protocol):
         """Return the values of the reply."""
 
     async def forwards_instance_field(self) -> bool:
-        """Find out whether header field 10 gets through."""
+        """Return whether the bus forwards header field 10."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BusContext:
-    """One bus that the service is on."""
+    """A bus with the service on it."""
 
     name: str
     bus: Connection
     supervisor: Supervisor
-    buses: Collection[str]  # the names of all
+    buses: Collection[str]  # the names of all buses
 
     async def host_caller(self, call: Call) -> Caller:
-        """Return who calls. Raises CallRefusedError AccessDenied for a call from inside a sandbox."""
+        """Return the caller, which must be outside all sandboxes.
+
+        Raises CallRefusedError AccessDenied for a call from inside a sandbox.
+        """
         if await self.supervisor.is_inside(self.name, call.sender):
-            raise CallRefusedError(
-                ACCESS_DENIED, f"{call.member} is not for callers in a container"
-            )
+            raise CallRefusedError(ACCESS_DENIED, f"{call.member} is not for callers in a sandbox")
         (credentials,) = await self.bus.call(
             BUS_DRIVER, "GetConnectionCredentials", "s", [call.sender]
         )
         uid = credentials.get("UnixUserID")
         if not isinstance(uid, Variant) or not isinstance(uid.value, int):
-            raise CallRefusedError(ACCESS_DENIED, "the bus does not know which user calls")
+            raise CallRefusedError(ACCESS_DENIED, "the bus does not know the user of the caller")
         return Caller(
             bus=self.name,
             unique_name=call.sender,
@@ -53,5 +54,8 @@ class BusContext:
 
 
 def _without_descriptors(credentials: dict[str, Variant]) -> dict[str, Variant]:
-    """A pidfd would be an index into the descriptors of a message long gone."""
+    """Return the credentials without descriptors, such as a pidfd.
+
+    A stored descriptor would be an index into the descriptors of a message that is gone.
+    """
     return {key: value for key, value in credentials.items() if not holds_descriptor(value)}

@@ -1,4 +1,4 @@
-"""org.freedesktop.DBus.Containers1, as dbus-daemon's experimental one, and what we have beside it."""
+"""org.freedesktop.DBus.Containers1, as in dbus-daemon's proposal, with additional methods."""
 
 from typing import Final
 
@@ -22,7 +22,7 @@ from broker.wire.errors import (
 from broker.wire.interfaces import CONTAINERS1, DRIVER, INSTANCE_PREFIX
 from broker.wire.names import is_bus_name, is_unique_name
 
-NOBODY: Final = -1  # no user has that number
+NOBODY: Final = -1  # the uid of no user
 _ADD_TAKES: Final = args(
     "container_type:s", "container_name:s", "metadata:a{sv}", "named_arguments:a{sv}"
 )
@@ -40,7 +40,7 @@ class Containers1:
         self._watch: Final = watch
 
     def interface(self) -> Interface:
-        """Return its description."""
+        """Return the description of the interface."""
         rules = args("container_instance:s", "rules:a(usos)")
         return Interface(
             name=CONTAINERS1,
@@ -83,7 +83,8 @@ class Containers1:
         )
 
     async def _add(self, call: Call) -> ReturnValues:
-        # Watched before anything is asked about it: either it is there when we ask, or we are told.
+        # The caller is watched before the bus is asked about the caller. So a caller that leaves is
+        # noticed either by the question or by the watch.
         self._watch.add(call.sender)
         try:
             caller = await self._door.host_caller(call)
@@ -133,15 +134,17 @@ class Containers1:
         if not behind.is_there and not await self._is_there(unique_name):
             raise CallRefusedError(NAME_HAS_NO_OWNER, f"no connection has the name {unique_name}")
         if not behind.is_inside:
-            raise CallRefusedError(NOT_CONTAINER, f"{unique_name} is in no container")
-        if behind.sandbox is None:  # its gate died, or the bus takes long to let go of it
-            text = f"{unique_name} is in a container that is not known any more"
+            raise CallRefusedError(NOT_CONTAINER, f"{unique_name} is in no sandbox")
+        if behind.sandbox is None:
+            # The gate died, or the bus takes long to close a connection of an ended sandbox.
+            text = f"{unique_name} is in a sandbox that is not known any more"
             raise CallRefusedError(FAILED, text)
         record = behind.sandbox.record
         return ReturnValues((record.path, *describe(record)))
 
     async def _get_instance_info(self, call: Call) -> ReturnValues:
-        # Asked first, also if there is no such instance: the time of the answer must not tell whether there is.
+        # The caller is always identified first. Otherwise the time of the answer would tell whether
+        # the instance exists.
         seen_by = NOBODY
         if not await self._supervisor.is_inside(self._door.name, call.sender):
             seen_by = (await self._door.host_caller(call)).uid
@@ -153,9 +156,7 @@ class Containers1:
         try:
             caller = await self._door.host_caller(call)
             if not await self._door.bus.forwards_instance_field():
-                raise CallRefusedError(
-                    NOT_SUPPORTED, "this bus strips header fields that it does not know"
-                )
+                raise CallRefusedError(NOT_SUPPORTED, "this bus strips unknown header fields")
             await self._supervisor.request_instance_field(caller)
         finally:
             self._watch.discard(call.sender)
@@ -165,7 +166,7 @@ class Containers1:
         if not is_bus_name(name):
             raise CallRefusedError(INVALID_ARGS, f"{name[:100]!r} is not a bus name")
         if name == DRIVER:
-            raise CallRefusedError(NOT_CONTAINER, "the bus itself is in no container")
+            raise CallRefusedError(NOT_CONTAINER, "the bus itself is in no sandbox")
         if is_unique_name(name):
             return name
         (owner,) = await self._door.bus.call(BUS_DRIVER, "GetNameOwner", "s", [name])
@@ -177,14 +178,14 @@ class Containers1:
 
 
 def instance(path: str) -> str:
-    """Return an instance's path, checked. Raises CallRefusedError."""
+    """Check the path of an instance, and return the path. Raises CallRefusedError."""
     if not path.startswith(INSTANCE_PREFIX):
-        raise CallRefusedError(NOT_CONTAINER, f"{path[:100]!r} is no container's path")
+        raise CallRefusedError(NOT_CONTAINER, f"{path[:100]!r} is not the path of a sandbox")
     return path
 
 
 def describe(record: Record) -> tuple[object, ...]:
-    """Return creator, type, name and metadata."""
+    """Return creator, type, name and metadata of a sandbox."""
     creator: dict[str, Variant]
     (creator,) = unpack("a{sv}", record.credentials)
     (metadata,) = unpack("a{sv}", record.metadata)

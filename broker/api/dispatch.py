@@ -1,8 +1,8 @@
-"""D-Bus objects for a Bus: finds the method that a call means, answers, and describes itself.
+"""Dispatch of method calls to D-Bus objects, with introspection.
 
-The standard interfaces are answered here: Peer on every path, Introspectable on every path above an object
-too (so that `busctl tree` finds them), Properties on objects. What goes wrong inside a method is one error
-reply; it never ends anything else.
+The standard interfaces are answered here. Peer exists on every path, and Properties on objects.
+Introspectable exists on objects and on every path above an object, so that `busctl tree` finds the
+objects. An error inside a method becomes an error reply to that call, and has no other effect.
 """
 
 import logging
@@ -32,7 +32,8 @@ from broker.wire.interfaces import INTROSPECTABLE, PEER, PROPERTIES
 LOGGER: Final = logging.getLogger(__name__)
 UNKNOWN_OBJECT: Final = "org.freedesktop.DBus.Error.UnknownObject"
 PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
-# Bytes of arguments, unless a method says otherwise: some texts of the longest that are taken.
+# Bytes of arguments, unless a method has a limit of its own. Several texts of the longest allowed
+# length fit.
 MAX_ARGUMENTS: Final = 64 * 1024
 _MACHINE_ID: Final = Path("/etc/machine-id")
 DOCTYPE: Final = (
@@ -42,14 +43,14 @@ DOCTYPE: Final = (
 
 
 def do_nothing() -> None:
-    """For a Reply that is all there is to do."""
+    """Do nothing after the reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReturnValues:
-    """A method's return values; `then` is called once they are on their way.
+    """The return values of a method. `then` is called once the reply is queued.
 
-    An array among the values may be an iterator, which is then asked for its elements in slices.
+    An array among the values may be an iterator. The elements are then taken in slices.
     """
 
     values: Sequence[object] = ()
@@ -58,14 +59,14 @@ class ReturnValues:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arg:
-    """An argument, in or out."""
+    """An argument in either direction."""
 
     name: str
     type: str
 
 
 def args(*pairs: str) -> tuple[Arg, ...]:
-    """Return arguments from `"name:type"` each."""
+    """Return the arguments that the texts `"name:type"` describe."""
     return tuple(
         Arg(name=name, type=kind) for name, _, kind in (pair.partition(":") for pair in pairs)
     )
@@ -73,7 +74,7 @@ def args(*pairs: str) -> tuple[Arg, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A method and who carries it out."""
+    """A method with the function that carries out calls."""
 
     name: str
     takes: tuple[Arg, ...] = ()
@@ -84,7 +85,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalSpec:
-    """A signal."""
+    """A signal in the description of an interface."""
 
     name: str
     args: tuple[Arg, ...]
@@ -110,7 +111,7 @@ class Interface:
 
 
 class Answerer(Protocol):
-    """The part of a bus that is needed to answer calls."""
+    """The part of a bus connection that answers calls."""
 
     def answer_body(self, call: Call, signature: str, body: bytes) -> None:
         """Answer a call."""
@@ -120,7 +121,7 @@ class Answerer(Protocol):
 
 
 class Objects:
-    """All objects on one bus: path -> interfaces."""
+    """All objects on one bus, as interfaces by path."""
 
     def __init__(self, objects: Mapping[str, Sequence[Interface]]) -> None:
         self._objects: Final = {
@@ -150,14 +151,14 @@ class Objects:
                 return
             LOGGER.warning("%s: %s", call.member, exc)
             bus.refuse(call, LIMITS_EXCEEDED, f"the broker has too little left: {exc.strerror}")
-        except Exception:  # one caller's request; everybody else's must go on
+        except Exception:  # An error in the request of one caller must not affect other callers.
             LOGGER.exception("%s failed", call.member)
             bus.refuse(call, FAILED, "internal error")
         else:
             reply.then()
 
     def look(self, header: Header) -> None:
-        """Refuse a call of which the header says enough. Raises CallRefusedError."""
+        """Refuse a call whose header is reason enough. Raises CallRefusedError."""
         method = self._find(header)
         if header.body_length > method.longest:
             text = f"{method.name} takes arguments of at most {method.longest} bytes"

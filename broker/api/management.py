@@ -1,4 +1,7 @@
-"""org.buswarden.Broker1: what our command line asks. Not for callers in sandboxes, nor for other users."""
+"""org.buswarden.Broker1: the interface for the command line.
+
+Callers in sandboxes are refused. A caller sees the sandboxes of the own user, and root sees all.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -49,7 +52,7 @@ class Management:
         self._registry: Final = door.supervisor.registry
 
     def interface(self) -> Interface:
-        """Return its description."""
+        """Return the description of the interface."""
         change_takes = args("sandbox:s", "rules:a(bs)", "replace:b")
         return Interface(
             name=BROKER,
@@ -75,7 +78,8 @@ class Management:
 
     async def _list(self, call: Call) -> ReturnValues:
         caller = await self._door.host_caller(call)
-        # Described one by one while the answer is written, which others have turns in.
+        # The sandboxes are described one by one while the answer is written, because other callers
+        # have turns in between.
         shown = (
             self._describe(sandbox)
             for sandbox in self._registry
@@ -131,7 +135,8 @@ class Management:
         return ReturnValues((status,))
 
     async def _subscribe(self, call: Call) -> ReturnValues:
-        # The connection is watched before the bus is asked about it, because the subscription ends with it.
+        # The subscription ends with the connection. So the connection is watched before the bus is
+        # asked about the connection.
         self._watch.add(call.sender)
         try:
             caller = await self._door.host_caller(call)
@@ -142,7 +147,7 @@ class Management:
             raise
         if not is_new:
             self._watch.discard(call.sender)
-        elif call.sender not in self._watch:  # it left meanwhile, and that is not told again
+        elif call.sender not in self._watch:  # The connection left meanwhile. No event follows.
             self._subscribers.discard(caller.bus, caller.unique_name)
         return ReturnValues()
 
@@ -159,7 +164,7 @@ class Management:
         return ReturnValues(await self._engine.upgrade())
 
     async def _used(self, sandbox: str | None) -> dict[str, int]:
-        """Return what is taken of the limits, by their names; nothing if the gate cannot tell now."""
+        """Return the use of each limit, by the limit's name, or nothing if the gate does not answer."""
         try:
             used = msgspec.structs.asdict(await self._engine.use(sandbox))
         except (CallRefusedError, EngineLostError):
@@ -171,7 +176,7 @@ class Management:
         rules = format_rules(record.access.rules)
         sockets = {bus: _show_path(path) for bus, path in record.sockets.items()}
         (metadata,) = unpack("a{sv}", record.metadata)
-        # An empty path is of one that is being made again.
+        # An empty path belongs to an instance that is being recreated.
         instances = self._engine.instances(record.id)
         engines = {bus: "containers1" if bus in instances else "gate" for bus in record.sockets}
         return {
@@ -208,7 +213,7 @@ class Management:
 
 
 def describe_denial(event: Denied) -> Dict:
-    """Return a refusal as a dictionary, without what is not known."""
+    """Return a refusal as a dictionary, without unknown facts."""
     values: dict[str, Any] = msgspec.structs.asdict(event)
     del values["sandbox"]
     texts = {key: Variant("s", value) for key, value in values.items() if isinstance(value, str)}
@@ -216,12 +221,12 @@ def describe_denial(event: Denied) -> Dict:
 
 
 def format_rules(rules: Sequence[Rule]) -> Iterator[tuple[bool, str]]:
-    """Give rules as (deny, text), each when it is asked for."""
+    """Yield rules as (deny, text)."""
     return ((rule.deny, format_rule(rule)) for rule in rules)
 
 
 def _version() -> str:
-    # Imported when somebody asks: it takes more memory than all else in this module.
+    # The import takes more memory than all else in this module, so the import waits for a caller.
     from importlib import metadata  # noqa: PLC0415
 
     try:
@@ -231,5 +236,5 @@ def _version() -> str:
 
 
 def _show_path(path: str) -> str:
-    """An abstract name begins with NUL, which no D-Bus string may hold."""
+    """Return a path with `@` for the NUL of an abstract name, as no D-Bus string may hold NUL."""
     return "@" + path[1:] if path.startswith("\0") else path

@@ -1,6 +1,6 @@
-"""org.buswarden.Broker1.Policy: snaps, their connections, and why something is denied.
+"""org.buswarden.Broker1.Policy: snaps, connections of snaps, and explanations of verdicts.
 
-Not for callers in sandboxes. Changes are for the broker's own user and root.
+Callers in sandboxes are refused. Only the broker's own user and root may make changes.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from policy.text import format_rule, parse_rule
 _CONNECTION: Final = args("plug:s", "slot:s")
 _CHANGED: Final = args("changed:as")
 
-# What the message to explain may say, and what each must look like; "" is the same as nothing.
+# The fields of a message to explain, each with the check of a value. "" is the same as no value.
 MESSAGE_KEYS: Final[Mapping[str, Callable[[str], bool]]] = {
     "direction": {access.value for access in Access}.__contains__,
     "bus": lambda text: len(text) <= 255,
@@ -46,7 +46,7 @@ class PolicyInterface:
         self._policy: Final = door.supervisor.policy
 
     def interface(self) -> Interface:
-        """Return its description."""
+        """Return the description of the interface."""
         what = args("sandbox_or_app:s", "message:a{sv}")
         connections = args("connections:a(sss)")
         return Interface(
@@ -111,13 +111,16 @@ class PolicyInterface:
 
 
 def parse_question(message: Mapping[str, Variant]) -> Question:
-    """Return what a message would be. Raises CallRefusedError InvalidArgs."""
+    """Return the question that the fields of a message describe.
+
+    Raises CallRefusedError InvalidArgs.
+    """
     said: dict[str, str] = {}
     for key, variant in message.items():
         check = MESSAGE_KEYS.get(key)
         text = variant.value
         if check is None or not isinstance(text, str):
-            raise CallRefusedError(INVALID_ARGS, f"{key[:100]!r} is not a text of a message")
+            raise CallRefusedError(INVALID_ARGS, f"{key[:100]!r} is not a text field of a message")
         if text and not check(text):
             raise CallRefusedError(INVALID_ARGS, f"bad {key} {text[:100]!r}")
         if text:
@@ -134,7 +137,7 @@ def parse_question(message: Mapping[str, Variant]) -> Question:
         interface=said.get("interface"),
         member=said.get("member"),
         peer=_parse_peer(said.get("peer", "host")),
-        # Who sends to nobody sends to all.
+        # A message without a destination is a broadcast.
         broadcast=access is Access.SEND and "name" not in said,
     )
 
@@ -153,7 +156,7 @@ def describe(explanation: Explanation) -> dict[str, Variant]:
 
 
 def describe_change(change: Change) -> str:
-    """Return what became of an app's list in words."""
+    """Return a line about a change of an app's list."""
     counts = [
         f"{len(rules)} {'rule' if len(rules) == 1 else 'rules'} {verb}"
         for verb, rules in (("added", change.added), ("removed", change.removed))

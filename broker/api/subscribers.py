@@ -1,8 +1,9 @@
-"""Subscribers to `Denied`: the connections that are sent refusals as they happen.
+"""Subscribers to `Denied`: the connections that receive refusals as signals.
 
-`Denied` is sent to subscribers alone. A broadcast would be offered to every sandbox that listens to all
-signals, be refused there, and so cause the next `Denied`. The number of signals per second is bounded; `Show`
-has the counts and the last refusals. A subscription ends when its connection leaves the bus.
+`Denied` is sent to subscribers alone. A broadcast would be offered to every sandbox that listens to
+all signals, would be refused there, and so would cause the next `Denied`. The number of signals per
+second is limited. `Show` has the counts and the last refusals. A subscription ends when the
+connection leaves the bus.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +15,12 @@ from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
 
 MAX_SUBSCRIBERS: Final = 64
 MAX_SUBSCRIBERS_OF_USER: Final = 16
-# Signals a second, to all subscribers together. Each sandbox may cause 50 reports a second.
+# Signals per second, to all subscribers together. Each sandbox may cause 50 reports per second.
 SIGNALS_PER_SECOND: Final = 500
 
 
 class Subscribers:
-    """The subscribers of all buses, by bus and unique name. `now` is in seconds."""
+    """The subscribers on all buses, by bus and unique name. `now` returns seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now: Final = now
@@ -34,7 +35,7 @@ class Subscribers:
         return len(self._users)
 
     def add(self, caller: Caller) -> None:
-        """Add a connection; a second time changes nothing. Raises CallRefusedError."""
+        """Add a connection, unless the connection is a subscriber already. Raises CallRefusedError."""
         key = caller.bus, caller.unique_name
         if key in self._users:
             return
@@ -48,18 +49,18 @@ class Subscribers:
         self._users[key] = caller.uid
 
     def discard(self, bus: str, unique_name: str) -> bool:
-        """Remove a subscriber; return whether it was one."""
+        """Remove a connection. Return whether the connection was a subscriber."""
         return self._users.pop((bus, unique_name), None) is not None
 
     def lose_bus(self, bus: str) -> None:
-        """Remove the subscribers on a lost bus, whose leaving is not seen any more."""
+        """Remove the subscribers on a lost bus, which reports no leaving connections any more."""
         for key in [key for key in self._users if key[0] == bus]:
             del self._users[key]
 
     def hearers(self, record: Record) -> Iterator[tuple[str, str]]:
-        """Yield the subscribers to a refusal in this sandbox, within the rate limit.
+        """Yield the subscribers that may see a refusal in this sandbox, within the rate limit.
 
-        They are those of the sandbox's user and of root.
+        Only the sandbox's user and root may see the refusal.
         """
         now = self._now()
         self._left += (now - self._filled) * SIGNALS_PER_SECOND

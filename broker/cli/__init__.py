@@ -1,1 +1,1 @@
-"""The buswarden command, one module a command group."""
+"""The buswarden command, with a module for each command group."""

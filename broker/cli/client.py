@@ -1,6 +1,7 @@
-"""The command line's side of the broker's D-Bus service: find it, ask it, and give plain values back.
+"""Client of the broker's D-Bus service, for the commands.
 
-Errors of the service arrive as CallRefusedError with the text that the service gave. Nothing here prints.
+The client finds the broker's bus, makes calls, and returns plain values. An error of the service is
+raised as CallRefusedError with the service's own text. Nothing here prints.
 """
 
 import os
@@ -33,18 +34,18 @@ POLICY: Final = Destination(destination=BROKER, path=BROKER_PATH, interface=BROK
 CONTAINERS: Final = Destination(destination=BROKER, path=DRIVER_PATH, interface=CONTAINERS1)
 SYSTEM_RUNTIME_DIR: Final = Path("/run/buswarden")
 ADDRESS_FILE: Final = "bus-address"
-# Seconds for a whole command: far more than any answer takes, far less than a person waits.
+# Seconds for a whole command. No answer takes that long, and no person waits longer.
 TIMEOUT: Final = 30.0
 _MAX_ADDRESS: Final = 64 * 1024  # bytes: several alternatives, each with a path
 T = TypeVar("T")
 
 
 class NoBrokerError(BrokerError):
-    """No broker runs where it was looked for."""
+    """No broker runs at the address, or no address was found."""
 
 
 class Bus(Protocol):
-    """What the client needs of a connection to a bus."""
+    """The part of a bus connection that the client uses."""
 
     @property
     def address(self) -> str: ...
@@ -62,7 +63,7 @@ class Bus(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSandbox:
-    """What AddServer is asked for."""
+    """The arguments of AddServer."""
 
     type: str
     app: str
@@ -75,17 +76,17 @@ class NewSandbox:
     receive_from_host: bool = True
     process: int | None = None  # a pid
     cgroup: str = ""
-    time_limit: int = 0  # seconds; 0: none
+    time_limit: int = 0  # seconds; 0 for no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """What AddServer answered."""
+    """The answer of AddServer."""
 
     path: str
     socket: str
     address: str
-    sockets: Mapping[str, str] = field(default_factory=dict)  # by bus; empty: the first bus alone
+    sockets: Mapping[str, str] = field(default_factory=dict)  # by bus; empty if no bus was named
 
     @property
     def id(self) -> str:
@@ -94,7 +95,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """Who is behind a connection."""
+    """The sandbox behind a connection, as GetConnectionInstance describes the sandbox."""
 
     path: str
     type: str
@@ -109,7 +110,7 @@ class Instance:
 
 
 class ServiceClient:
-    """The broker, as it answers on one bus. Every method raises CallRefusedError, BusLostError."""
+    """The broker's service on one bus. Every method raises CallRefusedError and BusLostError."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -123,7 +124,7 @@ class ServiceClient:
         return _as_dict(status)
 
     async def upgrade(self) -> tuple[int, int]:
-        """Replace the gate; return the old process and the new one."""
+        """Replace the gate. Return the pids of the old and of the new gate."""
         old, new = await self._call(MANAGER, "Upgrade")
         return int(old), int(new)
 
@@ -138,13 +139,16 @@ class ServiceClient:
     async def change_access(
         self, sandbox: str, rules: Sequence[tuple[bool, str]], *, replace: bool
     ) -> list[tuple[bool, str]]:
-        """Return the rules in force, deny or not and text."""
+        """Change the rules of a sandbox. Return the rules in force as (deny, text)."""
         values = [sandbox, [list(rule) for rule in rules], replace]
         (access,) = await self._call(MANAGER, "ChangeAccess", "sa(bs)b", values)
         return [(bool(deny), str(text)) for deny, text in access]
 
     async def add(self, new: NewSandbox, *, close_notify: int | None = None) -> Added:
-        """Add a sandbox; it ends at the EOF of the pipe `close_notify`, which stays the caller's."""
+        """Add a sandbox that ends at the EOF of the pipe `close_notify`.
+
+        The descriptor `close_notify` stays the caller's.
+        """
         metadata = {key: Variant("s", value) for key, value in new.metadata.items()}
         named = _named_arguments(new)
         fds = []
@@ -162,7 +166,7 @@ class ServiceClient:
         first = os.fsdecode(bytes(socket).rstrip(b"\0"))
         sockets = {new.buses[0]: first} if new.buses else {}
         if len(new.buses) > 1:
-            # AddServer has room for one socket in its answer.
+            # The answer of AddServer has room for one socket.
             sockets = {name: str(at) for name, at in (await self.show(path))["sockets"].items()}
         return Added(path=path, socket=first, address=address, sockets=sockets)
 
@@ -172,14 +176,14 @@ class ServiceClient:
         )
 
     async def who(self, name: str, bus: str | None) -> Instance:
-        """Ask about a connection of the bus that we are on, or of another one of the broker's."""
+        """Return the sandbox behind a connection to `bus`, or to the client's own bus."""
         if bus is None:
             return await self.who_here(name)
         buses = (await self.status())["buses"]
         if bus not in buses:
             known = ", ".join(sorted(buses))
             raise ConfigError(f"the broker has no bus {bus[:80]!r}, only {known}")
-        # Unique names mean something on their own bus only, so that is where it is asked.
+        # A unique name has a meaning on one bus only. So the call goes to that bus.
         async with connect_bus(buses[bus]) as other:
             return await ServiceClient(other).who_here(name)
 
@@ -189,23 +193,24 @@ class ServiceClient:
         try:
             component = (await self.show(path))["component"]
         except CallRefusedError:
-            component = ""  # gone since, or another user's: the rest is for everybody to know
+            # The sandbox is gone, or belongs to another user. The other facts are public.
+            component = ""
         return Instance(
             path=path, type=type_, app=app, component=component, metadata=metadata, creator=creator
         )
 
     async def connect(self, plug: str, slot: str) -> list[str]:
-        """Return in words whose rules that changed."""
+        """Connect a plug to a slot. Return a line for each app whose rules changed."""
         (changed,) = await self._call(POLICY, "Connect", "ss", [plug, slot])
         return [str(text) for text in changed]
 
     async def disconnect(self, plug: str, slot: str) -> list[str]:
-        """Return in words whose rules that changed."""
+        """Disconnect a plug from a slot. Return a line for each app whose rules changed."""
         (changed,) = await self._call(POLICY, "Disconnect", "ss", [plug, slot])
         return [str(text) for text in changed]
 
     async def connections(self) -> list[tuple[str, str, str]]:
-        """Return plug, slot and interface of each."""
+        """Return plug, slot and interface of each connection."""
         (rows,) = await self._call(POLICY, "Connections")
         return [(plug, slot, interface) for plug, slot, interface in rows]
 
@@ -217,7 +222,7 @@ class ServiceClient:
         await self._call(POLICY, "LoadSnaps", "s", [snaps])
 
     async def explain(self, what: str, message: Mapping[str, str]) -> dict[str, Any]:
-        """Return why a sandbox, or an app of a snap, may or may not do this."""
+        """Return why a sandbox, or an app of a snap, may or may not exchange a message."""
         said = {key: Variant("s", text) for key, text in message.items()}
         (why,) = await self._call(POLICY, "Explain", "sa{sv}", [what, said])
         return _as_dict(why)
@@ -242,15 +247,19 @@ class ServiceClient:
 
 
 def ask(settings: Settings, question: Callable[[ServiceClient], Awaitable[T]]) -> T:
-    """Connect, ask, disconnect. Raises CallRefusedError, NoBrokerError, ConfigError, BusLostError."""
+    """Connect to the broker, run `question`, and disconnect.
+
+    Raises CallRefusedError, NoBrokerError, ConfigError, BusLostError.
+    """
     address = find_address(settings.address, os.environ)
-    # Checked apart from the connecting, so that what is wrongly written and what is not there differ.
+    # A malformed address and an absent bus have different exit codes. So the address is checked
+    # before the connection is made.
     parse_address(address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
     return trio.run(_ask, address, question)
 
 
 def connect_bus(address: str) -> AbstractAsyncContextManager[Bus]:
-    """Open a connection for as long as the block. Raises ConfigError."""
+    """Open a connection that is closed at the end of the block. Raises ConfigError."""
     return open_bus(address, runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
 
 
@@ -259,7 +268,8 @@ async def _ask(address: str, question: Callable[[ServiceClient], Awaitable[T]]) 
     with trio.move_on_after(TIMEOUT):
         try:
             async with connect_bus(address) as bus:
-                # The error is taken out of the block by hand, as the connection's nursery would wrap it.
+                # The connection's nursery would wrap the error in a group. So the error leaves
+                # the block in a variable.
                 try:
                     return await question(ServiceClient(bus))
                 except BrokerError as exc:
@@ -267,11 +277,11 @@ async def _ask(address: str, question: Callable[[ServiceClient], Awaitable[T]]) 
         except ConfigError as exc:
             raise NoBrokerError(str(exc)) from exc
         raise error
-    raise NoBrokerError(f"the bus at {address}, or the broker on it, does not answer")
+    raise NoBrokerError(f"no answer from the bus at {address}, or from the broker there")
 
 
 def find_address(explicit: str | None, environ: Mapping[str, str]) -> str:
-    """Return the address of the bus to look for the broker on. Raises NoBrokerError."""
+    """Return the address of the broker's bus. Raises NoBrokerError."""
     if address := explicit or environ.get("BUSWARDEN_BUS_ADDRESS"):
         return address
     for directory in (_user_runtime_dir(environ), SYSTEM_RUNTIME_DIR):
@@ -283,7 +293,7 @@ def find_address(explicit: str | None, environ: Mapping[str, str]) -> str:
 
 
 def instance_path(id_or_path: str) -> str:
-    """Return the object path of a sandbox given by id or by path."""
+    """Return the object path of a sandbox that is named by id or by path."""
     return id_or_path if id_or_path.startswith("/") else f"{INSTANCE_PREFIX}{id_or_path}"
 
 
@@ -310,7 +320,7 @@ def _named_arguments(new: NewSandbox) -> dict[str, Variant]:
 
 @contextmanager
 def _pidfd(pid: int | None) -> Iterator[int | None]:
-    """Open the process, so that it is meant whatever becomes of its pid. Raises ConfigError."""
+    """Open a pidfd, because a pid may be reused. Raises ConfigError."""
     if pid is None:
         yield None
         return

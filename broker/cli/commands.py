@@ -1,4 +1,4 @@
-"""The group of all commands. Each is a module of its own that is imported when it is named."""
+"""The group of all commands. The module of a command is imported when the command is named."""
 
 import importlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from broker.wire.errors import BrokerError, ConfigError
 
 
 class Commands(click.Group):
-    """A group that imports a command when it is named."""
+    """A group that imports a command's module when the command is named."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -34,12 +34,12 @@ class Commands(click.Group):
 @click.option(
     "--address",
     metavar="ADDRESS",
-    help="D-Bus address of the bus that the broker is on. Also: $BUSWARDEN_BUS_ADDRESS.",
+    help="D-Bus address of the broker's bus. Also: $BUSWARDEN_BUS_ADDRESS.",
 )
 @click.version_option(package_name="buswarden", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, address: str | None) -> None:
-    """Give every sandboxed app a D-Bus socket of its own, and decide what it may do there."""
+    """Give every sandboxed app a private D-Bus socket, and filter the messages there."""
     ctx.obj = Settings(address=address)
 
 

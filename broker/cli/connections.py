@@ -1,4 +1,4 @@
-"""The commands about snaps and their connections: connect, disconnect, connections, snaps."""
+"""The commands about snaps and connections: connect, disconnect, connections, snaps."""
 
 import tomllib
 from functools import partial
@@ -22,7 +22,10 @@ MAX_FILE: Final = 32 * 1024 * 1024  # bytes
 @click.argument("slot", metavar="SNAP:SLOT")
 @click.pass_obj
 def connect_command(settings: Settings, *, plug: str, slot: str) -> None:
-    """Connect a plug to a slot, and print whose rules that changed. They are in force when this returns."""
+    """Connect a plug to a slot, and print the apps whose rules changed.
+
+    The new rules are in force when the command returns.
+    """
     for line in ask(settings, partial(ServiceClient.connect, plug=plug, slot=slot)):
         print_line(line)
 
@@ -32,7 +35,10 @@ def connect_command(settings: Settings, *, plug: str, slot: str) -> None:
 @click.argument("slot", metavar="SNAP:SLOT")
 @click.pass_obj
 def disconnect_command(settings: Settings, *, plug: str, slot: str) -> None:
-    """Undo a connection, and print whose rules that changed. They are out of force when this returns."""
+    """Disconnect a plug from a slot, and print the apps whose rules changed.
+
+    The old rules are out of force when the command returns.
+    """
     for line in ask(settings, partial(ServiceClient.disconnect, plug=plug, slot=slot)):
         print_line(line)
 
@@ -54,7 +60,7 @@ def connections_command(settings: Settings, *, as_json: bool) -> None:
 @JSON
 @click.pass_context
 def snaps_command(ctx: click.Context, *, as_json: bool) -> None:
-    """List the snaps, or `load` others from a file."""
+    """List the snaps, or `load` other snaps from a file."""
     if ctx.invoked_subcommand is not None:
         return
     world = ask(ctx.obj, ServiceClient.snaps)
@@ -68,9 +74,7 @@ def snaps_command(ctx: click.Context, *, as_json: bool) -> None:
                 snap["name"],
                 " ".join(snap.get("apps", ())),
                 " ".join(sorted(snap.get("plugs", {}))),
-                " ".join(sorted(snap.get("slots", {})))
-                if not snap.get("system")
-                else "the system's",
+                " ".join(sorted(snap.get("slots", {}))) if not snap.get("system") else "(system)",
             )
             for snap in world["snaps"]
         ],
@@ -81,13 +85,16 @@ def snaps_command(ctx: click.Context, *, as_json: bool) -> None:
 @click.argument("file", type=FILE)
 @click.pass_obj
 def load_command(settings: Settings, *, file: Path) -> None:
-    """Have the snaps of FILE (TOML or JSON) and no others. Connections that still make sense are kept."""
+    """Replace all snaps by those of FILE (TOML or JSON).
+
+    A connection is kept if both snaps still have the plug and the slot.
+    """
     text = msgspec.json.encode(read_data(file)).decode()
     ask(settings, partial(ServiceClient.load_snaps, snaps=text))
 
 
 def read_data(file: Path) -> Any:
-    """Return what a TOML or JSON file holds. Raises ConfigError."""
+    """Return the content of a TOML or JSON file. Raises ConfigError."""
     text = read_text(file)
     try:
         if file.suffix == ".toml":
@@ -102,7 +109,7 @@ def read_data(file: Path) -> Any:
 def read_text(file: Path) -> str:
     """Return the text of a file. Raises ConfigError."""
     try:
-        with file.open("rb") as opened:  # perhaps a pipe, as the shell makes one of <(command)
+        with file.open("rb") as opened:  # perhaps a pipe, as of <(command) in a shell
             data = opened.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
             raise ConfigError(f"{file}: more than {MAX_FILE} bytes")

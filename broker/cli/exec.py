@@ -1,4 +1,4 @@
-"""`buswarden exec`: a command under bubblewrap, with sandboxed bus sockets and no other bus."""
+"""`buswarden exec`: run a command under bubblewrap, with sandboxed bus sockets and no other bus."""
 
 import os
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ RuleTexts = tuple[tuple[bool, str], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """A sandbox for the command, and what to keep out of its reach."""
+    """A sandbox for the command, and the addresses that the command must not reach."""
 
     sockets: dict[str, str]  # by the name of the bus
     bus_addresses: tuple[str, ...]
@@ -54,14 +54,14 @@ class Made:
 @click.option(
     "--snap",
     metavar="NAME",
-    help="The command is an app of this snap, --app says which: the snap's connections give the rules.",
+    help="The command is an app of this snap, named by --app. The snap's connections give the rules.",
 )
 @click.option(
     "--bus",
     "buses",
     metavar="NAME",
     multiple=True,
-    help="Give the command this bus of the broker. May be repeated. Default: the broker's first.",
+    help="Give the command this bus of the broker. May be repeated. Default: the broker's first bus.",
 )
 @ALLOW
 @DENY
@@ -71,20 +71,20 @@ class Made:
     "--share",
     metavar="PATH",
     multiple=True,
-    help="Show this folder or file, read-only and without its sockets. May be repeated.",
+    help="Show this folder or file read-only, without the sockets inside. May be repeated.",
 )
 @click.option(
     "--bind",
     metavar="DIRECTORY",
     multiple=True,
-    help="Give this folder as it is: writable, sockets in it answer. May be repeated.",
+    help="Give this folder writable, with working sockets inside. May be repeated.",
 )
 @click.option(
-    "--home", is_flag=True, help="A home that stays, of the app's own. Default: an empty one."
+    "--home", is_flag=True, help="Keep a home folder for the app. Default: an empty home folder."
 )
-@click.option("--net", is_flag=True, help="The host's network. Default: none.")
-@click.option("--x11", is_flag=True, help="The X11 display, and with it all that is typed there.")
-@click.option("--wayland", is_flag=True, help="The Wayland compositor's socket.")
+@click.option("--net", is_flag=True, help="Give the host's network. Default: no network.")
+@click.option("--x11", is_flag=True, help="Give the X11 display, with all that is typed there.")
+@click.option("--wayland", is_flag=True, help="Give the Wayland compositor's socket.")
 @click.argument("command", metavar="-- COMMAND [ARGUMENT]...", nargs=-1, required=True)
 @click.pass_obj
 def exec_command(  # noqa: PLR0913 - one parameter an option
@@ -109,11 +109,12 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
     wayland: bool,
     command: tuple[str, ...],
 ) -> int:
-    """Run COMMAND under bubblewrap with bus sockets of its own in place of the real buses.
+    """Run COMMAND under bubblewrap, with sandboxed sockets in place of the real buses.
 
-    It sees /usr, /etc and /opt, read-only, the folder of its own file, and what options add. Its home,
-    /tmp and /run are empty and its own, and it has no network. No socket of the host answers
-    but those that an option gives. Its exit code is ours.
+    COMMAND sees /usr, /etc, /opt and the folder of the program, all read-only, and the folders that
+    options add. The home folder, /tmp and /run are private and empty. There is no network. The
+    host's sockets do not answer, except for those that an option gives. The exit code is that of
+    COMMAND.
     """
     find_bubblewrap()
     check_standard_descriptors()
@@ -140,8 +141,8 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
     )
     if snap is not None:
         if type_ or component:
-            raise click.UsageError("--snap says what --type and --component are")
-        # As for a snap's commands: the app of the snap's own name is the one without a second name.
+            raise click.UsageError("--snap cannot be combined with --type or --component")
+        # As for a snap's commands, the default app has the name of the snap.
         new = replace(new, type=SNAP_TYPE, app=snap, component=app or snap, receive_from_host=False)
     if home:
         wish = replace(wish, home=make_home(new.app, os.environ))
@@ -149,9 +150,9 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
 
 
 def _run(settings: Settings, new: NewSandbox, wish: Wish) -> int:
-    """Make the sandbox, and run the command in it. Return its exit code."""
-    # Nobody but this process has the write end: the sandbox ends with us at the latest, and nothing that
-    # runs in it can put that off.
+    """Add the sandbox and run the command there. Return the command's exit code."""
+    # This process alone has the write end. So the sandbox ends with this process at the latest, and
+    # no program inside the sandbox can delay the end.
     read_end, write_end = os.pipe()
     with os.fdopen(write_end, "wb"):
         try:
@@ -181,7 +182,7 @@ def _run_in(made: Made, wish: Wish) -> int:
         host = find_host(bus_addresses=addresses, runtime_dirs=dirs, cgroup=group.path)
         plan = make_plan(replace(wish, sockets=made.sockets, bus_addresses=addresses), host)
         if group.why_not:
-            print_error(f"{name} has no cgroup of its own: {group.why_not}")
+            print_error(f"no separate cgroup for {name}: {group.why_not}")
         for note in plan.notes:
             print_error(note)
         try:
@@ -192,7 +193,7 @@ def _run_in(made: Made, wish: Wish) -> int:
 
 
 def _find_program(name: str) -> tuple[str, str]:
-    # Looked for outside, before anything is made.
+    # The search runs on the host, before a sandbox is added.
     program = None if name.startswith("-") else find_program(name)
     if program is None:
         raise click.UsageError(f"no such command: {name[:200]}")

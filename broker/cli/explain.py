@@ -1,4 +1,4 @@
-"""`buswarden explain`: why an app may do something or not, and what would allow it."""
+"""`buswarden explain`: why a message is allowed or denied, and which change would allow it."""
 
 from functools import partial
 from typing import Final
@@ -14,8 +14,8 @@ NOTHING: Final = "-"
 
 @click.command("explain")
 @click.argument("what", metavar="ID|SNAP.APP")
-@click.option("--send", "direction", flag_value="send", help="The app would send it.")
-@click.option("--receive", "direction", flag_value="receive", help="It would be sent to the app.")
+@click.option("--send", "direction", flag_value="send", help="The app sends the message.")
+@click.option("--receive", "direction", flag_value="receive", help="The app receives the message.")
 @click.argument("bus", metavar="BUS")
 @click.argument("name", metavar="NAME")
 @click.argument("path", metavar="PATH")
@@ -25,7 +25,7 @@ NOTHING: Final = "-"
     "--peer",
     metavar="PEER",
     default="host",
-    help="Who the other end is: host, or app:TYPE/ID[#COMPONENT]. Default: host.",
+    help="The other end: host, or app:TYPE/ID[#COMPONENT]. Default: host.",
 )
 @JSON
 @click.pass_obj
@@ -42,10 +42,12 @@ def explain_command(  # noqa: PLR0913 - one parameter an option
     peer: str,
     as_json: bool,
 ) -> None:
-    """Say whether ID, or the app of a snap, may send or receive a message, by which rule, and where from.
+    """Explain whether sandbox ID, or SNAP.APP, may send or receive a message.
 
-    If it may not: the connections, or the single rule, that would allow it, least privilege first. `-` for
-    NAME, PATH, INTERFACE or MEMBER is a message without it; one sent to no NAME is a broadcast.
+    The answer names the deciding rule and the origin of the rule. A denied message comes with the
+    connections or the single rule that would allow the message, least privilege first. `-` for
+    NAME, PATH, INTERFACE or MEMBER stands for a message without that field. A message without NAME
+    is a broadcast.
     """
     if direction is None:
         raise click.UsageError("one of --send and --receive is needed")
@@ -67,8 +69,8 @@ def explain_command(  # noqa: PLR0913 - one parameter an option
     if why["rule"]:
         print_line(f"  by the rule: {why['rule']}")
     if why["origin"]:
-        print_line(f"  which is from: {why['origin']}")
+        print_line(f"  origin: {why['origin']}")
     if why["suggestions"]:
-        print_line("any one of these would allow it, the least first:")
+        print_line("each of these would allow the message, least privilege first:")
         for suggestion in why["suggestions"]:
             print_line(f"  {suggestion}")

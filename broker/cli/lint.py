@@ -1,4 +1,4 @@
-"""Lists of rules in files, and what they cost."""
+"""Rule lists in files, and the cost of rule lists."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,15 +13,15 @@ from policy.tables import Cost
 from policy.text import RuleSyntaxError, format_rule, parse_rule
 
 STDIN: Final = "-"
-# A line of `rule_lines`: whose list begins, or a rule with where it comes from.
+# A rule in a line of `rule_lines`, with the origin in a comment behind.
 _LINE: Final = re.compile(r"(allow|deny) (\S+)(?:\s+#.*)?", re.ASCII)
-# On which bus a rule that names none is: on all, and so on this one, too.
+# The bus for a list whose rules name no bus. Such rules apply to all buses.
 _ANY_BUS: Final = "any other bus"
 _NOBODY: Final = Identity(type="org.buswarden.Lint", app="")
 
 
 def read_lists(text: str, file: str) -> dict[str, AccessList]:
-    """Return the lists that were printed as rules or as JSON, by whose they are. Raises ConfigError."""
+    """Return the lists in a file of rules or of JSON, by app. Raises ConfigError."""
     try:
         if text.lstrip().startswith("{"):
             return _read_json(msgspec.json.decode(text))
@@ -33,13 +33,13 @@ def read_lists(text: str, file: str) -> dict[str, AccessList]:
 
 
 def costs(access: AccessList) -> dict[str, Cost]:
-    """Return what a list costs on each bus that it names, and on others."""
+    """Return the cost of a list on each bus that the list names."""
     buses = sorted({rule.bus for rule in access.rules if rule.bus is not None}) or [_ANY_BUS]
     return {bus: Judge(access, bus=bus, me=_NOBODY).cost for bus in buses}
 
 
 def describe_cost(cost: Cost, limit: int) -> str:
-    """Return what a list costs as words."""
+    """Return the cost of a list as a line for people."""
     said = f"a message takes {cost.steps} of {limit} steps (rule_steps) at most"
     if cost.rule is None:
         return said

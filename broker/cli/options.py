@@ -14,13 +14,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What was said before the name of the command."""
+    """Options in front of the command's name."""
 
     address: str | None = None
 
 
 class RuleText(click.ParamType[tuple[bool, str]]):
-    """A rule in the form of policy.text: checked here, so that the mistake is shown before anything is done."""
+    """A rule in the form of policy.text, checked before the command does anything."""
 
     name = "rule"
 
@@ -41,7 +41,7 @@ class RuleText(click.ParamType[tuple[bool, str]]):
 
 
 class KeyValue(click.ParamType[tuple[str, str]]):
-    """K=V."""
+    """A pair in the form KEY=VALUE."""
 
     name = "key=value"
 
@@ -62,20 +62,20 @@ ALLOW: Final = click.option(
     metavar="RULE",
     multiple=True,
     type=RuleText(deny=False),
-    help="Allow this. May be repeated.",
+    help="Add a rule that allows. May be repeated.",
 )
 DENY: Final = click.option(
     "--deny",
     metavar="RULE",
     multiple=True,
     type=RuleText(deny=True),
-    help="Deny this. May be repeated.",
+    help="Add a rule that denies. May be repeated.",
 )
 JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 PORTALS_AS_HOST: Final = click.option(
     "--portals-as-host",
     is_flag=True,
-    help="Do not deny portals. They take the app for a program of the host, and grant it as much.",
+    help="Do not deny portals. Portals then treat the app as a program of the host.",
 )
 
 
@@ -87,7 +87,7 @@ def identity_options(*, required: bool) -> Callable[[F], F]:
             click.option("--component", metavar="C", default="", help="A part of the app."),
             click.option("--app", metavar="A", required=required, help="The app's identifier."),
             click.option(
-                "--type", "type_", metavar="T", required=required, help="What contains it."
+                "--type", "type_", metavar="T", required=required, help="The type of the sandbox."
             ),
         ):
             function = option(function)
@@ -103,19 +103,19 @@ def end_options(function: F) -> F:
             "--time-limit",
             metavar="SECONDS",
             type=click.IntRange(1, 2**32 - 1),
-            help="It ends after so long.",
+            help="End the sandbox after this time.",
         ),
         click.option(
             "--cgroup",
             metavar="PATH",
             default="",
-            help="It ends with the last process of this cgroup, a folder below /sys/fs/cgroup.",
+            help="End the sandbox with the last process of this cgroup, a folder below /sys/fs/cgroup.",
         ),
         click.option(
             "--process",
             metavar="PID",
             type=click.IntRange(1, 2**31 - 1),
-            help="It ends with this process.",
+            help="End the sandbox with this process.",
         ),
     ):
         function = option(function)
@@ -123,7 +123,10 @@ def end_options(function: F) -> F:
 
 
 def check_rule_buses(rules: Iterable[tuple[bool, str]], buses: Collection[str]) -> None:
-    """Refuse a rule for a bus that the sandbox has not: it would never decide. Raises ConfigError."""
+    """Refuse a rule for a bus that the sandbox does not have. Raises ConfigError.
+
+    Such a rule would never decide, so the rule is most likely a mistake.
+    """
     for deny, text in rules:
         bus = parse_rule(text, deny=deny).bus
         if bus is not None and bus not in buses:

@@ -1,4 +1,4 @@
-"""`buswarden policy`: check, show, compare, import and compile policy. Nothing of it asks a broker."""
+"""`buswarden policy`: check, show, compare, import and compile policy, without a broker."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -39,8 +39,8 @@ FORMAT: Final = click.option(
     "form",
     type=click.Choice(["rules", "usos", "json", "xdg-dbus-proxy"]),
     default="rules",
-    help="rules: as on the command line; usos: as Containers1's a(usos), for each bus; json;"
-    " xdg-dbus-proxy: its options, for each bus.",
+    help="rules: as on the command line; usos: a(usos) of Containers1, for each bus; json;"
+    " xdg-dbus-proxy: options of xdg-dbus-proxy, for each bus.",
 )
 
 
@@ -57,13 +57,14 @@ def policy_command() -> None:
     type=click.IntRange(min=1),
     default=ConfiguredLimits().rule_steps,
     show_default=True,
-    help="What a list may cost: the limit of that name.",
+    help="The highest allowed cost of a list, as the limit rule_steps.",
 )
 def lint_command(*, files: tuple[Path, ...], rule_steps: int) -> int:
-    """Check interface files (.toml), and lists of rules with what they cost; `-` is a list on standard input.
+    """Check interface files (.toml), and check rule lists and print the cost of each list.
 
-    Without FILE the whole catalogue is checked, with /etc's and one's own files. A list is what `compile` and
-    `import` print, as rules or as json.
+    A rule list is the output of `compile` or `import`, as rules or as json. `-` reads a list from
+    standard input. Without FILE the whole catalogue is checked, with the files of the user and of
+    /etc.
     """
     problems = 0
     try:
@@ -85,7 +86,10 @@ def lint_command(*, files: tuple[Path, ...], rule_steps: int) -> int:
 
 
 def _lint_lists(file: Path, rule_steps: int) -> int:
-    """Print what each list of a file costs; return how many cost too much. Raises ConfigError."""
+    """Print the cost of each list in a file. Return the number of lists that cost too much.
+
+    Raises ConfigError.
+    """
     problems = 0
     name = "standard input" if str(file) == STDIN else str(file)
     text = sys.stdin.read() if str(file) == STDIN else read_text(file)
@@ -102,7 +106,7 @@ def _lint_lists(file: Path, rule_steps: int) -> int:
 @click.argument("interface", metavar="INTERFACE")
 @JSON
 def show_command(*, interface: str, as_json: bool) -> None:
-    """Show what an interface lets plugs and slots do."""
+    """Show the rules that an interface gives to plugs and slots."""
     library = _library()
     known = library.interfaces.get(interface)
     if interface == library.every_snap.name:
@@ -120,7 +124,10 @@ def show_command(*, interface: str, as_json: bool) -> None:
 @click.argument("before", metavar="A", type=FILE)
 @click.argument("after", metavar="B", type=FILE)
 def diff_command(*, before: Path, after: Path) -> None:
-    """Compare what two files give to each app: snaps, or lists made by `compile --format json`."""
+    """Compare the rules of each app in two files.
+
+    Each file holds snaps, or lists made by `compile --format json`.
+    """
     for line in diff_lists(_read_lists(before), _read_lists(after)):
         print_line(line)
 
@@ -130,15 +137,15 @@ def diff_command(*, before: Path, after: Path) -> None:
     "kind", metavar="KIND", type=click.Choice(["apparmor", "flatpak", "xdg-dbus-proxy"])
 )
 @click.argument("files", metavar="FILE...", nargs=-1, type=FILE, required=True)
-@click.option("--profile", metavar="NAME", help="apparmor: which of the file's profiles.")
+@click.option("--profile", metavar="NAME", help="apparmor: the profile to take from the file.")
 @click.option(
     "--include",
     metavar="DIRECTORY",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="apparmor: where includes are, as /etc/apparmor.d. May be repeated.",
+    help="apparmor: a folder of includes, as /etc/apparmor.d. May be repeated.",
 )
-@click.option("--app-id", metavar="ID", help="flatpak: the app, where the metadata does not say.")
+@click.option("--app-id", metavar="ID", help="flatpak: the app, if the metadata names no app.")
 @click.option(
     "--bus",
     "buses",
@@ -157,9 +164,10 @@ def import_command(  # noqa: PLR0913 - one parameter an option
     buses: tuple[str, ...],
     form: str,
 ) -> None:
-    """Print the rules that other people's policy means: KIND is apparmor, flatpak or xdg-dbus-proxy.
+    """Translate a policy of apparmor, flatpak or xdg-dbus-proxy into rules, and print the rules.
 
-    Several FILEs are for flatpak: the metadata, then overrides. What no rule says is listed on standard error.
+    Only flatpak takes several FILEs: the metadata, then overrides. Parts of the policy that no rule
+    can express are listed on standard error.
     """
     sources = [Source(str(file), read_text(file)) for file in files]
     if len(sources) > 1 and kind != "flatpak":
@@ -180,7 +188,9 @@ def import_command(  # noqa: PLR0913 - one parameter an option
 
 @policy_command.command("compile")
 @click.argument("file", metavar="FILE", type=FILE)
-@click.option("--app", "apps", metavar="SNAP.APP", multiple=True, help="Only this one's list.")
+@click.option(
+    "--app", "apps", metavar="SNAP.APP", multiple=True, help="Only this app. May be repeated."
+)
 @FORMAT
 def compile_command(*, file: Path, apps: tuple[str, ...], form: str) -> None:
     """Print the access list of each app of the snaps in FILE (TOML or JSON)."""
@@ -196,7 +206,7 @@ def compile_command(*, file: Path, apps: tuple[str, ...], form: str) -> None:
 
 
 def _print_access(lists: Mapping[str, AccessList], form: str) -> None:
-    """Print lists; the only one may be nobody's."""
+    """Print lists by app. A single list may belong to no app."""
     alone = "" in lists
     if form == "rules":
         for tag, access in lists.items():

@@ -1,4 +1,4 @@
-"""Files that `buswarden policy import` reads beside the one it is given, and command lines in a file."""
+"""Files included by a file of `buswarden policy import`, and command lines in a file."""
 
 import shlex
 from collections.abc import Sequence
@@ -12,7 +12,10 @@ from policy.importers.xdg_dbus_proxy import import_command_line, import_options
 
 
 def make_resolver(directories: Sequence[Path]) -> Resolver | None:
-    """Return what looks AppArmor's includes up; None without directories: then they are only listed."""
+    """Return a function that finds AppArmor's includes in the directories.
+
+    Return None without directories. Then includes are listed as parts that no rule expresses.
+    """
     if not directories:
         return None
 
@@ -30,7 +33,7 @@ def make_resolver(directories: Sequence[Path]) -> Resolver | None:
 
 def import_proxy(source: Source, buses: Sequence[str]) -> Imported:
     """Return the rules of a command line of xdg-dbus-proxy. Raises ConfigError, ImportFileError."""
-    # As after --args: with NULs in between; else as in a shell.
+    # A file for --args has a NUL behind each word. Any other file is split as by a shell.
     try:
         words = (
             source.text.rstrip("\0").split("\0")
@@ -48,7 +51,7 @@ def import_proxy(source: Source, buses: Sequence[str]) -> Imported:
     def bus_of(address: str) -> str:
         name = next(names, None)
         if name is None:
-            raise ConfigError(f"{source.name}: --bus does not say which bus {address[:100]!r} is")
+            raise ConfigError(f"{source.name}: no --bus is left for the address {address[:100]!r}")
         return name
 
     return import_command_line(words, bus_of=bus_of, file=source.name)

@@ -1,4 +1,4 @@
-"""Rules, lists and interfaces as `buswarden policy` prints them."""
+"""Text and JSON forms of rules, lists and interfaces for `buswarden policy`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -24,7 +24,7 @@ def rule_lines(tag: str, access: AccessList) -> Iterator[str]:
     from_host = "let in" if access.receive_from_host else "only by rule"
     yield f"{indent}# from the host: {from_host}"
     if access.bus_by_rule:
-        yield f"{indent}# names and who has them, asked of the bus: only by rule"
+        yield f"{indent}# questions to the bus about names and owners: only by rule"
     for rule in access.rules:
         origin = f"  # {rule.origin}" if rule.origin else ""
         yield f"{indent}{'deny' if rule.deny else 'allow'} {format_rule(rule)}{origin}"
@@ -44,7 +44,7 @@ def access_facts(access: AccessList) -> dict[str, Any]:
 
 
 def usos_facts(access: AccessList) -> dict[str, Any]:
-    """Return a list as a(usos) for each bus, with what that form cannot say."""
+    """Return a list as a(usos) for each bus, with the rules that a(usos) cannot express."""
     facts = {}
     for bus in _buses(access):
         made = usos_list(access, bus)
@@ -57,7 +57,10 @@ def usos_facts(access: AccessList) -> dict[str, Any]:
 
 
 def proxy_facts(access: AccessList) -> dict[str, Any]:
-    """Return a list as options of xdg-dbus-proxy for each bus, with what they cannot say."""
+    """Return a list as options of xdg-dbus-proxy for each bus.
+
+    Rules that the options cannot express are returned as `unsaid`.
+    """
     facts = {}
     for bus in _buses(access):
         made = export_options(access, bus=bus)
@@ -74,7 +77,7 @@ def _buses(access: AccessList) -> list[str]:
 
 
 def diff_lists(before: Mapping[str, set[str]], after: Mapping[str, set[str]]) -> Iterator[str]:
-    """Return what is in one of them alone, for each app."""
+    """Return the rules that only one of two sets of lists has, for each app."""
     for tag in sorted({*before, *after}):
         old, new = before.get(tag, set()), after.get(tag, set())
         if old == new and (tag in before) == (tag in after):
@@ -125,5 +128,5 @@ def _shown(value: object) -> str:
     return "|".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _only(is_old: bool) -> str:  # noqa: FBT001 - which of the two
+def _only(is_old: bool) -> str:  # noqa: FBT001 - private, with one caller
     return "gone" if is_old else "new"

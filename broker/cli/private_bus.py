@@ -1,7 +1,7 @@
-"""A dbus-daemon of our own, for a session that has no bus.
+"""A private dbus-daemon, for a session that has no bus.
 
-It ends with an orderly end of ours. When the broker is killed instead it lives on, like the gate and for its
-sake: apps keep their connections, and the next broker takes both over.
+An orderly end of the broker ends the private bus. If the broker is killed, the bus and the gate live
+on, and apps keep their connections. The next broker takes over both.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from broker.supervisor.bus_connections import StartError
 from broker.wire.address import make_unix_address
 
 SOCKET_NAME: Final = "private-bus"
-START_TIMEOUT: Final = 10_000  # milliseconds, until it has printed its address
+START_TIMEOUT: Final = 10_000  # milliseconds, until dbus-daemon has printed the address
 END_TIMEOUT: Final = 5_000  # milliseconds, from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivateBus:
-    """One that runs."""
+    """A running private bus."""
 
     address: str
     pid: int
@@ -38,7 +38,10 @@ class PrivateBus:
 
 @contextmanager
 def private_bus(runtime_dir: Path) -> Iterator[PrivateBus]:
-    """Start one, or take over what an earlier broker left, and end it. Raises StartError."""
+    """Start a private bus, or adopt that of an earlier broker. Raises StartError.
+
+    The bus ends with the block.
+    """
     path = runtime_dir / SOCKET_NAME
     with _held(runtime_dir / f"{SOCKET_NAME}.lock"):
         yield from _keep(path)
@@ -46,8 +49,8 @@ def private_bus(runtime_dir: Path) -> Iterator[PrivateBus]:
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    # The broker has a lock of its own, but takes it later: without this one a second broker would take
-    # the bus over from the first, be refused, and end the bus on its way out.
+    # The broker takes the lock on the runtime folder only later. Without the lock here, a second
+    # broker would adopt the bus of the first broker, be refused, and end the bus on the way out.
     try:
         with open_folder(path.parent, make=0o700, ours=True):
             lock = open_file(path, os.O_RDWR | os.O_CREAT)
@@ -83,7 +86,7 @@ def _keep(path: Path) -> Iterator[PrivateBus]:
 
 
 def _find_pid(path: Path) -> int | None:
-    """Return who listens there, if somebody of our uid does."""
+    """Return the pid of the listening process at `path`, if the uid is that of the broker."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             sock.connect(str(path))
@@ -105,7 +108,7 @@ def _start(path: Path) -> int:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=(write_end,),
-            # Ctrl-C is for the broker, which ends this one last.
+            # Ctrl-C is for the broker, which ends the bus last.
             start_new_session=True,
         )
     except OSError as exc:
@@ -123,7 +126,8 @@ def _start(path: Path) -> int:
         process.kill()
         process.wait()
         raise StartError(f"dbus-daemon did not start on {path}")
-    # From here on it is known by its pid alone, started by us or not.
+    # From here on a started and an adopted bus are the same: a pid. A returncode keeps Popen from
+    # waiting for the process.
     process.returncode = 0
     return process.pid
 

@@ -1,6 +1,7 @@
-"""`buswarden proxy`, for those who come to it through the group of commands: its help, and options before it.
+"""`buswarden proxy` as a member of the command group, for options in front of the command's name.
 
-The proxy reads its arguments itself: to click an option has no place among others.
+The proxy parses the arguments without click, because the order of the options has a meaning that
+click does not keep.
 """
 
 import click
@@ -15,5 +16,5 @@ from broker.proxy.service import run_proxy
 )
 @click.argument("arguments", metavar="[OPTION]... [ADDRESS PATH [OPTION]...]...", nargs=-1)
 def proxy_command(*, arguments: tuple[str, ...]) -> int:
-    """Be an xdg-dbus-proxy: same options, same sockets, no broker."""
+    """Run a replacement of xdg-dbus-proxy: same options, same sockets, no broker."""
     return run_proxy(arguments, program="buswarden proxy")

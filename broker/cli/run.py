@@ -1,4 +1,4 @@
-"""`buswarden run`: the broker in the foreground, until SIGTERM or SIGINT."""
+"""`buswarden run`: run the broker in the foreground, until SIGTERM or SIGINT."""
 
 import logging
 import os
@@ -24,15 +24,16 @@ from broker.wire.address import make_unix_address
     metavar="NAME=ADDRESS",
     multiple=True,
     type=KeyValue(),
-    help="A bus to serve; the first is the one that sandboxes get. May be repeated.",
+    help="A bus to serve. Sandboxes get the first bus by default. May be repeated.",
 )
 @click.option(
-    "--scope", type=click.Choice(["user", "system"]), help="For whom: one user, or everybody."
+    "--scope", type=click.Choice(["user", "system"]), help="Serve one user, or all users."
 )
 @click.option(
     "--engine",
     type=click.Choice(["gate", "containers1"]),
-    help="How buses are mediated; containers1: by buses that label, or not at all. Default: what each can.",
+    help="gate: filter in the gate; containers1: by a bus that has Containers1, or not at all. Default:"
+    " the best for each bus.",
 )
 @click.option(
     "--config",
@@ -41,7 +42,7 @@ from broker.wire.address import make_unix_address
     type=click.Path(path_type=Path, dir_okay=False),
     help="Read settings from this TOML file.",
 )
-@click.option("--verbose", is_flag=True, help="Log each message that is refused, and more.")
+@click.option("--verbose", is_flag=True, help="Log each refused message, and more.")
 def run_command(
     *,
     buses: tuple[tuple[str, str], ...],
@@ -50,7 +51,7 @@ def run_command(
     config_path: Path | None,
     verbose: bool,
 ) -> None:
-    """Run the broker. Without --bus and without a session bus it starts one of its own."""
+    """Run the broker. Without --bus and without a session bus, a private bus is started."""
     config = load_config(config_path, scope=scope, engine=engine, buses=_unique(buses))
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -65,9 +66,9 @@ def run_command(
     with private_bus(config.runtime_dir) as bus:
         what = "an earlier broker's" if bus.adopted else "a"
         print_line(
-            f"no session bus found: using {what} private one, {bus.address} (process {bus.pid})"
+            f"no session bus found: using {what} private bus, {bus.address} (process {bus.pid})"
         )
-        # Nobody but us starts it, so it will not come back.
+        # No other program starts the private bus. So a lost private bus does not come back.
         config = msgspec.structs.replace(config, bus_gone_seconds=1)
         trio.run(serve, _with_session(config, bus.address))
 
@@ -75,7 +76,7 @@ def run_command(
 def _unique(buses: tuple[tuple[str, str], ...]) -> dict[str, str]:
     found = dict(buses)
     if len(found) != len(buses):
-        raise click.UsageError("two buses of one name")
+        raise click.UsageError("--bus names the same bus twice")
     return found
 
 

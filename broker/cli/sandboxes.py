@@ -32,7 +32,7 @@ from broker.cli.output import (
 from policy.text import parse_rule
 
 RuleTexts = tuple[tuple[bool, str], ...]
-# A sandbox that has one of these does not follow its creator.
+# A sandbox with any of these facts does not end with its creator.
 _INSTEAD_OF_CREATOR: Final = ("keep_after_creator", "close_notify", "process", "cgroup")
 
 
@@ -46,7 +46,7 @@ _INSTEAD_OF_CREATOR: Final = ("keep_after_creator", "close_notify", "process", "
     "buses",
     metavar="NAME",
     multiple=True,
-    help="A bus of the broker. May be repeated. Default: the broker's first.",
+    help="A bus of the broker. May be repeated. Default: the broker's first bus.",
 )
 @ALLOW
 @DENY
@@ -70,9 +70,10 @@ def add_command(  # noqa: PLR0913 - one parameter an option
     time_limit: int | None,
     as_json: bool,
 ) -> None:
-    """Add a sandbox that stays until it is stopped, or until what the options say.
+    """Add a sandbox that stays until `stop`, or until an end that the options give.
 
-    Prints its id and the path of its bus socket; with several buses a line for each, with the bus's name.
+    The command prints the id and the path of the bus socket. For several buses there is a line for
+    each bus, with the name of the bus.
     """
     new = NewSandbox(
         type=type_,
@@ -143,7 +144,7 @@ def list_command(settings: Settings, *, as_json: bool) -> None:
 @JSON
 @click.pass_obj
 def show_command(settings: Settings, *, sandbox: str, as_json: bool) -> None:
-    """Show one sandbox, its rules, and what it was refused lately."""
+    """Show a sandbox, with the rules and the latest refused messages."""
     facts = ask(settings, partial(ServiceClient.show, sandbox=sandbox))
     if as_json:
         print_json(facts)
@@ -162,7 +163,7 @@ def show_command(settings: Settings, *, sandbox: str, as_json: bool) -> None:
 @click.argument("sandbox", metavar="ID")
 @ALLOW
 @DENY
-@click.option("--replace", is_flag=True, help="Take all other rules away.")
+@click.option("--replace", is_flag=True, help="Remove all other rules.")
 @JSON
 @click.pass_obj
 def access_command(
@@ -174,9 +175,9 @@ def access_command(
     replace: bool,
     as_json: bool,
 ) -> None:
-    """Change what a sandbox may do, and print its rules. They are in force when this returns.
+    """Change the rules of a sandbox, and print all rules of the sandbox.
 
-    Without an option nothing is changed.
+    The printed rules are in force when the command returns. Without options nothing is changed.
     """
     rules = all_rules(allow, deny)
     if rules or replace:
@@ -202,22 +203,24 @@ async def _change_access(
 @click.command("stop")
 @click.argument("sandbox", metavar="ID")
 @click.option(
-    "--keep-connections", is_flag=True, help="Only take no new ones; it ends with the last."
+    "--keep-connections",
+    is_flag=True,
+    help="Refuse new connections, and end the sandbox with the last connection.",
 )
 @click.pass_obj
 def stop_command(settings: Settings, *, sandbox: str, keep_connections: bool) -> None:
-    """End a sandbox: its socket and its connections. ID is an id, or the instance's object path."""
+    """End a sandbox, with all sockets and connections. ID is an id or an object path."""
     path = instance_path(sandbox)
     ask(settings, partial(ServiceClient.stop, path=path, keep_connections=keep_connections))
 
 
 @click.command("who")
 @click.argument("name", metavar="UNIQUE_NAME")
-@click.option("--bus", metavar="NAME", help="Which bus the name is on. Default: the one we ask on.")
+@click.option("--bus", metavar="NAME", help="The bus of the name. Default: the bus of --address.")
 @JSON
 @click.pass_obj
 def who_command(settings: Settings, *, name: str, bus: str | None, as_json: bool) -> None:
-    """Say which sandbox is behind a connection, as a portal would ask."""
+    """Show the sandbox behind a connection, by the call that portals make."""
     instance = ask(settings, partial(ServiceClient.who, name=name, bus=bus))
     facts = {
         "id": instance.id,
@@ -244,7 +247,7 @@ def _describe(facts: Mapping[str, Any]) -> dict[str, str]:
         "created": f"{_local_time(facts['created'])} by uid {facts['uid']} ({facts['creator']})",
         "listening": "yes" if facts["listening"] else "no",
         "connections": ", ".join(connections),
-        "ends with": ", ".join(_ends_with(facts)) or "nothing: stop it",
+        "ends with": ", ".join(_ends_with(facts)) or "`buswarden stop` only",
         "from the host": "let in" if facts["receive_from_host"] else "only by rule",
         "refused": f"{facts['denied']} messages",
     }
@@ -259,22 +262,22 @@ def _describe(facts: Mapping[str, Any]) -> dict[str, str]:
 def _show_engine(engine: str, instance: str | None) -> str:
     if engine == "gate":
         return engine
-    return f"{engine}, instance {instance} there" if instance else f"{engine}, once the bus is back"
+    return f"{engine}, instance {instance}" if instance else f"{engine}, once the bus is back"
 
 
 def _ends_with(facts: Mapping[str, Any]) -> Iterator[str]:
     if not facts["listening"]:
-        yield "its last connection"
+        yield "the last connection"
     elif not any(facts.get(key) for key in _INSTEAD_OF_CREATOR):
-        yield "its last connection once its creator is gone"
+        yield "the last connection after the creator is gone"
     if facts.get("close_notify"):
-        yield "its pipe"
+        yield "the pipe of the creator"
     if facts.get("process"):
         yield f"process {facts['process']}"
     if facts.get("cgroup"):
         yield f"cgroup {facts['cgroup']}"
     if facts.get("time_limit"):
-        yield f"its time limit, in {facts['time_left']} s"
+        yield f"the time limit, in {facts['time_left']} s"
 
 
 def _describe_denial(denial: Mapping[str, Any]) -> tuple[str, str, str]:

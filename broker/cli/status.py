@@ -1,4 +1,4 @@
-"""`buswarden status`."""
+"""`buswarden status`: show the state of the broker."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from broker.cli.output import print_json, print_pairs, print_table
 @JSON
 @click.pass_obj
 def status_command(settings: Settings, *, as_json: bool) -> None:
-    """Show how the broker is: its processes, its buses, how much it has of what it may have."""
+    """Show the state of the broker: processes, buses, limits and use."""
     status = ask(settings, ServiceClient.status)
     if as_json:
         print_json(status)

@@ -1,4 +1,4 @@
-"""`buswarden install-units`."""
+"""`buswarden install-units`: write the units of systemd and the files of D-Bus."""
 
 import os
 import sys
@@ -26,33 +26,33 @@ _SYSTEM_FOLDERS: Final = {
     BUS_SERVICE: Path("/usr/local/share/dbus-1/system-services"),
     BUS_POLICY: Path("/etc/dbus-1/system.d"),
 }
-# What PrivateTmp= gives a service an empty one of.
+# Folders that PrivateTmp= replaces by empty folders for a service.
 _PRIVATE: Final = ("/tmp", "/var/tmp")  # noqa: S108 - nothing is written there
 _ENABLED: Final = "buswarden-gate.socket buswarden.service"
-_MAX_UNIT: Final = 1024 * 1024  # bytes, of a file that is there already
+_MAX_UNIT: Final = 1024 * 1024  # bytes of a file that exists already
 
 
 class UnitsError(BrokerError):
-    """The files cannot be written, or are not ours to write."""
+    """The files cannot be written, or were changed by another program."""
 
 
 @click.command("install-units")
 @click.option("--user", "scope", flag_value="user", default="user", help="For one user (default).")
-@click.option("--system", "scope", flag_value="system", help="For everybody, on the system bus.")
+@click.option("--system", "scope", flag_value="system", help="For all users, on the system bus.")
 @click.option(
     "--dir",
     "folder",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write all files there.",
+    help="Write all files to this folder.",
 )
-@click.option("--print", "only_print", is_flag=True, help="Print them, and write nothing.")
-@click.option("--remove", is_flag=True, help="Remove them.")
-@click.option("--force", is_flag=True, help="Also those that somebody changed.")
+@click.option("--print", "only_print", is_flag=True, help="Print the files, and write nothing.")
+@click.option("--remove", is_flag=True, help="Remove the files.")
+@click.option("--force", is_flag=True, help="Replace or remove also files that were changed.")
 def install_units_command(
     *, scope: str, folder: Path | None, only_print: bool, remove: bool, force: bool
 ) -> None:
-    """Write the systemd units of this installation, and how a bus starts them."""
+    """Write the systemd units of this installation, and the files by which a bus starts the broker."""
     installation = find_installation()
     files = {
         _place(cast("Scope", scope), folder, name): text
@@ -75,18 +75,21 @@ def install_units_command(
 
 
 def find_installation() -> Installation:
-    """Say how the program that runs is started."""
+    """Return the interpreter and the import path that start this program."""
     here = str(Path(broker.__file__).parent.parent)
     by_itself = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     return Installation(python=sys.executable, path="" if here in by_itself else here)
 
 
 def _check_visible(installation: Installation) -> None:
-    """Raises UnitsError if the system's services, which have a /tmp of their own, cannot see the program."""
+    """Check that the program is not in /tmp, which services of the system do not see.
+
+    Raises UnitsError.
+    """
     for path in filter(None, (installation.python, installation.path)):
         if any(Path(path).is_relative_to(folder) for folder in _PRIVATE):
             raise UnitsError(
-                f"{path} is hidden from the services (PrivateTmp): install buswarden somewhere else, as in /opt"
+                f"{path} is hidden from the services (PrivateTmp): install buswarden elsewhere, as in /opt"
             )
 
 
@@ -108,7 +111,7 @@ def _home(variable: str, otherwise: str) -> Path:
 
 
 def _check(files: dict[Path, str]) -> None:
-    """All are looked at before the first is touched. Raises UnitsError."""
+    """Check that no file was changed by another program. Raises UnitsError."""
     for path in files:
         try:
             before = read_small(path, _MAX_UNIT).decode("utf-8", "replace")
@@ -117,7 +120,9 @@ def _check(files: dict[Path, str]) -> None:
         except OSError as exc:
             _fail(exc, path)
         if not is_unchanged(before):
-            raise UnitsError(f"{path} was changed or is not ours: --force to do it all the same")
+            raise UnitsError(
+                f"{path} was changed, or was not written by buswarden: use --force to go on"
+            )
 
 
 def _write(files: dict[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""`buswarden upgrade`."""
+"""`buswarden upgrade`: replace the gate."""
 
 import click
 
@@ -10,9 +10,10 @@ from broker.cli.output import print_line
 @click.command("upgrade")
 @click.pass_obj
 def upgrade_command(settings: Settings) -> None:
-    """Have the gate replaced by a new process, of the code that is installed now.
+    """Replace the gate by a new process, with the code that is installed now.
 
-    No connection is closed and no message lost. If the new one does not work the old one goes on.
+    No connection is closed and no message is lost. If the new gate does not work, the old gate
+    continues.
     """
     old, new = ask(settings, ServiceClient.upgrade)
     print_line(f"the gate is process {new} now, instead of {old}")

@@ -1,7 +1,8 @@
 """Frames of the control connection, and snapshots cut into parts that fit a frame. No I/O.
 
-A frame is a little-endian uint32 length and that many bytes of msgpack: one Envelope. File descriptors
-travel with the first byte of their frame (SCM_RIGHTS); `Envelope.fds` says how many belong to it.
+A frame is a little-endian uint32 length and as many bytes of msgpack, which encode one Envelope. File
+descriptors travel with the first byte of a frame (SCM_RIGHTS). `Envelope.fds` is the number of the
+frame's descriptors.
 """
 
 import struct
@@ -16,12 +17,13 @@ from broker.control_protocol.messages import Envelope, SandboxState, Snapshot
 from broker.posix.descriptors import SCM_MAX_FD
 from broker.wire.errors import PeerProtocolError
 
-# An access list of 10 000 rules takes about 2 MiB, and none over 8; snapshots come in parts.
+# An access list of 10 000 rules takes about 2 MiB, and no list takes more than 8 MiB. Snapshots come
+# in parts.
 MAX_FRAME: Final = 32 * 1024 * 1024
 MAX_FRAME_FDS: Final = SCM_MAX_FD
-# Bytes of a part, unless one sandbox alone has more: even then it is far below what a frame may carry.
+# Bytes of a part. A single sandbox may have more, and still stays far below MAX_FRAME.
 MAX_PART_BYTES: Final = 8 * 1024 * 1024
-# Replaces the count in `Envelope.fds` when the descriptors were sent and the receiver had no room for them.
+# Replaces the count in `Envelope.fds` when the receiver had no room for the descriptors.
 LOST: Final = -1
 _LENGTH: Final = struct.Struct("<I")
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -35,14 +37,15 @@ def make_frame(envelope: Envelope) -> bytes:
 
 
 class FrameReader:
-    """Bytes and descriptors in, envelopes with their descriptors out.
+    """A reader that turns bytes and descriptors into envelopes with descriptors.
 
-    Descriptors that no envelope has claimed yet belong to the reader: `take_all_fds` gives them up.
+    Descriptors that no envelope has claimed yet belong to the reader. `take_all_fds` gives up these
+    descriptors.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        # None stands for the descriptors of one frame that did not fit into this process.
+        # None stands for all descriptors of a frame, when this process had no room for them.
         self._fds: deque[int | None] = deque()
 
     def feed(
@@ -50,7 +53,8 @@ class FrameReader:
     ) -> list[tuple[Envelope, list[int]]]:
         """Return the envelopes that are complete now. Raises PeerProtocolError.
 
-        `cut`: there was no room for the descriptors that came with this. Their envelope then says LOST of them.
+        `cut` says that the process had no room for the descriptors that came with `data`. The
+        envelope of these descriptors then has LOST as the number of descriptors.
         """
         self._buffer += data
         self._fds.extend(fds)
@@ -62,13 +66,13 @@ class FrameReader:
         return complete
 
     def take_all_fds(self) -> list[int]:
-        """Give up every unclaimed descriptor: the caller closes them."""
+        """Give every unclaimed descriptor to the caller, which closes the descriptors."""
         fds = [fd for fd in self._fds if fd is not None]
         self._fds.clear()
         return fds
 
     def rest(self) -> tuple[bytes, tuple[int, ...]]:
-        """Return what is half here, bytes and descriptors, and keep it."""
+        """Return the bytes and the descriptors of an unfinished frame, without taking them out."""
         return bytes(self._buffer), tuple(fd for fd in self._fds if fd is not None)
 
     def _next(self) -> tuple[Envelope, list[int]] | None:
@@ -99,7 +103,10 @@ class FrameReader:
 def split_snapshot(
     head: Snapshot, states: Iterable[SandboxState], most: float
 ) -> Iterator[Snapshot]:
-    """Return `head` with these sandboxes, in as many parts as it takes: all but the last say that there are more."""
+    """Yield `head` with these sandboxes, in parts of up to `most` bytes.
+
+    Every part except the last has `more` set.
+    """
     part: list[SandboxState] = []
     size = 0
     for state in states:

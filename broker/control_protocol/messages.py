@@ -1,15 +1,19 @@
-"""The messages between supervisor and gate, and their framing. No I/O.
+"""The messages between supervisor and gate. No I/O.
 
-A frame is a little-endian uint32 length and that many bytes of msgpack: one Envelope. File descriptors
-travel with the first byte of their frame (SCM_RIGHTS); `Envelope.fds` says how many belong to it, and
-the messages name them by index. The supervisor sends requests. The gate answers each one in order, and
-sends events in between. An event that happened before an answer is sent before it, so whoever has an
-answer has all older events. docs/control-protocol.md has a table of all messages.
+The supervisor sends requests. The gate answers the requests in order, and sends events in between. An
+event that happened before an answer is sent before that answer. So the receiver of an answer has
+received all older events. A message names file descriptors by the index among the descriptors of the
+envelope. docs/control-protocol.md has a table of all messages.
 
-Some messages are about a bus that has Containers1 itself. Such a bus makes a server for each sandbox and
-labels the connections that come through it. The bus ends the server when the connection that asked for it
-leaves. So the gate asks on a connection of its own (gate/containers1/bus_client.py), and the supervisor
-says what to ask.
+    supervisor                                gate
+    AddSandbox, serial 7      ------------>
+                              <------------   Gone, serial 0      (happened before the answer)
+                              <------------   Done, serial 7
+
+Some messages are about a bus that has Containers1. Such a bus makes a server for each sandbox, and
+labels the connections through that server. The bus ends the server when the connection that requested
+the server leaves. So the gate makes the request on a separate connection that the gate keeps
+(gate/containers1/bus_client.py), and the supervisor provides the content of the request.
 """
 
 from typing import Final
@@ -20,18 +24,21 @@ from policy.rules import AccessList, Identity
 
 
 class ContainerServer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A bus's own server for one sandbox: the sandbox's connections to the bus are made there."""
+    """A server of a bus for one sandbox. The sandbox's connections to the bus are made there."""
 
-    instance: str = ""  # its path on the bus; empty: it is lost, and connections wait for another
+    # The path on the bus. An empty path means that the server is lost. Connections then wait for the
+    # next server.
+    instance: str = ""
     address: str = ""
-    stop: str = "StopInstance"  # which method ends it, and its connections
-    stop_listening: str = "StopListening"  # empty: the bus has none
+    stop: str = "StopInstance"  # the method that ends the server and all connections of the server
+    stop_listening: str = "StopListening"  # empty if the bus has no such method
 
 
 class CallBus(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
-    """Call the bus itself on the gate's own connection, made as that user. Answered by Called or Refused.
+    """Call the bus on a connection that the gate makes as user `uid`. Answered by Called or Refused.
 
-    It is answered when the bus answers, or is too slow, and so perhaps after later requests.
+    The answer comes when the bus has answered or has taken too long. So the answer may come after the
+    answers to later requests.
     """
 
     bus: str
@@ -40,13 +47,14 @@ class CallBus(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults
     member: str
     signature: str = ""
     body: bytes = b""
-    # A method to be called with the path that the reply begins with, unless it comes to be a sandbox's.
+    # A method to call with the path at the beginning of the reply, if no sandbox comes to use that
+    # path.
     undo: str = ""
-    leave: bool = False  # hang up then, if nothing else is wanted of that connection
+    leave: bool = False  # afterwards close the connection, unless the connection has another use
 
 
 class Called(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """What the bus returned."""
+    """The reply of the bus to CallBus."""
 
     signature: str
     body: bytes
@@ -54,9 +62,9 @@ class Called(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class SetContainerServer(msgspec.Struct, frozen=True, tag=True):
-    """Make a sandbox's connections to a bus there from now on; nil: at the bus itself. Answered by Done.
+    """Connect a sandbox to a bus through `server` from now on. Answered by Done.
 
-    The server before is ended, if it is there still.
+    nil stands for a direct connection to the bus. The previous server is ended.
     """
 
     sandbox: str
@@ -65,7 +73,7 @@ class SetContainerServer(msgspec.Struct, frozen=True, tag=True):
 
 
 class ContainerServerLost(msgspec.Struct, frozen=True, tag=True):
-    """The bus, or the gate's own connection to it, is gone, and the sandbox's server with it."""
+    """The sandbox's server is gone, with the bus or with the gate's own connection to the bus."""
 
     sandbox: str
     bus: str
@@ -83,21 +91,25 @@ class BusSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one sandbox may take. Defaults are for a session; docs/budgets.md has the reason of each."""
+    """The limits of one sandbox.
+
+    The defaults are for a session. docs/budgets.md has the reason of each default.
+    """
 
     connections: int = 16  # max_connections_per_container, counted at accept
     bytes_held: int = 64 * 1024 * 1024  # of unfinished messages from the sandbox
     bytes_queued: int = 64 * 1024 * 1024  # to connections that do not read, all together
-    pending_calls: int = 4096  # each way and connection
+    pending_calls: int = 4096  # for each connection and each direction
     match_rules: int = 1024  # of all connections
     names: int = 256  # owned or queued for, of all connections
-    tracked_names: int = 1024  # names that no rule names but that the app wrote to, a connection
-    rule_steps: int = 32_768  # of a judgement by its rules, at the worst: policy.tables.Cost
-    fds: int = 256  # descriptors that are in the gate, of all connections and both ways
-    messages_per_second: int = 25_000  # from the sandbox; over it, it is read more slowly
+    # For each connection, names that the app wrote to and that no rule names.
+    tracked_names: int = 1024
+    rule_steps: int = 32_768  # of the most expensive judgement: policy.tables.Cost
+    fds: int = 256  # descriptors inside the gate, of all connections and in both directions
+    messages_per_second: int = 25_000  # from the sandbox, which is read more slowly above the limit
     log_lines_per_second: int = 10  # warnings of the gate
     handshake_seconds: int = 30  # from accept to the bus's answer to Hello
-    message_seconds: int = 60  # from the first byte of a message to its last
+    message_seconds: int = 60  # from the first to the last byte of a message
 
 
 class Listener(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -105,103 +117,112 @@ class Listener(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     bus: str
     fd: int  # index into the envelope's descriptors (in a snapshot: -1)
-    path: str = ""  # to unlink when listening ends; empty: not ours to unlink
-    device: int = 0  # st_dev and st_ino of what was bound there: only that is unlinked
+    path: str = ""  # to unlink when listening ends; empty if another program unlinks the socket
+    # st_dev and st_ino of the bound socket. Only that socket is unlinked.
+    device: int = 0
     inode: int = 0
-    guid: str = (
-        ""  # 32 hex digits, what the socket calls itself in the handshake; empty: gate's own
-    )
+    guid: str = ""  # 32 hex digits, the server's guid in the handshake; empty for the gate's guid
 
 
 class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All that the gate has to know of a sandbox."""
+    """The gate's knowledge of a sandbox."""
 
     id: str  # cN
     identity: Identity
-    uid: int  # whose connections are taken, and as whom the bus is connected to
+    uid: int  # the user whose connections are accepted, and as whom the gate connects to the bus
     listeners: tuple[Listener, ...]
     access: AccessList
-    close_notify: int | None = None  # index: read end of a pipe; the sandbox ends at its EOF
+    close_notify: int | None = None  # index of the read end of a pipe; EOF there ends the sandbox
     limits: SandboxLimits = SandboxLimits()
-    record: bytes = b""  # the supervisor's own, given back in a snapshot
+    record: bytes = b""  # data of the supervisor, returned in a snapshot
     metadata: bytes = b""  # a marshalled a{sv}, for buses that have Containers1
-    # By bus: where its connections are made, if not at the bus itself.
+    # By bus, the server that connections go through. A bus that is missing is connected to directly.
     container_servers: dict[str, ContainerServer] = {}
 
 
 class SetBuses(msgspec.Struct, frozen=True, tag=True):
-    """Say which buses there are. Answered by Done."""
+    """Replace the list of buses. Answered by Done."""
 
     buses: tuple[BusSpec, ...]
 
 
 class AddSandbox(msgspec.Struct, frozen=True, tag=True):
-    """Begin to serve a sandbox. Answered by Done when its sockets are served."""
+    """Begin to serve a sandbox. Answered by Done when the sockets accept connections."""
 
     spec: SandboxSpec
 
 
 class SetAccess(msgspec.Struct, frozen=True, tag=True):
-    """Swap the rules of a sandbox. Answered by Done when no message is judged by the old ones."""
+    """Replace the rules of a sandbox. Answered by Done when the old rules judge no message."""
 
     sandbox: str
     access: AccessList
 
 
 class StopListening(msgspec.Struct, frozen=True, tag=True):
-    """Close and unlink the sockets; the sandbox ends with its last connection. Answered by Done."""
+    """Close and unlink the sockets of a sandbox. Answered by Done.
+
+    The sandbox ends with the last connection.
+    """
 
     sandbox: str
 
 
 class StopSandbox(msgspec.Struct, frozen=True, tag=True):
-    """Also end its connections. Answered by Done, after its Ended event, and so perhaps after later requests."""
+    """Close the sockets and the connections of a sandbox. Answered by Done.
+
+    The answer comes after the sandbox's Ended event. So the answer may come after the answers to
+    later requests.
+    """
 
     sandbox: str
-    reason: str = "stopped"  # which Ended then tells, if only to the next supervisor
+    reason: str = "stopped"  # for the Ended event, which the next supervisor may receive
 
 
 class WhoIs(msgspec.Struct, frozen=True, tag=True):
-    """Ask which sandbox is behind a unique name. Answered by SandboxOf, perhaps after later requests."""
+    """Ask for the sandbox behind a unique name. Answered by SandboxOf, perhaps out of order."""
 
     bus: str
     unique_name: str
 
 
 class RequestInstanceField(msgspec.Struct, frozen=True, tag=True):
-    """Put header field 10, the sender's instance path, into messages to this connection. Done."""
+    """Add header field 10 to messages to this connection. Answered by Done.
+
+    The field has the sender's instance path.
+    """
 
     bus: str
     unique_name: str
-    wanted: bool = True  # False: no more
+    wanted: bool = True  # False ends an earlier request
 
 
 class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
-    """Ask for everything there is. Answered by Snapshot, if need be by several with one after the other."""
+    """Ask for the whole state. Answered by Snapshot, or by several Snapshots in sequence."""
 
-    in_parts: bool = False  # no: one frame, which may be longer than is read
+    in_parts: bool = False  # False asks for one frame, which may exceed MAX_FRAME
 
 
 class TakeUsage(msgspec.Struct, frozen=True, tag=True):
-    """Ask what a sandbox, or all of them together, take of their limits. Answered by Use."""
+    """Ask for the use of limits by a sandbox, or by all sandboxes together. Answered by Usage."""
 
     sandbox: str | None = None
 
 
 class TakeListeners(msgspec.Struct, frozen=True, tag=True):
-    """Ask for duplicates of what these sandboxes listen on. Answered by Listeners, with descriptors."""
+    """Ask for duplicates of the sandboxes' listening sockets. Answered by Listeners."""
 
     sandboxes: tuple[str, ...]
 
 
 class Confirm(msgspec.Struct, frozen=True, tag=True):
-    """Nothing is asked: the envelope's number says what has been dealt with. Answered by Done."""
+    """Confirm events by the number in the envelope, and ask for nothing. Answered by Done."""
 
 
 class StartNext(msgspec.Struct, frozen=True, tag=True):
-    """Start a gate that is to take over, as one of the same service. Answered by Started, or Refused.
+    """Start the next gate in the same service. Answered by Started or Refused.
 
-    Two descriptors come along: for its --ready-fd, and for its --take-over.
+    The request carries two descriptors, for --ready-fd and for --take-over of the next gate.
     """
 
     argv: tuple[str, ...]
@@ -209,17 +230,18 @@ class StartNext(msgspec.Struct, frozen=True, tag=True):
 
 
 class HandOver(msgspec.Struct, frozen=True, tag=True):
-    """Hand everything over to the gate at the other end of the descriptor that comes along.
+    """Hand the whole state over to the gate at the other end of the descriptor in this request.
 
-    Answered by HandedOver, from the new gate on this same connection; or Refused, and nothing has changed.
+    Answered by HandedOver from the new gate, on the same connection. Answered by Refused from the old
+    gate if nothing has changed.
     """
 
-    seconds: float  # how long a step of it may take
-    protocol: int = PROTOCOL  # of who asks, which the new gate has to speak
+    seconds: float  # the longest time of one step
+    protocol: int = PROTOCOL  # the supervisor's version, which the new gate must speak
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """End every sandbox and the gate. Answered by Done before it exits."""
+    """End every sandbox and the gate. Answered by Done before the gate exits."""
 
 
 Request = (
@@ -243,39 +265,42 @@ Request = (
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """It is so."""
+    """The request was carried out."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """It was not done, and nothing has changed."""
+    """The request was not carried out, and nothing has changed."""
 
     error: str  # D-Bus error name
     text: str
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """A process is started; that it works is for it to say."""
+    """The process was started. The process itself reports on --ready-fd when it works."""
 
     pid: int
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag=True):
-    """Another process serves now."""
+    """The process that serves from now on."""
 
     pid: int
 
 
 class SandboxOf(msgspec.Struct, frozen=True, tag=True):
-    """The sandbox of a connection: its id, None for a host, "" if it is unknown.
+    """The sandbox of a connection, by id. None stands for the host.
 
-    "" is the answer for a connection whose sandbox is forgotten, as those of a gate that died.
+    "" stands for a sandbox that is forgotten, such as a sandbox of a gate that died.
     """
 
     sandbox: str | None
 
 
 class Usage(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
-    """What is taken now of each of SandboxLimits; those of single connections are added up."""
+    """The present use of each of SandboxLimits.
+
+    Limits that apply to a connection are added up over all connections.
+    """
 
     connections: int = 0
     bytes_held: int = 0
@@ -286,54 +311,59 @@ class Usage(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=T
     tracked_names: int = 0
     rule_steps: int = 0
     fds: int = 0
-    messages_per_second: int = 0  # of what may come at once
-    log_lines_per_second: int = 0  # in this second
-    handshake_seconds: int = 0  # connections in their handshake
-    message_seconds: int = 0  # connections with half a message
-    throttled: int = 0  # times that the sandbox was read more slowly, so far
+    messages_per_second: int = 0  # used part of the burst
+    log_lines_per_second: int = 0  # in the current second
+    handshake_seconds: int = 0  # connections in the handshake
+    message_seconds: int = 0  # connections with an unfinished message
+    throttled: int = 0  # how often the sandbox was read more slowly, so far
     suppressed: int = 0  # lines that were left out of the log, so far
-    caused: int = 0  # messages charged so far for what it made the bus deliver, to any sandbox
-    lingering: int = 0  # connections, counted above, whose app has closed and the bus has not
+    # Messages charged so far because the sandbox made the bus deliver messages to any sandbox.
+    caused: int = 0
+    lingering: int = 0  # connections, counted above, that the app has closed and the bus has not
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Return both together."""
+        """Return the sum of both."""
         mine, theirs = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
         names = self.__struct_fields__
         return Usage(**{name: a + b for name, a, b in zip(names, mine, theirs, strict=True)})
 
 
 class SandboxState(msgspec.Struct, frozen=True, kw_only=True):
-    """A sandbox as the gate has it."""
+    """The state of a sandbox in the gate."""
 
     spec: SandboxSpec
     listening: bool
-    connections: tuple[tuple[str, str], ...]  # (bus, unique name) of those that said Hello
-    opening: int  # connections that did not say Hello yet
+    connections: tuple[tuple[str, str], ...]  # (bus, unique name) of connections after Hello
+    opening: int  # connections before Hello
     denied: int  # messages refused so far
     usage: Usage = Usage()
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """All there is, at one moment."""
+    """The whole state at one moment, or a part."""
 
     protocol: int
     pid: int
     buses: tuple[BusSpec, ...]
     sandboxes: tuple[SandboxState, ...]
-    more: bool = False  # the next answer to the same request has other sandboxes of the same moment
+    more: bool = False  # another part of the same moment follows as the next answer
 
 
 class Listeners(msgspec.Struct, frozen=True, tag=True):
-    """The descriptors that come along, in order: of which sandbox, and for which bus.
+    """The sandbox and the bus of each descriptor in this answer, in order.
 
-    No bus is the read end of its close-notification pipe. Sandboxes that are not there are left out.
+    An empty bus stands for the read end of the sandbox's close-notification pipe. Unknown sandboxes
+    are left out.
     """
 
     what: tuple[tuple[str, str], ...]
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
-    """A connection of a sandbox said Hello. Sent before it can say anything else."""
+    """A connection of a sandbox has a unique name.
+
+    The event is sent before any other message of the connection is forwarded.
+    """
 
     sandbox: str
     bus: str
@@ -341,7 +371,7 @@ class Connected(msgspec.Struct, frozen=True, tag=True):
 
 
 class Gone(msgspec.Struct, frozen=True, tag=True):
-    """The bus has let go of that connection."""
+    """The bus has closed a connection of a sandbox."""
 
     sandbox: str
     bus: str
@@ -349,10 +379,10 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
-    """A sandbox neither listens nor has connections. Exactly once a sandbox."""
+    """A sandbox neither listens nor has connections. Sent exactly once for a sandbox."""
 
     sandbox: str
-    reason: str  # "close-notify", "last-connection", "instance-removed", or what StopSandbox said
+    reason: str  # "close-notify", "last-connection", "instance-removed", or that of StopSandbox
 
 
 class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
@@ -361,14 +391,14 @@ class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     sandbox: str
     bus: str
     direction: str  # "send", "receive", "own", "see"
-    kind: str  # "call", "signal" or "reply"; "" if all that it tells is how many went unreported
-    peer: str  # the name in the message: destination, sender, or the name asked for
+    kind: str  # "call", "signal" or "reply"; "" if only `more` has a meaning
+    peer: str  # the name in the message: destination, sender, or requested name
     path: str = ""
     interface: str = ""
     member: str = ""
     reason: str = ""  # the verdict in words
-    origin: str = ""  # of the rule that denied, if one did
-    more: int = 0  # how many refusals of this sandbox went unreported since the one before
+    origin: str = ""  # of the rule that denied the message, if a rule did
+    more: int = 0  # refusals of this sandbox that went unreported since the last event
 
 
 # Characters of each text of a Denied. A path in a message may have a MiB, and a thousand refusals are kept.
@@ -386,10 +416,11 @@ Event = Connected | Gone | Ended | Denied | ContainerServerLost
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One frame. An answer carries its request's serial; an event serial 0.
+    """The content of a frame. An answer has the serial of the request, and an event has serial 0.
 
-    Events that no snapshot makes up for (Ended, Denied) are numbered, and told again to the next supervisor until
-    a request has said, by its number, that all up to that one have been dealt with.
+    Ended and Denied events are numbered, because no snapshot contains them. The gate sends such an
+    event again to the next supervisor, until a request confirms the event. The number in a request
+    confirms all events up to that number.
     """
 
     serial: int

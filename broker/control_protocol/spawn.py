@@ -1,4 +1,4 @@
-"""Starting a gate process with its two descriptors."""
+"""Start of a gate process with two inherited descriptors."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from broker.posix.descriptors import close_fds
 # Descriptor numbers in the new process.
 _READY_FD: Final = 3
 _TAKE_OVER_FD: Final = 4
-# Actions that give the process /dev/null as its standard input and output.
+# Actions that give the process /dev/null as standard input and output.
 _NO_TERMINAL: Final = (
     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
     (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
@@ -28,15 +28,17 @@ def spawn_gate(
 ) -> int:
     """Start a gate and return its pid. Raises OSError.
 
-    The gate writes a byte to `ready` when it listens, and takes over from the gate at the other end of `take_over`.
-    Both descriptors stay the caller's as well. `detach`: give the process a session and standard streams of its own,
-    so that Ctrl-C does not reach it, and a reader of the caller's output sees its end when the caller ends.
+    The gate writes a byte to `ready` as soon as the gate listens, and takes over from the gate at the
+    other end of `take_over`. Both descriptors stay open in the caller. `detach` gives the process a
+    separate session and separate standard streams. So Ctrl-C does not reach the gate, and a reader
+    of the caller's output sees EOF when the caller ends.
     """
     given = {_READY_FD: ready} | ({_TAKE_OVER_FD: take_over} if take_over is not None else {})
     argv = [*argv, "--ready-fd", str(_READY_FD)]
     if take_over is not None:
         argv += ["--take-over", str(_TAKE_OVER_FD)]
-    # `ready` may be number 4, say. Each descriptor moves out of the way first, so that no dup2 overwrites another.
+    # `ready` may have number 4, for example. So each descriptor first moves out of the way. Then no
+    # dup2 overwrites a descriptor.
     moved: list[int] = []
     try:
         for fd in given.values():
@@ -48,7 +50,7 @@ def spawn_gate(
             environment,
             file_actions=[*(_NO_TERMINAL if detach else ()), *placed],
             setsid=detach,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # ignored by Python
         )
     finally:
         close_fds(moved)

@@ -1,9 +1,13 @@
-"""The rings of the last message headers that a gate leaves behind for whoever looks into its death. No I/O.
+"""The trace file: rings of the last message headers, to explain the death of a gate. No I/O.
 
-There are two, one behind the other: of messages that were judged, and of those that passed because their header was known,
-which would drive the others out. A ring is SLOTS slots of SLOT bytes, in native byte order, since reader and writer are on one
-machine. A judged one's number is written last and taken away first: what was half written when its process died is not
-shown. Of a known one everything is written at once, which is the fastest way; it may be half of the one before it.
+The file has two rings, with one behind the other. The first ring has the messages that were judged.
+The second ring has the messages that passed because the header was known. In a common ring, the many
+known messages would push out the judged messages. A ring has SLOTS slots of SLOT bytes, in native
+byte order, because reader and writer run on the same machine.
+
+The number of a judged message is removed first and written last. So a slot that was half written when
+the process died has no number, and is not shown. A known message is written in a single step, which is
+the fastest way. Such a slot may be half overwritten, and then still has a part of the message before.
 """
 
 import functools
@@ -21,7 +25,7 @@ SIZE: Final = 2 * RING
 FROM_APP: Final = 0
 FROM_BUS: Final = 1
 _NUMBER: Final = struct.Struct("Q")
-# When it was seen, its direction, how long the sandbox's id and the bytes of the header are that follow.
+# Time, direction, length of the sandbox's id and length of the header. Id and header follow.
 _ABOUT: Final = struct.Struct("dBBH")
 _TEXT_AT: Final = _NUMBER.size + _ABOUT.size
 _MAX_NAME: Final = 32
@@ -30,7 +34,7 @@ _MAX_TEXT: Final = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A message that was seen. Its header may be cut short."""
+    """A message in the trace file. The header may be cut short."""
 
     number: int
     when: float
@@ -42,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class RecordedHeader:
-    """What is written down of a message that is about to be judged."""
+    """The trace entry of a message that is about to be judged."""
 
     number: int
     when: float
@@ -50,7 +54,7 @@ class RecordedHeader:
     sandbox: str
 
     def write(self, ring: memoryview, at: int, data: bytes, pos: int) -> None:
-        """Put the header that begins at `pos` into the slot at `at`: its fixed part and its fields, no body."""
+        """Write the header at `pos` to the slot at `at`, with all fields and without the body."""
         name = make_name(self.sandbox)
         room = SLOT - _TEXT_AT - len(name)
         header = data[pos : pos + min(_size(data, pos), room)]
@@ -61,22 +65,23 @@ class RecordedHeader:
 
 
 def make_name(sandbox: str) -> bytes:
-    """Return a sandbox's id as it stands in a slot."""
+    """Return a sandbox's id in the form of a slot."""
     return sandbox.encode("ascii", "replace")[:_MAX_NAME]
 
 
-@functools.cache  # there are as many as a name may have bytes, and each connection asks
+@functools.cache  # asked by each connection; there is a result for each length of a name
 def known_slot(name_size: int) -> tuple[struct.Struct, int]:
-    """Return the form of a known message's slot with a name of that size, and how much of a header fits.
+    """Return the form of a slot for a known message, and the room for the header.
 
-    Its values: number, time, direction, length of the name, length of the header, name, header.
+    The values of the form are number, time, direction, length of the name, length of the header, name
+    and header. The name is the sandbox's id, with `name_size` bytes.
     """
     room = SLOT - _TEXT_AT - name_size
     return struct.Struct(f"QdBBH{name_size}s{room}s"), room
 
 
 def read_rings(data: bytes) -> list[Entry]:
-    """Return what is in the rings, oldest first. Whatever the bytes are, it is a list."""
+    """Return the entries of the rings, oldest first. Any bytes are accepted."""
     entries = []
     for at in range(0, len(data) - SLOT + 1, SLOT):
         (number,) = _NUMBER.unpack_from(data, at)
@@ -100,7 +105,7 @@ def read_rings(data: bytes) -> list[Entry]:
 
 
 def describe(entry: Entry) -> str:
-    """Return a line about a message. Nothing of it is as the sandbox wrote it: texts are quoted."""
+    """Return a line about a message, with every text from the sandbox quoted."""
     way = "app to bus" if entry.direction == FROM_APP else "bus to app"
     about = f"{entry.sandbox!r} {way}{' known' if entry.is_known else ''}"
     data = entry.header + bytes(-len(entry.header) % 8)
@@ -127,7 +132,7 @@ def describe(entry: Entry) -> str:
 
 
 def _size(data: bytes, pos: int) -> int:
-    """Return the bytes of a header that begins at `pos`, without the padding behind it."""
+    """Return the size of the header at `pos`, without the padding behind."""
     fields = data[pos + 12 : pos + 16]
     is_little = data[pos : pos + 1] == b"l"
     return FIXED_SIZE + int.from_bytes(fields, "little" if is_little else "big")

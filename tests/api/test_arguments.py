@@ -163,7 +163,7 @@ def test_a_process_is_given_by_pidfd_as_well() -> None:
     fd = os.pidfd_open(os.getpid())
     try:
         assert parse((fd,), ProcessFd=Variant("h", 0)).process == ME
-        with pytest.raises(CallRefusedError, match="two ways to say one thing"):
+        with pytest.raises(CallRefusedError, match="only one of Process and ProcessFd"):
             parse((fd,), ProcessFd=Variant("h", 0), Process=Variant("u", os.getpid()))
         with pytest.raises(CallRefusedError, match="ProcessFd: there is no descriptor 1"):
             parse((fd,), ProcessFd=Variant("h", 1))
@@ -178,8 +178,8 @@ def test_a_process_is_given_by_pidfd_as_well() -> None:
         ("Process", Variant("u", 2**32 - 1), "there is no process"),
         ("Cgroup", Variant("s", "/tmp"), "is in no cgroup filesystem"),
         ("Cgroup", Variant("s", ""), "is not a plain absolute path"),
-        ("TimeLimit", Variant("t", 0), "TimeLimit is of 1 to"),
-        ("TimeLimit", Variant("t", 2**32), "TimeLimit is of 1 to"),
+        ("TimeLimit", Variant("t", 0), "TimeLimit must be 1 to"),
+        ("TimeLimit", Variant("t", 2**32), "TimeLimit must be 1 to"),
     ],
 )
 def test_what_cannot_end_it_is_refused(name: str, variant: Any, why: str) -> None:

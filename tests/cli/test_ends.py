@@ -33,12 +33,12 @@ def test_a_process_that_is_not_there_is_no_reason_to_ask(run: Run, broker: Broke
 @pytest.mark.parametrize(
     ("facts", "says"),
     [
-        ({}, "its last connection once its creator is gone"),
-        ({"keep_after_creator": Variant("b", True)}, "nothing: stop it"),
-        ({"listening": Variant("b", False)}, "its last connection\n"),
+        ({}, "the last connection after the creator is gone"),
+        ({"keep_after_creator": Variant("b", True)}, "`buswarden stop` only"),
+        ({"listening": Variant("b", False)}, "the last connection\n"),
         ({"process": Variant("u", 7), "cgroup": Variant("s", "/c")}, "process 7, cgroup /c"),
-        ({"close_notify": Variant("b", True)}, "its pipe"),
-        ({"time_limit": Variant("t", 9), "time_left": Variant("t", 3)}, "its time limit, in 3 s"),
+        ({"close_notify": Variant("b", True)}, "the pipe of the creator"),
+        ({"time_limit": Variant("t", 9), "time_left": Variant("t", 3)}, "the time limit, in 3 s"),
     ],
 )
 def test_show_says_what_it_ends_with(

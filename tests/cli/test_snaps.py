@@ -65,7 +65,7 @@ def test_snaps_are_listed(run: Run) -> None:
     code, out, _ = run("snaps")
     assert code == 0
     assert out.splitlines()[-2].split() == ["player", "a", "b", "s"]
-    assert out.splitlines()[-1].split() == ["snapd", "the", "system's"]
+    assert out.splitlines()[-1].split() == ["snapd", "(system)"]
     _, out, _ = run("snaps", "--json")
     assert json.loads(out) == WORLD
 
@@ -119,7 +119,7 @@ def test_a_denial_is_explained(run: Run, broker: Broker) -> None:
     assert code == 0
     assert out.splitlines() == [
         "denied: no rule allows sending it",
-        "any one of these would allow it, the least first:",
+        "each of these would allow the message, least privilege first:",
         "  connect a:p b:s",
         "  allow send:org.x.Y",
     ]
@@ -147,7 +147,7 @@ def test_an_allowance_is_explained(run: Run, broker: Broker) -> None:
     assert out.splitlines() == [
         "allowed: a rule allows it",
         "  by the rule: allow send:",
-        "  which is from: x",
+        "  origin: x",
     ]
     assert set(broker.values("Explain")[1]) == {"direction", "bus", "peer"}
 
@@ -160,8 +160,8 @@ def test_an_allowance_is_explained(run: Run, broker: Broker) -> None:
         (["connect", "a:p"], "Missing argument"),
         (["snaps", "load", "/nonexistent"], "does not exist"),
         (["snaps", "frob"], "No such command"),
-        (["exec", "--snap", "a", "--type", "x.y", "--", "true"], "--snap says"),
-        (["exec", "--snap", "a", "--component", "x", "--", "true"], "--snap says"),
+        (["exec", "--snap", "a", "--type", "x.y", "--", "true"], "--snap cannot"),
+        (["exec", "--snap", "a", "--component", "x", "--", "true"], "--snap cannot"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(run: Run, argv: list[str], says: str) -> None:

@@ -125,7 +125,7 @@ def test_what_somebody_changed_is_left_alone_unless_forced(
     for more in ([], ["--remove"]):
         assert main(["install-units", "--dir", str(tmp_path), *more]) == EXIT_REFUSED
         assert capsys.readouterr().err == (
-            f"buswarden: {path} was changed or is not ours: --force to do it all the same\n"
+            f"buswarden: {path} was changed, or was not written by buswarden: use --force to go on\n"
         )
     assert "/mine" in path.read_text()
     assert not (tmp_path / "buswarden.service").exists()  # all or nothing
