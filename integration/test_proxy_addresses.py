@@ -219,7 +219,7 @@ def test_without_the_cookie_the_bus_lets_nobody_in(
         )
     if trouble == "open":
         keyrings.chmod(0o755)
-    why = {"none": "No such file", "open": "not the user's alone", "wrong": "rejected"}[trouble]
+    why = {"none": "No such file", "open": "not private to the user", "wrong": "rejected"}[trouble]
     path = plain.world.next_path()
     log = folder / "log"
     env = {"HOME": str(home)}

@@ -109,6 +109,7 @@ PROSE_MENDED: Final = (
     "broker.gate.sandbox.lingering",
     "broker.launcher",
     "broker.posix",
+    "broker.proxy",
     "broker.supervisor",
     "broker.systemd",
     "broker.wire",

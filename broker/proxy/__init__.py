@@ -1,1 +1,1 @@
-"""`buswarden proxy`: the gate in one process of its own, under the command line of xdg-dbus-proxy."""
+"""`buswarden proxy`: the gate as a single process, with the command line of xdg-dbus-proxy."""

@@ -1,8 +1,10 @@
-"""The command line of xdg-dbus-proxy: options, and groups of ADDRESS PATH with options of their own. No I/O.
+"""Parser for the command line of xdg-dbus-proxy. No I/O.
 
-What begins with `-` is an option, everything else an address and, behind it, a path. Options about what may
-pass belong to the group before them; the others may stand anywhere. `--args=FD` puts further arguments in its
-place, which the caller reads. An argument is text as Python's `os.fsdecode` makes it.
+The command line consists of options and of groups, each with an ADDRESS, a PATH and options. An
+argument that begins with `-` is an option. Any other argument is an address, and the next argument is
+a path. Options about messages belong to the group in front of them. Other options may stand anywhere.
+`--args=FD` stands for the arguments that the caller reads from that descriptor. An argument is text in
+the form of `os.fsdecode`.
 """
 
 import enum
@@ -15,10 +17,10 @@ from broker.wire.errors import ConfigError
 from policy.importers.report import Imported, ImportFileError, cut
 from policy.importers.xdg_dbus_proxy import import_options
 
-# Of all arguments together. A launcher writes some kilobytes.
+# The number of all arguments together. A launcher writes some kilobytes.
 MAX_ARGUMENTS: Final = 1_000_000
 MAX_FD: Final = 2**31 - 1
-# What stands for the name of a file, in the origin of a rule and in errors.
+# Stands in place of a file's name, in the origin of a rule and in errors.
 ORIGIN: Final = "argument"
 
 _POLICY: Final = ("--see=", "--talk=", "--own=", "--call=", "--broadcast=")
@@ -27,7 +29,7 @@ Read = Callable[[int], bytes]
 
 
 class Ask(enum.Enum):
-    """What is asked for instead of a proxy."""
+    """A request for information instead of a proxy."""
 
     HELP = enum.auto()
     VERSION = enum.auto()
@@ -35,11 +37,11 @@ class Ask(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A socket, the bus behind it, and what may pass."""
+    """A socket, the address of the bus behind, and the rules."""
 
     address: str
     path: str
-    imported: Imported  # the rules
+    imported: Imported  # the rules in the options
     filter: bool = False
     log: bool = False
     sloppy_names: bool = False
@@ -47,15 +49,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """All that the arguments say."""
+    """The content of a command line."""
 
     groups: tuple[Group, ...]
-    fd: int | None = None  # ends the proxy when its other end closes
+    fd: int | None = None  # a pipe or socket that ends the proxy when the other end closes
 
 
 @dataclass(slots=True)
 class _Group:
-    """A group that is being read."""
+    """A group that is being parsed."""
 
     address: str
     path: str = ""
@@ -63,7 +65,7 @@ class _Group:
     flags: set[str] = field(default_factory=set)
 
     def add(self, option: str) -> bool:
-        """Take an option; return False if it is none of a group."""
+        """Add an option. Return False for an option that does not belong to a group."""
         if option in _FLAGS:
             self.flags.add(_FLAGS[option])
         elif option.startswith(_POLICY):
@@ -73,7 +75,7 @@ class _Group:
         return True
 
     def finish(self) -> Group:
-        """Return it with its rules. Raises ConfigError."""
+        """Return the group with the rules. Raises ConfigError."""
         options = [*self.policy, "--filter"] if "filter" in self.flags else self.policy
         try:
             imported = import_options(options, bus=None, file=ORIGIN)
@@ -91,7 +93,7 @@ _FLAGS: Final[Mapping[str, str]] = {
 
 
 def parse_arguments(arguments: Sequence[str], read: Read) -> Command | Ask:
-    """Return what the arguments say; `read` returns all bytes of a descriptor. Raises ConfigError."""
+    """Parse arguments, with `read` to read a descriptor to the end. Raises ConfigError."""
     left = deque(arguments)
     groups: list[_Group] = []
     fd = None
@@ -114,12 +116,12 @@ def parse_arguments(arguments: Sequence[str], read: Read) -> Command | Ask:
         else:
             raise ConfigError(f"{cut(argument)}: {_why_unknown(argument)}")
     if not groups:
-        raise ConfigError("no ADDRESS and PATH: nothing to do; see --help")
+        raise ConfigError("no ADDRESS and PATH given; see --help")
     return Command(groups=tuple(group.finish() for group in groups), fd=fd)
 
 
 def split_arguments(data: bytes) -> list[str]:
-    """Return the arguments that a NUL ends each; the last one may lack it."""
+    """Return the arguments in `data`. Each argument ends with a NUL, which the last may lack."""
     parts = data.split(b"\0")
     if not parts[-1]:
         parts.pop()
@@ -127,11 +129,14 @@ def split_arguments(data: bytes) -> list[str]:
 
 
 def check_paths(groups: Iterable[Group]) -> None:
-    """Refuse two groups with one path: the later would take the socket of the earlier away."""
+    """Refuse two groups with the same path. Raises ConfigError.
+
+    The later group would replace the socket of the earlier group.
+    """
     seen = set()
     for group in groups:
         if group.path in seen:
-            raise ConfigError(f"{cut(group.path)}: the path of two sockets; give each its own")
+            raise ConfigError(f"{cut(group.path)}: PATH of two sockets; give different paths")
         seen.add(group.path)
 
 
@@ -157,7 +162,7 @@ def _parse_fd(argument: str) -> int:
 
 def _why_unknown(argument: str) -> str:
     if argument in _FLAGS or argument.startswith(_POLICY):
-        return "this option stands behind the ADDRESS and PATH that it is about"
+        return "this option stands behind the ADDRESS and PATH of a socket"
     option = f"{argument}="
     if option in (*_POLICY, "--fd=", "--args="):
         return f"write {option}VALUE"

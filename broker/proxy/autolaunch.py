@@ -1,4 +1,7 @@
-"""`autolaunch:`, the bus of the X11 display: dbus-launch says where it is, and starts it if there is none."""
+"""`autolaunch:` addresses: ask dbus-launch for the bus of the X11 display.
+
+dbus-launch prints the address of the bus, and starts a bus if the display has none.
+"""
 
 import os
 import re
@@ -9,11 +12,12 @@ from broker.posix.files import read_small
 from broker.wire.errors import ConfigError
 
 MACHINE_IDS: Final = ("/var/lib/dbus/machine-id", "/etc/machine-id")
-# To start a bus takes a fraction of a second. A display that does not answer must not keep us for good.
+# The start of a bus takes a fraction of a second. A display that does not answer must not block the
+# proxy for ever.
 LAUNCH_SECONDS: Final = 20.0
 _MACHINE_ID: Final = re.compile(rb"([0-9A-Fa-f]{32})\n?")
 _MAX_MACHINE_ID: Final = 64  # bytes
-_INSTEAD: Final = "or write the address of the bus in place of autolaunch:"
+_INSTEAD: Final = "or give the address of the bus in place of autolaunch:"
 
 
 def launch(
@@ -23,11 +27,11 @@ def launch(
     seconds: float = LAUNCH_SECONDS,
 ) -> str:
     """Return the address of the display's bus. Raises ConfigError."""
-    # Only who has such an address needs it, and it is slow to import.
+    # The import is slow, and only an autolaunch: address needs the module.
     import subprocess  # noqa: PLC0415
 
     if not environ.get("DISPLAY"):
-        raise ConfigError(f"autolaunch: there is no DISPLAY: set it, {_INSTEAD}")
+        raise ConfigError(f"autolaunch: there is no DISPLAY: set DISPLAY, {_INSTEAD}")
     machine_id = find_machine_id(machine_ids)
     argv = ["dbus-launch", f"--autolaunch={machine_id}", "--binary-syntax", "--close-stderr"]
     try:
@@ -40,11 +44,11 @@ def launch(
             check=False,
         )
     except subprocess.TimeoutExpired as exc:
-        text = f"autolaunch: dbus-launch has no answer after {seconds:g} seconds"
-        raise ConfigError(f"{text}: look at the DISPLAY, {_INSTEAD}") from exc
+        text = f"autolaunch: no answer from dbus-launch after {seconds:g} seconds"
+        raise ConfigError(f"{text}: check DISPLAY, {_INSTEAD}") from exc
     except FileNotFoundError as exc:
         raise ConfigError(
-            f"autolaunch: there is no program dbus-launch: install it, {_INSTEAD}"
+            f"autolaunch: there is no program dbus-launch: install dbus-launch, {_INSTEAD}"
         ) from exc
     except OSError as exc:
         raise ConfigError(f"autolaunch: dbus-launch cannot be run: {exc.strerror}") from exc
@@ -57,7 +61,7 @@ def launch(
 
 def parse_answer(output: bytes) -> str:
     """Return the address in dbus-launch's binary syntax. Raises ConfigError."""
-    # Behind it are the bus's process and a window, which are nothing to us.
+    # Behind the address are the process of the bus and a window, which the proxy does not need.
     address, nul, _ = output.partition(b"\0")
     if not nul or not address or not address.isascii():
         raise ConfigError(f"autolaunch: dbus-launch gave no address: {output[:80]!r}")

@@ -1,4 +1,4 @@
-"""Connecting to a bus that is not behind a unix socket, without waiting, in the gate's loop."""
+"""Connect to a bus on TCP or on a unix socket, without blocking, in the gate's loop."""
 
 import contextlib
 import logging
@@ -21,10 +21,10 @@ NONCE_SIZE: Final = 16  # bytes
 
 @dataclass(frozen=True, slots=True)
 class TcpPlace:
-    """A TCP server, its host's name resolved."""
+    """A TCP server, with the host's name resolved."""
 
     family: int
-    sockaddr: tuple[Any, ...]  # as getaddrinfo gives it
+    sockaddr: tuple[Any, ...]  # in the form of getaddrinfo
     noncefile: bytes | None = None
 
 
@@ -32,17 +32,17 @@ Place = UnixAddress | TcpPlace
 
 
 def dial(loop: Loop, places: Iterable[Place], uid: int, seconds: float, done: OnConnected) -> None:
-    """Connect to the first place that answers; `done` gets the socket, or None.
+    """Connect to the first place that answers, and call `done` with the socket or None.
 
-    `seconds` are for all together: each has the same share, so that one that does not answer leaves the
-    others theirs.
+    `seconds` is the time for all places together. Each place has the same share, so that a place that
+    does not answer leaves time for the other places.
     """
     left = deque(places)
     _ProxyAttempt(loop, left, uid, seconds / max(1, len(left)), done).go()
 
 
 class _ProxyAttempt:
-    """One socket at a time."""
+    """Attempts to connect to several places in sequence."""
 
     def __init__(
         self, loop: Loop, places: deque[Place], uid: int, seconds: float, done: OnConnected
@@ -78,13 +78,13 @@ class _ProxyAttempt:
             self._loop.next_turn(self.go)
 
     def _start(self, place: TcpPlace) -> None:
-        # Read each time: a bus that starts anew writes another.
+        # The nonce is read for each attempt, because a restarted bus writes another nonce.
         self._nonce = read_nonce(place.noncefile) if place.noncefile is not None else b""
         sock = socket.socket(place.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._sock = sock
-        # A call is one small message, and whoever made it waits for the answer.
+        # A call is a small message, and the caller waits for the answer.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(BlockingIOError):  # on its way
+        with contextlib.suppress(BlockingIOError):  # in progress
             sock.connect(place.sockaddr)
         self._timer = self._loop.call_later(self._seconds, self._give_up)
         self._loop.add(sock.fileno(), WRITABLE, self._settled)
@@ -96,10 +96,11 @@ class _ProxyAttempt:
             if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(error, os.strerror(error))
             if sock.getsockname() == sock.getpeername():
-                # Nobody listens, and the kernel gave us that very port: we would talk to ourselves.
-                raise OSError(None, "it is our own end")
+                # No program listens, and the kernel chose the same port for this end. The socket is
+                # then connected to itself.
+                raise OSError(None, "the socket is connected to itself")
             if self._nonce and sock.send(self._nonce) != len(self._nonce):
-                raise OSError(None, "it does not take the nonce")
+                raise OSError(None, "the nonce cannot be sent")
         except OSError as exc:
             LOGGER.debug("bus-connect: %s", exc.strerror)
             self._give_up()
@@ -112,11 +113,11 @@ class _ProxyAttempt:
         self._release()
         if sock is not None:
             sock.close()
-        # Not at once: a list of many places would be as deep a stack.
+        # The next attempt starts from the loop. A direct call would nest the stack once per place.
         self._loop.next_turn(self.go)
 
     def _release(self) -> None:
-        """Take the socket out of the loop, and forget it."""
+        """Remove the socket from the loop, and cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -126,7 +127,7 @@ class _ProxyAttempt:
 
 
 def read_nonce(path: bytes) -> bytes:
-    """Return what a server of nonce-tcp: wants to hear first. Raises OSError."""
+    """Return the nonce that a server of nonce-tcp: expects first. Raises OSError."""
     nonce = read_small(path, NONCE_SIZE)
     if len(nonce) != NONCE_SIZE:
         raise OSError(None, f"a nonce has {NONCE_SIZE} bytes")

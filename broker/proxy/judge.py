@@ -1,4 +1,7 @@
-"""The rules of one connection as xdg-dbus-proxy has them: its app may also talk to itself. Pure."""
+"""Judge of one connection with the exceptions of xdg-dbus-proxy. Pure.
+
+An app may also talk to its own names, and may call GetMachineId of the bus.
+"""
 
 import copy
 from collections.abc import Collection
@@ -13,7 +16,7 @@ MACHINE_ID: Final = Verdict(allowed=True, rule=None, reason="GetMachineId is let
 
 
 class ProxyJudge(Judge):
-    """A Judge that knows whose it is, from Hello on."""
+    """A Judge that knows the unique name of the connection, from Hello on."""
 
     unique_name = ""
 
@@ -34,5 +37,5 @@ class ProxyJudge(Judge):
 
 
 def copy_judge(judge: ProxyJudge) -> ProxyJudge:
-    """Return a judge of the same rules for one more connection; what was compiled is shared."""
+    """Return a judge for another connection, which shares the compiled rules."""
     return copy.copy(judge)

@@ -1,7 +1,7 @@
-"""The cookies by which a bus on TCP knows its user: ~/.dbus-keyrings, one file a context.
+"""The cookies that authenticate a user to a bus on TCP: ~/.dbus-keyrings, with a file per context.
 
-Who can read a cookie is the user. So the folder has to be the user's own, and closed to everybody else: in
-another one somebody may have put cookies of theirs.
+A client that can read a cookie passes for the user. So the folder must belong to the user, and no
+other user may have access. In an open folder, another user could place forged cookies.
 """
 
 import os
@@ -13,14 +13,14 @@ from typing import Final
 from broker.posix.files import read_small
 from broker.wire.sasl_steps import CookieError
 
-# A bus keeps a handful of cookies, of some 70 bytes each.
+# A bus keeps a handful of cookies, each of about 70 bytes.
 MAX_KEYRING: Final = 256 * 1024
 _LINE: Final = re.compile(rb"(?P<id>[0-9]+) -?[0-9]+ (?P<cookie>[0-9A-Fa-f]+)")
-_NOT_FOR_US: Final = frozenset("/\\. \n\r\t\0")
+_FORBIDDEN: Final = frozenset("/\\. \n\r\t\0")  # in a context, which is the name of a file
 
 
 def find_folder() -> Path:
-    """Return where the cookies of our own user are. Raises CookieError."""
+    """Return the cookie folder of the own user. Raises CookieError."""
     try:
         return Path.home() / ".dbus-keyrings"
     except RuntimeError as exc:
@@ -28,21 +28,21 @@ def find_folder() -> Path:
 
 
 def fetch_cookie(context: str, cookie_id: str) -> str:
-    """Return a cookie of our own user. Raises CookieError."""
+    """Return a cookie of the own user. Raises CookieError."""
     return read_cookie(find_folder(), os.geteuid(), context, cookie_id)
 
 
 def read_cookie(folder: Path, uid: int, context: str, cookie_id: str) -> str:
-    """Return a cookie out of that user's folder. Raises CookieError."""
-    if not context or not context.isascii() or _NOT_FOR_US & set(context):
-        raise CookieError(f"{context[:80]!r} cannot be a file of cookies")
+    """Return a cookie from `folder`, which must belong to `uid`. Raises CookieError."""
+    if not context or not context.isascii() or _FORBIDDEN & set(context):
+        raise CookieError(f"bad cookie context {context[:80]!r}")
     path = folder / context
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             found = os.fstat(fd)
             if found.st_uid != uid or stat.S_IMODE(found.st_mode) & 0o077:
-                raise CookieError(f"{folder} is not the user's alone: chmod 700 it")
+                raise CookieError(f"{folder} is not private to the user: run chmod 700 {folder}")
             data = read_small(context, MAX_KEYRING, folder=fd)
         finally:
             os.close(fd)
@@ -55,9 +55,9 @@ def read_cookie(folder: Path, uid: int, context: str, cookie_id: str) -> str:
 
 
 def find_cookie(data: bytes, cookie_id: str) -> str | None:
-    """Return the cookie of that id; `data` are lines of id, time and cookie."""
+    """Return the cookie with that id from lines of id, time and cookie."""
     for line in data.splitlines():
-        # What has another form is damaged: the others are good all the same.
+        # A line in another form is damaged, and the other lines are still good.
         found = _LINE.fullmatch(line)
         if found and found["id"] == cookie_id.encode():
             return found["cookie"].decode()

@@ -1,9 +1,10 @@
-"""What `--log` prints: a line for each message that passes or is refused, in the order of the connection.
+"""Output of `--log`: a line for each message that passes or is refused, in order.
 
     allowed SOCKET CLIENT -> DESTINATION call INTERFACE.MEMBER at PATH #SERIAL
     denied SOCKET CLIENT -> DESTINATION call INTERFACE.MEMBER at PATH: REASON
 
-`->` is out of the sandbox, `<-` into it. What the gate asks the bus for itself is left out.
+`->` stands for a message out of the sandbox, and `<-` for a message into the sandbox. Calls of the gate
+itself to the bus are left out.
 """
 
 import os
@@ -19,9 +20,9 @@ from broker.gate.output import Output
 from broker.wire.header import BUS_LIMITS, Header, MessageType, measure
 from broker.wire.skim import parse_or_skim
 
-# A pipe that has room at all takes so much at once (PIPE_BUF), and a line is not cut in two.
+# PIPE_BUF: a pipe that has room accepts this many bytes in one write. So no line is cut in two.
 MAX_LINE: Final = 4096
-# Milliseconds in which a reader that is behind can catch up before lines are left out.
+# Milliseconds for a slow reader to catch up before lines are left out.
 PATIENCE: Final = 1000
 
 _KINDS: Final = {
@@ -33,7 +34,7 @@ _KINDS: Final = {
 
 
 class Printer:
-    """Writes lines to a descriptor, as long as somebody takes them; None is nowhere."""
+    """A writer of lines to a descriptor, until the reader closes. None as descriptor drops all."""
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
@@ -43,10 +44,13 @@ class Printer:
             self._poll.register(fd, select.POLLOUT)
 
     def line(self, text: str) -> None:
-        """Write a line at once. Who does not read holds nobody up: lines are left out, and counted."""
+        """Write a line without queueing.
+
+        A reader that is too slow loses lines, which are counted, so that no app waits for long.
+        """
         if self._fd is None:
             return
-        # No app waits twice for the same reader.
+        # After the first lost line the apps do not wait for this reader again.
         if not self._poll.poll(0 if self._missed else PATIENCE):
             self._missed += 1
             return
@@ -61,11 +65,11 @@ class Printer:
             if self._fd is not None:
                 os.write(self._fd, line[: MAX_LINE - 1] + b"\n")
         except OSError:
-            self._fd = None  # nobody reads any more: that is no reason to end
+            self._fd = None  # The reader is gone. The proxy goes on.
 
 
 class Tap:
-    """Sees what one connection passes on, before it is sent."""
+    """An observer of the messages that one connection passes on, before the messages are sent."""
 
     def __init__(self, state: ConnectionState, label: str, printer: Printer) -> None:
         self._state: Final = state
@@ -75,14 +79,14 @@ class Tap:
         self._to_app: Final = _Place()
 
     def look(self) -> None:
-        """Print what was put into the output since the last time."""
+        """Print the messages that were added to the output since the last call."""
         for data in self._to_bus.new(self._state.to_bus):
             self._passed(data, "->")
         for data in self._to_app.new(self._state.to_app):
             self._passed(data, "<-")
 
     def denied(self, denial: Denial) -> None:
-        """Print a refusal, behind all that passed before it."""
+        """Print a refusal, after all earlier messages."""
         self.look()
         arrow = "<-" if denial.direction == "receive" else "->"
         what = f"{denial.direction} " if denial.direction in ("own", "see") else f"{denial.kind} "
@@ -109,14 +113,14 @@ class Tap:
 
 
 class _Place:
-    """How far one output was looked at; it is emptied whenever it is sent."""
+    """The position up to which an output was printed. Sending empties the output."""
 
     def __init__(self) -> None:
         self._first: object = None
         self._count = 0
 
     def new(self, output: Output) -> Sequence[bytes]:
-        """Return the messages that were not there the last time, each whole."""
+        """Return the messages added since the last call. Each message is whole."""
         if not output or output[0] is not self._first:
             self._count = 0
         self._first = output[0] if output else None
@@ -129,7 +133,7 @@ class _Place:
 
 
 def split_messages(data: bytes) -> list[bytes]:
-    """Return the messages of a run of whole ones."""
+    """Split a run of whole messages into the messages."""
     found = []
     at = 0
     while at < len(data):
@@ -140,7 +144,7 @@ def split_messages(data: bytes) -> list[bytes]:
 
 
 def describe(header: Header) -> str:
-    """Return what a message says, in words."""
+    """Return a message's kind, method and serials as text."""
     try:
         kind = _KINDS[MessageType(header.type)]
     except ValueError:

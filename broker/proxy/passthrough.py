@@ -1,8 +1,8 @@
-"""A connection of a proxy that does not filter: whatever is a valid message passes, both ways. No I/O.
+"""A connection of a proxy that does not filter: every valid message passes, both ways. No I/O.
 
-What is left of the gate's care: only whole, strictly valid messages reach the bus, with the descriptors that
-they name and no others, and without a sender or fields that the app made up. What the bus sends is cut into
-messages only so that descriptors stay with theirs.
+Some checks remain. Only whole, strictly valid messages reach the bus, with exactly the descriptors that
+the header counts, and without a sender or unknown fields from the app. Data from the bus is split into
+messages only to keep descriptors with the right message.
 """
 
 from collections.abc import Sequence
@@ -32,20 +32,21 @@ from broker.wire.marshal import read_reply
 from broker.wire.skim import parse_or_skim
 from policy.match import Judge
 
-# Headers of the app that were found valid and clean, and the longest of them: 256 KiB at the most.
+# The number and the largest size of app headers that are remembered as valid and clean. Together the
+# headers take at most 256 KiB.
 MAX_REMEMBERED: Final = 512
 MAX_REMEMBERED_BYTES: Final = 512
 
 _REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)
-# First word and fields of a header, and whether there is a body: all that makes it valid but for the
-# numbers that `measure` checks.
+# The first word and the fields of a header, and whether there is a body. Together with the numbers
+# that `measure` checks, these make a header valid.
 _Key = tuple[bytes, bool]
 
 
 class PassthroughFilter:
-    """A `Mediator` (gate/sandbox/mediator.py) that judges nothing. No message ever waits in it."""
+    """A `Mediator` (gate/sandbox/mediator.py) that judges nothing. No message ever waits here."""
 
-    # Nothing is asked for, so neither the app nor a message of the bus has to wait for an answer.
+    # The filter asks the bus nothing. So neither the app nor a message from the bus waits.
     held = yielded = is_changing = False
     bus_is_clear = fits_rules = True
     tracked_names = 0
@@ -54,7 +55,7 @@ class PassthroughFilter:
         self, bus: BusState, sandbox: SandboxView, judge: Judge, *, app_takes_fds: bool
     ) -> None:
         self.state: Final = ConnectionState(bus, sandbox, judge, app_takes_fds=app_takes_fds)
-        self.state.reply_handlers.clear()  # the app would get the answers
+        self.state.reply_handlers.clear()  # Otherwise answers to the gate would reach the app.
         self.from_app: Final = ReceiveBuffer(sandbox)
         self._from_bus: Final = ReceiveBuffer(None)
         self.spent = self.answered = 0
@@ -63,21 +64,21 @@ class PassthroughFilter:
 
     @property
     def fds(self) -> int:
-        """The number of descriptors that wait for their message."""
+        """The number of descriptors whose message has not arrived yet."""
         return self.from_app.fd_count + self._from_bus.fd_count
 
     def resume_reading(self) -> None:
-        """Do nothing: no message waits."""
+        """Do nothing, because no message waits."""
 
     def do_chores(self) -> None:
-        """Do nothing: there are no chores."""
+        """Do nothing, because there are no chores."""
 
     def change_rules(self, judge: Judge) -> None:
-        """Keep other rules, by which nothing is judged either."""
+        """Store the rules, which judge nothing."""
         self.state.judge = judge
 
     def close(self) -> list[int]:
-        """Return every descriptor that is still here: the caller closes them."""
+        """Return all remaining descriptors, which the caller closes."""
         return self.from_app.take_fds() + self._from_bus.take_fds()
 
     def dump(self, _fds: Fds) -> NoReturn:
@@ -91,7 +92,7 @@ class PassthroughFilter:
     # -- from the app ------------------------------------------------------------------------------
 
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the app. PeerProtocolError and PeerQuotaError end the connection."""
         buffer = self.from_app
         whole = buffer.feed(data, fds)
         if whole is None:
@@ -123,7 +124,7 @@ class PassthroughFilter:
             raise PeerQuotaError(f"a message of {size} bytes, with bytes_held={limit} in all")
 
     def _look_at(self, data: bytes, at: int) -> None:
-        """Pass on a message whose header was not seen before. Raises PeerProtocolError."""
+        """Pass on a message whose header is not remembered. Raises PeerProtocolError."""
         state = self.state
         self.spent += JUDGED_COST
         header = parse_header(data)
@@ -149,7 +150,7 @@ class PassthroughFilter:
     # -- from the bus ------------------------------------------------------------------------------
 
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
-        """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the bus. PeerProtocolError and PeerQuotaError end the connection."""
         buffer = self._from_bus
         whole = buffer.feed(arrived, fds)
         if whole is None:
@@ -172,9 +173,9 @@ class PassthroughFilter:
         buffer.consume(whole, pos)
 
     def _bring(self, data: bytes, at: int) -> None:
-        """Pass a message to the app that has descriptors, or may be the answer to Hello."""
+        """Pass a message with descriptors, or the answer to Hello, to the app."""
         state = self.state
-        header = parse_or_skim(data)  # what a bus may deliver is the app's own matter
+        header = parse_or_skim(data)  # The app itself checks messages from the bus.
         fds = self._from_bus.peek_fds(header.unix_fds, at)
         self._from_bus.drop_fds(len(fds))
         if not state.unique_name and header.type == MessageType.METHOD_RETURN:
@@ -187,7 +188,10 @@ class PassthroughFilter:
         state.deliver(data, fds)
 
     def _refuse_fds(self, header: Header) -> None:
-        """Say that the app takes no descriptors, to whoever waits to hear of the message."""
+        """Answer a message whose descriptors the app does not accept.
+
+        An app that waits for a reply receives an error. The caller of a method receives an error too.
+        """
         state = self.state
         if header.type in _REPLIES:
             state.deliver(without_fds(header)[1])

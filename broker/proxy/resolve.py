@@ -1,4 +1,4 @@
-"""Where the bus of a group is: ADDRESS with all put in that has to be asked for once, at the start."""
+"""Resolution of ADDRESS to sockets, once at the start: host names, and the answer of dbus-launch."""
 
 import logging
 import socket
@@ -18,7 +18,7 @@ from broker.wire.errors import ConfigError
 
 LOGGER: Final = logging.getLogger(__name__)
 
-# For each of the places before `autolaunch:`, to see whether it has to be run.
+# For each of the places before `autolaunch:`. dbus-launch runs only if none answers.
 PROBE_SECONDS: Final = 2.0
 _FAMILIES: Final = {None: socket.AF_UNSPEC, "ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 
@@ -30,7 +30,7 @@ def find_places(
 ) -> list[Place]:
     """Return the places to try, in order. Raises ConfigError.
 
-    An alternative that cannot be found out is passed over as long as there is another.
+    An alternative that cannot be resolved is skipped, if another alternative can.
     """
     runtime_dir = environ.get("XDG_RUNTIME_DIR")
     places: list[Place] = []
@@ -40,7 +40,7 @@ def find_places(
             if not isinstance(address, AutolaunchAddress):
                 places += _resolve(address)
             elif not any(map(answers, places)):
-                # It starts a bus where there is none: not if somebody else is there.
+                # dbus-launch may start a bus. So dbus-launch runs only if no earlier place answers.
                 launched = parse_any_address(run_launch(environ), runtime_dir=runtime_dir)
                 for one in launched:
                     places += _resolve(one)
@@ -63,7 +63,7 @@ def _resolve(address: Address) -> Iterator[Place]:
 
 
 def resolve(address: TcpAddress) -> Iterator[TcpPlace]:
-    """Return all places of a host. Raises ConfigError."""
+    """Yield all places of a host. Raises ConfigError."""
     try:
         found = socket.getaddrinfo(
             address.host, address.port, _FAMILIES[address.family], socket.SOCK_STREAM
@@ -71,13 +71,13 @@ def resolve(address: TcpAddress) -> Iterator[TcpPlace]:
     except socket.gaierror as exc:
         raise ConfigError(f"host {address.host!r} cannot be found: {exc.strerror}") from exc
     except UnicodeError as exc:
-        raise ConfigError(f"host {address.host!r} cannot be found: not a name") from exc
+        raise ConfigError(f"host {address.host!r} cannot be found: not a host name") from exc
     for family, _, _, _, sockaddr in found:
         yield TcpPlace(family, sockaddr, address.noncefile)
 
 
 def answers(place: Place) -> bool:
-    """Return whether somebody listens there. May wait for PROBE_SECONDS."""
+    """Return whether a program listens at `place`. May block for PROBE_SECONDS."""
     family: int = socket.AF_UNIX
     target: bytes | tuple[Any, ...]
     if isinstance(place, UnixAddress):
@@ -89,7 +89,7 @@ def answers(place: Place) -> bool:
         try:
             sock.connect(target)
         except BlockingIOError:
-            return True  # and has more to do than it takes at once
+            return True  # a server with a full backlog
         except OSError:
             return False
     return True

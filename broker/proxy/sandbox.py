@@ -1,7 +1,7 @@
-"""A group of the proxy as the gate sees it: a sandbox with a bus of its own.
+"""A group of the proxy in terms of the gate: a sandbox with a separate bus.
 
-Peers are hosts here, whoever they are, also other clients of the same socket: xdg-dbus-proxy knows
-names and nothing else.
+All peers are treated as hosts, also other clients of the same socket, because xdg-dbus-proxy knows
+nothing of peers except names.
 """
 
 import os
@@ -34,26 +34,26 @@ from broker.wire.sasl import AuthClient
 from broker.wire.sasl_steps import MultiMechanismSaslClient
 from policy.rules import Identity
 
-# There is one sandbox a process, so that nobody else's share is at stake but the bus's. The reference
-# configuration of the system bus takes as many connections of a user.
+# A process has one sandbox. So the limits protect the bus alone, and no other sandbox. The reference
+# configuration of the system bus accepts as many connections of a user.
 LIMITS: Final = SandboxLimits(
     connections=256,
-    # A message of any legal size passes, as it does through xdg-dbus-proxy.
+    # A message of any legal size passes, as through xdg-dbus-proxy.
     bytes_held=MAX_MESSAGE + 1024 * 1024,
     bytes_queued=MAX_MESSAGE + 1024 * 1024,
     match_rules=4096,
     names=1024,
-    # More than any app that behaves, and less than keeps a bus from serving others.
+    # More than any well-behaved app sends, and few enough for a bus to serve other clients.
     messages_per_second=100_000,
 )
-# As many bytes as the cookies themselves have.
+# Bytes. The cookies have the same size.
 CHALLENGE_SIZE: Final = 24
 
 
 class ProxyConnector:
-    """Connects to the bus of one group.
+    """A connector to the bus of one group.
 
-    The bus may be behind TCP, as it may for xdg-dbus-proxy. A gate's own buses may not.
+    The bus may be on TCP, as for xdg-dbus-proxy. The buses of a gate are always on unix sockets.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -69,14 +69,17 @@ class ProxyConnector:
             dial(loop, self._places, uid, LIMITS.handshake_seconds, done)
 
     def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
-        """Return the client side of the handshake: a TCP socket does not tell the bus the user."""
+        """Return the client side of the handshake.
+
+        A TCP socket does not tell the bus the user. So the client there also offers cookies.
+        """
         if sock.family == socket.AF_UNIX:
             return self._unix.make_client(sock, uid)
         return MultiMechanismSaslClient(uid, os.urandom(CHALLENGE_SIZE), fetch_cookie)
 
 
 class ProxyBus(BusState):
-    """The state of the bus of one group. Its peers are hosts."""
+    """The state of the bus of one group. All peers are hosts."""
 
     def __init__(self, name: str, places: Sequence[Place], *, sloppy_names: bool) -> None:
         unix = [place for place in places if isinstance(place, UnixAddress)]
@@ -89,11 +92,11 @@ class ProxyBus(BusState):
         self.gives_instance_field = False
 
     def connected(self, unique_name: str, sandbox: str, identity: Identity) -> None:
-        """Do not remember who is behind a unique name."""
+        """Do nothing, because the sandbox behind a unique name has no meaning in a proxy."""
 
 
 class ProxySandbox(Sandbox):
-    """One group: a socket, and all connections to it."""
+    """A group: a socket, and all connections through that socket."""
 
     def __init__(
         self,
@@ -141,13 +144,13 @@ class ProxySandbox(Sandbox):
         )
 
     def said_hello(self, state: ConnectionState) -> None:
-        """Register a connection, before its app can use it."""
+        """Register a connection, before the app can use the connection."""
         assert isinstance(state.judge, ProxyJudge)
         state.judge.unique_name = state.unique_name
         super().said_hello(state)
 
     def denied(self, state: ConnectionState, denial: Denial) -> None:
-        """Print a refusal, if that is wanted."""
+        """Count a refusal, and print the refusal if --log was given."""
         self.denied_count += 1
         for link in self.connections:
             judging = link.filter
@@ -174,7 +177,7 @@ class LoggedFilter(Filter):
 
     def _look(self) -> None:
         self.tap.look()
-        # The fast path would pass on known messages unprinted.
+        # Otherwise the fast path would pass known messages without printing.
         self.state.verdicts.forget_all()
         self.state.verdicts.bus_reply_at.clear()
 
@@ -196,8 +199,8 @@ class LoggedPassthroughFilter(PassthroughFilter):
 
 
 def _ignore_event(_event: Event) -> None:
-    """Nobody supervises a proxy."""
+    """Drop an event, because a proxy has no supervisor."""
 
 
 def _ignore_end(_sandbox: Sandbox) -> None:
-    """A proxy ends its sandboxes itself."""
+    """Do nothing at the end of a sandbox, because the proxy itself ends all sandboxes."""

@@ -1,7 +1,8 @@
-"""The proxy's process: reads its arguments, serves, and leaves nothing behind.
+"""The process of the proxy: parse the arguments, serve, and clean up.
 
-It ends with code 0 when the other end of `--fd` closes, and by the signal itself when one tells it to, in both
-cases after its sockets are removed. Exit code 1, with one line on standard error: it could not start.
+The process exits with code 0 when the other end of `--fd` closes. After a signal, the process ends by
+that same signal. In both cases the sockets are removed first. If the proxy cannot start, the exit code
+is 1, with one line on standard error.
 """
 
 import contextlib
@@ -28,42 +29,42 @@ from policy.importers.report import cut
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
-# The version whose command line and ways these are.
+# The version of xdg-dbus-proxy whose command line and behaviour the proxy has.
 LIKE: Final = "0.1.9"
-# What --args=FD may give, in bytes: far more than a launcher writes.
+# The most bytes from --args=FD. A launcher writes far less.
 MAX_ARGS: Final = 16 * 1024 * 1024
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 USAGE: Final = """\
 Usage: {program} [OPTION]... [ADDRESS PATH [OPTION]...]...
 
-Listens at PATH and passes to the bus at ADDRESS what the options behind it allow.
+Listens at PATH, and forwards to the bus at ADDRESS the messages that the options allow.
 
 Options:
   --help, --version
-  --fd=FD                 write a byte to FD when all sockets listen; end when its other end closes
+  --fd=FD                 write a byte to FD when all sockets listen; exit when the other end closes
   --args=FD               read further options from FD, each ended by a NUL
 
-Options of the ADDRESS and PATH before them:
-  --filter                let through what the options below allow; without it everything passes
-  --log                   print what passes and what is refused
-  --sloppy-names          tell of all unique names that come and go
-  --see=NAME              NAME may be seen; NAME.* is NAME and all names below it
-  --talk=NAME             and may be talked to, and its broadcasts come in
-  --own=NAME              and may be owned
+Options behind an ADDRESS and PATH:
+  --filter                forward only messages that the options below allow; default: all messages
+  --log                   print allowed and denied messages
+  --sloppy-names          report the changes of all unique names
+  --see=NAME              NAME is visible; NAME.* stands for NAME and all names below
+  --talk=NAME             as --see, and NAME accepts messages and sends broadcasts
+  --own=NAME              as --talk, and the client may own NAME
   --call=NAME=RULE        calls to NAME; RULE is [INTERFACE.MEMBER][@PATH], with * for any
   --broadcast=NAME=RULE   broadcasts from NAME
 """
 
 
 def run_proxy(arguments: Sequence[str], *, program: str) -> int:
-    """Serve until told to end. Returns the exit code."""
+    """Serve until the end. Return the exit code."""
     logging.basicConfig(
         level=os.environ.get("BUSWARDEN_LOG", "WARNING").upper(),
         format="buswarden: %(levelname)s %(message)s",
     )
     try:
         if not arguments:
-            raise ConfigError("no ADDRESS and PATH: nothing to do; see --help")
+            raise ConfigError("no ADDRESS and PATH given; see --help")
         command = parse_arguments(arguments, _read_all)
         if isinstance(command, Ask):
             return _answer(command, program)
@@ -81,7 +82,7 @@ def _answer(ask: Ask, program: str) -> int:
     if ask is Ask.HELP:
         text = USAGE.format(program=program)
     else:
-        # Not for those who only run it: it takes longer to import than all else here.
+        # The import takes longer than all other imports here, so only --version waits for the import.
         from importlib.metadata import version  # noqa: PLC0415
 
         text = f"xdg-dbus-proxy {LIKE} (buswarden {version('buswarden')})\n"
@@ -102,7 +103,10 @@ def _read_all(fd: int) -> bytes:
 
 
 def _serve(command: Command) -> int | None:
-    """Serve until the end; return the number of the signal that told us to. Raises ConfigError."""
+    """Serve until the end. Return the number of the signal that ended the proxy, if any.
+
+    Raises ConfigError.
+    """
     check_paths(command.groups)
     buses = [_find_bus(group) for group in command.groups]
     if command.fd is not None:
@@ -116,14 +120,15 @@ def _serve(command: Command) -> int | None:
     try:
         with contextlib.ExitStack() as stack:
             ending.watch_signals(stack)
-            # Where it was closed before, its number is that of something else by now.
+            # If standard output was closed at the start, the number 1 may be another descriptor now.
             printer = Printer(None if sys.stdout is None else 1)
             for group, places in zip(command.groups, buses, strict=True):
                 sandbox = _open(loop, group, places, printer)
                 stack.callback(sandbox.stop, "stopped")
             if command.fd is not None:
                 ending.watch_fd(command.fd)
-            # What exists now stays for good: no collection need walk over it. It was off until now.
+            # The objects that exist now live until the end, so no collection has to visit them.
+            # Collection was turned off by the caller.
             gc.freeze()
             gc.enable()
             loop.run()
@@ -133,7 +138,7 @@ def _serve(command: Command) -> int | None:
 
 
 def _find_bus(group: Group) -> list[Place]:
-    """Return where the bus is, with all that has to be asked for put in. Raises ConfigError."""
+    """Return the places of a group's bus. Raises ConfigError."""
     try:
         return find_places(group.address, os.environ)
     except ConfigError as exc:
@@ -142,7 +147,8 @@ def _find_bus(group: Group) -> list[Place]:
 
 def _open(loop: Loop, group: Group, places: Sequence[Place], printer: Printer) -> ProxySandbox:
     bound = bind_socket(group.path)
-    # Clients share connections to servers of one guid: each socket is another server.
+    # A client may share a connection between addresses with the same guid. Each socket is a different
+    # server, and so has a different guid.
     listener = Listener(
         bus="bus",
         fd=0,
@@ -158,45 +164,45 @@ def _open(loop: Loop, group: Group, places: Sequence[Place], printer: Printer) -
 
 
 class _Ending:
-    """What ends the proxy."""
+    """The end of the proxy by a signal or by `--fd`."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop: Final = loop
         self.signal: int | None = None
 
     def watch_signals(self, stack: contextlib.ExitStack) -> None:
-        """End in order at a signal, as long as the stack is open."""
-        ours, pythons = socket.socketpair()
-        stack.enter_context(ours)
-        stack.enter_context(pythons)
-        for end in (ours, pythons):
+        """Stop the loop at a signal, as long as the stack is open."""
+        read_end, write_end = socket.socketpair()
+        stack.enter_context(read_end)
+        stack.enter_context(write_end)
+        for end in (read_end, write_end):
             end.setblocking(False)
-        self._loop.add(ours.fileno(), READABLE, lambda _events: self._loop.stop())
-        signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
+        self._loop.add(read_end.fileno(), READABLE, lambda _events: self._loop.stop())
+        signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
         stack.callback(signal.set_wakeup_fd, -1)
         for number in SIGNALS:
-            # One that was ignored before us, as by nohup, is meant to be.
+            # A signal that is ignored from the start, as by nohup, stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._told)
+                signal.signal(number, self._note_signal)
 
     def watch_fd(self, fd: int) -> None:
-        """Say that we are ready, and end when the other end closes."""
+        """Write the ready byte, and stop the loop when the other end closes."""
         try:
             os.write(fd, b"x")
         except BrokenPipeError:
-            pass  # closed already: we shall hear of it at once
+            pass  # The other end is closed already, which the loop reports at once.
         except OSError as exc:
             _complain(f"buswarden: --fd={fd}: cannot be written: {exc.strerror}")
-        with contextlib.suppress(PermissionError):  # a file: it has no other end
-            # No event is asked for: that the other end is gone is told in any case.
+        with contextlib.suppress(PermissionError):  # A file has no other end.
+            # No events are requested, because epoll always reports that the other end is closed.
             self._loop.add(fd, 0, lambda _events: self._loop.stop())
 
-    def _told(self, number: int, _frame: object) -> None:
+    def _note_signal(self, number: int, _frame: object) -> None:
         self.signal = number
 
 
 def _complain(line: str) -> None:
-    # A launcher may have closed it, and then there is nobody to tell.
+    # A launcher may have closed standard error. Then the line is lost.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{line}\n")

@@ -1,4 +1,4 @@
-"""The sockets of a proxy: bound at the paths that the caller chose, and nobody else's file in danger."""
+"""Sockets of a proxy, bound at paths that the caller chose, without harm to other files."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ BACKLOG: Final = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxySocket:
-    """A listening socket, and how to know its file again."""
+    """A listening socket, and the device and inode of the file."""
 
     sock: socket.socket
     path: str
@@ -27,15 +27,16 @@ class ProxySocket:
 
 
 def bind_socket(path: str) -> ProxySocket:
-    """Listen at a path, only for our own uid. Raises ConfigError.
+    """Listen at a path for the own uid alone. Raises ConfigError.
 
-    What a proxy before us left there is replaced: a socket, or the empty file by which a launcher reserves a
-    name. Anything else stays.
+    The leftover of an earlier proxy is replaced, which is a socket, a link, or the empty file by which
+    a launcher reserves a name. Any other file stays.
     """
     absolute = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
-    # The kernel's limit is for what it is given, so the shorter one is.
+    # The kernel limits the length of the path in the call. `path` is used there, because `absolute`
+    # may be longer.
     if len(os.fsencode(path)) > MAX_PATH:
-        raise ConfigError(f"{cut(path)}: a socket's path has at most {MAX_PATH} bytes")
+        raise ConfigError(f"{cut(path)}: the path of a socket has at most {MAX_PATH} bytes")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with open_folder(Path(absolute).parent):
@@ -60,5 +61,5 @@ def _make_room(path: Path) -> None:
         return
     is_reserved = stat.S_ISREG(found.st_mode) and not found.st_size
     if not (stat.S_ISSOCK(found.st_mode) or stat.S_ISLNK(found.st_mode) or is_reserved):
-        raise ConfigError(f"{cut(str(path))}: there is something else than a socket; remove it")
+        raise ConfigError(f"{cut(str(path))}: the file there is not a socket; remove the file")
     path.unlink()

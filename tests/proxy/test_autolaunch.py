@@ -49,11 +49,11 @@ def test_it_is_asked_as_glib_asks(tmp_path: Path, ids: list[str]) -> None:
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        (None, "no program dbus-launch: install it"),
+        (None, "no program dbus-launch: install dbus-launch"),
         ("echo no display >&2; echo more >&2; exit 3", "code 3: 'no display'"),
         ("exit 3", "code 3$"),
         ("exit 0", "gave no address"),
-        ("while :; do :; done", "no answer after 0.1 seconds"),
+        ("while :; do :; done", "no answer from dbus-launch after 0.1 seconds"),
     ],
 )
 def test_what_goes_wrong_is_one_line(
