@@ -1,10 +1,11 @@
-"""What one gate hands over to the next: the types of its whole state, and how they are written. No I/O.
+"""The types of the whole state that one gate hands over to the next. No I/O.
 
-A hand-over is a row of frames, each msgpack with the names of its fields, and the descriptors that it speaks of by
-index: one Opening, one SandboxDump each, one Closing. What can be worked out anew is left out: compiled
-rules, remembered verdicts, sums. Times are those of the monotonic clock, which all processes share.
+A hand-over is a row of frames: one HandoverHeader, then one SandboxDump for each sandbox. Each frame is msgpack with
+the names of its fields, and has the descriptors that its fields name by index. State that can be made again is left
+out: compiled rules, remembered verdicts, sums. Times are those of the monotonic clock, which all processes share.
 
-VERSION is raised when a gate could misread what an older one writes; fields with a default may be added without.
+VERSION is raised with every change that would make a gate misread the frames of an older one. Fields with a default
+may be added without. tests/data/handover.json has recorded frames.
 """
 
 import array
@@ -24,7 +25,7 @@ READS: Final = (VERSION,)
 
 
 class ReplyAction(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is to be done with a reply: `kind` names who does it, `values` are what that one has to know."""
+    """The handling of a reply: `kind` names the handler, and `values` are its arguments."""
 
     kind: str
     values: tuple[str | int, ...] = ()
@@ -43,26 +44,25 @@ class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call that waits for its reply, of which more is to be known than who may give it."""
+    """A call that waits for its reply, with an action or of the gate's own."""
 
     serial: int
-    target: ReplierDump
-    then: ReplyAction | None = None
-    is_own: bool = False
+    replier: ReplierDump
+    action: ReplyAction | None = None
+    is_own: bool = False  # a call of the gate, not of the app
 
 
 class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Calls whose reply is passed on. Thousands may wait, each for another owner of a name, so they are packed."""
+    """Calls whose reply is passed on, packed, because thousands may wait, each for another owner of a name."""
 
     owners: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
-    rows: bytes = (
-        b""  # of each call: serial, index of owner and of name, `since` as in a TargetDump
-    )
+    # Of each call: serial, index of the owner, index of the name, and `since` as in a ReplierDump.
+    rows: bytes = b""
 
 
 class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The last changes of a name's owner, for all calls to it that wait."""
+    """The last changes of a name's owner, for the calls that wait for it."""
 
     name: str
     count: int = 0
@@ -70,7 +70,7 @@ class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class ConnectionStateDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What both directions of a connection know."""
+    """The state that both directions of a connection share."""
 
     unique_name: str = ""
     greeting: bool = False
@@ -87,11 +87,11 @@ class ConnectionStateDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaul
 
     def asked_names(self) -> set[str]:
         """Return the well-known names that calls wait for."""
-        return ({call.target.name for call in self.calls} | set(self.plain.names)) - {""}
+        return ({call.replier.name for call in self.calls} | set(self.plain.names)) - {""}
 
 
 class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who owns the names that matter to a connection."""
+    """The owners of the names that matter to a connection."""
 
     names: tuple[tuple[str, str], ...] = ()
     waiting: int = 0
@@ -102,8 +102,8 @@ class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     globs: bool = False
     matches: tuple[str, ...] = ()
     histories: tuple[HistoryDump, ...] = ()  # of the names that calls wait for
-    unasked: tuple[str, ...] = ()  # names whose owner is still to be asked for
-    asking: int = 0  # how many have been
+    unasked: tuple[str, ...] = ()  # names whose owner the bus is still to be asked for
+    asking: int = 0  # the number of questions without an answer
 
 
 class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -122,11 +122,13 @@ class ReceiveBufferDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     unfinished: int = 0
     number: int = 0
     fds: tuple[int, ...] = ()
-    batches: tuple[tuple[int, int], ...] = ()  # (how many are left, where their read ended)
+    batches: tuple[
+        tuple[int, int], ...
+    ] = ()  # (number of descriptors left, where their read ended)
 
 
 class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One connection's judgement."""
+    """A filter, with the unfinished messages of both directions."""
 
     app_takes_fds: bool
     held: bool = False
@@ -142,7 +144,7 @@ class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StreamDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A socket, and what its other end has not taken."""
+    """A socket, and the bytes that its other end has not taken."""
 
     fd: int
     queue: tuple[ChunkDump, ...] = ()
@@ -150,7 +152,7 @@ class StreamDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An app's connection. Until there is a filter, what was said in the handshakes is said again."""
+    """An app's connection. Before there is a filter, the next gate repeats the handshake from what was said."""
 
     bus: str
     guid: str
@@ -166,7 +168,7 @@ class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
 
 class LingeringDump(msgspec.Struct, frozen=True, kw_only=True):
-    """A connection whose app has gone, and that the bus has not let go of."""
+    """The bus side of a connection whose app has gone."""
 
     bus: str
     unique_name: str
@@ -174,7 +176,7 @@ class LingeringDump(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BudgetDump(msgspec.Struct, frozen=True, kw_only=True):
-    """What is left of a sandbox's messages."""
+    """The budget of a sandbox's messages."""
 
     left: int
     filled: float
@@ -182,7 +184,7 @@ class BudgetDump(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RateLimitedLogDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a sandbox has caused in the log."""
+    """The lines of the log that a sandbox has caused."""
 
     second: float
     used: int = 0
@@ -199,13 +201,15 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     close_pipe: int = -1
     connections: tuple[AppConnectionDump, ...] = ()
     lingering: tuple[LingeringDump, ...] = ()
-    reason: str = ""  # why it ends, if it waits for these
-    waiting_requests: tuple[int, ...] = ()  # the supervisor's requests that wait for its end
+    reason: str = ""  # of its end, while that waits for the lingering ones
+    waiting_requests: tuple[int, ...] = ()  # serials of requests that wait for its end
     messages: BudgetDump
     limited_log: RateLimitedLogDump
     is_throttled: bool = False
     throttled_count: int = 0
-    waiting: tuple[int, ...] = ()  # who goes on next: index of a link, -1 for the listeners
+    waiting: tuple[
+        int, ...
+    ] = ()  # throttled readers in order: index of a connection, -1 for the listeners
     denied_count: int = 0
     reports_left: int
     unreported: int = 0
@@ -220,7 +224,7 @@ class PayersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What all connections to a bus know."""
+    """The state that all connections to a bus share."""
 
     name: str
     address: str
@@ -229,7 +233,7 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sandboxes: tuple[tuple[str, str], ...] = ()
     closed_recently: tuple[str, ...] = ()
     spans: tuple[tuple[str, bytes], ...] = ()  # of the ledger
-    # Rules of connections that are closed: those of the others come with them.
+    # The rules of closed connections. Those of the others come with their sandboxes.
     judges: tuple[tuple[AccessList, Identity], ...] = ()
     broadcast_judges: tuple[tuple[str, int], ...] = ()
     wants_instance_field: tuple[str, ...] = ()
@@ -238,23 +242,23 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class BusClientCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call on a connection of the gate's own that waits for its reply."""
+    """A call of the supervisor on one of the gate's own connections, without an answer yet."""
 
     serial: int
-    asked: int = 0  # the supervisor's request that waits for it; 0: none any more
+    request: int = 0  # the serial of the supervisor's request; 0: given up
     interface: str
     member: str
     undo: str = ""
     leave: bool = False
-    removed: str = ""  # the sandbox whose end depends on there being an answer
+    removed: str = ""  # the sandbox that ends if there is an answer
 
-    def unasked(self) -> "BusClientCallDump":
-        """Return it as one for whose answer nobody waits."""
-        return msgspec.structs.replace(self, asked=0)
+    def given_up(self) -> "BusClientCallDump":
+        """Return the call without its request."""
+        return msgspec.structs.replace(self, request=0)
 
 
 class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A connection of the gate's own to a bus, and what the bus made on it."""
+    """A connection of the gate itself to a bus, and the servers that the bus made on it."""
 
     bus: str
     uid: int
@@ -278,7 +282,7 @@ class SupervisorChannelDump(msgspec.Struct, frozen=True, kw_only=True, omit_defa
 
 
 class HandoverHeader(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
-    """The first frame: what is there once, and how many sandboxes follow."""
+    """The first frame: all state but that of sandboxes, and how many sandboxes follow."""
 
     version: int
     pid: int
@@ -294,11 +298,11 @@ _ROW: Final = struct.Struct("=4I")
 
 
 class HandoverError(Exception):
-    """It does not work out, and why: the old gate goes on."""
+    """The hand-over fails, and the old gate serves again."""
 
 
 class PlainCalls:
-    """The packer of calls whose reply is passed on. Both gates are on one machine, so numbers are as it has them."""
+    """The packer of calls whose reply is passed on. Both gates run on one machine, so numbers are in its byte order."""
 
     def __init__(self) -> None:
         self._owners: Final[dict[str, int]] = {}
@@ -315,7 +319,7 @@ class PlainCalls:
         self._numbers.extend(row)
 
     def dump(self) -> PlainCallsDump:
-        """Return what was added."""
+        """Return the calls that were added."""
         rows = self._numbers.tobytes()
         return PlainCallsDump(owners=tuple(self._owners), names=tuple(self._names), rows=rows)
 
@@ -326,18 +330,18 @@ def unpack_rows(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 class Fds:
-    """The descriptors of one frame, which speaks of them by index."""
+    """The descriptors of one frame, which names them by index."""
 
     def __init__(self) -> None:
         self.all: Final[list[int]] = []
 
     def put(self, fd: int) -> int:
-        """Add one and return its index."""
+        """Add a descriptor and return its index."""
         self.all.append(fd)
         return len(self.all) - 1
 
     def put_all(self, fds: Sequence[int]) -> tuple[int, ...]:
-        """Add some and return their indexes."""
+        """Add descriptors and return their indexes."""
         return tuple(self.put(fd) for fd in fds)
 
 

@@ -24,7 +24,7 @@ class EventJournal(msgspec.Struct):
     ends: dict[int, Ended] = {}
     denials: dict[int, Denied] = {}
     last: int = 0
-    told: int = 0  # the last number that was sent to a supervisor
+    sent: int = 0  # the last number that was sent to a supervisor
     # Refusals that were dropped before any supervisor was told: sandbox -> how many.
     uncounted: dict[str, int] = {}
 
@@ -45,7 +45,7 @@ class EventJournal(msgspec.Struct):
             case _:
                 return 0
         if was_sent:
-            self.told = self.last
+            self.sent = self.last
         return self.last
 
     def confirm(self, number: int) -> None:
@@ -63,7 +63,7 @@ class EventJournal(msgspec.Struct):
         """Return all events with their numbers, for a new supervisor."""
         kept: list[tuple[int, Event]] = [*self.ends.items(), *self.denials.items()]
         yield from sorted(kept, key=lambda item: item[0])
-        self.told = self.last
+        self.sent = self.last
         uncounted, self.uncounted = self.uncounted, {}
         for sandbox, more in uncounted.items():
             yield 0, summarise(sandbox, more, "while no supervisor was there")
@@ -71,7 +71,7 @@ class EventJournal(msgspec.Struct):
     def _drop_denial(self) -> None:
         number = next(iter(self.denials))
         event = self.denials.pop(number)
-        if number > self.told:
+        if number > self.sent:
             more = bool(event.kind) + event.more
             self.uncounted[event.sandbox] = self.uncounted.get(event.sandbox, 0) + more
 

@@ -31,7 +31,7 @@ class SystemdService:
 
     @property
     def is_there(self) -> bool:
-        """Whether systemd started the gate, and so owns its control socket."""
+        """Return whether systemd started the gate, and so owns its control socket."""
         return self._notifier.is_wanted
 
     def control(self) -> socket.socket | None:

@@ -80,7 +80,7 @@ _MATCH: Final = (
 class BusClientOwner(Protocol):
     """The gate, as its own connections need it."""
 
-    def answer(self, asked: int, answer: Called | Refused) -> None:
+    def answer(self, request_serial: int, answer: Called | Refused) -> None:
         """Answer the supervisor's request of that serial."""
 
     def instance_removed(self, sandbox: str, bus: str) -> None:
@@ -91,7 +91,7 @@ class BusClientOwner(Protocol):
 
 
 class BusClient:
-    """One connection of the gate to one bus, as one user."""
+    """A connection of the gate to a bus, as one user."""
 
     def __init__(self, loop: Loop, owner: BusClientOwner, bus: BusState, uid: int) -> None:
         self.bus: Final = bus
@@ -114,7 +114,7 @@ class BusClient:
 
     @property
     def is_ready(self) -> bool:
-        """Whether Hello and AddMatch were answered, so that the connection may be handed over."""
+        """Return whether Hello and AddMatch were answered, so that the connection may be handed over."""
         return self._greeted == _ADD_MATCH
 
     def open(self) -> None:
@@ -153,15 +153,15 @@ class BusClient:
 
     # -- calls ------------------------------------------------------------------------------------
 
-    def call(self, request: CallBus, asked: int) -> None:
-        """Call the bus, and answer the request `asked` when the bus does. Raises CallRefusedError."""
+    def call(self, request: CallBus, request_serial: int) -> None:
+        """Call the bus, and answer the request when the bus does. Raises CallRefusedError."""
         if len(self._waiting) >= MAX_WAITING:
             text = f"bus {self.bus.name}: {MAX_WAITING} calls wait for its answer"
             raise CallRefusedError(errors.LIMITS_EXCEEDED, text)
         serial = self._take_serial()
         self._waiting[serial] = BusClientCallDump(
             serial=serial,
-            asked=asked,
+            request=request_serial,
             interface=request.interface,
             member=request.member,
             undo=request.undo,
@@ -184,7 +184,7 @@ class BusClient:
     def supervisor_lost(self) -> None:
         """Give up all requests, and undo what is unclaimed."""
         for serial, call in self._waiting.items():
-            self._waiting[serial] = call.unasked()
+            self._waiting[serial] = call.given_up()
         for instance, (interface, undo) in list(self.unclaimed.items()):
             self.call_no_reply(interface, undo, instance)
 
@@ -196,9 +196,9 @@ class BusClient:
 
     def _check_answered(self, serial: int) -> None:
         call = self._waiting.get(serial)
-        if call is not None and call.asked:
+        if call is not None and call.request:
             # The call stays, because a late answer may bring something to be undone.
-            self._waiting[serial] = call.unasked()
+            self._waiting[serial] = call.given_up()
             text = f"bus {self.bus.name} did not answer {call.member} in {CALL_SECONDS:g} s"
             self._refuse(call, errors.NO_REPLY, text)
 
@@ -207,8 +207,8 @@ class BusClient:
             self.close(f"no answer to Hello in {CALL_SECONDS:g} s")
 
     def _refuse(self, call: BusClientCallDump, error: str, text: str) -> None:
-        if call.asked:
-            self._owner.answer(call.asked, Refused(error, text))
+        if call.request:
+            self._owner.answer(call.request, Refused(error, text))
 
     @property
     def _is_idle(self) -> bool:
@@ -377,13 +377,13 @@ class BusClient:
             return
         if call.undo and header.signature.startswith("o"):
             instance = reader.object_path()
-            if call.asked:
+            if call.request:
                 self.unclaimed[instance] = (call.interface, call.undo)
             else:
                 self._call_instance(call.interface, call.undo, instance)
-        if call.asked:
+        if call.request:
             answer = Called(signature=header.signature, body=body, little=header.little)
-            self._owner.answer(call.asked, answer)
+            self._owner.answer(call.request, answer)
 
     def _removed(self, instance: str) -> None:
         self.unclaimed.pop(instance, None)
@@ -460,8 +460,8 @@ class BusClients:
         self._owner: Final = owner
         self._clients: Final[dict[tuple[str, int], BusClient]] = {}
 
-    def call(self, bus: BusState, request: CallBus, asked: int) -> None:
-        """Call the bus, and answer the request `asked` when the bus does. Raises CallRefusedError."""
+    def call(self, bus: BusState, request: CallBus, request_serial: int) -> None:
+        """Call the bus, and answer the request when the bus does. Raises CallRefusedError."""
         client = self._get(bus.name, request.uid)
         if client is None:
             client = BusClient(self._loop, self._owner, bus, request.uid)
@@ -470,7 +470,7 @@ class BusClients:
             if client.is_closed:
                 text = f"bus {bus.name} cannot be reached"
                 raise CallRefusedError(errors.DISCONNECTED, text)
-        client.call(request, asked)
+        client.call(request, request_serial)
 
     def claim(self, sandbox: str, uid: int, servers: Mapping[str, ContainerServer]) -> None:
         """Claim unclaimed servers for a sandbox. Raises CallRefusedError if one of them has ended."""

@@ -55,9 +55,9 @@ class ContainerServers:
                     told = msgspec.structs.replace(server, stop_listening="")
                     sandbox.set_container_server(bus, told)
 
-    def answer(self, asked: int, answer: Called | Refused) -> None:
+    def answer(self, request_serial: int, answer: Called | Refused) -> None:
         """Answer the supervisor's request of that serial."""
-        self._answer(asked, answer)
+        self._answer(request_serial, answer)
 
     def instance_removed(self, sandbox: str, bus: str) -> None:
         """End a sandbox whose server a bus has ended, for whatever reason."""

@@ -262,7 +262,7 @@ class ConnectionState:
         self.unique_name = dump.unique_name
         self.greeting = dump.greeting
         for call in dump.calls:
-            self._check(call.then)
+            self._check(call.action)
         self.pending.load(dump, since)
         for text, count in dump.matches:
             self.matches.add(parse_match_rule(text), count)

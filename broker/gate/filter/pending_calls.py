@@ -126,7 +126,7 @@ class PendingCalls:
                     if isinstance(entry, InterceptedCall)
                     else (None, False)
                 )
-                others.append(CallDump(serial=serial, target=dump, then=action, is_own=is_own))
+                others.append(CallDump(serial=serial, replier=dump, action=action, is_own=is_own))
         return plain.dump(), tuple(others)
 
     def load(self, dump: ConnectionStateDump, since: Callable[[str, int], "OwnersSince"]) -> None:
@@ -218,8 +218,12 @@ def _load_plain(
 def _load_call(
     dump: CallDump, since: Callable[[str, int], OwnersSince]
 ) -> Replier | InterceptedCall:
-    its = dump.target
+    its = dump.replier
     replier = Replier(its.owner, its.name)
     if its.name:
         replier.former = since(its.name, its.since)
-    return replier if dump.then is None else InterceptedCall(dump.then, replier, is_own=dump.is_own)
+    return (
+        replier
+        if dump.action is None
+        else InterceptedCall(dump.action, replier, is_own=dump.is_own)
+    )

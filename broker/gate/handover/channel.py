@@ -63,7 +63,7 @@ _words: Final = msgspec.msgpack.Decoder(Word)
 
 
 class Channel:
-    """One end of the socket. All methods raise HandoverError."""
+    """An end of the socket between two gates. All methods raise HandoverError."""
 
     def __init__(self, fd: int, seconds: float) -> None:
         self._sock: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)

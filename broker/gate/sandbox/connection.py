@@ -1,4 +1,4 @@
-"""One connection of an app, with its connection to the bus: the handshakes, then messages judged in between.
+"""A connection of an app, with its connection to the bus: the handshakes, then messages judged in between.
 
 An error in handling an app's data closes its connection, and nothing else: `ends_connection_on_error` stands around
 every method that the loop calls. `Filter` is fed through a `Meter`, and the fast path passes known messages on without
@@ -75,7 +75,7 @@ class ConnectionOwner(Protocol):
 
     @property
     def fds(self) -> int:
-        """How many descriptors of messages all its connections have."""
+        """The number of descriptors of messages that all its connections have."""
 
     def has_rules(self, bus: str) -> bool:
         """Return whether the rules for a bus are compiled."""

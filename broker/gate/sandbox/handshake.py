@@ -62,14 +62,14 @@ class HandshakeOwner(Protocol):
         """Take over both streams. The handshake reads from neither any more."""
 
     def bus_drained(self) -> None:
-        """Go on after the bus has read what was queued."""
+        """Send and read again after the bus has read what was queued."""
 
     def failed(self, exc: Exception) -> None:
         """End the connection as the exception says."""
 
 
 def _reports_errors(method: Callable[["Handshake"], None]) -> Callable[["Handshake"], None]:
-    """Have the owner told of each error in a method that the loop calls."""
+    """Tell the owner of each error in a method that the loop calls."""
 
     @functools.wraps(method)
     def guarded(self: "Handshake", /) -> None:

@@ -91,7 +91,7 @@ def ends_sandbox_on_error(
 
 
 class Sandbox:
-    """One app instance, with its sockets."""
+    """An app instance, with its sockets."""
 
     def __init__(
         self,
@@ -326,7 +326,7 @@ class Sandbox:
 
     @property
     def is_listening(self) -> bool:
-        """Whether a socket of the sandbox listens."""
+        """Return whether a socket of the sandbox listens."""
         return bool(self._listening)
 
     def may_accept(self) -> bool:

@@ -263,7 +263,7 @@ def test_a_reply_that_nobody_here_knows_to_deal_with_is_refused() -> None:
         ReplyAction("of-the-future"),
         ReplyAction("translate", (1,), ReplyAction("of-the-future")),
     ):
-        calls = CallDump(serial=5, target=ReplierDump(owner=":1.2"), then=then)
+        calls = CallDump(serial=5, replier=ReplierDump(owner=":1.2"), action=then)
         strange = msgspec.structs.replace(
             dump, state=msgspec.structs.replace(dump.state, calls=(calls,))
         )
