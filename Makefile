@@ -7,6 +7,7 @@
 #   make containers1-daemon   builds a dbus-daemon with Containers1 for them, in about two minutes
 #   make check   linters and type checker
 #   make fuzz    fuzzing, ten minutes: make fuzz ARGS="--seconds 60 --only header"
+#   make mutants breaks the code on purpose: do the tests notice? make mutants ARGS="--count 20"
 #   make bench   measurements: make bench ARGS="--only roundtrip --json out.json"
 
 SHELL := /bin/bash
@@ -24,7 +25,7 @@ SOURCES := broker policy tests integration
 # So many at a time: most of a test of real programs is waiting.
 JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
-.PHONY: demo containers1-daemon apparmor-profiles test tests test-bare check fuzz bench coverage setup supported clean
+.PHONY: demo containers1-daemon apparmor-profiles test tests test-bare check fuzz bench mutants coverage setup supported clean
 
 demo: setup $(if $(filter containers1,$(ENGINE)),containers1-daemon)
 	$(PY) -m integration.demo.$(if $(filter containers1,$(ENGINE)),containers1,tour)
@@ -66,6 +67,10 @@ fuzz: setup
 	  || $(PIP) install --quiet --no-build-isolation -e '.[fuzz]' 2>.cache/atheris.log \
 	  || echo "fuzz: atheris cannot be installed here, see .cache/atheris.log"
 	$(PY) -m integration.fuzz $(ARGS)
+
+# About a minute for each of a hundred mutants.
+mutants: setup apparmor-profiles
+	$(PY) -m integration.mutants $(ARGS)
 
 coverage: setup
 	$(PY) -m pytest tests --cov --cov-branch --cov-report=term --cov-report=html:.cache/coverage
