@@ -1,4 +1,12 @@
-"""The supervisor process: folder, lock, buses, gate and interfaces put together, and taken down in order."""
+"""The supervisor process: put folder, lock, buses, gate and interfaces together, and take them down in order.
+
+Order of the start: folder and lock, state file, buses, gate, then the D-Bus name's calls are answered, `ready`.
+Order of the end, after SIGTERM or SIGINT:
+
+    0 s      stop accepting calls; answer those that came before
+    1 s      end the gate, at most 3.25 s, and announce the sandboxes that end with it
+    4.25 s   exit, whatever is left
+"""
 
 import fcntl
 import logging
@@ -43,25 +51,28 @@ from broker.wire.interfaces import BROKER, BROKER_PATH, CONTAINERS1, DRIVER_PATH
 
 LOGGER: Final = logging.getLogger(__name__)
 NOBODY: Final = ":0.0"  # a unique name that no bus gives
-# Signals about refusals are worth less than the memory they would take on a bus that does not read.
+# Queued messages to a bus that does not read, after which no signals about refusals are queued.
 MAX_BACKLOG: Final = 1000
-# Seconds from the signal: to the answers of what is pending, and from there to the end.
+# Seconds after the signal in which pending calls are answered.
 ANSWER_TIMEOUT: Final = 1.0
+# Seconds after that in which the gate ends.
 SHUTDOWN_TIMEOUT: Final = 3.25
-# And from the signal to when a start that is under way is given up.
+# Seconds after the signal until a start in progress is given up.
 START_GRACE: Final = 2.0
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 async def serve(config: Config) -> None:
-    """Run until SIGTERM or SIGINT. Raises StartError, or BusLostError if no bus is left.
+    """Run the service until SIGTERM or SIGINT. Raises StartError, or BusLostError if no bus is left.
 
-    Prints `ready` and the primary bus's address when the service is there.
+    Prints `ready` and the primary bus's address once calls are answered.
     """
     if not config.buses:
-        raise ConfigError("no bus to serve")
-    os.umask(0o077)  # for what SQLite and we make in a folder that others may pass through
-    raise_descriptor_limit()  # two descriptors a sandbox are held for the gate
+        raise ConfigError("no bus configured")
+    os.umask(
+        0o077
+    )  # for files of SQLite and of the service, because other users may enter the folder
+    raise_descriptor_limit()  # two descriptors are held for each sandbox
     failures: list[BrokerError | OSError] = []
     try:
         await _serve(config)
@@ -85,17 +96,17 @@ async def _serve(config: Config) -> None:
         gone_after = config.bus_gone_seconds or math.inf
         lines = {spec.name: ReconnectingBus(spec, BROKER, gone_after) for spec in config.buses}
         async with open_loop(), trio.open_nursery() as nursery:
-            told = _SignalListener()
-            nursery.start_soon(told.listen, signals, nursery.cancel_scope)
+            listener = _SignalListener()
+            nursery.start_soon(listener.listen, signals, nursery.cancel_scope)
             buses = {name: await nursery.start(line.keep_open) for name, line in lines.items()}
             parts = _make_parts(config, state, lines, buses)
             stack.enter_context(_address_file(folder / "bus-address", config.buses[0].address))
-            await _run(parts, told)
+            await _run(parts, listener)
             nursery.cancel_scope.cancel()
 
 
 class _SignalListener:
-    """What signals told us."""
+    """The requests that came as signals: to end, and to reload."""
 
     def __init__(self) -> None:
         self.to_end: Final = trio.Event()
@@ -103,18 +114,18 @@ class _SignalListener:
         self._reload, self.reloads = trio.open_memory_channel[None](1)
 
     async def listen(self, signals: AsyncIterator[int], start: trio.CancelScope) -> None:
-        """Hear them, also while we start; a start that takes long when we are to end is given up."""
+        """Take signals from the start on. A start that takes too long after the signal to end is cancelled."""
         async for number in signals:
             if number != signal.SIGHUP:
                 LOGGER.info("%s: ending", signal.Signals(number).name)
                 break
-            with suppress(trio.WouldBlock):  # one waits already
+            with suppress(trio.WouldBlock):  # a reload is pending already
                 self._reload.send_nowait(None)
         self.to_end.set()
         with trio.move_on_after(START_GRACE) as grace:
             await self.has_started.wait()
         if grace.cancelled_caught:
-            LOGGER.warning("the start is given up: it takes too long")
+            LOGGER.warning("giving up the start, which takes too long")
             start.cancel()
 
 
@@ -124,17 +135,17 @@ class _Components:
     lines: Mapping[str, ReconnectingBus]
     watches: dict[str, NameWatch]  # of the present connections
     subscribers: Subscribers
-    engine: GateEngine  # or one that is more
+    engine: GateEngine
     supervisor: Supervisor
     all_gone: trio.Event
     notifier: Notifier
 
-    async def ask(self) -> None:
-        """Have the gate answer something."""
+    async def check_gate(self) -> None:
+        """Ask the gate a question, to see whether it answers. Raises if it does not."""
         await self.engine.who(self.config.buses[0].name, NOBODY)
 
     async def bus_back(self, name: str, bus: BusConnection) -> None:
-        """Have the service on a new connection."""
+        """Resume the service on a new connection to a bus."""
         self.subscribers.lose_bus(name)
         self.watch(name, bus)
         self.supervisor.bus_back(name, self.lines[name].id)
@@ -152,7 +163,7 @@ class _Components:
         self.supervisor.name_gone(bus, unique_name)
 
     def bus_gone(self, name: str) -> None:
-        """Do without a bus; without any, end."""
+        """Continue without a bus, or end the service if it was the last one."""
         self.supervisor.bus_gone(name)
         if all(line.is_gone for line in self.lines.values()):
             self.all_gone.set()
@@ -165,14 +176,14 @@ def _make_parts(
     buses: Mapping[str, BusConnection],
 ) -> _Components:
     folder = config.runtime_dir
-    # One may have been lost and found while the next was opened.
+    # A bus may have been lost and connected again while the next one was opened.
     buses = {name: lines[name].bus or bus for name, bus in buses.items()}
     watches = {name: NameWatch(bus) for name, bus in buses.items()}
     engine = _make_engine(config)
     subscribers = Subscribers(time.monotonic)
     notifier = take_notifier()
     restore_and_store(notifier, engine.held, take_descriptors())
-    outside = Environment(
+    environment = Environment(
         engine=engine,
         state=state,
         announcer=_Announcer(lines, subscribers),
@@ -180,7 +191,7 @@ def _make_parts(
         folder=folder / CONTAINERS,
         processes=Processes(open_connector),
     )
-    supervisor = Supervisor(outside, config.limits)
+    supervisor = Supervisor(environment, config.limits)
     parts = _Components(
         config, lines, watches, subscribers, engine, supervisor, trio.Event(), notifier
     )
@@ -194,43 +205,43 @@ def _make_parts(
 
 
 def _attach(watch: NameWatch, bus: BusConnection) -> None:
-    """Connect a watch with its bus: signals one way, callers that leave the other."""
+    """Connect a watch with its bus: owner changes go to the watch, leaving callers to the bus."""
     bus.on_signal = watch.take
     watch.on_caller_gone = bus.calls.gone
     bus.calls.watch(watch)
 
 
-async def _run(parts: _Components, told: _SignalListener) -> None:
+async def _run(parts: _Components, listener: _SignalListener) -> None:
     closing = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(parts.engine.keep_connected, parts.supervisor)
         nursery.start_soon(parts.supervisor.run_jobs)
         nursery.start_soon(parts.supervisor.watches.run)
         for watch in parts.watches.values():
-            with suppress(BusLostError):  # its line sees to that
+            with suppress(BusLostError):  # its ReconnectingBus connects again
                 await watch.check()
-        told.has_started.set()
-        async with trio.open_nursery() as doors:
+        listener.has_started.set()
+        async with trio.open_nursery() as callers:
             for name, line in parts.lines.items():
                 make_objects = partial(_make_objects, parts, name)
-                doors.start_soon(serve_calls, line, make_objects, closing)
+                callers.start_soon(serve_calls, line, make_objects, closing)
             sys.stdout.write(f"ready {parts.config.buses[0].address}\n")
             sys.stdout.flush()
             parts.notifier.ready()
-            nursery.start_soon(stay_alive, parts.notifier, parts.ask)
-            await _wait_end(parts, told)
+            nursery.start_soon(stay_alive, parts.notifier, parts.check_gate)
+            await _wait_end(parts, listener)
             parts.notifier.stopping()
             closing.set()
-            doors.cancel_scope.deadline = trio.current_time() + ANSWER_TIMEOUT
-        # Nobody is answered any more; what ends with the gate is still announced.
+            callers.cancel_scope.deadline = trio.current_time() + ANSWER_TIMEOUT
+        # No call is answered from here on, but the ends of sandboxes are still announced.
         with trio.move_on_after(SHUTDOWN_TIMEOUT):
             await parts.engine.shutdown()
         nursery.cancel_scope.cancel()
     if parts.all_gone.is_set():
-        raise BusLostError(f"no bus is left: gone for {parts.config.bus_gone_seconds} s")
+        raise BusLostError(f"no bus is left: all gone for {parts.config.bus_gone_seconds} s")
 
 
-async def _wait_end(parts: _Components, told: _SignalListener) -> None:
+async def _wait_end(parts: _Components, listener: _SignalListener) -> None:
     async with trio.open_nursery() as nursery:
 
         async def wait_gone() -> None:
@@ -238,24 +249,24 @@ async def _wait_end(parts: _Components, told: _SignalListener) -> None:
             nursery.cancel_scope.cancel()
 
         async def reload() -> None:
-            async for _ in told.reloads:
+            async for _ in listener.reloads:
                 await _reload(parts)
 
         nursery.start_soon(wait_gone)
         nursery.start_soon(reload)
-        await told.to_end.wait()
+        await listener.to_end.wait()
         nursery.cancel_scope.cancel()
 
 
 async def _reload(parts: _Components) -> None:
-    """Have the gate replaced: that is all that a reload does."""
+    """Replace the gate by a new one, which is all that a reload does."""
     parts.notifier.reloading()
     try:
         old, new = await parts.engine.upgrade()
     except BrokerError as exc:
         LOGGER.error("SIGHUP: %s", exc)  # noqa: TRY400 - no defect of ours
     else:
-        LOGGER.info("SIGHUP: the gate is process %d now, instead of %d", new, old)
+        LOGGER.info("SIGHUP: gate process %d has replaced gate process %d", new, old)
     finally:
         parts.notifier.ready()
 
@@ -270,22 +281,22 @@ def _make_engine(config: Config) -> GateEngine:
 
 def _make_objects(parts: _Components, name: str, bus: BusConnection) -> Objects:
     watch = parts.watches[name]
-    door = BusContext(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.lines))
+    context = BusContext(name=name, bus=bus, supervisor=parts.supervisor, buses=tuple(parts.lines))
     return Objects(
         {
-            DRIVER_PATH: [containers1.Containers1(door, watch).interface()],
+            DRIVER_PATH: [containers1.Containers1(context, watch).interface()],
             BROKER_PATH: [
                 management.Management(
-                    door, parts.engine, parts.config, parts.subscribers, watch
+                    context, parts.engine, parts.config, parts.subscribers, watch
                 ).interface(),
-                policy.PolicyInterface(door).interface(),
+                policy.PolicyInterface(context).interface(),
             ],
         }
     )
 
 
 class _Announcer:
-    """Sends the signals."""
+    """The sender of the service's signals."""
 
     def __init__(self, lines: Mapping[str, ReconnectingBus], subscribers: Subscribers) -> None:
         self._lines: Final = lines
@@ -317,7 +328,7 @@ class _Announcer:
 
 @contextmanager
 def _locked_folder(config: Config) -> Iterator[None]:
-    """Make the runtime folder and have it for ourselves. Raises OSError, StartError."""
+    """Make the runtime folder, and lock it for this process. Raises OSError, StartError."""
     mode = 0o700 if config.scope == "user" else 0o711
     folder = config.runtime_dir
     for path in (folder, folder / CONTAINERS):
@@ -329,7 +340,7 @@ def _locked_folder(config: Config) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError(f"another supervisor runs in {folder}") from None
+            raise StartError(f"another supervisor is running in {folder}") from None
         yield
     finally:
         os.close(lock)
@@ -337,8 +348,8 @@ def _locked_folder(config: Config) -> Iterator[None]:
 
 @contextmanager
 def _address_file(path: Path, address: str) -> Iterator[None]:
-    """Say where the service is, for the command line."""
-    write_file(path, f"{address}\n".encode(), 0o644)  # in a system's folder others look here, too
+    """Write the address of the primary bus into a file for the command line."""
+    write_file(path, f"{address}\n".encode(), 0o644)  # readable by all, for the system scope
     try:
         yield
     finally:

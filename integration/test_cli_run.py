@@ -26,7 +26,7 @@ def test_second_supervisor_in_the_same_folder_is_refused(shared: Warden) -> None
     outcome = run(*RUN, "--bus", f"session={shared.bus.address}", env=env(shared.runtime))
     assert outcome.code == 1
     assert outcome.out == ""
-    assert outcome.err.startswith("buswarden: another supervisor runs in ")
+    assert outcome.err.startswith("buswarden: another supervisor is running in ")
     assert outcome.err.count("\n") == 1
     assert client.driver("GetId")
     assert shared.add_server().socket.is_socket()

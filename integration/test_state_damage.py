@@ -128,7 +128,7 @@ def test_a_newer_version_is_refused_in_one_line(folder: Path) -> None:
         _change(path, "PRAGMA user_version = 99")
         outcome = start(bus, runtime)
     assert outcome.code == 2
-    expected = rf"buswarden: {path} is of version 99 .*: run the newer program, or move .*\n"
+    expected = rf"buswarden: {path} has version 99, .*: run the newer program, or move .*\n"
     assert re.fullmatch(expected, outcome.err)
 
 

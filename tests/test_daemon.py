@@ -168,7 +168,7 @@ async def test_a_start_that_takes_too_long_can_be_ended(
                     os.kill(os.getpid(), signal.SIGTERM)
                     while await connection.recv(4096):
                         pass
-    assert "the start is given up" in caplog.text
+    assert "giving up the start" in caplog.text
 
 
 async def test_a_reload_replaces_the_gate_or_says_why_not(

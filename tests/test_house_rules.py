@@ -92,6 +92,7 @@ PROSE_MENDED: Final = (
     "broker.api",
     "broker.bus",
     "broker.cli",
+    "broker.daemon",
     "broker.control_protocol",
     "broker.engines",
     "broker.gate.__main__",

@@ -34,9 +34,9 @@ _ABOUT: Final = args("creator:a{sv}", "container_type:s", "container_name:s", "m
 class Containers1:
     """The interface on one bus."""
 
-    def __init__(self, door: BusContext, watch: NameWatch) -> None:
-        self._door: Final = door
-        self._supervisor: Final = door.supervisor
+    def __init__(self, context: BusContext, watch: NameWatch) -> None:
+        self._context: Final = context
+        self._supervisor: Final = context.supervisor
         self._watch: Final = watch
 
     def interface(self) -> Interface:
@@ -87,10 +87,10 @@ class Containers1:
         # noticed either by the question or by the watch.
         self._watch.add(call.sender)
         try:
-            caller = await self._door.host_caller(call)
+            caller = await self._context.host_caller(call)
             context = Context(
-                bus=self._door.name,
-                buses=self._door.buses,
+                bus=self._context.name,
+                buses=self._context.buses,
                 fds=call.fds,
                 uid=caller.uid,
                 origin=f"AddServer by {call.sender}",
@@ -111,17 +111,17 @@ class Containers1:
         return ReturnValues((record.path, path, record.addresses[bus]), then)
 
     async def _stop(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         await self._supervisor.stop(caller, instance(call.values[0]))
         return ReturnValues()
 
     async def _stop_listening(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         await self._supervisor.stop_listening(caller, instance(call.values[0]))
         return ReturnValues()
 
     async def _set_access(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         target, entries = call.values
         origin = f"SetContainerAccess by {call.sender}"
         rules = await in_slices(reading_allow(entries, origin), call.turn)
@@ -130,7 +130,7 @@ class Containers1:
 
     async def _get_connection_instance(self, call: Call) -> ReturnValues:
         unique_name = await self._find_owner(call.values[0])
-        behind = await self._supervisor.who(self._door.name, unique_name)
+        behind = await self._supervisor.who(self._context.name, unique_name)
         if not behind.is_there and not await self._is_there(unique_name):
             raise CallRefusedError(NAME_HAS_NO_OWNER, f"no connection has the name {unique_name}")
         if not behind.is_inside:
@@ -146,16 +146,16 @@ class Containers1:
         # The caller is always identified first. Otherwise the time of the answer would tell whether
         # the instance exists.
         seen_by = NOBODY
-        if not await self._supervisor.is_inside(self._door.name, call.sender):
-            seen_by = (await self._door.host_caller(call)).uid
+        if not await self._supervisor.is_inside(self._context.name, call.sender):
+            seen_by = (await self._context.host_caller(call)).uid
         record = self._supervisor.registry.find(instance(call.values[0]), seen_by=seen_by).record
         return ReturnValues(describe(record))
 
     async def _request_header(self, call: Call) -> ReturnValues:
         self._watch.add(call.sender)  # as in `_add`
         try:
-            caller = await self._door.host_caller(call)
-            if not await self._door.bus.forwards_instance_field():
+            caller = await self._context.host_caller(call)
+            if not await self._context.bus.forwards_instance_field():
                 raise CallRefusedError(NOT_SUPPORTED, "this bus strips unknown header fields")
             await self._supervisor.request_instance_field(caller)
         finally:
@@ -169,11 +169,11 @@ class Containers1:
             raise CallRefusedError(NOT_CONTAINER, "the bus itself is in no sandbox")
         if is_unique_name(name):
             return name
-        (owner,) = await self._door.bus.call(BUS_DRIVER, "GetNameOwner", "s", [name])
+        (owner,) = await self._context.bus.call(BUS_DRIVER, "GetNameOwner", "s", [name])
         return str(owner)
 
     async def _is_there(self, unique_name: str) -> bool:
-        (there,) = await self._door.bus.call(BUS_DRIVER, "NameHasOwner", "s", [unique_name])
+        (there,) = await self._context.bus.call(BUS_DRIVER, "NameHasOwner", "s", [unique_name])
         return bool(there)
 
 

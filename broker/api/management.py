@@ -38,18 +38,18 @@ class Management:
 
     def __init__(
         self,
-        door: BusContext,
+        context: BusContext,
         engine: Engine,
         config: Config,
         subscribers: Subscribers,
         watch: NameWatch,
     ) -> None:
-        self._door: Final = door
+        self._context: Final = context
         self._subscribers: Final = subscribers
         self._watch: Final = watch
         self._engine: Final = engine
         self._config: Final = config
-        self._registry: Final = door.supervisor.registry
+        self._registry: Final = context.supervisor.registry
 
     def interface(self) -> Interface:
         """Return the description of the interface."""
@@ -77,7 +77,7 @@ class Management:
         )
 
     async def _list(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         # The sandboxes are described one by one while the answer is written, because other callers
         # have turns in between.
         shown = (
@@ -88,7 +88,7 @@ class Management:
         return ReturnValues((shown,))
 
     async def _show(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         used = await self._used(self._registry.find(call.values[0]).record.id)
         sandbox = self._registry.find(call.values[0])
         if not sandbox.may_be_seen_by(caller.uid):
@@ -102,14 +102,14 @@ class Management:
         return ReturnValues((self._describe(sandbox) | more,))
 
     async def _change_access(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         target, entries, replace = call.values
         rules = await in_slices(reading_rules(entries, f"ChangeAccess by {call.sender}"), call.turn)
-        access = await self._door.supervisor.set_access(caller, target, rules, replace=replace)
+        access = await self._context.supervisor.set_access(caller, target, rules, replace=replace)
         return ReturnValues((format_rules(access.rules),))
 
     async def _status(self, call: Call) -> ReturnValues:
-        await self._door.host_caller(call)
+        await self._context.host_caller(call)
         used = await self._used(None)
         config = self._config
         limits: dict[str, int] = msgspec.structs.asdict(config.limits)
@@ -127,8 +127,8 @@ class Management:
             "connections": Variant("u", self._registry.connection_count()),
             "limits": Variant("a{st}", dict(limits)),
             "use": Variant("a{st}", used | {"max_containers": len(self._registry)}),
-            "ended": Variant("a{su}", dict(self._door.supervisor.ended)),
-            "watched": Variant("a{ss}", self._door.supervisor.watches.describe()),
+            "ended": Variant("a{su}", dict(self._context.supervisor.ended)),
+            "watched": Variant("a{ss}", self._context.supervisor.watches.describe()),
             "runtime_dir": Variant("s", str(config.runtime_dir)),
             "last_crash": Variant("s", self._engine.last_crash),
         }
@@ -139,7 +139,7 @@ class Management:
         # asked about the connection.
         self._watch.add(call.sender)
         try:
-            caller = await self._door.host_caller(call)
+            caller = await self._context.host_caller(call)
             is_new = (caller.bus, caller.unique_name) not in self._subscribers
             self._subscribers.add(caller)
         except BaseException:
@@ -152,13 +152,13 @@ class Management:
         return ReturnValues()
 
     async def _unsubscribe(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         if self._subscribers.discard(caller.bus, caller.unique_name):
             self._watch.discard(call.sender)
         return ReturnValues()
 
     async def _upgrade(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         if caller.uid not in (0, os.geteuid()):
             raise CallRefusedError(ACCESS_DENIED, "Upgrade is for root and the broker's own user")
         return ReturnValues(await self._engine.upgrade())
@@ -205,7 +205,7 @@ class Management:
             "process": Variant("u", record.process.pid if record.process is not None else 0),
             "cgroup": Variant("s", record.cgroup.path if record.cgroup is not None else ""),
             "time_limit": Variant("t", record.time_limit),
-            "time_left": Variant("t", self._door.supervisor.watches.time_left(record)),
+            "time_left": Variant("t", self._context.supervisor.watches.time_left(record)),
             "close_notify": Variant("b", record.close_notify),
             "denied": Variant("t", sandbox.denied),
             "created": Variant("t", int(record.created)),

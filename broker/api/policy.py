@@ -40,10 +40,10 @@ MESSAGE_KEYS: Final[Mapping[str, Callable[[str], bool]]] = {
 class PolicyInterface:
     """The interface on one bus."""
 
-    def __init__(self, door: BusContext) -> None:
-        self._door: Final = door
-        self._snaps: Final = door.supervisor.snaps
-        self._policy: Final = door.supervisor.policy
+    def __init__(self, context: BusContext) -> None:
+        self._context: Final = context
+        self._snaps: Final = context.supervisor.snaps
+        self._policy: Final = context.supervisor.policy
 
     def interface(self) -> Interface:
         """Return the description of the interface."""
@@ -68,28 +68,28 @@ class PolicyInterface:
         )
 
     async def _load(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         await self._policy.load(caller.uid, call.values[0])
         return ReturnValues()
 
     async def _list_snaps(self, call: Call) -> ReturnValues:
-        await self._door.host_caller(call)
+        await self._context.host_caller(call)
         return ReturnValues((_json(world_of(self._snaps.ready())),))
 
     async def _connect(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         plug, slot = call.values
         changes = await self._policy.connect(caller.uid, plug, slot)
         return ReturnValues(([describe_change(change) for change in changes],))
 
     async def _disconnect(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         plug, slot = call.values
         changes = await self._policy.disconnect(caller.uid, plug, slot)
         return ReturnValues(([describe_change(change) for change in changes],))
 
     async def _connections(self, call: Call) -> ReturnValues:
-        await self._door.host_caller(call)
+        await self._context.host_caller(call)
         compiler = self._snaps.ready()
         rows = []
         for one in compiler.connections:
@@ -98,13 +98,13 @@ class PolicyInterface:
         return ReturnValues((rows,))
 
     async def _explain(self, call: Call) -> ReturnValues:
-        caller = await self._door.host_caller(call)
+        caller = await self._context.host_caller(call)
         what, message = call.values
         question = parse_question(message)
         return ReturnValues((describe(await self._policy.explain(caller.uid, what, question)),))
 
     async def _interface(self, call: Call) -> ReturnValues:
-        await self._door.host_caller(call)
+        await self._context.host_caller(call)
         known = self._snaps.interface(call.values[0])
         facts = {"name": known.name, "file": known.file, **msgspec.to_builtins(known.interface)}
         return ReturnValues((_json(facts),))

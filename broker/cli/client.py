@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -37,6 +37,7 @@ ADDRESS_FILE: Final = "bus-address"
 # Seconds for a whole command. No answer takes that long, and no person waits longer.
 TIMEOUT: Final = 30.0
 _MAX_ADDRESS: Final = 64 * 1024  # bytes: several alternatives, each with a path
+ConnectionChange = Literal["Connect", "Disconnect"]
 T = TypeVar("T")
 
 
@@ -199,14 +200,9 @@ class ServiceClient:
             path=path, type=type_, app=app, component=component, metadata=metadata, creator=creator
         )
 
-    async def connect(self, plug: str, slot: str) -> list[str]:
-        """Connect a plug to a slot. Return a line for each app whose rules changed."""
-        (changed,) = await self._call(POLICY, "Connect", "ss", [plug, slot])
-        return [str(text) for text in changed]
-
-    async def disconnect(self, plug: str, slot: str) -> list[str]:
-        """Disconnect a plug from a slot. Return a line for each app whose rules changed."""
-        (changed,) = await self._call(POLICY, "Disconnect", "ss", [plug, slot])
+    async def change_connection(self, change: ConnectionChange, plug: str, slot: str) -> list[str]:
+        """Connect or disconnect a plug and a slot. Return a line for each app whose rules changed."""
+        (changed,) = await self._call(POLICY, change, "ss", [plug, slot])
         return [str(text) for text in changed]
 
     async def connections(self) -> list[tuple[str, str, str]]:

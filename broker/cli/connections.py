@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 import msgspec
 
-from broker.cli.client import ServiceClient, ask
+from broker.cli.client import ConnectionChange, ServiceClient, ask
 from broker.cli.options import JSON, Settings
 from broker.cli.output import print_json, print_line, print_table
 from broker.wire.errors import ConfigError
@@ -17,30 +17,34 @@ FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 MAX_FILE: Final = 32 * 1024 * 1024  # bytes
 
 
-@click.command("connect")
-@click.argument("plug", metavar="SNAP:PLUG")
-@click.argument("slot", metavar="SNAP:SLOT")
-@click.pass_obj
-def connect_command(settings: Settings, *, plug: str, slot: str) -> None:
-    """Connect a plug to a slot, and print the apps whose rules changed.
+def _connection_command(name: str, change: ConnectionChange, text: str) -> click.Command:
+    """Return the command `connect` or `disconnect`."""
 
-    The new rules are in force when the command returns.
-    """
-    for line in ask(settings, partial(ServiceClient.connect, plug=plug, slot=slot)):
-        print_line(line)
+    @click.command(name, help=text)
+    @click.argument("plug", metavar="SNAP:PLUG")
+    @click.argument("slot", metavar="SNAP:SLOT")
+    @click.pass_obj
+    def command(settings: Settings, *, plug: str, slot: str) -> None:
+        for line in ask(
+            settings, partial(ServiceClient.change_connection, change=change, plug=plug, slot=slot)
+        ):
+            print_line(line)
+
+    return command
 
 
-@click.command("disconnect")
-@click.argument("plug", metavar="SNAP:PLUG")
-@click.argument("slot", metavar="SNAP:SLOT")
-@click.pass_obj
-def disconnect_command(settings: Settings, *, plug: str, slot: str) -> None:
-    """Disconnect a plug from a slot, and print the apps whose rules changed.
-
-    The old rules are out of force when the command returns.
-    """
-    for line in ask(settings, partial(ServiceClient.disconnect, plug=plug, slot=slot)):
-        print_line(line)
+connect_command: Final = _connection_command(
+    "connect",
+    "Connect",
+    "Connect a plug to a slot, and print the apps whose rules changed.\n\n"
+    "The new rules are in force when the command returns.",
+)
+disconnect_command: Final = _connection_command(
+    "disconnect",
+    "Disconnect",
+    "Disconnect a plug from a slot, and print the apps whose rules changed.\n\n"
+    "The old rules are out of force when the command returns.",
+)
 
 
 @click.command("connections")

@@ -9,17 +9,9 @@ from typing import Final
 import click
 
 from broker.cli.client import NewSandbox, ServiceClient, ask
-from broker.cli.options import (
-    ALLOW,
-    DENY,
-    PORTALS_AS_HOST,
-    Settings,
-    all_rules,
-    check_rule_buses,
-    end_options,
-    identity_options,
-)
+from broker.cli.options import Settings, check_rule_buses
 from broker.cli.output import print_error
+from broker.cli.sandbox_options import new_sandbox_options
 from broker.launcher.cgroup import own_cgroup
 from broker.launcher.host import (
     check_standard_descriptors,
@@ -37,7 +29,6 @@ from broker.launcher.plan import Wish, addresses_in, make_plan
 from policy.snaps.installed import SNAP_TYPE
 
 DEFAULT_TYPE: Final = "org.buswarden.Exec"
-RuleTexts = tuple[tuple[bool, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,23 +41,12 @@ class Made:
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": False})
-@identity_options(required=False)
+@new_sandbox_options(identity_required=False)
 @click.option(
     "--snap",
     metavar="NAME",
     help="The command is an app of this snap, named by --app. The snap's connections give the rules.",
 )
-@click.option(
-    "--bus",
-    "buses",
-    metavar="NAME",
-    multiple=True,
-    help="Give the command this bus of the broker. May be repeated. Default: the broker's first bus.",
-)
-@ALLOW
-@DENY
-@PORTALS_AS_HOST
-@end_options
 @click.option(
     "--share",
     metavar="PATH",
@@ -90,17 +70,8 @@ class Made:
 def exec_command(  # noqa: PLR0913 - one parameter an option
     settings: Settings,
     *,
-    type_: str | None,
-    app: str | None,
-    component: str,
+    new: NewSandbox,
     snap: str | None,
-    buses: tuple[str, ...],
-    allow: RuleTexts,
-    deny: RuleTexts,
-    portals_as_host: bool,
-    process: int | None,
-    cgroup: str,
-    time_limit: int | None,
     share: tuple[str, ...],
     bind: tuple[str, ...],
     home: bool,
@@ -128,22 +99,15 @@ def exec_command(  # noqa: PLR0913 - one parameter an option
         x11=find_x11(os.environ) if x11 else None,
         wayland=find_wayland(os.environ) if wayland else "",
     )
-    new = NewSandbox(
-        type=type_ or DEFAULT_TYPE,
-        app=app or Path(command[0]).name,
-        component=component,
-        buses=buses,
-        rules=tuple(all_rules(allow, deny)),
-        portals_as_host=portals_as_host,
-        process=process,
-        cgroup=cgroup,
-        time_limit=time_limit or 0,
-    )
     if snap is not None:
-        if type_ or component:
+        if new.type or new.component:
             raise click.UsageError("--snap cannot be combined with --type or --component")
         # As for a snap's commands, the default app has the name of the snap.
-        new = replace(new, type=SNAP_TYPE, app=snap, component=app or snap, receive_from_host=False)
+        component = new.app or snap
+        new = replace(new, type=SNAP_TYPE, app=snap, component=component, receive_from_host=False)
+    else:
+        app = new.app or Path(command[0]).name
+        new = replace(new, type=new.type or DEFAULT_TYPE, app=app)
     if home:
         wish = replace(wish, home=make_home(new.app, os.environ))
     return _run(settings, new, wish)

@@ -9,18 +9,7 @@ from typing import Any, Final
 import click
 
 from broker.cli.client import Added, NewSandbox, ServiceClient, ask, instance_path
-from broker.cli.options import (
-    ALLOW,
-    DENY,
-    JSON,
-    PORTALS_AS_HOST,
-    KeyValue,
-    Settings,
-    all_rules,
-    check_rule_buses,
-    end_options,
-    identity_options,
-)
+from broker.cli.options import ALLOW, DENY, JSON, KeyValue, Settings, all_rules, check_rule_buses
 from broker.cli.output import (
     app_name,
     format_access,
@@ -29,65 +18,29 @@ from broker.cli.output import (
     print_pairs,
     print_table,
 )
+from broker.cli.sandbox_options import RuleTexts, new_sandbox_options
 from policy.text import parse_rule
 
-RuleTexts = tuple[tuple[bool, str], ...]
 # A sandbox with any of these facts does not end with its creator.
 _INSTEAD_OF_CREATOR: Final = ("keep_after_creator", "close_notify", "process", "cgroup")
 
 
 @click.command("add")
-@identity_options(required=True)
+@new_sandbox_options(identity_required=True)
 @click.option(
     "--meta", metavar="K=V", multiple=True, type=KeyValue(), help="Metadata. May be repeated."
 )
-@click.option(
-    "--bus",
-    "buses",
-    metavar="NAME",
-    multiple=True,
-    help="A bus of the broker. May be repeated. Default: the broker's first bus.",
-)
-@ALLOW
-@DENY
-@PORTALS_AS_HOST
-@end_options
 @JSON
 @click.pass_obj
-def add_command(  # noqa: PLR0913 - one parameter an option
-    settings: Settings,
-    *,
-    type_: str,
-    app: str,
-    component: str,
-    meta: tuple[tuple[str, str], ...],
-    buses: tuple[str, ...],
-    allow: RuleTexts,
-    deny: RuleTexts,
-    portals_as_host: bool,
-    process: int | None,
-    cgroup: str,
-    time_limit: int | None,
-    as_json: bool,
+def add_command(
+    settings: Settings, *, new: NewSandbox, meta: tuple[tuple[str, str], ...], as_json: bool
 ) -> None:
     """Add a sandbox that stays until `stop`, or until an end that the options give.
 
     The command prints the id and the path of the bus socket. For several buses there is a line for
     each bus, with the name of the bus.
     """
-    new = NewSandbox(
-        type=type_,
-        app=app,
-        component=component,
-        metadata=dict(meta),
-        buses=buses,
-        rules=tuple(all_rules(allow, deny)),
-        portals_as_host=portals_as_host,
-        keep_after_creator=True,
-        process=process,
-        cgroup=cgroup,
-        time_limit=time_limit or 0,
-    )
+    new = replace(new, metadata=dict(meta), keep_after_creator=True)
     added = ask(settings, partial(_add, new=new, name_bus=as_json))
     if as_json:
         facts = {
@@ -100,12 +53,12 @@ def add_command(  # noqa: PLR0913 - one parameter an option
     elif len(added.sockets) < 2:
         print_line(f"{added.id} {added.socket}")
     else:
-        for bus in buses:
+        for bus in new.buses:
             print_line(f"{added.id} {added.sockets[bus]} {bus}")
 
 
 async def _add(client: ServiceClient, *, new: NewSandbox, name_bus: bool) -> Added:
-    """Add it; without `name_bus` the only socket may lack the name of its bus."""
+    """Add a sandbox. Without `name_bus`, its only socket may lack the name of its bus."""
     buses = new.buses
     if not buses and (name_bus or any(parse_rule(text, deny=deny).bus for deny, text in new.rules)):
         buses = (next(iter((await client.status())["buses"])),)

@@ -12,7 +12,8 @@ import pytest
 from broker.bus.connection import Destination
 from broker.bus.values import Variant
 from broker.cli import client, exec as exec_module
-from broker.cli.main import COMMANDS, main
+from broker.cli.commands import COMMANDS
+from broker.cli.main import main
 from broker.launcher.plan import Plan
 from broker.wire.errors import NOT_CONTAINER, SERVICE_UNKNOWN, CallRefusedError, ConfigError
 

@@ -31,7 +31,7 @@ def members(made: object) -> list[str]:
 def bare(kind: type) -> object:
     """Return an interface that is only asked what it has."""
     made: object = object.__new__(kind)
-    made.__dict__.update(dict.fromkeys(("_door", "_supervisor", "_watch"), None))
+    made.__dict__.update(dict.fromkeys(("_context", "_supervisor", "_watch"), None))
     return made
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from broker.cli import units as command
-from broker.cli.main import EXIT_OK, EXIT_REFUSED, EXIT_USAGE, main
+from broker.cli.commands import EXIT_OK, EXIT_REFUSED, EXIT_USAGE
+from broker.cli.main import main
 from broker.systemd.units import (
     BUS_POLICY,
     BUS_SERVICE,
