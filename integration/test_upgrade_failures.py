@@ -34,14 +34,14 @@ from policy.rules import Access, AccessList, Identity, Rule
 # How the new gate fails, and what the one line says then.
 FAILURES = {
     "exit": "did not start",
-    "test": "it does not judge as it should",
-    "corrupt": "differs from what it was",
-    "version": f"it reads hand-over version {OTHER_VERSION}; this one writes {VERSION}",
+    "test": "the self check failed: wrong verdicts",
+    "corrupt": "the loaded state differs from the old gate",
+    "version": f"the new gate reads hand-over version {OTHER_VERSION}, not {VERSION}",
     "mute": "nothing from the other gate for 1 s",
     "killed": "the other gate ended",
     "hang": "nothing from the other gate for 1 s",
     "refuse": "on second thoughts, no",
-    "babble": "said something else",
+    "babble": "unexpected answer of the other gate",
 }
 
 

@@ -1,1 +1,1 @@
-"""Buses that have the Containers1 interface themselves."""
+"""Support for buses that have the Containers1 interface."""

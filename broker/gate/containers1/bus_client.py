@@ -1,15 +1,16 @@
-"""The gate's own connections to buses, for the supervisor's calls to a bus that has Containers1. No rules apply.
+"""Connections of the gate to buses that have Containers1, for calls by the supervisor.
 
-A bus that has Containers1 ends a server when the connection that asked for it leaves, and the gate outlives the
-supervisor. So the supervisor's calls go through connections of the gate. There is one connection for each bus and user,
-made when it is first needed.
+A bus that has Containers1 ends a server when the connection that requested the server leaves, and the
+gate outlives the supervisor. So the supervisor's calls go through connections of the gate. Each bus and
+user has a connection, which is made for the first call. No rules apply to these connections.
 
-The result of a call with `undo` is unclaimed until a sandbox claims it. If the supervisor leaves before that, or no
-longer waits for the answer, the gate undoes the call. So nothing is left half made, whichever process dies when.
+The result of a call with `undo` is unclaimed until a sandbox claims the result. If the supervisor leaves
+before that, or no longer waits for the answer, the gate undoes the call. So no server is left without a
+sandbox, whichever process dies.
 
     supervisor            gate                                     bus
      | CallBus AddServer -> | -- Hello, AddMatch, AddServer -----> |
-     |                      | <-- /c1, its address --------------- |
+     |                      | <-- /c1 and the address ------------ |
      | <-- Called --------- | unclaimed: /c1                       |
      | AddSandbox --------> | claimed: /c1 by the sandbox          |
      |                      |                                      |
@@ -22,8 +23,8 @@ longer waits for the answer, the gate undoes the call. So nothing is left half m
      |                      | <-- an answer: the server alone ended |
      |                      |     no answer: the bus itself ends    |
 
-The bus is trusted in what it says. It is not trusted to answer or to read: calls have a deadline, and the
-number of waiting calls is bounded.
+The content of the bus's messages is trusted. The bus is not trusted to answer or to read. So calls have a
+deadline, and the number of waiting calls is limited.
 """
 
 import logging
@@ -59,14 +60,15 @@ from broker.wire.sasl import SaslClient
 from broker.wire.skim import skim_fixed, skim_header
 
 LOGGER: Final = logging.getLogger(__name__)
-# Seconds. The two calls of AddServer together take less than callers on a bus wait for an answer.
+# Seconds. A caller on a bus waits longer than the two calls of AddServer together may take.
 CALL_SECONDS: Final = 5.0
-# Seconds until a connection without calls and servers ends. Most buses are only asked once what they support.
+# Seconds until a connection without calls and servers is closed. Most buses receive a single call,
+# about the supported features.
 IDLE_SECONDS: Final = 10.0
-# Calls without an answer on one connection, also those that the supervisor has given up.
+# Calls without an answer on one connection, including calls that the supervisor has given up.
 MAX_WAITING: Final = 1024
-# The most bytes of a reply, and of what the bus leaves unread. Longer messages are skipped, because any program on the bus
-# may send one here.
+# The most bytes of a reply, and of data that the bus has not read. Longer messages are skipped, because
+# any program on the bus may send such a message to the gate.
 MAX_BYTES: Final = 16 * 1024 * 1024
 _HELLO: Final = 1
 _ADD_MATCH: Final = 2
@@ -78,16 +80,16 @@ _MATCH: Final = (
 
 
 class BusClientOwner(Protocol):
-    """The gate, as its own connections need it."""
+    """The part of the gate that these connections use."""
 
     def answer(self, request_serial: int, answer: Called | Refused) -> None:
-        """Answer the supervisor's request of that serial."""
+        """Answer the supervisor's request with the serial `request_serial`."""
 
     def instance_removed(self, sandbox: str, bus: str) -> None:
-        """Handle that the bus ended the server of a sandbox."""
+        """Handle the end of a sandbox's server by the bus."""
 
     def server_lost(self, sandbox: str, bus: str) -> None:
-        """Handle that the connection ended, and with it the server of a sandbox."""
+        """Handle the end of a sandbox's server by the end of the connection."""
 
 
 class BusClient:
@@ -104,13 +106,13 @@ class BusClient:
         self._sasl: Final = SaslClient(uid)
         self._is_greeting = True
         self._stream: SocketStream | None = None
-        self._early: list[bytes] = []  # sent when the stream is there
+        self._early: list[bytes] = []  # data to send once there is a stream
         self._buffer = bytearray()
         self._skip = 0  # bytes still to come of a message that is skipped
         self._waiting: Final[dict[int, BusClientCallDump]] = {}
         self._next_serial = _FIRST_CALL
         self._greeted = 0  # answers to Hello and AddMatch
-        self._may_leave = False  # a timer for that runs
+        self._may_leave = False  # a timer for the end of an idle connection runs
 
     @property
     def is_ready(self) -> bool:
@@ -126,11 +128,14 @@ class BusClient:
         self._send_call(_ADD_MATCH, DRIVER, "AddMatch", "s", body)
         try:
             connect_unix(self._loop, self.bus.address, self.uid, self._connected)
-        except (OSError, LookupError) as exc:  # there is no such user, or we may not be that one
-            self.close(f"cannot be user {self.uid}: {exc}")
+        except (
+            OSError,
+            LookupError,
+        ) as exc:  # no such user, or the gate may not change to the user
+            self.close(f"cannot act as user {self.uid}: {exc}")
 
     def close(self, reason: str) -> None:
-        """End the connection. Waiting requests are refused, and the servers that the bus made are lost."""
+        """End the connection. Waiting requests are refused, and the servers of the bus are lost."""
         if self.is_closed:
             return
         LOGGER.warning("own-connection-lost bus=%s: %s", self.bus.name, reason)
@@ -146,7 +151,7 @@ class BusClient:
             self._owner.server_lost(sandbox, self.bus.name)
 
     def hang_up(self) -> None:
-        """End the connection without a word to the owner."""
+        """End the connection without telling the owner."""
         self.is_closed = True
         if self._stream is not None:
             self._stream.close()
@@ -154,9 +159,9 @@ class BusClient:
     # -- calls ------------------------------------------------------------------------------------
 
     def call(self, request: CallBus, request_serial: int) -> None:
-        """Call the bus, and answer the request when the bus does. Raises CallRefusedError."""
+        """Call the bus, and answer the request with the reply. Raises CallRefusedError."""
         if len(self._waiting) >= MAX_WAITING:
-            text = f"bus {self.bus.name}: {MAX_WAITING} calls wait for its answer"
+            text = f"bus {self.bus.name}: {MAX_WAITING} calls wait for an answer"
             raise CallRefusedError(errors.LIMITS_EXCEEDED, text)
         serial = self._take_serial()
         self._waiting[serial] = BusClientCallDump(
@@ -171,7 +176,7 @@ class BusClient:
         self._send_call(serial, request.interface, request.member, request.signature, request.body)
 
     def call_no_reply(self, interface: str, member: str, instance: str) -> None:
-        """Call a method that ends an instance, and ask for no reply."""
+        """Call a method that ends an instance, without requesting a reply."""
         self.unclaimed.pop(instance, None)
         self.claimed.pop(instance, None)
         self._call_instance(interface, member, instance)
@@ -182,7 +187,7 @@ class BusClient:
         self._call_instance(CONTAINERS1, member, instance)
 
     def supervisor_lost(self) -> None:
-        """Give up all requests, and undo what is unclaimed."""
+        """Give up all requests, and undo all unclaimed results."""
         for serial, call in self._waiting.items():
             self._waiting[serial] = call.given_up()
         for instance, (interface, undo) in list(self.unclaimed.items()):
@@ -197,7 +202,7 @@ class BusClient:
     def _check_answered(self, serial: int) -> None:
         call = self._waiting.get(serial)
         if call is not None and call.request:
-            # The call stays, because a late answer may bring something to be undone.
+            # The call stays, because a late reply may bring an instance that has to be undone.
             self._waiting[serial] = call.given_up()
             text = f"bus {self.bus.name} did not answer {call.member} in {CALL_SECONDS:g} s"
             self._refuse(call, errors.NO_REPLY, text)
@@ -226,7 +231,8 @@ class BusClient:
 
     def _take_serial(self) -> int:
         serial = self._next_serial
-        # The serials of Hello and AddMatch are not reused, or an answer could pass for one of theirs.
+        # The serials of Hello and AddMatch are not reused. Otherwise a later reply could pass for a
+        # reply to Hello or AddMatch.
         self._next_serial = serial + 1 if serial < _LAST_SERIAL else _FIRST_CALL
         return serial
 
@@ -262,10 +268,10 @@ class BusClient:
         try:
             self._stream.write([data])
         except StreamClosedError:
-            self.close("it hung up")
+            self.close("the bus hung up")
             return
         if self._stream.queued > MAX_BYTES:
-            self.close("it does not read")
+            self.close("the bus does not read")
 
     def _connected(self, sock: socket.socket | None) -> None:
         if self.is_closed:
@@ -273,7 +279,7 @@ class BusClient:
                 sock.close()
             return
         if sock is None:
-            self.close("it cannot be reached")
+            self.close("the bus cannot be reached")
             return
         self._stream = SocketStream(self._loop, sock, self._readable, _nothing)
         early, self._early = b"".join(self._early), []
@@ -290,7 +296,7 @@ class BusClient:
         except BlockingIOError:
             return
         except StreamClosedError:
-            self.close("it hung up")
+            self.close("the bus hung up")
         except (PeerProtocolError, OSError) as exc:
             self.close(str(exc))
 
@@ -300,7 +306,7 @@ class BusClient:
             self._is_greeting = not self._sasl.done
             if self._is_greeting:
                 return
-            # If this is another bus than before, all that is known of unique names is void.
+            # If the bus has restarted, all knowledge of unique names is discarded.
             self.bus.authenticated(self._sasl.guid)
             data = self._sasl.leftover
         skipped = min(self._skip, len(data))
@@ -324,7 +330,7 @@ class BusClient:
                 self._take(header, message)
 
     def _skip_message(self, length: int) -> bool:
-        """Skip a message that is too long; return False if the end of its header is still to come."""
+        """Skip a message that is too long. Return False if the header is still incomplete."""
         header_size = measure_header(self._buffer, 0, BUS_LIMITS)
         if header_size > MAX_BYTES:
             header = skim_fixed(self._buffer)
@@ -338,7 +344,10 @@ class BusClient:
         return True
 
     def _report_skipped(self, header: Header, why: str) -> None:
-        """Log a message that is not read, and refuse it if it is a call. Raises PeerProtocolError."""
+        """Log a skipped message, and refuse the message if it is a call.
+
+        Raises PeerProtocolError for a message of the bus itself.
+        """
         if header.sender == DRIVER:
             raise PeerProtocolError(f"the bus sent an unreadable message: {why}")
         LOGGER.warning("left-out bus=%s sender=%s: %s", self.bus.name, header.sender, why)
@@ -358,7 +367,7 @@ class BusClient:
                 self._removed(str(instance))
         elif header.reply_serial in (_HELLO, _ADD_MATCH):
             if header.type == MessageType.ERROR:
-                raise PeerProtocolError(f"it refused us: {header.error_name}")
+                raise PeerProtocolError(f"the bus refused the connection: {header.error_name}")
             self._greeted = max(self._greeted, header.reply_serial)
         elif (call := self._waiting.pop(header.reply_serial or 0, None)) is not None:
             if call.leave and self._is_idle:
@@ -390,8 +399,8 @@ class BusClient:
         sandbox = self.claimed.pop(instance, None)
         if sandbox is None:
             return
-        # A bus that ends removes all servers as well, and then hangs up. Its sandboxes wait until the bus is back. So a
-        # Ping finds out which it is.
+        # A bus that exits also removes all servers, and then hangs up. In that case the sandboxes wait
+        # until the bus is back. A Ping tells the two cases apart.
         serial = self._take_serial()
         self._waiting[serial] = BusClientCallDump(
             serial=serial, interface=PEER, member="Ping", removed=sandbox
@@ -399,7 +408,7 @@ class BusClient:
         self._send_call(serial, PEER, "Ping")
 
     def _refuse_call(self, header: Header) -> None:
-        """Answer a call from another program, which would wait for ever otherwise."""
+        """Answer a call from another program with an error, because the caller waits."""
         if header.flags & Flag.NO_REPLY_EXPECTED or header.sender is None:
             return
         serial = self._take_serial()
@@ -408,7 +417,7 @@ class BusClient:
                 serial,
                 reply_serial=header.serial,
                 name=errors.UNKNOWN_METHOD,
-                text="nothing is to be called here",
+                text="this connection has no methods",
                 destination=header.sender,
             )
         )
@@ -453,7 +462,7 @@ def _nothing() -> None:
 
 
 class BusClients:
-    """All connections of the gate, by bus and user."""
+    """The gate's connections to all buses, by bus and user."""
 
     def __init__(self, loop: Loop, owner: BusClientOwner) -> None:
         self._loop: Final = loop
@@ -461,7 +470,7 @@ class BusClients:
         self._clients: Final[dict[tuple[str, int], BusClient]] = {}
 
     def call(self, bus: BusState, request: CallBus, request_serial: int) -> None:
-        """Call the bus, and answer the request when the bus does. Raises CallRefusedError."""
+        """Call the bus, and answer the request with the reply. Raises CallRefusedError."""
         client = self._get(bus.name, request.uid)
         if client is None:
             client = BusClient(self._loop, self._owner, bus, request.uid)
@@ -473,11 +482,11 @@ class BusClients:
         client.call(request, request_serial)
 
     def claim(self, sandbox: str, uid: int, servers: Mapping[str, ContainerServer]) -> None:
-        """Claim unclaimed servers for a sandbox. Raises CallRefusedError if one of them has ended."""
+        """Claim unclaimed servers for a sandbox. Raises CallRefusedError if a server has ended."""
         for bus, server in servers.items():
             client = self._get(bus, uid)
             if server.instance and (client is None or server.instance not in client.unclaimed):
-                text = f"bus {bus} does not have {server.instance} any more"
+                text = f"bus {bus} has no instance {server.instance} any more"
                 raise CallRefusedError(errors.DISCONNECTED, text)
         for bus, server in servers.items():
             if server.instance and (client := self._get(bus, uid)) is not None:
@@ -499,12 +508,12 @@ class BusClients:
                 client.call_no_reply(CONTAINERS1, server.stop, server.instance)
 
     def supervisor_lost(self) -> None:
-        """Give up all requests, and undo what is unclaimed."""
+        """Give up all requests, and undo all unclaimed results."""
         for client in self._clients.values():
             client.supervisor_lost()
 
     def close(self) -> None:
-        """End all connections. The buses end the servers, and nobody is told."""
+        """End all connections without events. The buses end the servers."""
         for client in self._clients.values():
             client.hang_up()
         self._clients.clear()
@@ -514,7 +523,7 @@ class BusClients:
         return tuple(client.dump(fds) for client in self._clients.values() if client.is_ready)
 
     def settle(self) -> None:
-        """Close connections that are not ready to be handed over: they have made nothing yet."""
+        """Close connections that are not ready for a hand-over, and so have no servers yet."""
         for client in list(self._clients.values()):
             if not client.is_ready:
                 client.close("the gate is being replaced: try again")

@@ -1,4 +1,4 @@
-"""Container servers: those that buses with Containers1 made for sandboxes, and when they end."""
+"""The servers that buses with Containers1 make for sandboxes, and the end of these servers."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -18,7 +18,7 @@ from broker.gate.sandbox.sandbox import Sandbox
 
 
 class ContainerServers:
-    """The container servers of all sandboxes. The owner of the gate's own connections to buses."""
+    """The container servers of all sandboxes, and the connections that hold the servers."""
 
     def __init__(
         self,
@@ -33,44 +33,48 @@ class ContainerServers:
         self._answer: Final = answer
 
     def set(self, sandbox: Sandbox, bus: str, server: ContainerServer | None) -> None:
-        """Set where a sandbox connects to a bus, and end the former server. Raises CallRefusedError."""
+        """Set the server of a sandbox on a bus, and end the former server. Raises CallRefusedError."""
         uid, before = sandbox.spec.uid, sandbox.spec.container_servers.get(bus)
         if server is not None:
             self.bus_clients.claim(sandbox.id, uid, {bus: server})
-        if before is not None:  # and no other program would end it
+        if before is not None:  # No other program would end the former server.
             self.bus_clients.stop(uid, {bus: before})
         sandbox.set_container_server(bus, server)
         self.follow(sandbox)
 
     def follow(self, sandbox: Sandbox) -> None:
-        """End the servers of a sandbox that is over, and their listening if the sandbox does not listen any more."""
+        """End the servers of an ended sandbox.
+
+        The servers of a sandbox that does not listen any more stop listening.
+        """
         uid, servers = sandbox.spec.uid, sandbox.spec.container_servers
         if sandbox.is_over:
             self.bus_clients.stop(uid, servers)
         elif not sandbox.is_listening:
             for bus, server in servers.items():
-                # The bus would refuse connections that are on their way, and ends a server without connections.
+                # A connection attempt must be complete before the server stops listening. Otherwise
+                # the bus would refuse the connection, or would end a server without connections.
                 if server.stop_listening and not sandbox.is_connecting(bus):
                     self.bus_clients.stop_listening(uid, {bus: server})
                     told = msgspec.structs.replace(server, stop_listening="")
                     sandbox.set_container_server(bus, told)
 
     def answer(self, request_serial: int, answer: Called | Refused) -> None:
-        """Answer the supervisor's request of that serial."""
+        """Answer the supervisor's request with the serial `request_serial`."""
         self._answer(request_serial, answer)
 
     def instance_removed(self, sandbox: str, bus: str) -> None:
-        """End a sandbox whose server a bus has ended, for whatever reason."""
+        """End a sandbox whose server a bus has ended."""
         found = self._sandboxes.get(sandbox)
         if found is None:
             return
         if found.is_listening or found.has_connections(bus):
             found.stop("instance-removed")
-        else:  # the server did not listen any more, and its last connection has left
+        else:  # The server did not listen any more, and the last connection has left.
             found.set_container_server(bus, None)
 
     def server_lost(self, sandbox: str, bus: str) -> None:
-        """Let connections to a bus that has lost a server wait, and tell the supervisor, which recreates the server."""
+        """Tell the supervisor, which recreates the server. Connections to the bus wait meanwhile."""
         if (found := self._sandboxes.get(sandbox)) is not None:
             found.set_container_server(bus, ContainerServer())
             self._emit(ContainerServerLost(sandbox, bus))

@@ -1,1 +1,1 @@
-"""Handing all state over from one gate process to the next."""
+"""Hand-over of the whole state from a gate process to the next."""

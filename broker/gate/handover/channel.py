@@ -1,19 +1,20 @@
-"""The hand-over from gate to gate: words, frames and descriptors on the socket between the two.
+"""The hand-over from gate to gate: words, frames and descriptors on the socket between the gates.
 
     new gate                                  old gate
-     | -- Offer: the versions that it reads -> |
-     | <- HandoverHeader --------------------- | serves nobody meanwhile
-     | <- SandboxDump, once a sandbox -------- |
-     | loads each, dumps it again, compares    |
+     | -- Offer, with readable versions -----> |
+     | <- HandoverHeader --------------------- | does not serve meanwhile
+     | <- SandboxDump, for each sandbox ------ |
+     | loads each dump, dumps again, compares  |
      | -- Ready -----------------------------> |
      | <- Go --------------------------------- | exits
      | serves                                  |
 
-The old gate decides. Until it has said Go, the new gate reads from nobody and writes to nobody. Either side may say
-Failed, end, or be silent for too long instead of any step. Then the old gate raises HandoverError and serves again,
-because all that the new gate had were copies.
+The old gate decides. Until the Go, the new gate reads from no connection and writes to no connection. At
+any step, either side may say Failed, exit, or be silent for too long. Then the old gate raises
+HandoverError and serves again, because the new gate has only copies.
 
-The old gate does nothing else during a hand-over, so its state does not change meanwhile, and no step may take long.
+The old gate does nothing else during a hand-over. So the state does not change meanwhile, and no step may
+take long.
 """
 
 import gc
@@ -30,21 +31,21 @@ from broker.posix.descriptors import ANCILLARY_SIZE, SCM_MAX_FD, close_fds, rece
 
 # Bytes of one packet. Several packets fit into the buffer of the socket.
 PACKET: Final = 65536
-# Bytes. A frame has all that one sandbox may have queued and held, on all its connections.
+# Bytes. A frame has all data that a sandbox may have queued and held, on all connections.
 MAX_FRAME: Final = 1 << 40
-_HEAD: Final = struct.Struct("<QI")  # bytes and descriptors that follow
+_HEAD: Final = struct.Struct("<QI")  # number of bytes and of descriptors that follow
 Dump = Callable[[Fds], SandboxDump]
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The new gate has started, and can read these versions."""
+    """The new gate has started, and reads the versions `reads`."""
 
     pid: int
     reads: tuple[int, ...]
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The new gate has loaded everything, and has compared its own dump with it."""
+    """The new gate has loaded the state, and an own dump is equal to the received state."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -54,7 +55,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Go(msgspec.Struct, frozen=True, tag=True):
-    """The old gate reads no more: the new gate begins."""
+    """The old gate reads no more, and the new gate begins."""
 
 
 Word = Offer | Ready | Failed | Go
@@ -67,7 +68,8 @@ class Channel:
 
     def __init__(self, fd: int, seconds: float) -> None:
         self._sock: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
-        # For a step: a gate that has much to read may take long, but may not be silent.
+        # The limit is for a step. A gate with a large state may take longer in all, but must not be
+        # silent.
         self._seconds: Final = seconds
         self._sock.settimeout(seconds)
 
@@ -86,7 +88,7 @@ class Channel:
         return decode_word(data)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send a frame with its descriptors, which stay the caller's as well."""
+        """Send a frame with descriptors, which stay open in the caller."""
         rest = memoryview(_HEAD.pack(len(data), len(fds)) + data)
         while rest or fds:
             # A message with descriptors has at least one byte.
@@ -94,10 +96,10 @@ class Channel:
             rest, fds = rest[PACKET:], fds[SCM_MAX_FD:]
 
     def receive(self) -> tuple[bytes, list[int]]:
-        """Wait for a frame. The caller owns its descriptors."""
+        """Wait for a frame. The caller owns the returned descriptors."""
         first, fds = self._receive()
         if len(first) < _HEAD.size:
-            raise HandoverError("the other gate said something else than expected")
+            raise HandoverError("unexpected answer of the other gate")
         size, count = _HEAD.unpack_from(first)
         if size > MAX_FRAME:
             raise HandoverError(f"a frame of {size} bytes")
@@ -128,7 +130,7 @@ class Channel:
         except ConnectionError:
             raise HandoverError("the other gate ended") from None
         except OSError as exc:
-            raise HandoverError(f"cannot hear the other gate: {exc.strerror}") from exc
+            raise HandoverError(f"cannot receive from the other gate: {exc.strerror}") from exc
         fds = received_fds(ancillary)
         if flags & socket.MSG_CTRUNC:
             raise HandoverError("no room for all descriptors")
@@ -150,8 +152,8 @@ def hand_over(
     if not isinstance(offer, Offer) or VERSION not in offer.reads:
         reads = offer.reads if isinstance(offer, Offer) else ()
         known = ", ".join(map(str, reads)) or "nothing"
-        raise HandoverError(f"it reads hand-over version {known}; this one writes {VERSION}")
-    gc.disable()  # a collection would only look at all of it, in vain
+        raise HandoverError(f"the new gate reads hand-over version {known}, not {VERSION}")
+    gc.disable()  # The dumps are no garbage, so a collection would be wasted time.
     try:
         for dump in (header, *dumps):
             channel.send(*_write(dump))
@@ -161,7 +163,7 @@ def hand_over(
     if isinstance(answer, Failed):
         raise HandoverError(answer.text)
     if not isinstance(answer, Ready):
-        raise HandoverError("the other gate said something else than expected")
+        raise HandoverError("unexpected answer of the other gate")
     channel.say(Go())
 
 
@@ -171,12 +173,15 @@ def _write(dump: Callable[[Fds], msgspec.Struct]) -> tuple[bytes, list[int]]:
         return encode(dump(fds)), fds.all
     except HandoverError:
         raise
-    except Exception as exc:  # a defect of ours, after which this gate still serves
-        raise HandoverError(f"the state cannot be written down: {exc!r}") from exc
+    except Exception as exc:  # A defect of the gate, which still serves.
+        raise HandoverError(f"the state cannot be dumped: {exc!r}") from exc
 
 
 def exit_now(last: Callable[[], None]) -> NoReturn:
-    """Call `last`, and end this process without closing anything, because the other gate has it all open."""
+    """Call `last`, and exit without closing anything.
+
+    The new gate serves the same sockets, which a shutdown here would end.
+    """
     try:
         last()
     finally:
@@ -186,9 +191,9 @@ def exit_now(last: Callable[[], None]) -> NoReturn:
 def dump_equals(
     dump: Callable[[Fds], msgspec.Struct], received: msgspec.Struct, fds: Sequence[int]
 ) -> bool:
-    """Return whether dumping again gives what was received."""
+    """Return whether a new dump is equal to the received dump."""
     again = Fds()
-    # As values: a newer gate may write more fields than an older one.
+    # The comparison is of values, because a newer gate may write more fields than an older gate.
     return dump(again) == received and again.all == list(fds)
 
 
@@ -202,7 +207,7 @@ def decode_word(data: bytes) -> Word:
     try:
         word: Word = _words.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise HandoverError(f"the other gate said something else than expected: {exc}") from exc
+        raise HandoverError(f"unexpected answer of the other gate: {exc}") from exc
     return word
 
 

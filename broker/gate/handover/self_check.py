@@ -1,4 +1,4 @@
-"""Self check of a gate that is to take over: a connection that leads nowhere is judged as it should be."""
+"""Self check of a gate before taking over: judge three messages on a connection to no bus."""
 
 import time
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class _NoSandbox:
 
 
 def check_judgement() -> None:
-    """Judge a Hello, an allowed call and a denied one, on a connection to no bus. Raises HandoverError."""
+    """Judge a Hello, an allowed call and a denied call. Raises HandoverError."""
     rules = AccessList(rules=(Rule(access=frozenset({Access.SEND}), name="org.example.Yes"),))
     host = _NoSandbox()
     judge = Judge(rules, bus="none", me=host.identity)
@@ -68,7 +68,7 @@ def check_judgement() -> None:
         and host.denials == 1
     )
     if not good:
-        raise HandoverError("it does not judge as it should")
+        raise HandoverError("the self check failed: wrong verdicts")
 
 
 def _call(serial: int, name: str, member: str) -> bytes:
@@ -78,7 +78,7 @@ def _call(serial: int, name: str, member: str) -> bytes:
 
 
 def _answer_all(judging: Filter) -> None:
-    """Answer like a bus without other connections."""
+    """Answer calls like a bus without other connections."""
     while judging.state.to_bus:
         sent = b"".join(bytes(item) for item in judging.state.to_bus if isinstance(item, bytes))
         judging.state.to_bus.clear()

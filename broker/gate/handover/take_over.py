@@ -1,4 +1,4 @@
-"""The new gate's side of a hand-over: load everything, compare it with the dumps, and only then say Ready."""
+"""The new gate's side of a hand-over: load the state, compare with the dumps, and then say Ready."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,20 +24,20 @@ from policy.match import Judge
 from policy.rules import AccessList, Identity
 
 LOGGER: Final = logging.getLogger(__name__)
-# Seconds. The old gate has a limit of its own; this one is for an old gate that was stopped, or hangs.
+# Seconds. The old gate has a shorter limit. The limit here is for an old gate that was stopped or hangs.
 LONGEST_WAIT: Final = 600.0
-# Compiled rules: by app and list, then by bus.
+# Compiled rules, by app and list, and then by bus.
 _Known = dict[tuple[Identity, AccessList], dict[str, Judge]]
 
 
 class Successor(Protocol):
-    """The new gate, as far as a hand-over fills it."""
+    """The part of the new gate that a hand-over fills."""
 
     def load(self, header: HandoverHeader, fds: Sequence[int]) -> None:
-        """Restore all state but that of the sandboxes."""
+        """Restore all state except that of the sandboxes."""
 
     def add_empty(self, dump: SandboxDump) -> Sandbox:
-        """Return a new sandbox of the dump's id, into which the dump is to be loaded."""
+        """Add an empty sandbox with the id of `dump`, for the caller to load."""
 
     def dumper(self, serial: int, protocol: int, pid: int) -> Callable[[Fds], HandoverHeader]:
         """Return the function that makes the first frame of a hand-over."""
@@ -50,9 +50,10 @@ def offer(channel: Channel, pid: int) -> None:
 
 
 def take_over(channel: Channel, gate: Successor) -> HandoverHeader:
-    """Receive and load everything, and wait for Go. `gate.resume` is next.
+    """Receive and load the state, and wait for Go. The next call is `gate.resume`.
 
-    Raises HandoverError. Then the caller ends the process without closing anything, because the old gate has it all open.
+    Raises HandoverError. Then the caller exits without closing anything, because the old gate serves the
+    same sockets.
     """
     data, fds = channel.receive()
     header = decode_header(data)
@@ -60,7 +61,8 @@ def take_over(channel: Channel, gate: Successor) -> HandoverHeader:
         raise HandoverError(f"hand-over version {header.version} is not known here")
     if header.protocol != PROTOCOL:
         raise HandoverError(
-            f"it speaks control protocol {PROTOCOL}, the supervisor {header.protocol}: restart that one"
+            f"the new gate speaks control protocol {PROTOCOL}, the supervisor {header.protocol}:"
+            " restart the supervisor"
         )
     try:
         gate.load(header, fds)
@@ -69,13 +71,13 @@ def take_over(channel: Channel, gate: Successor) -> HandoverHeader:
             _take_sandbox(channel, gate, known)
     except HandoverError:
         raise
-    except Exception as exc:  # whatever it is, the old gate still serves
-        raise HandoverError(f"the state does not work out here: {exc!r}") from exc
+    except Exception as exc:  # After any error the old gate still serves.
+        raise HandoverError(f"the state cannot be loaded: {exc!r}") from exc
     if not dump_equals(gate.dumper(header.serial, header.protocol, header.pid), header, fds):
-        raise HandoverError("what came of the old gate's state differs from it")
+        raise HandoverError("the loaded state differs from the old gate's state")
     channel.say(Ready())
     if not isinstance(channel.hear(), Go):
-        raise HandoverError("the other gate said something else than expected")
+        raise HandoverError("unexpected answer of the other gate")
     LOGGER.info("taken-over from=%d: %d sandboxes", header.pid, header.sandboxes)
     return header
 
@@ -89,26 +91,26 @@ def _take_sandbox(channel: Channel, gate: Successor, known: _Known) -> None:
     problem = _load(sandbox, dump, fds, judges)
     if not problem:
         return
-    # One sandbox must not prevent an upgrade, so it is served without the connections that it had.
-    LOGGER.error("not-taken-over sandbox=%s: %s: its connections end", sandbox.id, problem)
+    # A single sandbox must not prevent an upgrade. So the sandbox is served without its connections.
+    LOGGER.error("not-taken-over sandbox=%s: %s: all connections end", sandbox.id, problem)
     sandbox.discard()
     bare, kept, lost = without_connections(dump, fds)
     sandbox = gate.add_empty(bare)
     if problem := _load(sandbox, bare, kept, judges):
         raise HandoverError(f"{sandbox.id}: {problem}")
-    close_fds(fds[len(kept) :])  # copies, which the old gate still has
+    close_fds(fds[len(kept) :])  # The old gate still has the originals.
     sandbox.lost.extend(lost)
 
 
 def _load(sandbox: Sandbox, dump: SandboxDump, fds: Sequence[int], judges: dict[str, Judge]) -> str:
-    """Load a sandbox; return the problem, if there is one."""
+    """Load a sandbox. Return a description of the problem, or an empty text."""
     try:
         sandbox.load(dump, fds, judges)
         if dump_equals(sandbox.dump, dump, fds):
             return ""
-    except Exception as exc:  # noqa: BLE001 - whatever it is, only this sandbox has it
+    except Exception as exc:  # noqa: BLE001 - an error in a sandbox's state affects that sandbox alone
         return repr(exc)
-    return "what came of it differs from what it was"
+    return "the loaded state differs from the old gate's state"
 
 
 def without_connections(
@@ -120,7 +122,7 @@ def without_connections(
     """
     used = [at for _, at in dump.listening] + [dump.close_pipe] * (dump.close_pipe >= 0)
     if used != list(range(len(used))):
-        raise HandoverError("the descriptors are in another order than expected")
+        raise HandoverError("unexpected order of descriptors")
     bare = msgspec.structs.replace(dump, connections=(), lingering=(), waiting=())
     states = [
         (connection.bus, connection.filter.state)

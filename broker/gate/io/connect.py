@@ -24,20 +24,20 @@ OnConnected = Callable[[socket.socket | None], None]
 
 
 class Connector(Protocol):
-    """The connections to a bus: how they are made, and how they authenticate."""
+    """The way in which connections to a bus are made and authenticated."""
 
     def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
-        """Connect to `address` as that user; `done` gets the socket, or None."""
+        """Connect to `address` as user `uid`, and call `done` with the socket or None."""
 
     def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
         """Return the client side of the handshake on a new connection."""
 
 
 class UnixConnector:
-    """Connects to buses behind unix sockets. The socket tells the bus the user."""
+    """A connector to buses behind unix sockets. The socket tells the bus the user."""
 
     def connect(self, loop: Loop, address: str, uid: int, done: OnConnected) -> None:
-        """Connect to the first place of `address` that answers; `done` gets the socket, or None."""
+        """Connect to the first place of `address` that answers."""
         connect_unix(loop, address, uid, done)
 
     def make_client(self, sock: socket.socket, uid: int) -> AuthClient:
@@ -46,7 +46,10 @@ class UnixConnector:
 
 
 def connect_unix(loop: Loop, address: str, uid: int, done: OnConnected) -> None:
-    """Connect to the first address that answers; `done` gets the socket, or None."""
+    """Connect to the first place of `address` that answers.
+
+    `done` is called with the socket, or with None after a failure.
+    """
     try:
         places = parse_address(address)
     except ConfigError as exc:
@@ -95,7 +98,10 @@ class _UnixAttempt:
 
 @contextmanager
 def _as_user(uid: int) -> Iterator[None]:
-    """Take the user and groups of a user for a moment, because a bus looks at those of connect(2)."""
+    """Change the effective user and groups for a moment.
+
+    A bus sees the user and groups that the process has during connect(2).
+    """
     mine = os.geteuid()
     if uid == mine:
         yield

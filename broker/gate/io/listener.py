@@ -1,16 +1,17 @@
 """Accept connections of a sandbox without ever blocking for more than 20 ms.
 
-The creator of a sandbox may have made its listening socket. Then it holds the same open file description, and shares
-O_NONBLOCK and the queue of connections with the gate. So neither the flag nor poll(2) keeps accept(2) from blocking:
+The creator of a sandbox may have made the listening socket. Then the creator holds the same open file
+description, and shares O_NONBLOCK and the queue of connections with the gate. So neither the flag nor
+poll(2) keeps accept(2) from blocking:
 
     creator                       gate
      |                             | O_NONBLOCK on
      |                             | poll: a connection waits
      | O_NONBLOCK off              |
-     | accept: takes it            |
+     | accept: takes the connection|
      |                             | accept: blocks
      |                             | 5, 10, 15 ms: SIGALRM, O_NONBLOCK on; Python repeats accept
-     |                             |   -> EAGAIN, or it blocks again if the creator was faster
+     |                             |   -> EAGAIN, or accept blocks again if the creator was faster
      |                             | 20 ms: SIGALRM, KeptWaitingError; the caller closes the socket
 
 See docs/decisions/0016-accept-is-interrupted.md.
@@ -34,10 +35,10 @@ from broker.posix.sockets import unlink_socket
 LISTENING: Final = READABLE | select.EPOLLRDHUP
 # Events after which a listening socket accepts no more, because it was shut down.
 SHUT_DOWN: Final = BROKEN | select.EPOLLRDHUP
-# Errors that may be over a moment later, when a program has freed the resource.
+# Errors that may go away in a moment, when a program frees the resource.
 SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 PAUSE: Final = 0.1  # seconds
-# Connections taken in one turn of the loop, so that one sandbox does not keep the others waiting.
+# Connections accepted in one turn of the loop. The limit keeps a sandbox from delaying the others.
 A_TURN: Final = 16
 # The time until an accept is interrupted, and the most interrupts: 20 ms together.
 INTERRUPT: Final = 0.005  # seconds
@@ -60,7 +61,7 @@ class _Interrupter:
         signal.setitimer(signal.ITIMER_REAL, INTERRUPT, INTERRUPT)
 
     def __exit__(self, *_exc: object) -> None:
-        # A signal that is already on its way must not raise.
+        # A signal that is already pending must not raise.
         self._left = -1
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -69,15 +70,16 @@ class _Interrupter:
             return
         self._left -= 1
         if not self._left:
-            raise KeptWaitingError(errno.EAGAIN, "its creator makes it block")
+            raise KeptWaitingError(errno.EAGAIN, "the creator of the socket makes accept block")
         with suppress(OSError):
             self._sock.setblocking(False)
 
 
 def accept_nowait(sock: socket.socket, *, shared: bool = False) -> socket.socket | None:
-    """Accept a connection; None if none waits.
+    """Accept a connection, or return None if no connection waits.
 
-    `shared`: another program may hold the listening socket. Raises OSError, and KeptWaitingError after 20 ms.
+    `shared` says that another program may hold the listening socket. Raises OSError, and
+    KeptWaitingError after 20 ms.
     """
     sock.setblocking(False)
     waiting = select.poll()
@@ -85,7 +87,7 @@ def accept_nowait(sock: socket.socket, *, shared: bool = False) -> socket.socket
     if not waiting.poll(0):
         return None
     try:
-        # Only the main thread gets signals, and in a gate only that one accepts.
+        # Only the main thread receives signals. In a gate, only the main thread accepts.
         if shared and threading.current_thread() is threading.main_thread():
             with _Interrupter(sock):
                 connection = sock.accept()[0]
@@ -103,29 +105,33 @@ class ListenerOwner(Protocol):
     """The sandbox of a listening socket."""
 
     def may_accept(self) -> bool:
-        """Return False if no connection is to be taken now; the owner calls `resume` later."""
+        """Return whether to accept a connection now. After False the owner calls `resume` later."""
 
     def on_connection(self, listening: "ListeningSocket", connection: socket.socket) -> None:
-        """Take a connection, which is the owner's from here on."""
+        """Take a connection, which belongs to the owner from here on."""
 
     def on_scarce(self, why: str) -> None:
-        """Note that no connection can be taken for a moment."""
+        """Note that no connection can be accepted for a moment."""
 
     def on_lost(self, listening: "ListeningSocket", why: str) -> None:
-        """Close the listening socket: no connection can be taken any more."""
+        """Close the listening socket, which cannot accept connections any more."""
 
     def failed(self, exc: Exception) -> None:
-        """End the sandbox after an error that is none of the above."""
+        """End the sandbox after any other error."""
 
 
 class ListeningSocket:
-    """A listening socket in the loop, with the file that it is bound to.
+    """A listening socket in the loop, with the file of the socket.
 
-    The socket accepts while nothing pauses it: its owner may, and for a moment a lack of descriptors does.
+    The socket accepts connections unless paused. The owner may pause the socket, and a lack of
+    descriptors pauses the socket for a moment.
     """
 
     def __init__(self, loop: Loop, fd: int, spec: Listener, owner: ListenerOwner) -> None:
-        """Make a listening socket of a descriptor, which is its own from here on. `start` comes next."""
+        """Make a listening socket of a descriptor, which belongs to the object from here on.
+
+        The next call is `start`.
+        """
         self.spec: Final = spec
         self.sock: Final = socket.socket(fileno=fd)
         self._loop: Final = loop
@@ -134,16 +140,19 @@ class ListeningSocket:
         self._is_paused = False
 
     def start(self) -> None:
-        """Accept connections. Raises OSError if the loop has no room; `close` is needed also then."""
+        """Accept connections. Raises OSError if the loop has no room.
+
+        The owner calls `close` also after an error.
+        """
         self._loop.add(self.fd, LISTENING, self._readable)
 
     @property
     def fd(self) -> int:
-        """The descriptor."""
+        """The descriptor of the socket."""
         return self.sock.fileno()
 
     def pause(self) -> None:
-        """Leave new connections in the kernel's queue. The end of the socket is noticed all the same."""
+        """Leave new connections in the kernel's queue. The end of the socket is still noticed."""
         self._is_paused = True
         self._loop.change(self.fd, 0)
 
@@ -154,7 +163,7 @@ class ListeningSocket:
             self._loop.change(self.fd, LISTENING)
 
     def close(self) -> None:
-        """Close the socket and unlink its file, if the file is the gate's to unlink."""
+        """Close the socket, and unlink the file if the gate has to."""
         self._is_closed = True
         self._loop.remove(self.fd)
         self.sock.close()
@@ -169,10 +178,10 @@ class ListeningSocket:
     def _readable(self, events: int) -> None:
         try:
             if events & SHUT_DOWN:
-                self._owner.on_lost(self, "its creator has shut it down")
+                self._owner.on_lost(self, "the creator has shut down the socket")
             else:
                 self._accept_some()
-        except Exception as exc:  # noqa: BLE001 - the owner knows what it means
+        except Exception as exc:  # noqa: BLE001 - the owner decides about the error
             self._owner.failed(exc)
 
     def _accept_some(self) -> None:
@@ -196,5 +205,5 @@ class ListeningSocket:
             self._owner.on_scarce(exc.strerror or "")
             self.pause()
             self._loop.call_later(PAUSE, self.resume)
-        else:  # an error that lasts: the socket would be readable for ever
+        else:  # The error lasts, and the socket would be readable for ever.
             self._owner.on_lost(self, exc.strerror or "")

@@ -1,8 +1,9 @@
 """The event loop of the gate: level-triggered epoll, callbacks, timers.
 
-The gate does not use trio, because a wake-up there costs a re-arm of the descriptor and a task switch: a fifth of a
-round trip (docs/decisions/0001-the-gate-has-its-own-loop.md). All callbacks are synchronous and short. A callback that
-raises ends the gate, so the code that serves a peer has to catch the errors that the peer can cause.
+The gate does not use trio, because a wake-up there costs a re-arm of the descriptor and a task switch,
+which is a fifth of a round trip (docs/decisions/0001-the-gate-has-its-own-loop.md). All callbacks are
+synchronous and short. A callback that raises ends the gate. So the code that serves a peer has to catch
+the errors that the peer can cause.
 
     one turn:   due timers  ->  epoll_wait  ->  handlers of ready descriptors  ->  callbacks of `next_turn`
 """
@@ -16,7 +17,7 @@ from typing import Final
 
 READABLE: Final = select.EPOLLIN
 WRITABLE: Final = select.EPOLLOUT
-# Events that epoll reports without being asked.
+# Events that epoll always reports.
 BROKEN: Final = select.EPOLLHUP | select.EPOLLERR
 MAX_EVENTS: Final = 64
 
@@ -24,7 +25,7 @@ Handler = Callable[[int], None]
 
 
 class Timer:
-    """A call at a time of the loop's clock. A cancelled timer stays in the heap without its callback."""
+    """A call at a time of the loop's clock. A cancelled timer stays in the heap without callback."""
 
     __slots__ = ("callback", "when")
 
@@ -63,22 +64,25 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Remove a descriptor. Do so before closing it, because its number may be reused at once."""
+        """Remove a descriptor.
+
+        Remove a descriptor before closing, because the kernel may reuse the number at once.
+        """
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """Call once, after so many seconds."""
+        """Call `callback` once, after `seconds`."""
         return self.call_at(self._clock() + seconds, callback)
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Call once, at that time of the loop's clock."""
+        """Call `callback` once, at the time `when` of the loop's clock."""
         timer = Timer(callback, when)
         heapq.heappush(self._timers, (when, next(self._order), timer))
         return timer
 
     def next_turn(self, callback: Callable[[], None]) -> None:
-        """Call once, after all handlers of this turn."""
+        """Call `callback` once, after all handlers of this turn."""
         self._next_turn.append(callback)
 
     def stop(self) -> None:
@@ -108,7 +112,7 @@ class Loop:
         self._epoll.close()
 
     def _run_timers(self) -> float:
-        """Call the due timers; return the seconds to the next timer, or -1 without any."""
+        """Call the due timers. Return the seconds to the next timer, or -1 without timers."""
         while self._timers and self._running:
             when, _, timer = self._timers[0]
             left = when - self._clock()

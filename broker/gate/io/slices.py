@@ -1,4 +1,7 @@
-"""Long work of the whole gate, such as compiling rules: a slice in each turn of the loop, so that nobody waits long."""
+"""Long work of the whole gate, such as compiling rules, cut into slices.
+
+Each turn of the loop does a slice, so that apps do not wait for the whole work.
+"""
 
 from collections.abc import Callable
 from typing import Final
@@ -9,7 +12,7 @@ from broker.wire.errors import CallRefusedError
 
 
 class Sliced:
-    """A piece of work that is done in slices; `ended` is called with its outcome."""
+    """A piece of work that is done in slices. `ended` is called with the error, or with None."""
 
     def __init__(
         self, loop: Loop, work: Work, ended: Callable[[CallRefusedError | None], None]
@@ -20,9 +23,10 @@ class Sliced:
         self._later: Callable[[], None] | None = None
 
     def begin(self, later: Callable[[], None]) -> bool:
-        """Do the first slice; return True if that was all.
+        """Do the first slice. Return whether the work is complete.
 
-        Otherwise the rest follows in later turns of the loop, and `later` is called after the last slice.
+        Otherwise the rest follows in later turns of the loop, and `later` is called after the last
+        slice.
         """
         if self._slice():
             return True

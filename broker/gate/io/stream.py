@@ -1,7 +1,7 @@
-"""A stream socket in the loop: reads with descriptors, and writes with a queue for what the other end does not take.
+"""A stream socket in the loop, with descriptors, and a queue for unsent messages.
 
-A stream that is paused is still watched for hang-ups. epoll would report a hang-up in every turn until somebody reads,
-so the stream leaves the loop then, and comes back with the next `pause(reading=True)`:
+A paused stream is still watched for hang-ups. epoll would report a hang-up in every turn until a read.
+So the stream leaves the loop after a hang-up, and comes back with the next `pause(reading=True)`:
 
     in the loop, reading  --pause-->  in the loop, not reading  --hang-up-->  away
             ^                                 |                                |
@@ -23,14 +23,14 @@ from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary, close_fds, recei
 from broker.wire.errors import PeerProtocolError
 
 READ_SIZE: Final = 65536
-# After a full read: fewer system calls, and fewer messages that are cut by the end of a read.
+# After a full read. A larger read needs fewer system calls, and cuts fewer messages in two.
 READ_SIZE_FOR_MUCH: Final = 262144
-# Plain integers: an operation on the socket module's enum members runs Python code, once a message.
-# MSG_DONTWAIT instead of O_NONBLOCK, which every process that holds the socket may clear.
+# Plain integers, because an operation on the socket module's enum members runs Python code for every
+# message. MSG_DONTWAIT replaces O_NONBLOCK, which every process that holds the socket may clear.
 DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC) | DONTWAIT
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
-# Parts of one sendmsg; the kernel takes 1024 (UIO_MAXIOV).
+# Parts of one sendmsg. The kernel accepts up to 1024 (UIO_MAXIOV).
 MAX_PARTS: Final = 64
 
 
@@ -56,12 +56,13 @@ class SocketStream:
         self._queue: deque[Chunk] = EMPTY_QUEUE
         self.queued = 0  # bytes that the other end has not taken
         self.queued_fds = 0
-        self.is_behind = False  # the queue has, or had when more came, more than one message
+        # The queue has more than one message, or was not empty when the last message came.
+        self.is_behind = False
         self.handler: Callable[[int], None] = self.on_event
-        # True: the stream is read, and nothing that waits has to go before the next message (fast_path.py).
+        # The stream is read, and nothing waits that has to go before the next message (fast_path.py).
         self.is_clear = False
         self._reading = True
-        self._is_away = False  # the other end hung up while paused: not in the loop
+        self._is_away = False  # out of the loop, because the other end hung up during a pause
         self._events: int = READABLE
         self._recvmsg = sock.recvmsg
         self._read_size = READ_SIZE
@@ -69,7 +70,7 @@ class SocketStream:
         loop.add(self.fd, READABLE, self.handler)
 
     def read(self) -> tuple[bytes, Sequence[int]]:
-        """Read once; return bytes and descriptors.
+        """Read once, and return bytes and descriptors.
 
         Raises StreamClosedError, BlockingIOError and PeerProtocolError.
         """
@@ -80,21 +81,28 @@ class SocketStream:
         return self.received(data, ancillary, flags)
 
     def read_or_lose_fds(self) -> tuple[bytes, Sequence[int], bool]:
-        """Read once; return bytes, descriptors, and whether there was no room for descriptors. Raises as `read`."""
+        """Read once, also if the process has no room for descriptors.
+
+        Return bytes, descriptors, and whether descriptors were lost. Raises StreamClosedError,
+        BlockingIOError and PeerProtocolError.
+        """
         try:
             data, ancillary, flags, _ = self._recvmsg(self._read_size, ANCILLARY_SIZE, RECEIVE)
         except ConnectionError as exc:
             raise StreamClosedError from exc
         if not flags & TRUNCATED:
             return (*self.received(data, ancillary, flags), False)
-        # Some descriptors of a message are of no use without the others.
+        # A part of the descriptors of a message is of no use.
         close_fds(received_fds(ancillary) if ancillary else ())
         return data, (), True
 
     def received(
         self, data: bytes, ancillary: Sequence[Ancillary], flags: int
     ) -> tuple[bytes, Sequence[int]]:
-        """Return the bytes and descriptors of a recvmsg. Raises StreamClosedError and PeerProtocolError."""
+        """Return the bytes and descriptors of a recvmsg.
+
+        Raises StreamClosedError and PeerProtocolError.
+        """
         self._read_size = READ_SIZE if len(data) < READ_SIZE else READ_SIZE_FOR_MUCH
         fds = received_fds(ancillary) if ancillary else ()
         if flags & TRUNCATED:
@@ -106,10 +114,10 @@ class SocketStream:
         return data, fds
 
     def write(self, output: Output) -> None:
-        """Send all of `output`, and queue what the other end does not take; `output` is emptied.
+        """Send all of `output`, which is then empty. Queue the bytes that the other end does not take.
 
-        Raises StreamClosedError, but not for an end that has hung up: its last bytes are still to be read, and `read`
-        raises the error after them.
+        Raises StreamClosedError, except if the other end has hung up. In that case the last bytes of
+        the other end are still to be read, and `read` raises the error afterwards.
         """
         if not self._queue and len(output) == 1 and output[0].__class__ is bytes:
             data = output[0]
@@ -135,13 +143,13 @@ class SocketStream:
         self.is_behind = len(self._queue) > 1 or (was_waiting and bool(self._queue))
 
     def set_handler(self, handler: Callable[[int], None]) -> None:
-        """Set another handler in the loop, which calls `on_event` for all that it does not do itself."""
+        """Set another handler in the loop, which leaves other events to `on_event`."""
         self.handler = handler
         if not self._is_away:
             self._loop.replace(self.fd, handler)
 
     def queue(self, data: bytes) -> None:
-        """Queue the rest of a message that another wrote in part."""
+        """Queue the rest of a message whose beginning the caller has written."""
         self._enqueue(Chunk(data, ()))
         self._listen()
 
@@ -152,7 +160,7 @@ class SocketStream:
             self._listen()
 
     def dump(self, fds: Fds) -> StreamDump:
-        """Return the socket and its queue, descriptors as indexes."""
+        """Return the socket and the queue, with descriptors as indexes."""
         return StreamDump(
             fd=fds.put(self.fd),
             queue=tuple(ChunkDump(bytes(c.data), fds.put_all(c.fds)) for c in self._queue),
@@ -160,14 +168,14 @@ class SocketStream:
         )
 
     def load(self, dump: StreamDump, fds: Sequence[int]) -> None:
-        """Restore the queue from `dump`, and read if it says so."""
+        """Restore the queue and the pause from `dump`."""
         for one in dump.queue:
             self._enqueue(Chunk(one.data, pick(fds, one.fds)))
         self._reading = dump.reading
         self._listen()
 
     def drain(self, seconds: float) -> None:
-        """Wait at most that long until the queue is empty. Nothing else is served meanwhile."""
+        """Wait at most `seconds` until the queue is empty. The gate serves nothing else meanwhile."""
         deadline = time.monotonic() + seconds
         taking = select.poll()
         taking.register(self.fd, select.POLLOUT)
@@ -188,7 +196,7 @@ class SocketStream:
         self.sock.detach()
 
     def release(self) -> socket.socket:
-        """Leave the loop, drop the queue, and return the socket: its owner will shut it down there."""
+        """Leave the loop, drop the queue, and return the socket, which the caller has to close."""
         self._loop.remove(self.fd)
         self._drop_queue()
         return self.sock
@@ -200,7 +208,7 @@ class SocketStream:
         self.queued = self.queued_fds = 0
 
     def on_event(self, events: int) -> None:
-        """Read or write, as the events of the loop say."""
+        """Read or write according to the events of the loop."""
         if events == READABLE:
             if self._reading:
                 self.readable()
@@ -209,7 +217,7 @@ class SocketStream:
             try:
                 self._flush()
             except StreamClosedError:
-                events |= READABLE  # the read fails as well, and its caller ends the connection
+                events |= READABLE  # The read fails as well, and its caller ends the connection.
             else:
                 if not self._queue:
                     self.is_behind = False
@@ -218,7 +226,7 @@ class SocketStream:
             if events & (READABLE | BROKEN):
                 self.readable()
         elif events & BROKEN and not self._is_away:
-            # Level-triggered: epoll would report the hang-up in every turn.
+            # epoll is level-triggered, and would report the hang-up in every turn.
             self._is_away = True
             self._loop.remove(self.fd)
 
@@ -261,7 +269,7 @@ class SocketStream:
     def _send_some(self) -> int:
         first = self._queue[0]
         if first.fds:
-            # In a write of its own, so that the receiver can tell to which message the descriptors belong.
+            # A separate write tells the receiver which message the descriptors belong to.
             sent = self.sock.sendmsg([first.data], rights(first.fds), DONTWAIT)
             close_fds(first.fds)
             self.queued_fds -= len(first.fds)
@@ -279,7 +287,7 @@ class SocketStream:
         while sent:
             first = self._queue[0]
             if sent < len(first.data):
-                # A view, because a large message must not be copied for each piece that is taken.
+                # A view, because each partial write would copy the rest of a large message otherwise.
                 self._queue[0] = Chunk(memoryview(first.data)[sent:], first.fds)
                 return
             sent -= len(first.data)

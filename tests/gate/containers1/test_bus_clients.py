@@ -44,7 +44,7 @@ def test_a_sandbox_cannot_have_what_is_gone(stage: Stage) -> None:
     stage.bus.emit_removed(upstream.instance)
     stage.go_on()
     answer = stage.add_labelled(upstream)
-    text = f"bus session does not have {upstream.instance} any more"
+    text = f"bus session has no instance {upstream.instance} any more"
     assert answer == Refused(DISCONNECTED, text)
     assert stage.call(StopSandbox("c0")) != Done()
 

@@ -231,10 +231,10 @@ def test_a_gate_that_judges_wrongly_does_not_offer_itself(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> NoReturn:
-        raise HandoverError("it does not judge as it should")
+        raise HandoverError("the self check failed: wrong verdicts")
 
     monkeypatch.setattr(successor, "check_judgement", fails)
-    assert "does not judge" in hand_over(supervisor)
+    assert "wrong verdicts" in hand_over(supervisor)
     (answer,) = supervisor.take()
     assert isinstance(answer.body, Refused)
 
@@ -385,5 +385,5 @@ def test_a_dump_without_connections_has_its_own_descriptors_alone() -> None:
 
     bare, fds, names = without_connections(dumped(listening=((0, 0),), close_pipe=1), [5, 6, 7])
     assert (bare.connections, fds, names) == ((), [5, 6], [])
-    with pytest.raises(HandoverError, match="another order"):
+    with pytest.raises(HandoverError, match="unexpected order"):
         without_connections(dumped(listening=((0, 1),), close_pipe=-1), [5, 6, 7])

@@ -178,7 +178,7 @@ def test_attack_c5_an_accept_that_waits_is_given_up(
         listening.listen()
         # So that the test ends if it does block; as an error of another kind.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONG, 0))
-        with pytest.raises(accept.KeptWaitingError, match="makes it block"):
+        with pytest.raises(accept.KeptWaitingError, match="makes accept block"):
             accept.accept_nowait(listening, shared=True)
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
         # And it is no worse afterwards.
@@ -219,7 +219,7 @@ def test_attack_c5_who_keeps_us_waiting_loses_its_socket(
 ) -> None:
     def wait(_sock: socket.socket, *, shared: bool) -> None:
         assert shared
-        raise accept.KeptWaitingError(errno.EAGAIN, "its creator makes it block")
+        raise accept.KeptWaitingError(errno.EAGAIN, "the creator of the socket makes accept block")
 
     monkeypatch.setattr(accept, "accept_nowait", wait)
     with socket.socket(socket.AF_UNIX) as app:
@@ -227,7 +227,7 @@ def test_attack_c5_who_keeps_us_waiting_loses_its_socket(
         supervisor.turn(5)
     assert names(supervisor) == []
     assert [one.message for one in caplog.records if one.levelname == "WARNING"] == [
-        "listener-lost sandbox=c1: its creator makes it block"
+        "listener-lost sandbox=c1: the creator of the socket makes accept block"
     ]
 
 
