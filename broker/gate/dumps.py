@@ -5,7 +5,7 @@ the names of its fields, and has the descriptors that its fields name by index. 
 out: compiled rules, remembered verdicts, sums. Times are those of the monotonic clock, which all processes share.
 
 VERSION is raised with every change that would make a gate misread the frames of an older one. Fields with a default
-may be added without. tests/data/handover.json has recorded frames.
+may be added without. tests/data/handover-3.txt has recorded frames.
 """
 
 import array

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 # The kind of a connection's question: see handover.Then.
-KIND: Final = "passed"
+KIND: Final = "read-barrier"
 
 
 class Barrier:
