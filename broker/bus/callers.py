@@ -147,7 +147,7 @@ class Callers:
         """Return the number of waiting calls."""
         return self._all.calls
 
-    # -- arriving -------------------------------------------------------------------------------------
+    # -- arriving ----------------------------------------------------------------------------------
 
     def check(self, sender: str, size: int, fds: int) -> None:
         """Refuse a call that exceeds a limit. Raises CallRefusedError."""
@@ -245,7 +245,7 @@ class Callers:
         if not theirs.calls:
             del self._users[caller.user]
 
-    # -- starting -------------------------------------------------------------------------------------
+    # -- starting ----------------------------------------------------------------------------------
 
     async def next(self) -> Waiting | None:
         """Wait for the next call to run, and return the call; None after `close`.
@@ -324,7 +324,7 @@ class Callers:
     def _wake(self) -> None:
         self._changed.set()
 
-    # -- slices ---------------------------------------------------------------------------------------
+    # -- slices ------------------------------------------------------------------------------------
 
     async def turn(self, sender: str) -> None:
         """Wait for a caller's turn to do a slice of work. Raises CallerGoneError."""

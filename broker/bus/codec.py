@@ -1,7 +1,7 @@
 """D-Bus bodies read and written in slices, with a limit on the steps of a body.
 
 A step is a value, or as many bytes of text as take the same time. Other programs choose the bodies
-that are read here, so a body is never read at once. `Unpacker.run` and `Packer.run` stop after a
+that are read here, so a body is never read in one go. `Unpacker.run` and `Packer.run` stop after a
 number of steps, and the next call continues. Both refuse a body with more steps than the limit.
 Both are strict, and raise ValueError for a body that does not fit the signature.
 """

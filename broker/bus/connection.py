@@ -178,7 +178,7 @@ class BusConnection:
     def send(
         self, target: Destination, member: str, signature: str = "", values: Sequence[object] = ()
     ) -> None:
-        """Call without wanting a reply."""
+        """Send a call that wants no reply."""
         link = self._open_link()
         body = pack(signature, values)
         serial = link.next_serial()

@@ -113,7 +113,7 @@ class PatchedMessageBus(MessageBus):
     def close(self) -> None:
         """Close the connection. Waiting calls fail."""
         self._finalize(BusLostError("closed"))
-        self._stream.detach()  # closing the stream would flush the stream
+        self._stream.detach()  # closing would flush the stream
         self._sock.close()
         close_fds(self._intake.close())
 
@@ -158,7 +158,7 @@ class PatchedMessageBus(MessageBus):
         """Return whether the send queue has room."""
         return self.room.is_set()
 
-    # -- reading ----------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def _message_reader(self) -> None:
         for _ in range(SKIPS_A_TURN):

@@ -151,7 +151,7 @@ class MessageIntake:
         """Return every descriptor that is still held. The caller closes the descriptors."""
         return [fd for batch in self._batches for fd in batch.fds]
 
-    # -- a message ----------------------------------------------------------------------------------
+    # -- a message ---------------------------------------------------------------------------------
 
     def _begin(self) -> bool:
         """Look at the next header; return False if the header is not complete yet."""

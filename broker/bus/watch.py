@@ -19,7 +19,7 @@ class Caller(Protocol):
     def send(
         self, target: Destination, member: str, signature: str = "", values: Sequence[object] = ()
     ) -> None:
-        """Call without wanting a reply."""
+        """Send a call that wants no reply."""
 
     async def call(
         self, target: Destination, member: str, signature: str = "", values: Sequence[object] = ()

@@ -1,4 +1,4 @@
-"""A separate cgroup for a command, below the caller's cgroup, if the caller may make a cgroup."""
+"""A separate cgroup for a command, below the caller's cgroup, if the caller may make one."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ class OwnCgroup:
 
 @contextlib.contextmanager
 def own_cgroup() -> Iterator[OwnCgroup]:
-    """Make a cgroup for the time of the block. At the end its processes are killed."""
+    """Make a cgroup for the time of the block, and kill its processes at the end."""
     try:
         folder = _make()
     except OSError as exc:

@@ -15,8 +15,7 @@ from broker.wire.errors import ConfigError
 
 # Folders that hold sockets of buses of any user.
 _BUS_FOLDERS: Final = ("/run/user", "/run/dbus")
-# The root is made in a folder of this list, inside the sandbox's mount namespace, where a mount
-# covers the folder meanwhile.
+# While the root is made, a mount in the sandbox's namespace covers a folder of this list.
 _STAGING: Final = ("/mnt", "/media", "/srv", "/tmp", "/var/tmp")  # noqa: S108
 _X11_FOLDER: Final = "/tmp/.X11-unix"  # noqa: S108
 _STATE: Final = ".local/state"
@@ -75,8 +74,8 @@ def _files_below(path: str, depth: int) -> Iterator[str]:
 def find_program(name: str) -> tuple[str, str] | None:
     """Return the paths of a command's file, or None if no file is found.
 
-    The first path has the folder resolved and keeps the file's own name. The second path is
-    resolved throughout.
+    The first path has a resolved folder and the file's own name. The second path is resolved
+    throughout.
     """
     found = shutil.which(name)
     if found is None:

@@ -68,7 +68,7 @@ def run_sandbox(plan: Plan) -> int:
         with _signals_forwarded(process, info_read):
             status = process.wait()
         # Bubblewrap writes the command's exit code if the command has started. Otherwise bubblewrap
-        # fails with status 1. Only bubblewrap and the stage before bubblewrap have the pipe.
+        # fails with status 1. Only bubblewrap and the stage before it have the pipe.
         said = _read_ready(said_read).decode(errors="replace").strip()
         if status == 1 and (said or not _has_exit_code(info_read)):
             raise NotStartedError(_explain(said))
@@ -80,8 +80,9 @@ def _start(plan: Plan, info: int, said: int, stderr: int) -> "subprocess.Popen[b
         order.write(_make_order(plan, info, stderr))
         order.seek(0)
         # The calling thread forks, because PR_SET_PDEATHSIG (--die-with-parent) fires when the
-        # forking thread ends. An idle thread of a pool would take the sandbox along. Without a
-        # process group of its own, Ctrl-C would kill bubblewrap before the command sees the signal.
+        # forking thread ends. A thread of a pool would end the sandbox when the thread idles out.
+        # bubblewrap gets a process group of its own. Otherwise Ctrl-C would kill bubblewrap before
+        # the command sees the signal.
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", STAGE, str(order.fileno())],
             env=plan.environ,

@@ -118,7 +118,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The parts to mount, and bubblewrap's arguments before and after the arguments for the parts."""
+    """The parts to mount, and bubblewrap's arguments around the arguments for the parts."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -208,7 +208,7 @@ def _last_words(cwd: str) -> tuple[str, ...]:
     return ("--remount-ro", "/", "--chdir", cwd)
 
 
-# -- folders -----------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def _add_folders(inside: _Inside, wish: Wish, host: HostFacts) -> None:
@@ -304,7 +304,7 @@ def _start_in(inside: _Inside, wish: Wish, host: HostFacts) -> str:
     return start
 
 
-# -- sockets ---------------------------------------------------------------------------------------------
+# -- sockets ---------------------------------------------------------------------------------------
 
 
 def _add_buses(inside: _Inside, wish: Wish) -> None:
@@ -388,7 +388,7 @@ def find_buses(addresses: Iterable[str], environ: Mapping[str, str]) -> Places:
     return Places(paths=tuple(paths), abstract=tuple(abstract), elsewhere=tuple(elsewhere))
 
 
-# -- environment -----------------------------------------------------------------------------------------
+# -- environment -----------------------------------------------------------------------------------
 
 
 def addresses_in(environ: Mapping[str, str]) -> tuple[str, ...]:

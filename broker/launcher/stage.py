@@ -208,7 +208,7 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _check(_LIBC.mount(*words, ctypes.c_ulong(flags), os.fsencode(data) or None))
 
 
-# -- descriptors -----------------------------------------------------------------------------------------
+# -- descriptors -----------------------------------------------------------------------------------
 
 
 def _place_descriptors(order: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ _KINDS: Final = (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
 
 def ends_with_its_writers(fd: int) -> bool:
     """Return whether the kernel reports the end of a descriptor, as for `READABLE_KIND`."""
-    # A FIFO open for reading and writing never ends, because the descriptor is itself a writer.
+    # A FIFO open for reading and writing never ends, because it is one of its own writers.
     return (_is_fifo(fd) and _mode(fd) == os.O_RDONLY) or is_connected(fd)
 
 
@@ -31,7 +31,7 @@ def takes_a_byte(fd: int) -> bool:
 
 
 def is_connected(fd: int) -> bool:
-    """Return whether a descriptor is a connected unix socket whose peer's closing is reported."""
+    """Return whether a descriptor is a unix socket with a peer whose closing is reported."""
     try:
         with _unix_socket(fd) as sock:
             sock.getpeername()

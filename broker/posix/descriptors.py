@@ -1,4 +1,4 @@
-"""File descriptors: in messages (SCM_RIGHTS), closed together, and how many a process may have."""
+"""File descriptors: passing in messages (SCM_RIGHTS), closing, and the limit of a process."""
 
 import array
 import contextlib
@@ -8,13 +8,13 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-# The most descriptors that the kernel passes with one message.
+# The kernel's limit on descriptors of a message.
 SCM_MAX_FD: Final = 253
 _INT_SIZE: Final = array.array("i").itemsize
-# Bytes of a buffer for ancillary data that has room for that many.
+# Bytes of a buffer for ancillary data with room for this number of descriptors.
 ANCILLARY_SIZE: Final = socket.CMSG_SPACE(SCM_MAX_FD * _INT_SIZE)
 
-# As recvmsg returns ancillary data: level, type, bytes.
+# Ancillary data in the form of recvmsg: level, type, bytes.
 Ancillary = tuple[int, int, bytes]
 
 
@@ -23,7 +23,7 @@ def received_fds(ancillary: Iterable[Ancillary]) -> list[int]:
     fds = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            # The kernel cuts the data anywhere if the buffer is too small.
+            # If the buffer is too small, the kernel may truncate the data inside a descriptor.
             fds.frombytes(data[: len(data) - len(data) % _INT_SIZE])
     return fds.tolist()
 
@@ -34,7 +34,7 @@ def rights(fds: Sequence[int]) -> list[Ancillary]:
 
 
 def close_fds(fds: Iterable[int]) -> None:
-    """Close all descriptors, also when closing one of them fails."""
+    """Close all descriptors, even if closing one of them fails."""
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)
@@ -43,7 +43,8 @@ def close_fds(fds: Iterable[int]) -> None:
 def raise_descriptor_limit() -> None:
     """Raise the soft limit of open descriptors to the hard limit.
 
-    The usual soft limit of 1024 is too low: a connection takes two descriptors, and a sandbox one for each socket.
+    The usual soft limit of 1024 is too low, because a connection takes two descriptors, and a
+    sandbox takes one for each socket.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

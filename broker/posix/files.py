@@ -13,7 +13,7 @@ file's name and without waiting for the other end of a FIFO. After the open the 
 regular file, owned by the current user or root, with a single link.
 
 In a user namespace without the host's ids, root's files cannot be told from the files of an
-unmapped user. There both kinds are accepted as root's.
+unmapped user. There the files of both are accepted as root's.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def read_small(path: str | bytes | Path, limit: int, *, folder: int | None = Non
     return data
 
 
-# -- walking -------------------------------------------------------------------------------------------
+# -- walking ---------------------------------------------------------------------------------------
 
 
 def _walk(path: Path, make: int | None) -> int:
@@ -189,7 +189,7 @@ def _path_of(fd: int) -> str:
     return str(Path(f"/proc/self/fd/{fd}").readlink())
 
 
-# -- checks --------------------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------
 
 
 def _check_folder(fd: int) -> None:
@@ -224,7 +224,7 @@ def _trusted() -> frozenset[int]:
 
 @functools.cache
 def _unmapped_root() -> frozenset[int]:
-    """Return the id that stands for root's in a user namespace without root's id."""
+    """Return the id that stands for root in a user namespace without root's id."""
     # Without `/proc` the id is unknown.
     with contextlib.suppress(OSError, ValueError):
         ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]

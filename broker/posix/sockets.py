@@ -1,4 +1,4 @@
-"""Unix stream sockets: bound to files, unlinked, made from descriptors, and the user at the other end."""
+"""Unix stream sockets: binding to files, unlinking, and the credentials of the peer."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ _UCRED: Final = struct.Struct("iII")  # struct ucred
 
 
 class PeerCredentials(NamedTuple):
-    """The process that connected a socket, or made it listen, as it was then."""
+    """The process that called connect(2) or listen(2) on a socket, with its ids at that time."""
 
     pid: int
     uid: int
@@ -19,9 +19,10 @@ class PeerCredentials(NamedTuple):
 
 
 def bind_with_umask(sock: socket.socket, path: str, umask: int) -> None:
-    """Bind a socket to a new file whose mode leaves out the bits of `umask`. Raises OSError.
+    """Bind a socket to a new file, with a mode without the bits of `umask`. Raises OSError.
 
-    The mode holds from the first moment. A chmod after bind(2) would leave others the time to connect.
+    The mode is in force from the first moment. A chmod after bind(2) would give other users time to
+    connect.
     """
     before = os.umask(umask)
     try:
@@ -31,7 +32,10 @@ def bind_with_umask(sock: socket.socket, path: str, umask: int) -> None:
 
 
 def unlink_socket(name: str, device: int, inode: int) -> None:
-    """Remove the file of a socket, if it still is that file; an empty name: the socket has none."""
+    """Remove the file of a socket, unless another file has replaced it.
+
+    An empty name means that the socket has no file.
+    """
     if not name:
         return
     with contextlib.suppress(OSError):
@@ -42,8 +46,8 @@ def unlink_socket(name: str, device: int, inode: int) -> None:
 
 
 def stream_socket_from_fd(fd: int) -> socket.socket:
-    """Return the socket object for the descriptor of a unix stream socket."""
-    # Python asks the kernel for the family and type unless both are given.
+    """Return a socket object for the descriptor of a unix stream socket."""
+    # Without family and type, Python would ask the kernel for both.
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
 
 

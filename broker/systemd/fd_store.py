@@ -24,7 +24,7 @@ class Held(Protocol):
 def restore_and_store(notifier: Notifier, held: Held, given: Sequence[tuple[str, int]]) -> None:
     """Return stored descriptors to `held`; from now on, store every descriptor that `held` gains.
 
-    The caller does this before the first gate starts.
+    Call this function before the first gate starts.
     """
     for name, fd in given:
         sandbox, dot, bus = name.partition(".")

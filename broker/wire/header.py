@@ -8,8 +8,8 @@ body.
 
 Limits depend on the sender. An app is held to APP_LIMITS. A bus may deliver messages up to the
 limits of the specification (BUS_LIMITS). Such a message is measured, so that only this message is
-left out. Of these headers only headers within READ_LIMITS are parsed; skim.py reads what is needed
-of larger headers.
+left out. Of these headers only headers within READ_LIMITS are parsed; skim.py reads the
+necessary fields of larger headers.
 """
 
 import enum

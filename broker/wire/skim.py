@@ -1,9 +1,10 @@
-"""Skimming of headers that are legal on the bus but too large to be parsed.
+"""Skimming of headers that are legal on the bus but exceed the limits of the parser.
 
-Such a message is left out alone. But a program may wait for the message: the caller of a call, or
-the app whose call a reply answers. So the names and serial numbers are read, and every other value
-is skipped by length. Only the returned values are checked, because the message is not passed on.
-Work is counted: a header of 64 MiB costs at most as much as MAX_STEPS values.
+Such a header is too large, or has too many values. Only the message with this header is left out.
+But a program may wait for the message: the caller of a call, or the app whose call a reply answers.
+So the names and serial numbers are read, and every other value is skipped by length. Only the
+returned values are checked, because the message is not passed on. Work is counted: a header of
+64 MiB costs at most as much as MAX_STEPS values.
 """
 
 import struct
