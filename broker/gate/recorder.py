@@ -8,7 +8,7 @@ import itertools
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -33,55 +33,22 @@ _known: Iterator[int] = itertools.cycle(range(RING, SIZE, SLOT))
 
 _now: Final = time.time
 
+# Writes down a known header: `data`, the position of the header in it, the size of the header.
+KnownNote = Callable[[bytes, int, int], None]
+
 
 class HeaderRecorder:
     """Records the headers of one sandbox's messages.
 
-    `note_from_app` and `note_from_bus` are for known messages.
+    `parse_from_app` and `parse_from_bus` are for messages that are judged. `note_from_app` and `note_from_bus` are for
+    a known message, or for the first one of a run of known messages.
     """
 
-    __slots__ = ("_name", "_name_size", "_pack_into", "_room", "_sandbox")
+    __slots__ = ("_sandbox", "note_from_app", "note_from_bus")
 
     def __init__(self, sandbox: str) -> None:
         self._sandbox: Final = sandbox
-        self._name: Final = make_name(sandbox)
-        self._name_size: Final = len(self._name)
-        slot, self._room = known_slot(self._name_size)
-        self._pack_into: Final = slot.pack_into
-
-    # Each known message costs a call of one of these two, so they are the same with another constant.
-
-    def note_from_app(self, data: bytes, pos: int, size: int) -> None:
-        """Write down a known header of the app."""
-        if _rings is not None:
-            size = min(size, self._room)
-            self._pack_into(
-                _rings,
-                next(_known),
-                next(_numbers),
-                _now(),
-                FROM_APP,
-                self._name_size,
-                size,
-                self._name,
-                data[pos : pos + size],
-            )
-
-    def note_from_bus(self, data: bytes, pos: int, size: int) -> None:
-        """Write down a known header of the bus."""
-        if _rings is not None:
-            size = min(size, self._room)
-            self._pack_into(
-                _rings,
-                next(_known),
-                next(_numbers),
-                _now(),
-                FROM_BUS,
-                self._name_size,
-                size,
-                self._name,
-                data[pos : pos + size],
-            )
+        self.note_from_app, self.note_from_bus = _make_notes(sandbox)
 
     def parse_from_app(self, data: bytes, pos: int) -> Header:
         """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
@@ -100,10 +67,39 @@ def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
         note.write(_rings, next(_judged), data, pos)
 
 
-def trace_into(path: Path | None) -> None:
-    """Write to that file from now on, or no more. Raises OSError.
+def _make_notes(sandbox: str) -> tuple[KnownNote, KnownNote]:
+    """Return functions that write down known messages of the app and of the bus.
 
-    It takes the place of what is there: another gate may still have that one mapped.
+    Each known message costs a call of one of them. As closures they take 0.15 µs less than as methods.
+    """
+    name = make_name(sandbox)
+    name_size = len(name)
+    slot, room = known_slot(name_size)
+    pack_into = slot.pack_into
+
+    def note_from_app(data: bytes, pos: int, size: int) -> None:
+        if _rings is not None:
+            if size > room:  # noqa: PLR1730 - not a call more for each message
+                size = room
+            header = data[pos : pos + size]
+            number, at = next(_numbers), next(_known)
+            pack_into(_rings, at, number, _now(), FROM_APP, name_size, size, name, header)
+
+    def note_from_bus(data: bytes, pos: int, size: int) -> None:
+        if _rings is not None:
+            if size > room:  # noqa: PLR1730 - not a call more for each message
+                size = room
+            header = data[pos : pos + size]
+            number, at = next(_numbers), next(_known)
+            pack_into(_rings, at, number, _now(), FROM_BUS, name_size, size, name, header)
+
+    return note_from_app, note_from_bus
+
+
+def trace_into(path: Path | None) -> None:
+    """Write to that file from now on, or to none. Raises OSError.
+
+    A file that is there already is replaced, because another gate may still have it mapped.
     """
     global _rings  # noqa: PLW0603 - one a process, as its death is
     _rings = None

@@ -1,7 +1,18 @@
-"""A change of rules on a connection: what the app is told of it, and what is taken from it. No I/O.
+"""A change of rules on a connection: names are given back, and the app is told of hidden and shown ones. No I/O.
 
-Every message is judged by the new rules from `use` on. What the app has to be told takes a look at each name that is
-followed, old rules against new: that is a chore, and until it is done nobody's names change and no list is given.
+Every message is judged by the new rules from `apply` on. Finding the names that became visible or invisible takes a look
+at each followed name. So that is a chore (chores.py), and owner changes and lists of names wait for its end:
+
+    supervisor       gate                                                       bus
+     | SetAccess --> | apply: the new judge, all verdicts forgotten             |
+     |               | ReleaseName of names that the app may not own -------->  |
+     |               | chore: tell the app of each name that is hidden now      |
+     |               | AddMatch and GetNameOwner for the names of new rules -->  |
+     |               | all owners are known <---------------------------------  |
+     |               | chore: tell the app of each name that is visible now     |
+
+A second change may come before the end of the first. `known_to_app` has the names that the app knows meanwhile, so that
+no name is announced twice or withdrawn without having been announced.
 """
 
 from typing import Final
@@ -15,7 +26,7 @@ from policy.match import Judge
 
 
 class AccessChange:
-    """The changes of one connection, one after the other."""
+    """The changes of rules of one connection."""
 
     def __init__(
         self,
@@ -26,9 +37,9 @@ class AccessChange:
         self._state: Final = state
         self._owners: Final = owners
         self._visibility: Final = visibility
-        # Names that the app saw when the rules changed, until it has been told what the change brought.
+        # Names that the app knows during a change: those that it saw before and sees after it. None: no change.
         self.known_to_app: frozenset[str] | None = None
-        self.changing = 0  # changes of which the app has not yet been told what they took
+        self.changing = 0  # changes whose hidden names the app has not been told of
 
     def apply(self, judge: Judge) -> None:
         """Judge every message from now on by these rules."""
@@ -45,13 +56,15 @@ class AccessChange:
         self._owners.hold(self._change(before, judge))
 
     def _change(self, before: Judge, judge: Judge) -> Work:
-        """Tell of the names that went out of sight, and follow those of the new rules."""
+        """Tell the app of hidden names, and follow the names of the new rules."""
         known = self.known_to_app
         kept: dict[str, str] = {}
         for owner in sorted(self._owners.views.owners()):
             steps = before.steps + judge.steps
             saw = self._visibility.visible(before, owner)
-            if known is not None:  # it has not heard yet of what the last change brought
+            if (
+                known is not None
+            ):  # the app has not been told of the names that the last change showed
                 saw &= known
             sees = self._visibility.visible(judge, owner)
             for name in sorted(saw - sees):
@@ -59,17 +72,17 @@ class AccessChange:
             kept.update(dict.fromkeys(saw & sees, owner))
             names = len(self._owners.names_of(owner))
             yield NAME_WORK * names + STEP_WORK * (before.steps + judge.steps - steps)
-        # What comes into sight is told when all owners are known: another name of an owner may hide it.
+        # Shown names are told when all owners are known, because another name of the owner may hide it.
         self.known_to_app = frozenset(kept)
         yield from self._owners.follow(judge.uses, self.tell_new)
         for name in sorted(kept.keys() - self._owners.names.keys()):
-            # Seen because of its owner alone, who is nobody to ask for any more.
+            # The name was visible through its owner alone, and it is not followed any more.
             self._visibility.tell_owner_change(name, kept[name], "")
             yield NAME_WORK
         self.changing -= 1
 
     def _release_names(self) -> None:
-        """Give back the names that the app may own no more."""
+        """Release the names that the app may not own any more."""
         state = self._state
         for name in [name for name in state.requested_names if not state.judge.own(name).allowed]:
             del state.requested_names[name]
@@ -77,7 +90,7 @@ class AccessChange:
             state.call_driver("ReleaseName", "s", (name,), ReplyAction("ignore"))
 
     def tell_new(self) -> Work:
-        """Tell of the names that came into sight with the rules that are in force now."""
+        """Tell the app of the names that the present rules show."""
         return self._tell_new(self._state.judge)
 
     def _tell_new(self, judge: Judge) -> Work:

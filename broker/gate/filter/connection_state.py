@@ -1,16 +1,24 @@
-"""The state of one connection of a sandbox to a bus, shared by the two directions. No I/O.
+"""The state of one connection of a sandbox to a bus, shared by both directions. No I/O.
 
-Theory of operation. A connection has an app side and a bus side. `Filter` cuts both byte streams into
-messages; what it has not seen before goes to `Outgoing`, `Driver` or `Incoming`, which judge it and
-leave a memory in `fast`, so that the next message with the same header bytes costs one look-up.
+Theory of operation. A connection has an app side and a bus side. `Filter` cuts both byte streams into messages. A message
+with a header that was not seen before goes to `AppMessages`, `BusDriverCalls` or `BusMessages`. They judge it and
+remember the verdict in `verdicts`, so that the next message with the same header bytes costs one look-up:
 
-Rule 1: whatever a remembered verdict depends on (rules, owners, identities, tags) calls `verdicts.forget_all`
-when it changes, in the same step; or `verdicts.forget_about`, if that is a name's owner or what an owner is and has.
-Rule 2: `pending` has one entry for each call that waits for a reply, whoever asked. An entry's `owner` is the one unique
-name whose reply is let through without a second look; "" makes every reply take the slow path. Many entries may be one Target.
-Rule 3: serials from OWN_SERIALS up are the gate's. An app's message that has one is given another.
-Rule 4: a descriptor that came in is in exactly one place; whoever drops it closes it by `close_fds`.
-Rule 5: what is known for longer than a turn of the loop is data, and in `dump`: another process may have to go on with it.
+    app                   gate                                            bus
+     | call org.a.Do #5 -> | AppMessages judges: allowed                   |
+     |                     | verdicts.app_calls[header] = Replier(:1.2)    |
+     |                     | pending.calls_to_bus[5] = Replier(:1.2) ----> | call #5
+     |                     | BusMessages judges: :1.2 may reply to #5 <--- | return to #5
+     | return to #5 <----- | del pending.calls_to_bus[5]                   |
+     | call org.a.Do #6 -> | Filter finds the header in app_calls -------> | call #6
+
+Rule 1: a change of rules, identities or header fields calls `verdicts.forget_all` in the same step, because remembered
+verdicts depend on them. A change of a name's owner, or of the names of an owner, calls `verdicts.forget_about`.
+Rule 2: `pending.calls_to_bus` has one entry for each call that waits for a reply, whether the app or the gate made it.
+The `owner` of an entry is the unique name whose reply passes on the fast path; with "" every reply takes the slow path.
+Rule 3: serials from FIRST_GATE_SERIAL up are the gate's. An app's message with such a serial is given another.
+Rule 4: a received descriptor is in exactly one place. The code that drops the descriptor closes it by `close_fds`.
+Rule 5: state that lives longer than a turn of the loop is data, and is in `dump` for the next gate.
 """
 
 from collections import OrderedDict
@@ -37,17 +45,19 @@ from broker.wire.matchrule import parse_match_rule
 from policy.match import Judge
 from policy.rules import Identity
 
-# Write down a known header: the bytes that it is in, where it begins, how long it is.
+# Writes down a known header: `data`, the position of the header in it, the size of the header.
 KnownNote = Callable[[bytes, int, int], None]
 
 
 class Recorder(Protocol):
-    """Writes down the headers of messages, for whoever looks into the gate's death (recorder.py)."""
+    """Writes down the headers of messages, for finding out how a gate died (recorder.py)."""
 
-    def note_from_app(self, data: bytes, pos: int, size: int) -> None:
-        """Write down a known header of the app: the bytes that it is in, where it begins, how long it is."""
+    @property
+    def note_from_app(self) -> KnownNote:
+        """Write down a known header of the app."""
 
-    def note_from_bus(self, data: bytes, pos: int, size: int) -> None:
+    @property
+    def note_from_bus(self) -> KnownNote:
         """Write down a known header of the bus."""
 
     def parse_from_app(self, data: bytes, pos: int) -> Header:
@@ -58,29 +68,29 @@ class Recorder(Protocol):
 
 
 class SandboxView(Protocol):
-    """What the connection needs of the sandbox it belongs to."""
+    """The sandbox of a connection, as the connection uses it."""
 
     bytes_held: int
 
     @property
     def id(self) -> str:
-        """Its id, cN."""
+        """The id, cN."""
 
     @property
     def identity(self) -> Identity:
-        """Which app it is."""
+        """The app of the sandbox."""
 
     @property
     def limits(self) -> SandboxLimits:
-        """What it may take."""
+        """The limits of the sandbox."""
 
     @property
     def recorder(self) -> Recorder:
-        """The recorder of its messages."""
+        """The recorder of the sandbox's messages."""
 
     @property
     def states(self) -> Collection["ConnectionState"]:
-        """Its connections, those in their handshakes left out."""
+        """The connections of the sandbox that are past their handshakes."""
 
     def denied(self, state: "ConnectionState", denial: Denial) -> None:
         """Report a refusal."""
@@ -92,16 +102,17 @@ class SandboxView(Protocol):
         """Close descriptors."""
 
 
-REPLY_SERIAL: Final = 0xFFFFFFFF  # of replies that the gate makes itself: no bus uses it
-MAX_CALLERS: Final = 1024  # that are remembered: whoever called the app may be seen by it
+# The serial of replies that the gate makes itself. No bus uses it.
+REPLY_SERIAL: Final = 0xFFFFFFFF
+# Remembered callers. The app may see the callers of its own objects.
+MAX_CALLERS: Final = 1024
 
-
-# Gets what `ReplyAction` says, and the reply: header, whole message, descriptors.
+# Handles a reply: the action, then the header, the whole message and the descriptors of the reply.
 ReplyHandler = Callable[[ReplyAction, Header, bytes, tuple[int, ...]], None]
 
 
 class ConnectionState:
-    """Everything both directions know."""
+    """The state of a connection that both directions use."""
 
     def __init__(
         self, bus: BusState, sandbox: SandboxView, judge: Judge, *, app_takes_fds: bool
@@ -111,38 +122,37 @@ class ConnectionState:
         self.judge = judge
         self.app_takes_fds: Final = app_takes_fds
         self.unique_name = ""
-        self.greeting = False  # Hello is on its way
+        self.greeting = False  # Hello was sent to the bus, and its reply has not come
         self.to_bus: Final[Output] = []
         self.to_app: Final[Output] = []
         self.pending: Final = PendingCalls()
         self.verdicts: Final = VerdictCache()
         self.matches: Final = Subscriptions()
         self.chores: Final = Chores()
-        # Names that the app has or waits for, and the number of its last request for each.
+        # Names that the app owns or waits for, with the number of its last request for each.
         self.requested_names: Final[dict[str, int]] = {}
-        self.name_requests = 0  # so far
+        self.name_requests = 0  # the number of requests so far
         self.callers: Final[OrderedDict[str, None]] = OrderedDict()
-        self.counts_callers = False  # it is being asked which of them are still there
-        # Who knows what to do with a reply to a Special call: by Then.kind. Each part of the connection
-        # puts its own in.
+        self.counts_callers = False  # the bus was asked for the callers that are still connected
+        # By `ReplyAction.kind`. Each part of the connection adds its own handlers.
         self.reply_handlers: Final[dict[str, ReplyHandler]] = {
             "ignore": _ignore,
             "translate": self._translate,
         }
 
-    # -- what the sandbox has in all ------------------------------------------------------------
+    # -- totals of the sandbox ------------------------------------------------------------------
 
     @property
     def all_match_rules(self) -> int:
-        """How many match rules the connections of the sandbox have together."""
+        """The number of match rules of all connections of the sandbox."""
         return sum(state.matches.count for state in self.sandbox.states)
 
     @property
     def all_names(self) -> int:
-        """How many names they own or wait for together."""
+        """The number of names that all connections of the sandbox own or wait for."""
         return sum(len(state.requested_names) for state in self.sandbox.states)
 
-    # -- serials and calls of the gate's own ------------------------------------------------------
+    # -- calls of the gate's own ------------------------------------------------------------------
 
     def call_driver(
         self,
@@ -151,7 +161,7 @@ class ConnectionState:
         values: Sequence[Value],
         action: ReplyAction,
     ) -> None:
-        """Call the bus on this connection for the gate's own use."""
+        """Call the bus on this connection, for the gate's own use."""
         serial = self.pending.next_gate_serial()
         self.pending.calls_to_bus[serial] = InterceptedCall(action, is_own=True)
         self.to_bus.append(
@@ -169,7 +179,7 @@ class ConnectionState:
     # -- answers of the gate's own ----------------------------------------------------------------
 
     def answer(self, serial: int, signature: str = "", values: Sequence[Value] = ()) -> None:
-        """Answer a call of the app in the bus's place."""
+        """Reply to a call of the app in place of the bus."""
         self.to_app.append(
             marshal.make_return(
                 REPLY_SERIAL,
@@ -182,7 +192,7 @@ class ConnectionState:
         )
 
     def answer_error(self, serial: int, name: str, text: str) -> None:
-        """Refuse a call of the app in the bus's place."""
+        """Refuse a call of the app in place of the bus."""
         self.to_app.append(
             marshal.make_error(
                 REPLY_SERIAL,
@@ -195,13 +205,13 @@ class ConnectionState:
         )
 
     def deliver(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
-        """Pass a message to the app as it is."""
+        """Pass a message to the app unchanged."""
         self.to_app.append(Chunk(data, fds) if fds else data)
 
     def handle_reply(
         self, action: ReplyAction, reply: Header, data: bytes, fds: tuple[int, ...]
     ) -> None:
-        """Do with the reply what is said."""
+        """Handle a reply by its action."""
         self.reply_handlers[action.kind](action, reply, data, fds)
 
     def _translate(
@@ -216,7 +226,7 @@ class ConnectionState:
             self.handle_reply(action.after, reply, data, fds)
 
     def refuse_caller(self, caller: str, serial: int, name: str, text: str) -> None:
-        """Refuse a call to the app in the app's place."""
+        """Refuse a call to the app in place of the app."""
         self.to_bus.append(
             marshal.make_error(
                 self.pending.next_gate_serial(),
@@ -228,7 +238,7 @@ class ConnectionState:
         )
 
     def remember_caller(self, unique_name: str) -> None:
-        """Remember a caller: the app may see it as long as it lives."""
+        """Remember a caller, because the app may see it as long as it is connected."""
         self.callers[unique_name] = None
         self.callers.move_to_end(unique_name)
         if len(self.callers) > MAX_CALLERS:
@@ -237,9 +247,9 @@ class ConnectionState:
     # -- handing over ---------------------------------------------------------------------------------
 
     def dump(self, changes_of: Callable[[str], int]) -> ConnectionStateDump:
-        """Return all but the rules and what is remembered of them.
+        """Return the state without the rules and the remembered verdicts.
 
-        `changes_of` tells how often a name has changed its owner so far.
+        `changes_of` returns how often a name has changed its owner so far.
         """
         plain, calls = self.pending.dump_calls(changes_of)
         return ConnectionStateDump(
@@ -258,7 +268,7 @@ class ConnectionState:
         )
 
     def load(self, dump: ConnectionStateDump, since: Callable[[str, int], OwnersSince]) -> None:
-        """Restore the state from `dump`. `since` makes what a call knows of a name's owners."""
+        """Restore the state from `dump`. `since` returns the owners of a name from one of its changes on."""
         self.unique_name = dump.unique_name
         self.greeting = dump.greeting
         for call in dump.calls:
@@ -272,7 +282,7 @@ class ConnectionState:
         self.counts_callers = dump.counts_callers
 
     def _check(self, action: ReplyAction | None) -> None:
-        """Raise ValueError if nobody here knows what to do with such a reply."""
+        """Raise ValueError if this gate has no handler for the action."""
         while action is not None:
             if action.kind not in self.reply_handlers:
                 raise ValueError(f"a reply to be dealt with as {action.kind!r}")
@@ -280,4 +290,4 @@ class ConnectionState:
 
 
 def _ignore(_action: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]) -> None:
-    """It makes no difference what was answered."""
+    """Drop the reply."""

@@ -1,11 +1,20 @@
-"""One connection's judgement: bytes and descriptors in, bytes and descriptors out. No I/O.
+"""The judgement of one connection: bytes and descriptors in, bytes and descriptors out. No I/O.
 
-The fast path is here: a message whose header bytes were judged before costs a slice and a look-up, and runs of such
-messages are passed on as one slice. Everything else is cut out whole and handed to `AppMessages` or `BusMessages`. Read connection_state.py's
-theory of operation first. Feed what arrived, then send all of `state.to_bus` and `state.to_app`. While `held` is true do not
-read from the app: it waits for an answer of the bus, or (`yielded`) others have to have their turn before `resume_reading`.
-`spent` counts what the app's messages cost, and `answered` what the replies to them would: the caller takes it away. What
-else the bus brings is charged here, to whoever caused it (payers.py); `billed` is the time of that.
+Read the theory of operation in connection_state.py first. The fast path is here: a message whose header bytes were
+judged before costs a slice and a look-up, and a run of such messages is passed on as one slice. Every other message is
+cut out whole and handed to `AppMessages` or `BusMessages`.
+
+The caller feeds what was read, then sends all of `state.to_bus` and `state.to_app`. While `held` is true the caller does
+not read from the app, for one of three reasons:
+
+    reason                                            ends by
+    a message needs an answer of the bus              `feed_bus`, which brings the answer
+    a chore is not done (chores.py)                   `do_chores`, once a turn
+    too much was judged in this turn (`yielded`)      `resume_reading`, in a later turn
+
+`spent` is the cost of the app's messages, and `answered` the cost of the replies to its calls; the caller charges the
+sandbox and sets them back. Other messages of the bus are charged here to the sandbox that caused them (payers.py), and
+`billed` is the time that those took.
 """
 
 import sys
@@ -47,7 +56,7 @@ _SIGNALS: Final = frozenset(SIGNALS)
 
 
 class Filter:
-    """A connection of a sandbox to a bus."""
+    """The judge of a connection of a sandbox to a bus."""
 
     def __init__(
         self,
@@ -74,7 +83,7 @@ class Filter:
         self._access_change: Final = AccessChange(self.state, self._owners, self._visibility)
         self.from_app: Final = ReceiveBuffer(sandbox)
         self._from_bus: Final = ReceiveBuffer(None)
-        # What came from the bus and waits; everything behind it waits with it, to come in order.
+        # Messages of the bus that wait for owners or chores. Later ones wait behind them, to stay in order.
         self._stash: deque[Arrived] = EMPTY_QUEUE
         self._stashed_bytes = 0
         self._wake = False
@@ -92,7 +101,7 @@ class Filter:
         self.held = self.held or bool(self.state.chores)
 
     def do_chores(self) -> None:
-        """Do a slice of what takes long. Raises as `feed_bus` does."""
+        """Do a slice of the chores. Raises as `feed_bus` does."""
         start = self._clock()
         self.state.chores.do_slice()
         took = self._clock() - start
@@ -106,29 +115,29 @@ class Filter:
 
     @property
     def is_changing(self) -> bool:
-        """Return whether the app is still to be told of names that a change of rules hid."""
+        """Return whether the app has still to be told of names that a change of rules hid."""
         return self._access_change.changing > 0
 
     def resume_reading(self) -> None:
-        """Others had their turn: see to what waits. Raises as `feed_app` does."""
+        """Continue after a yield. Raises as `feed_app` does."""
         if self.yielded:
             self.yielded, self.held = False, bool(self.state.chores)
             self.feed_app(b"")
 
     @property
     def bus_is_clear(self) -> bool:
-        """True when nothing from the bus waits."""
+        """Return whether nothing from the bus waits."""
         return self._from_bus.is_idle and not (self._stash or self.state.chores)
 
     @property
     def fds(self) -> int:
-        """How many descriptors are here."""
+        """The number of descriptors that wait here."""
         waiting = sum(len(stashed.fds) for stashed in self._stash)
         return self.from_app.fd_count + self._from_bus.fd_count + waiting
 
     @property
     def tracked_names(self) -> int:
-        """How many names are followed only because the app wrote to them."""
+        """The number of names that are followed only because the app wrote to them."""
         return self._owners.extra_count
 
     @property
@@ -147,7 +156,7 @@ class Filter:
     # -- handing over ------------------------------------------------------------------------------------
 
     def dump(self, fds: Fds) -> FilterDump:
-        """Return all of it but the rules, descriptors as indexes. Raises HandoverError."""
+        """Return the state without the rules, with descriptors as indexes. Raises HandoverError."""
         if self.state.to_app or self.state.to_bus:
             raise HandoverError("something is still to be sent")
         told = self._access_change.known_to_app
@@ -167,11 +176,11 @@ class Filter:
         )
 
     def load(self, dump: FilterDump, fds: Sequence[int]) -> None:
-        """Be as the one was that made the dump. Raises ValueError if it cannot be."""
+        """Restore the state from `dump`. Raises ValueError."""
         self.held, self.yielded, self._wake = dump.held, dump.yielded, dump.wake
         histories = self._owners.load(dump.owners, self._access_change.tell_new)
         self.state.load(dump.state, self._owners.since)
-        del histories  # the calls that wait have them now
+        del histories  # the waiting calls keep them alive now
         self._visibility.recently_visible.update(dict.fromkeys(dump.recently_visible))
         self._access_change.known_to_app = (
             None if dump.known_to_app is None else frozenset(dump.known_to_app)
@@ -184,17 +193,17 @@ class Filter:
 
     @property
     def fits_rules(self) -> bool:
-        """False if the rules ask for other names than when they were last looked at."""
+        """Return whether the followed names are those of the rules, which may have changed in a hand-over."""
         return not self.state.unique_name or self._owners.uses == self.state.judge.uses
 
     # -- from the app ----------------------------------------------------------------------------------
 
-    # The two loops are one function each, however long: a call a message costs as much as the look-up.
+    # `feed_app` and `feed_bus` are one function each, however long, because a call costs as much as a look-up.
 
     def feed_app(  # noqa: C901, PLR0912, PLR0915
         self, data: bytes, fds: Sequence[int] = ()
     ) -> None:
-        """Take what the app sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the app. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         state, buffer = self.state, self.from_app
         plain = not fds and buffer.is_idle
         if not plain or self.held or not data:
@@ -246,7 +255,7 @@ class Filter:
             buffer.consume(data, pos)
 
     def _take_from_app(self, data: bytes, fds: Sequence[int]) -> bytes | None:
-        """Put what arrived behind what is held; return it all if it can be looked at now."""
+        """Put bytes behind those that are held; return all of them if they can be judged now."""
         state = self.state
         buffer = self.from_app
         ready = buffer.feed(data, fds)
@@ -257,12 +266,12 @@ class Filter:
         if ready is None:
             if state.sandbox.bytes_held <= state.sandbox.limits.bytes_held or not buffer.held:
                 return None
-            # Other connections of the sandbox took what was left when this message began.
+            # There was room for this message when it began, and other connections of the sandbox took it since.
             ready = buffer.take_all()
         return ready
 
     def known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
-        """Return where a reply of a known shape ends, 0 if it has to be looked at; it is given then."""
+        """Answer a call by a reply of a known shape; return its end, or 0 if it takes the slow path."""
         start = pos + 16 + (fields + 7 & -8)
         at = self._verdicts.app_reply_at.get(start - pos)
         if at is None or start + body > end:
@@ -279,7 +288,7 @@ class Filter:
         return start + body
 
     def _app_message(self, data: bytes, pos: int) -> int:
-        """Deal with one message from the app; return where it ends, 0 if it has to wait."""
+        """Judge one message from the app; return its end, or 0 if it has to wait."""
         buffer = self.from_app
         if self.spent >= self._turn:
             self.held = self.yielded = True
@@ -292,7 +301,7 @@ class Filter:
                 return 0
             return self._refuse_too_large(data, pos, size)
         header = self._recorder.parse_from_app(data, pos)
-        # Whoever drops the message closes them, so they are taken only when it will not wait.
+        # `AppMessages` closes them with a message that it drops. So the buffer gives them up only if the message does not wait.
         fds = buffer.peek_fds(header.unix_fds, pos)
         if header.unix_fds and not self.state.app_takes_fds:
             raise PeerProtocolError("file descriptors that were not negotiated")
@@ -304,7 +313,7 @@ class Filter:
         return pos + size
 
     def _refuse_too_large(self, data: bytes, pos: int, size: int) -> int:
-        """Refuse a message that is over the sandbox's budget; the rest of it is not stored."""
+        """Refuse a message that exceeds the sandbox's `bytes_held`, and skip the rest of it."""
         buffer = self.from_app
         header_size = measure_header(data, pos)
         if len(data) - pos < header_size:
@@ -325,14 +334,14 @@ class Filter:
     def feed_bus(  # noqa: C901, PLR0912, PLR0915
         self, arrived: bytes, fds: Sequence[int] = ()
     ) -> None:
-        """Take what the bus sent. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the bus. Raises PeerProtocolError or PeerQuotaError: end the connection."""
         buffer = self._from_bus
         plain = not fds and buffer.is_idle
         data = arrived if plain else buffer.feed(arrived, fds)
         if data is None:
             return
         pos, run, end = 0, 0, len(data)
-        answered = 0  # bytes of replies to the app's calls
+        answered = 0  # the size of replies to the app's calls
         chores, to_app = self.state.chores, self.state.to_app
         fast = not (buffer.has_fds or self._stash or chores)
         tables = self._verdicts.bus_tables
@@ -376,7 +385,7 @@ class Filter:
         self.answered += answered // BYTES_A_MESSAGE
 
     def _known_bus_reply(self, data: bytes, place: Place) -> int:
-        """Return where a reply of a known shape, and those like it behind it, end; 0 if it has to be looked at."""
+        """Answer calls by a run of replies of a known shape; return its end, or 0 if it takes the slow path."""
         pos, start, stop = place
         verdicts, pending = self._verdicts, self._pending.calls_to_bus
         at = verdicts.bus_reply_at.get(start - pos)
@@ -391,7 +400,7 @@ class Filter:
         return stop + (stop - pos) * match_reply_run(data, place, at, pending, sender)
 
     def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
-        """Take note of a call to the app (or a mute one, or a signal). False: it has to be looked at."""
+        """Record a known call to the app, or charge a mute one or a signal. False: it takes the slow path."""
         if table is self._verdicts.bus_calls:
             waiting = self._pending.calls_to_app
             if len(waiting) >= self.state.sandbox.limits.pending_calls:
@@ -402,7 +411,7 @@ class Filter:
         return True
 
     def _bus_message(self, data: bytes, pos: int) -> int:
-        """Deal with one message from the bus; return where it ends, 0 if it is not whole."""
+        """Judge one message from the bus; return its end, or 0 if it is not whole."""
         buffer = self._from_bus
         start = self._clock()
         size = measure(data, pos, BUS_LIMITS)
@@ -431,7 +440,7 @@ class Filter:
             self._put_by(arrived)
         if len(self._pending.calls_to_bus) < waiting:
             self.answered += len(arrived.data) // BYTES_A_MESSAGE
-        # One message alone may be as large as the bus allows.
+        # A single message may be as large as the bus allows.
         is_much = self._stashed_bytes > self.state.sandbox.limits.bytes_queued
         if is_much and len(self._stash) > 1:
             raise PeerQuotaError("too much arrived while the owners of names were asked for")
@@ -443,17 +452,19 @@ class Filter:
         self._stashed_bytes += len(arrived.data)
 
     def _leave_out(self, data: bytes, pos: int, size: int, why: str) -> int:
-        """Go over a message that is not read; return as `_bus_message` does."""
+        """Skip a message whose header is not read; return as `_bus_message` does."""
         buffer = self._from_bus
         header_size = measure_header(data, pos, BUS_LIMITS)
         if pos + header_size > len(data):
             if data[pos + 1] in AWAITED:
                 buffer.expect(header_size)
                 return 0
-            header = skim_fixed(data, pos)  # no program waits for a signal: none of it is stored
+            header = skim_fixed(
+                data, pos
+            )  # no program waits for a signal, so its header is not stored
         else:
             header = skim_header(data, pos)
-        # They were sent with the beginning of their message.
+        # Descriptors are sent with the beginning of their message.
         self.state.sandbox.close_fds(buffer.take_fds_before(pos + size))
         buffer.skip(max(0, pos + size - len(data)))
         start = self._clock()
@@ -465,7 +476,7 @@ class Filter:
         return min(pos + size, len(data))
 
     def _known_refusal(self, data: bytes, pos: int, size: int) -> bool:
-        """Refuse a broadcast that was refused before; return whether it was one."""
+        """Refuse a broadcast if its header was refused before; return whether it was."""
         refusals = self._verdicts.bus_refused
         first, _, _, fields = FIXED.unpack_from(data, pos)
         if not refusals or first not in _SIGNALS:
@@ -480,7 +491,7 @@ class Filter:
         return True
 
     def _hear(self, arrived: Arrived, start: float) -> bool:
-        """Deal with a message, at the cost of whoever caused it. False: it must wait."""
+        """Judge a message at the cost of the sandbox that caused it. False: it must wait."""
         header, data, fds = arrived
         if not self._bus_messages.message(header, data, fds):
             return False
@@ -490,20 +501,20 @@ class Filter:
         return True
 
     def _cannot_wait(self, header: Header) -> bool:
-        """Say whether this is what is waited for: the answer to Hello or to a call of the gate's own."""
+        """Return whether others wait for this message: it answers Hello or a call of the gate's own."""
         entry = self._pending.calls_to_bus.get(header.reply_serial or 0)
         return isinstance(entry, InterceptedCall) and (entry.is_own or not self.state.unique_name)
 
     # -- waiting for owners ---------------------------------------------------------------------------
 
     def _synced(self) -> None:
-        # Called from within a loop over a buffer: what waited goes on when that loop is done.
+        # Called from within a loop over a buffer. What waits is released when that loop is done.
         self._wake = True
 
     def _release_held(self) -> None:
         while self._wake and not self._owners.waiting:
             self._wake = False
-            # One of these messages may start long work. The messages behind it wait for the end of that.
+            # One of these messages may begin a chore. The messages behind it wait for its end.
             while self._stash and not self._owners.waiting:
                 arrived = self._stash.popleft()
                 self._stashed_bytes -= len(arrived.data)

@@ -1,7 +1,27 @@
-"""The calls of one connection that wait for a reply: their serials, and who may answer them. No I/O.
+"""The calls of one connection that wait for a reply: their serials and their repliers. No I/O.
 
-A name that changes hands again and again must not cost a look at each call that waits for its owner, of which there
-may be thousands. So a change is written down once, and a call knows from where on it has to read.
+Serials. The app and the gate share a connection, so their serials must not meet. The gate's are those from
+FIRST_GATE_SERIAL up. A message of the app with such a serial is sent under another one, and the serial in the reply is
+translated back:
+
+    app                           gate                                                bus
+     | call #0xFFF00001 ---------> | translated_serials: 0xFFF00001                    |
+     |                             | calls_to_bus[0xFFF00007] = translate 0xFFF00001   |
+     |                             | ------------------------------------------------> | call #0xFFF00007
+     |                             | <------------------------------------------------ | return to #0xFFF00007
+     | <- return to #0xFFF00001    | both entries are removed                          |
+
+The bus may also send an error about a call that wanted no reply. So the gate's version of a call to the bus itself is
+sent under a gate serial, too, unless its reply passes unchanged. The serial of the app stays taken meanwhile:
+
+     | AddMatch #5 --------------> | calls_to_bus[5] = NO_REPLIER                      |
+     |                             | calls_to_bus[0xFFF00008] = translate 5, add-match |
+     |                             | ------------------------------------------------> | AddMatch #0xFFF00008
+     | call #5 ------------------> | refused: a call with serial 5 waits               |
+
+Former owners. A call to a well-known name may be answered by each owner that the name has until then. A name may
+change its owner often, and thousands of calls may wait for it. So a change is recorded once, in the `OwnerHistory` of
+the name, and each call knows the first change that concerns it.
 """
 
 from collections import deque
@@ -24,29 +44,30 @@ from broker.wire.interfaces import DRIVER
 
 FIRST_GATE_SERIAL: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
-MAX_FORMER_OWNERS: Final = 64  # that one waiting call is followed through
+# Owners of one name that may still answer a waiting call.
+MAX_FORMER_OWNERS: Final = 64
 
 
 class Replier:
-    """Who may reply to a call: a unique name, or a well-known one with its present owner."""
+    """The possible repliers to a call: a unique name, or a well-known name with its present owner."""
 
     __slots__ = ("former", "name", "owner")
 
     def __init__(self, owner: str, name: str = "", former: Collection[str] = frozenset()) -> None:
         self.owner = owner
-        self.name = name  # the well-known name that was addressed, if one was
-        self.former = former  # who else owned that name since the call
+        self.name = name  # the well-known name that was called, or ""
+        self.former = former  # other owners of the name since the call
 
 
 class InterceptedCall:
-    """A call whose reply is not simply passed on: `then` says what is done with it."""
+    """A call with a reply that the gate handles by `action` instead of passing it on."""
 
     __slots__ = ("action", "former", "is_own", "name", "owner", "replier")
 
     def __init__(
         self, action: ReplyAction, replier: "Replier | None" = None, *, is_own: bool = False
     ) -> None:
-        self.owner = ""  # never equal to a sender
+        self.owner = ""  # is no sender, so the reply takes the slow path
         self.name = ""
         self.former: Collection[str] = frozenset()
         self.replier = replier if replier is not None else BUS_DRIVER
@@ -55,7 +76,8 @@ class InterceptedCall:
 
 
 BUS_DRIVER: Final = Replier(DRIVER)
-NO_REPLIER: Final = Replier("")  # may reply: the call waits under another serial
+# Of a serial that is only kept from being used: the call waits under another one.
+NO_REPLIER: Final = Replier("")
 
 
 class PendingCalls:
@@ -64,22 +86,22 @@ class PendingCalls:
     __slots__ = ("calls_to_app", "calls_to_bus", "gate_serial", "translated_serials")
 
     def __init__(self) -> None:
-        # Calls of the app and of the gate: serial -> who may reply.
+        # Calls of the app and of the gate, by serial.
         self.calls_to_bus: Final[dict[int, Replier | InterceptedCall]] = {}
-        # Serials of the gate's range that calls of the app have: they wait under another.
+        # Serials of the gate's range that the app used. The calls wait under other serials.
         self.translated_serials: Final[set[int]] = set()
         # Calls to the app: (caller, serial).
         self.calls_to_app: Final[set[tuple[str, int]]] = set()
-        self.gate_serial = FIRST_GATE_SERIAL  # the next one to try
+        self.gate_serial = FIRST_GATE_SERIAL  # the next serial to try
 
     def awaits_reply(self, serial: int) -> bool:
-        """Say whether a call of the app with this serial waits for its reply."""
+        """Return whether a call of the app with this serial waits for its reply."""
         return serial in (
             self.calls_to_bus if serial < FIRST_GATE_SERIAL else self.translated_serials
         )
 
     def next_gate_serial(self) -> int:
-        """Return a serial that no waiting call has."""
+        """Return a serial of the gate's range that no waiting call has."""
         for _ in range(LAST_SERIAL - FIRST_GATE_SERIAL):
             serial = self.gate_serial
             self.gate_serial = FIRST_GATE_SERIAL if serial == LAST_SERIAL else serial + 1
@@ -88,7 +110,10 @@ class PendingCalls:
         raise PeerQuotaError("too many calls wait for a reply")
 
     def translated(self, serial: int, after: ReplyAction | None = None) -> ReplyAction:
-        """Say that the reply is to be given the app's own serial back, which no other call has meanwhile."""
+        """Return the action that translates a reply back to the app's serial, and keep that serial taken.
+
+        `after` is the action for the translated reply. Without one the reply is passed to the app.
+        """
         if serial < FIRST_GATE_SERIAL:
             self.calls_to_bus[serial] = NO_REPLIER
         else:
@@ -96,7 +121,7 @@ class PendingCalls:
         return ReplyAction("translate", (serial,), after)
 
     def give_serial_back(self, serial: int, reply: Header, data: bytes) -> bytes:
-        """Return a reply with the app's own serial, which other calls may have from now on."""
+        """Return a reply translated back to the app's serial, and free that serial."""
         if serial < FIRST_GATE_SERIAL:
             self.calls_to_bus.pop(serial, None)
         self.translated_serials.discard(serial)
@@ -107,13 +132,16 @@ class PendingCalls:
     def dump_calls(
         self, changes_of: Callable[[str], int]
     ) -> tuple[PlainCallsDump, tuple[CallDump, ...]]:
-        """Return the calls that wait, in few bytes and steps each: how many they are is the app's choice."""
+        """Return the calls to the bus, in few bytes and steps each, because the app chooses their number.
+
+        `changes_of` returns how often a name has changed its owner so far.
+        """
         plain = PlainCalls()
         others: list[CallDump] = []
         last: Replier | InterceptedCall | None = None
         dump, row, is_plain = ReplierDump(owner=""), (0, 0, 0), False
         for serial, entry in self.calls_to_bus.items():
-            if entry is not last:  # many in a row are for one peer
+            if entry is not last:  # calls in a row are often to one peer
                 last, dump = entry, _dump_replier(entry, changes_of)
                 is_plain = isinstance(entry, Replier)
                 if is_plain:
@@ -130,7 +158,7 @@ class PendingCalls:
         return plain.dump(), tuple(others)
 
     def load(self, dump: ConnectionStateDump, since: Callable[[str, int], "OwnersSince"]) -> None:
-        """Restore the calls from `dump`. `since` makes what a call knows of a name's owners."""
+        """Restore the calls from `dump`. `since` returns the owners of a name from one of its changes on."""
         self.calls_to_bus.update(_load_plain(dump.plain, since))
         for call in dump.calls:
             self.calls_to_bus[call.serial] = _load_call(call, since)
@@ -140,44 +168,44 @@ class PendingCalls:
 
 
 class OwnerHistory:
-    """The last changes of one name's owner. It lives as long as a call does that may have to know of them."""
+    """The last changes of one name's owner, kept alive by the calls that wait for the name."""
 
     __slots__ = ("__weakref__", "_changes", "count")
 
     def __init__(self, most: int) -> None:
         self._changes: Final[deque[tuple[str, str]]] = deque(maxlen=most)
-        self.count = 0  # of all changes, those included that are forgotten
+        self.count = 0  # all changes so far, forgotten ones included
 
     @property
     def changes(self) -> tuple[tuple[str, str], ...]:
-        """The changes that are not forgotten."""
+        """The remembered changes: the old and the new owner of each."""
         return tuple(self._changes)
 
     def restore(self, count: int, changes: Collection[tuple[str, str]]) -> None:
-        """Restore what `count` and `changes` were."""
+        """Restore the history from its `count` and `changes`."""
         self.count = count
         self._changes.extend(changes)
 
     def add(self, old: str, new: str) -> None:
-        """Write a change down ("" is nobody)."""
+        """Record a change; "" stands for no owner."""
         self._changes.append((old, new))
         self.count += 1
 
     def owners_since(self, count: int) -> Iterator[str]:
-        """Return who owned it since there were so many changes, some maybe twice."""
+        """Return the owners from change number `count` on; an owner may come twice."""
         known = len(self._changes)
         for change in islice(self._changes, max(0, known - (self.count - count)), None):
             yield from filter(None, change)
 
 
 class OwnersSince(Collection[str]):
-    """The owners of a name since a call to it: they may answer the call, too."""
+    """The owners of a name since a call to it, who may also answer the call."""
 
     __slots__ = ("_history", "count")
 
     def __init__(self, history: OwnerHistory, count: int | None = None) -> None:
         self._history: Final = history
-        self.count: Final = history.count if count is None else count  # of the changes before
+        self.count: Final = history.count if count is None else count  # the changes before the call
 
     def __contains__(self, owner: object) -> bool:
         return owner in {*self._history.owners_since(self.count)}

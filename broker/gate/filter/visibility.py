@@ -1,7 +1,15 @@
-"""Which names a connection's app may see. No I/O.
+"""The names that a connection's app may see. No I/O.
 
-It sees itself, the bus, what its rules let it see (by any name of the same owner), and whoever has
-called it as long as that caller lives.
+An app sees itself, the bus, the owners that its rules show by any of their names, and the callers of its own objects as
+long as they are connected. Owner changes are told to the app as far as it may see them. So an owner change may be told
+as another one, because for the app a name appears when it moves to an owner that it may see:
+
+    the bus says                            the app may see           the app is told
+    org.a moves from :1.2 to :1.3           both                      org.a: :1.2 -> :1.3
+                                            :1.3 alone                org.a: ""   -> :1.3
+                                            :1.2 alone                org.a: :1.2 -> ""
+    org.a comes to :1.2, which has org.b    :1.2 because of org.a     org.a: ""   -> :1.2
+                                                                      org.b: ""   -> :1.2
 """
 
 from collections import OrderedDict
@@ -13,13 +21,13 @@ from broker.wire import marshal
 from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from policy.match import Judge
 
-# Connections that lost the last name by which they were seen. Their end is still told, because a client that
-# knew them waits for it.
+# Connections that lost the last name that made them visible. Their end is still told, because a client that knew them
+# waits for it.
 MAX_LATELY_SEEN: Final = 256
 
 
 class NameVisibility:
-    """What one app may see."""
+    """The names that one app may see."""
 
     def __init__(self, state: ConnectionState, owners: NameOwners) -> None:
         self._state: Final = state
@@ -27,7 +35,7 @@ class NameVisibility:
         self.recently_visible: Final[OrderedDict[str, None]] = OrderedDict()
 
     def knows_enough(self, name: str) -> bool:
-        """Return False if the owner of `name` could change what may be seen, and is not known."""
+        """Return False if the verdict on `name` depends on its owner, and the owner is not known."""
         return (
             name[:1] == ":"
             or name == DRIVER
@@ -36,11 +44,11 @@ class NameVisibility:
         )
 
     def sees(self, name: str) -> bool:
-        """Judge by what is known now."""
+        """Return whether the app may see a name, by the owners known now."""
         return self.would_see(self._state.judge, name)
 
     def would_see(self, judge: Judge, name: str) -> bool:
-        """Judge the same by other rules."""
+        """Return whether the app might see a name by these rules."""
         state = self._state
         if name in (DRIVER, state.unique_name) or name in state.callers:
             return True
@@ -53,19 +61,18 @@ class NameVisibility:
         return judge.see((name,), state.bus.peer(owner)).allowed
 
     def visible(self, judge: Judge, owner: str) -> frozenset[str]:
-        """Return the names of an owner that may be seen by these rules."""
+        """Return the names of an owner that the app may see by these rules."""
         owned = self._owners.names_of(owner) - {owner}
         if self._state.bus.judges_names_alone:
             return frozenset(name for name in owned if self.would_see(judge, name))
-        # All names of an owner are seen if one of them is: it is judged once, however many these are.
+        # All names of an owner are visible if one of them is. So the owner is judged once, however many names it has.
         return frozenset(owned) if self.would_see(judge, owner) else frozenset()
 
     def owner_changed(self, name: str, old: str, new: str) -> list[tuple[str, str, str]]:
-        """Take note of a NameOwnerChanged; return the changes that the app may hear of.
+        """Record a NameOwnerChanged; return the changes that the app may be told of.
 
-        A name may move from an owner that is seen to one that is not: then it goes, for the app, and no
-        unique name is told that it cannot ask about. And with a name its owner may come into sight or
-        leave it, with all that it is called.
+        A name that moves to an invisible owner disappears for the app, which is told no unique name that it cannot ask
+        about. A name may make its owner visible, or the loss of it invisible, with all names of that owner.
         """
         if name[:1] == ":":
             told = (
