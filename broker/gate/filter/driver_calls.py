@@ -1,6 +1,6 @@
-"""Calls of an app to the bus itself (org.freedesktop.DBus), or to nobody. No I/O.
+"""Calls of an app to the bus itself (org.freedesktop.DBus), or without a destination. No I/O.
 
-An allow-list: what stands in no table here needs a rule, and some things no rule can allow.
+An allow-list: a call in none of the tables here needs a rule, and a few calls are refused by any rules.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ _HANDLE: Final = "h"  # the type of a descriptor
 
 
 def arguments(call: Header, data: bytes, signature: str) -> tuple[Value, ...]:
-    """Read the arguments of a call. Raises CallRefusedError if they are not of that form."""
+    """Return the arguments of a call. Raises CallRefusedError if they are of other types."""
     if call.signature != signature:
         raise CallRefusedError(
             errors.INVALID_ARGS, f"{call.member} takes ({signature}), not ({call.signature})"
@@ -45,7 +45,7 @@ def arguments(call: Header, data: bytes, signature: str) -> tuple[Value, ...]:
 
 
 def bus_name(call: Header, data: bytes) -> str:
-    """Read the bus name that a call is about. Raises CallRefusedError if it is about none."""
+    """Return the bus name that is the argument of a call. Raises CallRefusedError if it is no name."""
     name = str(arguments(call, data, "s")[0])
     if not is_bus_name(name):
         raise CallRefusedError(errors.INVALID_ARGS, f"not a bus name: {name[:40]!r}")
@@ -53,9 +53,9 @@ def bus_name(call: Header, data: bytes) -> str:
 
 
 def without_descriptors(data: bytes) -> bytes:
-    """Return an answer of type `a{sv}` without its descriptors, and without the entries that name one.
+    """Return a reply of type `a{sv}` without its descriptors and the entries that refer to them.
 
-    The descriptors themselves are the caller's to close. Raises PeerProtocolError if the answer is of another type.
+    The caller closes the descriptors. Raises PeerProtocolError if the reply is of another type.
     """
     reply = parse_header(data)
     if reply.signature != _PROPERTIES:
@@ -71,7 +71,7 @@ def without_descriptors(data: bytes) -> bytes:
         kind = reader.variant_type()
         skip_value(reader, kind)
         if _HANDLE not in kind:
-            # An entry begins at a multiple of eight, so its bytes are the same at any other.
+            # An entry begins at a multiple of eight, so its bytes are the same at any other multiple.
             kept += bytes(-len(kept) % 8) + body[start : reader.at]
     reader.finish()
     order: Literal["little", "big"] = "little" if reply.little else "big"
@@ -80,7 +80,7 @@ def without_descriptors(data: bytes) -> bytes:
     return serialise_header(header, sender=True) + new
 
 
-# No rule allows these: they reach beyond one connection (the stock session buses would let them through).
+# No rule allows these interfaces, because they reach beyond one connection. The stock session buses allow them.
 NEVER_INTERFACES: Final = frozenset(
     {
         "org.freedesktop.DBus.Monitoring",
@@ -88,7 +88,7 @@ NEVER_INTERFACES: Final = frozenset(
         CONTAINERS1,
     }
 )
-# The bus takes calls without an interface, so their members count too.
+# The bus takes calls without an interface, so the members of those interfaces are listed as well.
 NEVER_MEMBERS: Final = frozenset(
     {
         "BecomeMonitor",
@@ -104,13 +104,13 @@ NEVER_MEMBERS: Final = frozenset(
         "RequestHeader",
     }
 )
-# Flags of RequestName that the specification has.
+# The flags of RequestName in the specification.
 REQUEST_NAME_FLAGS: Final = 7
-# Answers of RequestName by which the app has the name, or waits in its queue, or has it already.
+# Replies to RequestName: the app owns the name, waits in its queue, or owned it already.
 HAS_NAME: Final = (1, 2, 4)
 
-# Calls that every sandbox may make, and that snapd's profiles do not allow to every snap: in a list with
-# `bus_by_rule` they need a send rule as well.
+# Calls that every sandbox may make. snapd's profiles do not allow them to every snap, so in an access list with
+# `bus_by_rule` they need a send rule.
 BY_RULE_TOO: Final = frozenset(
     {
         "GetAdtAuditSessionData",
@@ -140,7 +140,7 @@ LOOK_UPS: Final = frozenset(
 
 
 class BusDriverCalls:
-    """The bus, as one app may use it."""
+    """The calls of one app to the bus."""
 
     def __init__(
         self, state: ConnectionState, owners: NameOwners, visibility: NameVisibility
@@ -155,7 +155,7 @@ class BusDriverCalls:
         state.reply_handlers["request-name"] = self._requested_name
 
     def call(self, header: Header, data: bytes) -> bool:
-        """Deal with one call. False: it must wait until the owners are known."""
+        """Forward, answer or refuse one call. False: it must wait until the owners are known."""
         state = self._state
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
         if wants_reply and state.pending.awaits_reply(header.serial):
@@ -198,7 +198,7 @@ class BusDriverCalls:
         return self._by_rule(header, data)
 
     def _nobody(self, header: Header, data: bytes) -> bool:
-        """No destination: the buses answer org.freedesktop.DBus.Peer there, and nothing else."""
+        """Handle a call without a destination. Buses answer org.freedesktop.DBus.Peer alone there."""
         if header.interface in (None, PEER):
             if header.member == "Ping":
                 return self._pass(header, data)
@@ -256,7 +256,7 @@ class BusDriverCalls:
     # -- passing on --------------------------------------------------------------------------------
 
     def _pass(self, header: Header, data: bytes) -> bool:
-        """Forward a call with the body that it has."""
+        """Forward a call with its body unchanged."""
         return self._send(header, data[header.size :], None)
 
     def _call(
@@ -266,7 +266,7 @@ class BusDriverCalls:
         values: Sequence[Value],
         action: ReplyAction | None = None,
     ) -> bool:
-        """Forward a call with these arguments in place of its own; `then` is for the reply."""
+        """Forward a call with these arguments instead; `action` is for the reply."""
         body = marshal.make_body(signature, values)
         made = replace(header, little=True, signature=signature, body_length=len(body))
         return self._send(made, body, action)
@@ -275,8 +275,8 @@ class BusDriverCalls:
         state = self._state
         serial = header.serial
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
-        # dbus-daemon answers also what wants no reply, and with an error what it cannot pass on: what comes
-        # under a serial of the app's, once it has said Hello, may be about anything that had it.
+        # dbus-daemon also replies to calls that want no reply, and sends errors about messages that it cannot pass on. So
+        # after Hello a reply to a serial of the app's may be about any message that had the serial.
         is_safe = not state.unique_name or (action is None and wants_reply)
         if serial >= FIRST_GATE_SERIAL or not is_safe:
             serial = state.pending.next_gate_serial()
@@ -375,8 +375,8 @@ class BusDriverCalls:
     ) -> None:
         state = self._state
         if fds:
-            # From dbus 1.16 on ProcessFD is among them. For an app's connection it is the gate's process, for a
-            # service's a process of the host. No sandbox may hold either.
+            # From dbus 1.16 on ProcessFD is among the credentials. On an app's connection it is the gate's process, on
+            # a service's a process of the host. No sandbox may hold either.
             state.sandbox.close_fds(fds)
             data = without_descriptors(data)
         state.deliver(data)
@@ -430,7 +430,7 @@ class BusDriverCalls:
         self._owners.hold(self._give_list(reply.serial, serial, names))
 
     def _give_list(self, serial: int, asked: int, names: Sequence[Value]) -> Work:
-        """Answer the call `asked` with those names that may be seen."""
+        """Answer the call `asked` with the visible ones of these names."""
         state = self._state
         seen: list[str] = []
         for name in names:
@@ -474,7 +474,7 @@ class BusDriverCalls:
         got = (
             reply.type == MessageType.METHOD_RETURN and read_reply(reply, data, "u")[0] in HAS_NAME
         )
-        # The answer to a later request for the name may be another.
+        # A later request for the name may have another answer.
         if not got and names.get(str(name)) == request:
             del names[str(name)]
         self._state.deliver(data, fds)
@@ -503,7 +503,7 @@ class BusDriverCalls:
             errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
         )
 
-    # One table for all connections.
+    # One table for all connections, which saves two KB in each.
     _METHODS: Final[Mapping[str, Callable[["BusDriverCalls", Header, bytes], bool]]] = {
         "Hello": _hello,
         "AddMatch": _add_match,
@@ -523,7 +523,7 @@ def _match_rule(header: Header, data: bytes) -> MatchRule:
     """Return the rule of AddMatch or RemoveMatch. Raises CallRefusedError, PeerProtocolError."""
     rule = parse_match_rule(str(arguments(header, data, "s")[0]))
     if rule.sender == DRIVER and rule.path_namespace == DRIVER_PATH:
-        # The bus speaks from that path alone, so it says the same. The gate's own rules are written the other
-        # way: an app cannot take one of them away, whatever it asks for and however the bus answers.
+        # The bus sends from that path alone, so `path` matches the same signals. The gate's own rules have
+        # `path_namespace`. So no RemoveMatch of the app can remove one of them.
         return replace(rule, path=DRIVER_PATH, path_namespace=None)
     return rule

@@ -1,7 +1,4 @@
-"""What an app sends: judged, cleaned, and passed to its bus. No I/O.
-
-The slow path of the app side; `Filter` comes here with what it does not remember.
-"""
+"""Messages of the app without a remembered verdict: judged, cleaned, and passed to the bus. No I/O."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -29,14 +26,14 @@ KNOWN_FLAGS: Final = 7
 
 
 class DriverCalls(Protocol):
-    """Takes the app's calls to the bus itself, or to nobody (driver_calls.py)."""
+    """The app's calls to the bus itself, or without a destination (driver_calls.py)."""
 
     def call(self, header: Header, data: bytes) -> bool:
         """Deal with one call. False: it must wait until the owners are known."""
 
 
 class AppMessages:
-    """The app side of one connection."""
+    """The slow path of the app side of one connection."""
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class AppMessages:
         state.reply_handlers["refuse"] = self._refuse_now
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
-        """Deal with one whole message. False: it must wait until the owners are known."""
+        """Judge one whole message. False: it must wait until the owners are known."""
         state = self._state
         if not state.unique_name and not self._is_hello(header):
             if state.greeting:
@@ -74,7 +71,7 @@ class AppMessages:
             return self._signal(header, data, fds)
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
             self._reply(header, data, fds)
-        else:  # the specification wants unknown types ignored
+        else:  # unknown types are ignored, as the specification wants
             state.sandbox.close_fds(fds)
         return True
 
@@ -99,7 +96,7 @@ class AppMessages:
             )
 
     def refuse_too_large(self, header: Header, text: str) -> None:
-        """Refuse a message of which only the header is known. Whoever waits for it is told."""
+        """Refuse a message of which only the header is known, and tell the program that waits for it."""
         state = self._state
         key = (header.destination or "", header.reply_serial or 0)
         if header.type == MessageType.METHOD_CALL:
@@ -192,10 +189,10 @@ class AppMessages:
             state.sandbox.denied(state, denial("send", header, "", verdict))
 
     def _find_replier(self, header: Header) -> Replier | None:
-        """Return who is written to; None if that has to be asked first."""
+        """Return the receiver of a message; None if the bus has to be asked first."""
         name = header.destination or ""
         if name[:1] == ":":
-            # Not before it is known which names it owns: one of them may be denied.
+            # The names that it owns must be known first, because one of them may be denied.
             return None if self._owners.waiting else Replier(name)
         replier = self._owners.names.get(name)
         if replier is None:
@@ -228,7 +225,7 @@ class AppMessages:
             question += "-no-start"
         text = refusal(header, name, verdict)
         if name in state.callers and not seen:
-            # It may be seen as long as it lives, and nothing has told us of its end.
+            # The app may see a caller as long as it is connected, and the gate is not told of its end.
             action = ReplyAction("refuse", (header.serial, name, question, text))
             state.call_driver("NameHasOwner", "s", (name,), action)
             return
@@ -247,7 +244,7 @@ class AppMessages:
         self._say_why(serial, str(name), str(question), str(text) if name in callers else "")
 
     def _say_why(self, serial: int, name: str, question: str, text: str) -> None:
-        """Refuse in words, or without any as if the name were not there."""
+        """Refuse a call with a reason, or without one as if the name did not exist."""
         state = self._state
         if text:
             state.answer_error(serial, errors.ACCESS_DENIED, text)
@@ -278,7 +275,7 @@ class AppMessages:
     def _emit(
         self, header: Header, data: bytes, fds: tuple[int, ...], replier: Replier | None
     ) -> bool:
-        """Pass a message on, cleaned; return True if it went as it came, and may be remembered."""
+        """Pass a message on, cleaned; return True if it was unchanged and may be remembered."""
         state = self._state
         clean, untouched = cleaned(state, header, data, replier)
         if fds:
@@ -289,23 +286,23 @@ class AppMessages:
 
 
 def _names(header: Header, replier: Replier) -> tuple[str, str]:
-    """Return what a verdict rests on: who has the name that is written to, and what else that one has."""
+    """Return the names that a verdict rests on: the destination, and its owner with all that it owns."""
     return header.destination or "", replier.owner
 
 
 def cleaned(
     state: ConnectionState, header: Header, data: bytes, replier: Replier | None
 ) -> tuple[bytes, bool]:
-    """Return the message as the bus may have it, and whether it is as it was.
+    """Return the message as the bus may have it, and whether it is unchanged.
 
-    A serial of the gate's own range is translated; the reply will be translated back.
+    Fields that the app may not set are left out. A serial of the gate's own range is translated (pending_calls.py).
     """
     extra = {}
     if _may_reach_who_wants_tags(state, header, replier):
         extra[INSTANCE_FIELD] = ("o", INSTANCE_PREFIX + state.sandbox.id)
     dirty = (
         header.has_unknown
-        or header.has_misplaced  # a path in a reply would only be in its receiver's way
+        or header.has_misplaced  # a path in a reply, for example
         or header.sender is not None
         or header.flags & ~KNOWN_FLAGS
     )
@@ -327,8 +324,8 @@ def _may_reach_who_wants_tags(
 ) -> bool:
     """Return whether a receiver of the message may have asked for header field 10.
 
-    Only a unique name tells the receiver. A well-known name may have another owner when the bus delivers the message; one
-    that nobody owns may be a service's that is being started, and that asks before it takes what waits for it.
+    Only a unique name tells the receiver. A well-known name may have another owner when the bus delivers the message. A
+    name without an owner may be a service's that is being started, which may ask before it reads the message.
     """
     name = header.destination
     if not state.bus.gives_instance_field:

@@ -1,7 +1,4 @@
-"""What the bus delivers to an app: judged, and passed to it. No I/O.
-
-The slow path of the bus side; `Filter` comes here with what it does not remember.
-"""
+"""Messages of the bus without a remembered verdict: judged, cleaned, and passed to the app. No I/O."""
 
 from dataclasses import replace
 from typing import Final, NamedTuple
@@ -27,7 +24,7 @@ from broker.wire.header import (
 from broker.wire.interfaces import DRIVER
 from policy.match import Verdict
 
-# The sender's own rules restrict its hearers, and those rules are not known any more.
+# The sender's own rules may restrict the receivers of its broadcasts, and those rules are not known any more.
 NOT_KNOWN: Final = Verdict(
     allowed=False,
     rule=None,
@@ -36,7 +33,7 @@ NOT_KNOWN: Final = Verdict(
 
 
 class Arrived(NamedTuple):
-    """A whole message of the bus that waits."""
+    """A whole message of the bus."""
 
     header: Header
     data: bytes
@@ -44,7 +41,7 @@ class Arrived(NamedTuple):
 
 
 class BusMessages:
-    """The bus side of one connection."""
+    """The slow path of the bus side of one connection."""
 
     def __init__(
         self, state: ConnectionState, owners: NameOwners, visibility: NameVisibility
@@ -52,14 +49,14 @@ class BusMessages:
         self._state: Final = state
         self._owners: Final = owners
         self._visibility: Final = visibility
-        # The payer of the current message, and its count.
+        # The payer of the current message, and its cost.
         self._cause = ""
         self._cost = 0
         self._arrives = False  # the message announces the payer's own connection
         state.reply_handlers["count-callers"] = self._counted
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
-        """Deal with one whole message. False: it must wait until the owners are known."""
+        """Judge one whole message. False: it must wait until the owners are known."""
         self._cause, self._cost, self._arrives = self._state.unique_name, ANSWER_COST, False
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
             if self._owners.waiting and self._kind_of(header) == "list":
@@ -79,9 +76,9 @@ class BusMessages:
         return True
 
     def charge(self, size: int, took: int) -> None:
-        """Charge the last message to its causer: its count or its time, if that is more.
+        """Charge the last message to the sandbox that caused it: its cost, or its time if that is more.
 
-        `size` is the count of its bytes, `took` that of its time.
+        `size` is the cost of its bytes, `took` that of its time.
         """
         cost = max(self._cost + size, took)
         if self._arrives:
@@ -92,7 +89,7 @@ class BusMessages:
     # -- replies -----------------------------------------------------------------------------------
 
     def _kind_of(self, header: Header) -> str:
-        """Return the kind of `ReplyAction` that a reply is waited for with; "" if it is simply passed on."""
+        """Return the kind of the action for a reply, or "" if the reply is passed on."""
         entry = self._state.pending.calls_to_bus.get(header.reply_serial or 0)
         if not isinstance(entry, InterceptedCall):
             return ""
@@ -111,7 +108,7 @@ class BusMessages:
                     state, Denial("receive", "reply", sender, "", "", "", "not asked for", "")
                 )
             return
-        # The bus may add descriptors to credentials of which the app never gets any: no reason to refuse.
+        # The bus may add descriptors to credentials. The app never gets them, so they are no reason to refuse.
         app_gets_fds = self._kind_of(header) != "credentials"
         del state.pending.calls_to_bus[header.reply_serial or 0]
         if fds and not state.app_takes_fds and app_gets_fds:
@@ -134,9 +131,13 @@ class BusMessages:
             )
 
     def _may_answer(self, entry: Replier | InterceptedCall, sender: str) -> bool:
-        """The bus may (nobody there, gone, not allowed); else it is who was called, or was since."""
+        """Return whether the sender may reply to a call.
+
+        Besides the owner that was called and later owners, the bus may: the name has no owner, the owner is gone, or the
+        bus did not allow the call.
+        """
         replier = entry.replier if isinstance(entry, InterceptedCall) else entry
-        if not (replier.owner or replier.name):  # NOBODY
+        if not (replier.owner or replier.name):  # NO_REPLIER
             return False
         return sender in (DRIVER, replier.owner) or sender in replier.former
 
@@ -215,7 +216,7 @@ class BusMessages:
             self._remember(header, data[12 : header.size], sender)
 
     def _judge(self, header: Header, sender: str) -> Verdict:
-        """Judge by our rules; a sandbox's broadcast also by its own, if they say who hears it."""
+        """Judge by the app's rules; a sandbox's broadcast also by the sender's, if they restrict its receivers."""
         state = self._state
         peer = state.bus.peer(sender)
         broadcast = header.destination is None
@@ -239,7 +240,7 @@ class BusMessages:
         )
 
     def _count_callers(self) -> None:
-        """Calls of callers that are gone may never be answered: find out which these are."""
+        """Ask the bus for the connected callers, because calls of the others may never be answered."""
         if not self._state.counts_callers:
             self._state.counts_callers = True
             self._state.call_driver("ListNames", "", (), ReplyAction("count-callers"))
@@ -265,14 +266,14 @@ class BusMessages:
             state.verdicts.bus_calls.remember(key, sender, sender)
 
     def _clean(self, header: Header, data: bytes) -> bytes:
-        """Leave out what the bus let through and does not define: it could be forged."""
+        """Leave out header fields that D-Bus does not define, because a sender could have forged them."""
         if not header.has_unknown:
             return data
         return serialise_header(header, sender=True) + data[header.size :]
 
 
 def without_fds(header: Header) -> tuple[Header, bytes]:
-    """Return an error in place of a reply that the app cannot take."""
+    """Return an error in place of a reply with descriptors, for an app that takes none."""
     body = marshal.make_body("s", ("The reply has file descriptors, which were not negotiated",))
     error = replace(
         header,

@@ -1,9 +1,8 @@
-"""Runs of messages that differ in their serials alone: what comes behind one that was let through. No I/O.
+"""Runs of messages that differ in their serials alone, behind a known message. No I/O.
 
-Programs that have much to say say the same again and again. Once the first message of a run is known, the others are
-cut out of the buffer by one C loop (`struct.iter_unpack`) and compared, which takes half the time of looking each one up.
-Whatever differs from the first one in another byte of the header, or in the size of its body, ends the run and is left to
-the caller.
+A program that sends many messages repeats the same one. Once the first message of a run is known, the others are cut out
+of the buffer by one C loop (`struct.iter_unpack`) and compared, which takes half the time of looking each one up. A
+message that differs from the first one in another byte of the header, or in the size of its body, ends the run.
 """
 
 import functools
@@ -13,20 +12,20 @@ from typing import Final
 
 from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall, Replier
 
-# There has to be room behind the first one for so many of its size: a shorter run costs more than it saves.
+# The fewest messages behind the first one, by their size. A shorter run costs more than it saves.
 SHORTEST: Final = 3
-# Forms that are kept; each is a size of the header with one of the body.
+# Remembered forms. Each is a size of the header with a size of the body.
 _MAX_FORMS: Final = 256
 
-# Where a message begins, where its body does, and where it ends.
+# The positions of a message, of its body, and of its end.
 Place = tuple[int, int, int]
 Pending = MutableMapping[int, Replier | InterceptedCall]
 
 
 def match_call_run(data: bytes, place: Place, pending: Pending, room: int) -> int:
-    """Have the calls wait that are like the one at `place`, which does; return how many they are.
+    """Add the calls behind the one at `place` that are like it to `pending`; return their number.
 
-    No more than `room` are to wait in all.
+    `pending` may have `room` calls in all. The call at `place` is among them already.
     """
     pos, start, stop = place
     if _cannot_be_run(data, pos, stop, start - pos):
@@ -47,9 +46,9 @@ def match_call_run(data: bytes, place: Place, pending: Pending, room: int) -> in
 
 
 def match_reply_run(data: bytes, place: Place, at: int, pending: Pending, sender: str) -> int:
-    """Take away the calls that are answered by replies like the one at `place`; return how many they are.
+    """Remove the calls that are answered by replies like the one at `place`; return their number.
 
-    `at` is where that one has its REPLY_SERIAL, `sender` who may answer.
+    `at` is the position of its REPLY_SERIAL, `sender` the connection that may reply.
     """
     pos, start, stop = place
     if _cannot_be_run(data, pos, stop, at - pos):
@@ -69,19 +68,19 @@ def match_reply_run(data: bytes, place: Place, at: int, pending: Pending, sender
 
 
 def _cannot_be_run(data: bytes, pos: int, stop: int, size: int) -> bool:
-    """Say whether there are too few behind a message, or the next one has other fields in the first `size` bytes."""
+    """Return whether too few bytes follow, or the next message differs in the first `size` bytes."""
     if len(data) - stop < (stop - pos) * SHORTEST:
         return True
     return data[pos + 12 : pos + size] != data[stop + 12 : stop + size]
 
 
 def _following(data: bytes, pos: int, stop: int) -> memoryview:
-    """Return what there is behind a message, as far as it can be cut into others of its size."""
+    """Return the bytes behind a message, as far as they can be cut into messages of its size."""
     size = stop - pos
     return memoryview(data)[stop : stop + (len(data) - stop) // size * size]
 
 
-# First word, size of the body, serial, size and bytes of the field array; those of a reply in two parts.
+# First word, size of the body, serial, size and bytes of the field array. The field array of a reply is in two parts.
 
 
 @functools.lru_cache(_MAX_FORMS)

@@ -1,8 +1,20 @@
-"""Who owns the names that matter to one connection, learned on that connection. No I/O.
+"""The owners of the names that matter to one connection, learned on that connection. No I/O.
 
-Only on the app's own connection is an owner change certain to come before the new owner's
-messages, so each connection asks for itself: a match rule first, the question second, and the last
-word wins. While an answer is missing, `waiting` is above zero and what needs it is held.
+The names are those of the app's rules, and those that the app wrote to. Only on the app's own connection does an owner
+change certainly come before the new owner's messages. So each connection asks the bus for itself: it adds a match rule
+first and asks for the owner second, and the last word wins:
+
+    app                gate                                                       bus
+     | call org.a #5 -> | waiting: 1, and the call is held                         |
+     |                  | AddMatch NameOwnerChanged, arg0='org.a' ---------------> |
+     |                  | GetNameOwner org.a ------------------------------------> |
+     |                  | <---------------- NameOwnerChanged org.a :1.2 -> :1.3    |
+     |                  | <------------------------------------------------ :1.3   |
+     |                  | waiting: 0, and the call is judged with the owner :1.3   |
+     |                  | call org.a #5 -----------------------------------------> |
+
+While `waiting` is above zero, messages that need owners are held: those of the app to others, and those of others to the
+app. NameOwnerChanged is held as well, because telling the app of a change takes all owners to be known.
 """
 
 from collections import OrderedDict, deque
@@ -30,7 +42,7 @@ from broker.wire.interfaces import DRIVER, DRIVER_PATH, PEER
 from broker.wire.marshal import Value
 from policy.match import NamesUsed
 
-# With a path_namespace, where no rule of an app has one: see driver.py. As canonical() would write it.
+# With a path_namespace, which no rule of an app has (driver_calls.py), and as MatchRule.canonical() writes it.
 _OWNER_CHANGED: Final = (
     f"type='signal',sender='{DRIVER}',interface='{DRIVER}',"
     f"member='NameOwnerChanged',path_namespace='{DRIVER_PATH}'"
@@ -43,27 +55,27 @@ _LOOK_UPS: Final = (
     "GetConnectionSELinuxSecurityContext",
     "GetAdtAuditSessionData",
 )
-# With more names than this, one match for every owner change is cheaper, and the system bus takes 512 at most.
+# With more names than this, one match rule for all owner changes is cheaper. The system bus takes 512 rules at most.
 MAX_NARROW_MATCHES: Final = 64
-# Names whose owner is asked for at a time. With a glob there may be hundreds when an app connects, and a long piece of
-# work in the gate makes all other connections wait.
+# Names whose owner is asked for at a time. With a glob there may be hundreds when an app connects, and long work in the
+# gate makes all other connections wait.
 ASKED_A_TURN: Final = 4
 
 
 class NameOwners:
-    """The names of one connection's rules, and those its app wrote to."""
+    """The names of one connection's rules and those that its app wrote to, with their owners."""
 
     def __init__(self, state: ConnectionState, synced: Callable[[], None]) -> None:
         self._state: Final = state
         self._synced: Final = synced
         self.names: Final[dict[str, Replier]] = {}
-        self.waiting = 0  # answers that are on their way
+        self.waiting = 0  # answers and chores that are not done
         self._when_known: Callable[[], Work] | None = None
         self.views: Final = Views(state.bus)
-        # Of names with calls that wait, which hold it: who owned them meanwhile.
+        # The owner changes of names, as long as calls to them wait, which keep the histories alive.
         self._histories: WeakValueDictionary[str, OwnerHistory] | None = None
         self._extra: Final[OrderedDict[str, None]] = OrderedDict()
-        # Names whose owner is still to be asked for, and how many have been and are not known.
+        # Names whose owner is still to be asked for, and the number of those that the bus was asked for.
         self._unasked: deque[str] = EMPTY_QUEUE
         self._asking = 0
         self._uses = NamesUsed(exact=frozenset(), subtrees=frozenset(), globs=False)
@@ -75,22 +87,22 @@ class NameOwners:
 
     @property
     def extra_count(self) -> int:
-        """How many names are followed that no rule names."""
+        """The number of followed names that no rule has."""
         return len(self._extra)
 
     def names_of(self, unique_name: str) -> set[str]:
-        """Return the unique name and the names that we know it to own."""
+        """Return the unique name and the followed names that it owns."""
         return self.views.names_of(unique_name)
 
-    # -- what to know -------------------------------------------------------------------------
+    # -- followed names -----------------------------------------------------------------------
 
     def follow(self, uses: NamesUsed, when_known: Callable[[], Work] | None = None) -> Work:
-        """Follow these names from now on; when all are known do the work of `when_known`.
+        """Follow these names from now on, and do the work of `when_known` when all owners are known.
 
-        All may be known at once.
+        They may be known at once.
         """
         self._when_known = when_known
-        self.waiting += 1  # keeps synced() from coming early
+        self.waiting += 1  # keeps `_synced` from being called early
         before, self._uses = self._uses, uses
         asked = {_replier_of(entry).name for entry in self._state.pending.calls_to_bus.values()}
         for name in list(self.names):
@@ -111,7 +123,7 @@ class NameOwners:
         self._answered()
 
     def look_up(self, name: str) -> None:
-        """Know one more name, which no rule names."""
+        """Follow one more name, which no rule has."""
         self._extra[name] = None
         while len(self._extra) > max(self._state.sandbox.limits.tracked_names, 1):
             oldest, _ = self._extra.popitem(last=False)
@@ -121,7 +133,7 @@ class NameOwners:
         self._ask_owner(name)
 
     def look_up_absent_names(self) -> None:
-        """Ask the bus what it says of names that are not there, to say the same of hidden ones."""
+        """Ask the bus about names that do not exist, to say the same of hidden ones."""
         absent = self._state.bus.absent_name
         for question in _LOOK_UPS:
             self._ask(question, "s", (absent,), ReplyAction("wording", (question, absent)))
@@ -161,12 +173,12 @@ class NameOwners:
         self._answered()
 
     def touch(self, name: str) -> None:
-        """Keep a name that no rule names a while longer."""
+        """Make a followed name that no rule has the last to be forgotten."""
         if name in self._extra:
             self._extra.move_to_end(name)
 
     def owner_changed(self, name: str, new: str) -> bool:
-        """Take note of an owner change ("" is nobody); return whether the name matters here."""
+        """Record an owner change ("" stands for no owner); return whether the name is followed."""
         replier = self.names.get(name)
         if replier is None:
             if not self._relevant(name):
@@ -181,7 +193,7 @@ class NameOwners:
             self.views.give(new, name)
         self._follow(replier, old, new)
         if not new and name not in self._uses.exact and name not in self._extra:
-            del self.names[name]  # names come and go: those of a subtree or glob have no end
+            del self.names[name]  # the names of a subtree or glob come and go without end
         self._state.verdicts.forget_about(name, old, new)
         return True
 
@@ -201,15 +213,15 @@ class NameOwners:
         return any(".".join(parts[:n]) in uses.subtrees for n in range(1, len(parts)))
 
     def _follow(self, replier: Replier, old: str, new: str) -> None:
-        """Let waiting calls to this name be answered by whoever owned it since they were made.
+        """Let waiting calls to this name be answered by all its owners since they were made.
 
-        They have `replier` in common, or one from before an earlier change; calls from now on have another.
+        Those calls share `replier`, or one from before an earlier change. Later calls have another.
         """
         self._keep_history(replier).add(old, new)
         self.names[replier.name] = Replier(new, replier.name)
 
     def _keep_history(self, replier: Replier) -> OwnerHistory:
-        """Let the calls that wait for `replier` know of all changes from now on."""
+        """Let the calls that wait for `replier` know all owner changes from now on."""
         history = self._history_of(replier.name)
         if not isinstance(replier.former, OwnersSince):
             replier.former = OwnersSince(history)
@@ -224,7 +236,7 @@ class NameOwners:
         return history
 
     def changes_of(self, name: str) -> int:
-        """Return how often a name that calls wait for has changed its owner."""
+        """Return how often a name with waiting calls has changed its owner."""
         history = self._histories.get(name) if self._histories is not None else None
         return history.count if history is not None else 0
 
@@ -238,7 +250,7 @@ class NameOwners:
         self._state.verdicts.forget_about(name, replier.owner)
 
     def _set_matches(self) -> None:
-        """Bring the match rules of the connection in line with what is to be known."""
+        """Add and remove match rules of the gate, so that they cover the followed names."""
         uses = self._uses
         if self._wide:
             wanted = {_OWNER_CHANGED}
@@ -259,7 +271,7 @@ class NameOwners:
         self._state.call_driver(member, signature, values, action)
 
     def hold(self, work: Work) -> None:
-        """Begin a chore, and hold messages that need owners until it is done."""
+        """Begin a chore, and hold messages that need owners until its end."""
         self.waiting += 1
         self._state.chores.begin(self._held(work))
 
@@ -286,7 +298,7 @@ class NameOwners:
         self._ask_on()
 
     def _ask_on(self) -> None:
-        """Ask about the next names, a few at a time."""
+        """Ask for the owners of the next names, a few at a time."""
         while self._unasked and self._asking < ASKED_A_TURN:
             self._asking += 1
             name = self._unasked.popleft()
@@ -317,11 +329,11 @@ class NameOwners:
         self._answered()
 
     def _take_list(self, names: tuple[Value, ...], wanted: tuple[str, ...]) -> Work:
-        """Ask for the owners of listed names; of those that are wanted and not listed, there is none."""
+        """Ask for the owners of listed names. Wanted names that are not listed have no owner."""
         there = frozenset(map(str, names))
         for name in wanted:
             yield NAME_WORK
-            # The rules may be others by now: what nobody follows any more is not known to be nobody's.
+            # The rules may have changed since, and no owner is recorded of a name that is not followed.
             if name not in there and self._relevant(name):
                 self.names.setdefault(name, Replier("", name))
         for name in sorted(there - {DRIVER}):
@@ -336,14 +348,14 @@ class NameOwners:
         self, _action: ReplyAction, header: Header, _data: bytes, _fds: tuple[int, ...]
     ) -> None:
         if header.type != MessageType.METHOD_RETURN:
-            # Without it an owner change could be missed, and a right outlive its reason.
+            # Without the match rule an owner change could be missed, and a permission outlive its reason.
             raise PeerQuotaError("the bus takes no more match rules from this connection")
         self._answered()
 
     # -- handing over ---------------------------------------------------------------------------
 
     def dump(self, asked: Collection[str]) -> OwnersDump:
-        """Return all of it. `asked`: the names that calls wait for."""
+        """Return the state. `asked` has the names with waiting calls."""
         return OwnersDump(
             names=tuple((name, replier.owner) for name, replier in self.names.items()),
             waiting=self.waiting,
@@ -365,9 +377,9 @@ class NameOwners:
         return HistoryDump(name=name, count=history.count, changes=history.changes)
 
     def load(self, dump: OwnersDump, when_known: Callable[[], Work]) -> Sequence[OwnerHistory]:
-        """Restore the state from `dump`, and return the histories: they live until nobody has them.
+        """Restore the state from `dump`; return the histories, which the caller keeps alive until calls have them.
 
-        What `when_known` returns is done when all owners are known, if that was still to be done.
+        `when_known` returns the work for the moment when all owners are known, if that was not done.
         """
         for name, owner in dump.names:
             self.names[name] = Replier(owner, name)
@@ -394,7 +406,7 @@ class NameOwners:
 
     @property
     def uses(self) -> NamesUsed:
-        """The names that the rules asked for when they were last looked at."""
+        """The names of the rules that were last applied."""
         return self._uses
 
 

@@ -1,8 +1,8 @@
 """Views of name owners by an app's rules, counted name by name. No I/O.
 
-An owner is seen if a rule shows one of its names and no rule hides one. Names come and go one at a time, and an
-owner may have hundreds. So a view counts how many names of the owner are shown and how many are hidden.
-An owner of more than MAX_NAMES is not seen, because counting its names would be too much work at a time, and nothing
+An owner is visible if a rule shows one of its names and no rule hides one. Names come and go one at a time, and an
+owner may have hundreds. So a view counts the shown and the hidden names of the owner.
+An owner of more than MAX_NAMES is not visible, because counting its names would be too much work at a time, and nothing
 may be sent to it anyway.
 """
 
@@ -42,15 +42,15 @@ class Views:
         self._views: Final[dict[str, View]] = {}
 
     def names_of(self, unique_name: str) -> set[str]:
-        """Return the unique name and the names that we know it to own."""
+        """Return the unique name and the names that it is known to own."""
         return {unique_name, *self._by_owner.get(unique_name, ())}
 
     def owners(self) -> list[str]:
-        """Return whoever owns names."""
+        """Return the owners of names."""
         return list(self._by_owner)
 
     def give(self, owner: str, name: str) -> None:
-        """Note that somebody owns a name."""
+        """Record that an owner has a name."""
         owned = self._by_owner.setdefault(owner, set())
         if name in owned:
             return
@@ -59,7 +59,7 @@ class Views:
             view.count(name, 1)
 
     def take(self, owner: str, name: str) -> None:
-        """Note that somebody owns a name no more."""
+        """Record that an owner does not have a name any more."""
         owned = self._by_owner[owner]
         owned.discard(name)
         if not owned:
@@ -69,7 +69,7 @@ class Views:
             view.count(name, -1)
 
     def sees(self, judge: Judge, owner: str) -> bool:
-        """Judge by all names of an owner, its unique name included."""
+        """Return whether an owner is visible, by all its names and its unique name."""
         identity = self._bus.peer(owner)
         if owner not in self._by_owner:
             return judge.see((owner,), identity).allowed
@@ -77,7 +77,7 @@ class Views:
             self._views.pop(owner, None)
             return False
         view = self._views.get(owner)
-        # A Judge and an Identity never change. But another judge may be in force, or the identity become known or unknown.
+        # A Judge and an Identity never change. But the rules may have changed, or the identity become known or unknown.
         if view is None or view.judge is not judge or view.identity is not identity:
             view = self._views[owner] = View(judge, identity)
             for name in self.names_of(owner):

@@ -1,7 +1,11 @@
 """The unfinished end of a byte stream, and the descriptors that came with it. No I/O.
 
-Descriptors arrive with some read; they belong to a message that has bytes in that read. One that names
-no message by the time all bytes of its read are used is an attack (or a bug): it would be given to a later message.
+Descriptors arrive with a read, and belong to a message that has bytes in that read. Descriptors that no message has
+claimed when all bytes of their read are consumed are an attack or a bug, because a later message would get them:
+
+    read 1   ....AAAA AAAA|BBBB     fds 3 4     A claims 3, B claims 4: B has bytes in read 1
+    read 2   BBBB BBBB CCCC         fds 5       C claims 5
+    read 3   CCCC                   fds 6       error if C is consumed and 6 is left
 """
 
 from collections.abc import Sequence
@@ -10,20 +14,20 @@ from typing import Final, Protocol
 from broker.gate.dumps import Fds, ReceiveBufferDump, pick
 from broker.wire.errors import PeerProtocolError
 
-# What one connection may have in flight before a message claims it: one message's worth, sent in two parts.
+# Descriptors of one connection that no message has claimed: those of one message, sent in two parts.
 MAX_UNCLAIMED_FDS: Final = 253
-# Parts smaller than this are put together, or each byte that trickles in would cost many.
+# Parts smaller than this are joined, because an object for each byte that trickles in would take many bytes.
 SMALL: Final = 4096
 
 
 class Account(Protocol):
-    """Who pays for what is held."""
+    """The account of the held bytes."""
 
     bytes_held: int
 
 
 class _FdBatch:
-    """Descriptors of one read. `end` counts from the beginning of what is held."""
+    """The descriptors of one read. `end` is the end of the read, from the beginning of the held bytes."""
 
     __slots__ = ("end", "left")
 
@@ -33,7 +37,7 @@ class _FdBatch:
 
 
 class ReceiveBuffer:
-    """One direction of a connection."""
+    """The receive buffer of one direction of a connection."""
 
     def __init__(self, account: Account | None) -> None:
         self._account: Final = account
@@ -41,35 +45,35 @@ class ReceiveBuffer:
         self._held = 0
         self._need = 0
         self._skip = 0
-        # A number for the message that is half here, 0 for none.
+        # The number of the message that is held in part, 0 for none.
         self.unfinished = 0
-        self._number = 0  # of the last one
+        self._number = 0  # of the last message that was held in part
         # Lists, because they are short and nearly always empty.
         self._fds: Final[list[int]] = []
         self._batches: Final[list[_FdBatch]] = []
 
     @property
     def has_fds(self) -> bool:
-        """True when descriptors wait for their message."""
+        """Return whether descriptors wait for their message."""
         return bool(self._fds)
 
     @property
     def fd_count(self) -> int:
-        """How many descriptors wait for their message."""
+        """The number of descriptors that wait for their message."""
         return len(self._fds)
 
     @property
     def is_idle(self) -> bool:
-        """True when nothing is held or expected: what arrives can be used as it is."""
+        """Return whether nothing is held or skipped, so that the next bytes can be used as they arrive."""
         return not (self._parts or self._fds or self._skip)
 
     @property
     def held(self) -> int:
-        """How many bytes are held."""
+        """The number of held bytes."""
         return self._held
 
     def feed(self, data: bytes, fds: Sequence[int]) -> bytes | None:
-        """Return all that is held and `data`, once it is as much as was said to be needed."""
+        """Return the held bytes and `data`, once they are as many as expected."""
         if self._skip and data:
             skipped = min(self._skip, len(data))
             self._skip -= skipped
@@ -95,7 +99,7 @@ class ReceiveBuffer:
         return self.take_all()
 
     def take_all(self) -> bytes:
-        """Return all that is held, however little it is."""
+        """Return all held bytes, however few."""
         self._need = 0
         whole = b"".join(self._parts) if len(self._parts) > 1 else bytes(self._parts[0])
         self._parts.clear()
@@ -103,12 +107,15 @@ class ReceiveBuffer:
         return whole
 
     def unread(self, data: bytes) -> None:
-        """Hold what `take` gave, as it was."""
+        """Hold all bytes that `feed` returned."""
         self._parts.append(data)
         self._count(len(data))
 
     def consume(self, data: bytes, used: int) -> None:
-        """Hold what is left of what `take` gave. Raises PeerProtocolError (descriptors left over)."""
+        """Hold the bytes behind the first `used` ones that `feed` returned.
+
+        Raises PeerProtocolError if descriptors are left over.
+        """
         if used < len(data):
             self._parts.append(data[used:] if used else data)
             self._count(len(data) - used)
@@ -123,17 +130,17 @@ class ReceiveBuffer:
             raise PeerProtocolError("file descriptors that belong to no message")
 
     def expect(self, size: int) -> None:
-        """Say how many bytes, from the first unused one, make a whole message."""
+        """Set how many bytes, from the first held one, make a whole message."""
         self._need = size
 
     def skip(self, size: int) -> None:
-        """Throw the next bytes away as they come."""
+        """Drop the next bytes as they arrive."""
         self._skip = size
 
     def peek_fds(self, count: int, at: int = 0) -> tuple[int, ...]:
-        """Return the descriptors of the message that begins at `at` of what `take` gave.
+        """Return the descriptors of the message that begins at `at` in the bytes that `feed` returned.
 
-        Raises PeerProtocolError if they are not there, or came with bytes before it.
+        Raises PeerProtocolError if they are missing, or came with bytes before the message.
         """
         if not count:
             return ()
@@ -146,7 +153,7 @@ class ReceiveBuffer:
         return tuple(self._fds[:count])
 
     def drop_fds(self, count: int) -> None:
-        """Give up the descriptors of a message: somebody else has them now."""
+        """Give up the descriptors of a message, which the caller has taken."""
         del self._fds[:count]
         while count:
             batch = self._batches[0]
@@ -157,7 +164,7 @@ class ReceiveBuffer:
                 del self._batches[0]
 
     def take_fds_before(self, end: int) -> list[int]:
-        """Give up the descriptors that came with reads up to there: the caller closes them."""
+        """Give up the descriptors of reads that end at `end` or before: the caller closes them."""
         fds: list[int] = []
         while self._batches and self._batches[0].end <= end:
             count = self._batches.pop(0).left
@@ -166,7 +173,7 @@ class ReceiveBuffer:
         return fds
 
     def take_fds(self) -> list[int]:
-        """Give up everything, at the end: the caller closes the descriptors."""
+        """Give up everything at the end of the connection: the caller closes the descriptors."""
         fds = self._fds.copy()
         self._fds.clear()
         self._batches.clear()
@@ -175,7 +182,7 @@ class ReceiveBuffer:
         return fds
 
     def dump(self, fds: Fds) -> ReceiveBufferDump:
-        """Return all of it, with descriptors as indexes."""
+        """Return the state, with descriptors as indexes."""
         return ReceiveBufferDump(
             held=b"".join(self._parts),
             need=self._need,
@@ -187,7 +194,7 @@ class ReceiveBuffer:
         )
 
     def load(self, dump: ReceiveBufferDump, fds: Sequence[int]) -> None:
-        """Be as the one was that made the dump."""
+        """Restore the state from `dump`."""
         if dump.held:
             self.unread(dump.held)
         self._need = dump.need
