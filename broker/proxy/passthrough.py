@@ -132,7 +132,9 @@ class PassthroughFilter:
         if fds and not state.app_takes_fds:
             raise PeerProtocolError("file descriptors that were not negotiated")
         self.from_app.drop_fds(len(fds))
-        if header.type > MessageType.SIGNAL:  # the specification wants unknown types ignored
+        if (
+            header.type > MessageType.SIGNAL
+        ):  # unknown types are ignored, as the specification wants
             state.sandbox.close_fds(fds)
             return
         if _has_forgeries(header):

@@ -1,15 +1,16 @@
-"""What all connections of one gate to one bus share: who is who, and how that bus words its errors.
+"""The state that all connections of one gate to one bus share: identities, and the bus's error texts. No I/O.
 
-Identity is exact because it is learned from the Hello reply as it passes through the gate, before that connection
-can say anything else, and because it is never unlearned: a bus gives no unique name twice, so a name that a sandbox
-had is not a host's however long its connection is gone. A unique name goes through these states:
+Identities are exact, for two reasons. A unique name is learned from the reply to Hello as it passes through the gate, before
+that connection can send anything else. And it is never unlearned: a bus gives no unique name twice, so a name that a
+sandbox had is no host's, however long its connection is gone. A unique name goes through these states:
 
-    connected   the app is there                                       its sandbox, its app
-    lingering   the app has gone, the bus has not let go (linger.py)   its sandbox, its app
-    late        the bus has let go, and may still deliver what it had  its sandbox, its app; the last MAX_LATE,
-                                                                       or fewer (MAX_LATE_RULES)
-    unknown     late no more, or of a gate that died (ledger.py)       a sandbox, not known which: UNKNOWN
-    host        none of these                                          a host
+    state       meaning                                                 known identity
+    connected   the app is connected                                    its sandbox and app
+    lingering   the app has gone, the bus has not let go (lingering.py) its sandbox and app
+    late        the bus has let go, and may still deliver its messages  its sandbox and app, of the last MAX_LATE names,
+                                                                        or of fewer (MAX_LATE_RULES)
+    unknown     it was late, or of a gate that died (name_ledger.py)    some sandbox: UNKNOWN
+    host        none of these                                           a host
 """
 
 from collections import OrderedDict
@@ -24,15 +25,15 @@ from broker.wire import errors
 from policy.match import Judge
 from policy.rules import Identity
 
-# No connection has it: a bus numbers connections from 1, and not that far.
+# A unique name that no connection has: a bus numbers connections from 1, and not that far.
 ABSENT_UNIQUE: Final = ":0.4294967295"
-# Closed connections whose identity is remembered, because their messages may still come: dbus-daemon closes a connection
-# before it has delivered everything, and dbus-broker keeps calls for a service that is being started. Older ones are UNKNOWN.
+# Late names with a known identity. Their messages may still come, because dbus-daemon closes a connection before it has
+# delivered everything, and dbus-broker keeps calls for a service that is being started. Older names are UNKNOWN.
 MAX_LATE: Final = 4096
-# Rules of their lists that restrict the hearers of broadcasts, each list once: some MiB, and some 50 ms of a hand-over.
-# The newest list is kept, however long.
+# Rules of late names that restrict the receivers of broadcasts, each list counted once: some MiB, and some 50 ms of a
+# hand-over. The newest list is kept, however long.
 MAX_LATE_RULES: Final = 4096
-# The identity of a sandbox that is not known any more: no host, and no app that a rule could name.
+# The identity of an unknown sandbox: it is no host, and no app that a rule could name.
 UNKNOWN: Final = Identity(type="", app="")
 
 
@@ -50,7 +51,7 @@ class Closable(Protocol):
     """A connection to the bus."""
 
     def close(self, reason: str) -> None:
-        """End it."""
+        """End the connection."""
 
     def ask_if_read(self, number: int) -> None:
         """Call `BusState.has_read(number)` once the bus has read all sent messages."""
@@ -64,7 +65,7 @@ class Lingering(Protocol):
 
 
 def make_absent_name(random: bytes) -> str:
-    """Return a well-known name that nobody can guess, from random bytes."""
+    """Return a well-known name that no program can guess, made from random bytes."""
     return f"org.buswarden.NotThere.x{random.hex()}"
 
 
@@ -95,8 +96,8 @@ class UniqueNames(Protocol):
 class BusState:
     """The state of one real bus.
 
-    `absent_name` is a name that nobody owns and that no service file gives. The bus's answers about it are its answers
-    about every name that does not exist. So nobody may guess it: its owner could keep the gate from learning them.
+    `absent_name` is a name that has no owner and no service file. The bus's answers about it are its answers about every
+    name that does not exist. A program that guessed it could own it, and keep the gate from learning them.
     """
 
     def __init__(self, name: str, address: str, ledger: UniqueNames, absent_name: str) -> None:
@@ -108,37 +109,37 @@ class BusState:
         self.absent_name: Final = absent_name
         self.members: Final[set[Member]] = set()
         self.payers: Final = Payers()
-        # Senders whose rules say which apps hear their broadcasts: their unique names.
+        # Unique names of senders whose rules restrict the receivers of their broadcasts.
         self.broadcast_judges: Final[dict[str, Judge]] = {}
         self._closed_recently: Final[OrderedDict[str, None]] = OrderedDict()
-        # The lists among `speakers` that late ones have: which ones, the list that was used last at the end.
+        # The lists of rules in `broadcast_judges` that late names have, with those names. The list used last is at the end.
         self._late_lists: Final[OrderedDict[Judge, dict[str, None]]] = OrderedDict()
         self._late_rules = 0
-        # Connections that want header field 10 on what sandboxes send them.
+        # Connections that want header field 10 in messages that sandboxes send them.
         self.wants_instance_field: Final[set[str]] = set()
         self._absent_name_errors: dict[str, tuple[str, str]] = {}
         self._guid = ""
         self.connections: Final[set[Closable]] = set()
         self.lingering: Final[dict[str, Lingering]] = {}  # by unique name
         self.barriers: Final[dict[int, Barrier]] = {}
-        # Both are ways of xdg-dbus-proxy, for who is to pass for it. All unique names may be heard to come
-        # and go; a well-known name is judged as itself alone, whatever else its owner owns.
+        # For compatibility with xdg-dbus-proxy: apps are told of all unique names that come and go, and a message to a
+        # well-known name is judged by that name alone, whatever else its owner owns.
         self.tells_unique_names = False
         self.judges_names_alone = False
         # False: no program may ask about the sandboxes of its connections.
         self.gives_instance_field = True
-        # False: no connection to it passes descriptors, and apps are told so in the handshake.
+        # False: no connection to the bus passes descriptors, and apps are told so in the handshake.
         self.takes_fds = True
 
     def spec(self) -> BusSpec:
-        """Return it as the supervisor knows it."""
+        """Return the bus as the supervisor specified it."""
         return BusSpec(name=self.name, address=self.address)
 
     def authenticated(self, guid: str) -> None:
-        """Take note of who answers at the address.
+        """Record the id of the bus that answers at the address.
 
-        Another bus than before has given unique names anew: what was known is about others, and whoever
-        is still connected to the old one has only not heard yet.
+        Another id means that the bus was restarted and gives the same unique names again. So everything known is
+        forgotten, and connections that have not noticed yet are closed.
         """
         if not self._guid:
             self.ledger.meet(guid)
@@ -179,7 +180,7 @@ class BusState:
             member.forget_about(unique_name)
 
     def gone(self, unique_name: str) -> None:
-        """Note that the bus has released a connection.
+        """Record that the bus has released a connection.
 
         Its identity is remembered for a while, because its last messages are still to be judged.
         """
@@ -224,24 +225,24 @@ class BusState:
         barrier.check()
 
     def has_read(self, unique_name: str, number: int) -> None:
-        """Note that the bus has read what a connection sent before its question."""
+        """Record that the bus has read the messages of a connection before its question."""
         if (barrier := self.barriers.get(number)) is not None:
             barrier.take(unique_name)
 
     def peer(self, unique_name: str) -> Identity | None:
-        """Return the app behind a connection, be it UNKNOWN; None for a host."""
+        """Return the identity of a connection in a sandbox, maybe UNKNOWN; None for a host."""
         identity = self.identities.get(unique_name)
         if identity is None and unique_name in self.ledger:
             return UNKNOWN
         return identity
 
     def who(self, unique_name: str) -> str | None:
-        """Return the id of the sandbox that a connection is in, "" if it is not known which; None for a host."""
+        """Return the id of the sandbox of a connection, "" if it is not known; None for a host."""
         sandbox = self.sandboxes.get(unique_name)
         return "" if sandbox is None and self.peer(unique_name) is not None else sandbox
 
     def set_broadcast_judge(self, unique_name: str, judge: Judge) -> bool:
-        """Let a connection's broadcasts be heard by whom these rules say; return whether that may be a change."""
+        """Restrict the receivers of a connection's broadcasts by these rules; return whether that may be a change."""
         before = self.broadcast_judges.pop(unique_name, None)
         if judge.restricts_broadcast_receivers:
             self.broadcast_judges[unique_name] = judge
@@ -250,8 +251,8 @@ class BusState:
     # -- handing over ------------------------------------------------------------------------
 
     def dump(self) -> BusDump:
-        """Return all but the connections, which bring their rules with them."""
-        # One list of rules has spoken for many connections, maybe.
+        """Return the state without the connections, which bring their rules with them."""
+        # Many connections may share a list of rules.
         gone = sorted({*self._closed_recently, *self.lingering} & self.broadcast_judges.keys())
         late = {name: self.broadcast_judges[name] for name in gone}
         judges = {id(judge): judge for judge in late.values()}
@@ -274,7 +275,7 @@ class BusState:
         )
 
     def load(self, dump: BusDump) -> None:
-        """Know what the one knew that made the dump."""
+        """Restore the state from `dump`. Raises ValueError."""
         judges = [Judge(access, bus=self.name, me=me) for access, me in dump.judges]
         self._guid = dump.guid
         self.ledger.load(dump.guid, dump.spans)
@@ -294,15 +295,15 @@ class BusState:
         for unique_name in self.identities:
             self.ledger.add(unique_name)
 
-    # -- how this bus words "there is no such name" ------------------------------------------
+    # -- this bus's error for names that do not exist -----------------------------------------
 
     @property
     def knows_absent_name_errors(self) -> bool:
-        """True when the bus has been asked."""
+        """Return whether the bus was asked for them."""
         return bool(self._absent_name_errors)
 
     def learn_absent_name_error(self, question: str, asked: str, error: str, text: str) -> None:
-        """Take the answer to `question` about a name that does not exist as the bus's way of saying so."""
+        """Remember the bus's answer to `question` about the name `asked`, which does not exist."""
         if error in (errors.SERVICE_UNKNOWN, errors.NAME_HAS_NO_OWNER):
             self._absent_name_errors[question] = (error, text.replace(asked, "\0"))
 
@@ -317,7 +318,7 @@ class BusState:
         return error, text.replace("\0", name)
 
 
-# dbus-daemon's, until the bus in use has been heard.
+# The errors of dbus-daemon, until the bus was asked.
 _NOT_PROVIDED: Final = (
     errors.SERVICE_UNKNOWN,
     "The name \0 was not provided by any .service files",

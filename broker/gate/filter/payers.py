@@ -33,7 +33,7 @@ from typing import Final, Protocol
 
 from broker.gate.dumps import PayersDump
 
-# Late connections: their last owner changes may come long after they closed. As in bus.py.
+# Late connections: their last owner changes may come long after they closed. As in bus_state.py.
 MAX_LATE: Final = 4096
 # Names with a known mover. Pushing one out takes as many requests, and each request is paid for.
 MAX_MOVERS: Final = 4096
@@ -52,7 +52,7 @@ class Payers:
     """The payers of one bus."""
 
     def __init__(self) -> None:
-        # By unique name; a host's name has none. The shortcut for known messages (filter.py) reads it directly.
+        # By unique name; a host's name has none. The fast path (filter.py) reads it directly.
         self.budgets: Final[dict[str, Budget]] = {}
         self._late: Final[OrderedDict[str, str]] = OrderedDict()  # unique name -> sandbox id
         self._movers: Final[OrderedDict[str, str]] = OrderedDict()

@@ -8,7 +8,7 @@ releases its unique name.
 from collections.abc import Callable, Iterable
 from typing import Final
 
-# The kind of a connection's question: see handover.Then.
+# The `ReplyAction.kind` of a connection's question.
 KIND: Final = "read-barrier"
 
 

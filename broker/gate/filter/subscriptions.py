@@ -1,8 +1,8 @@
-"""The match rules of one app, filed so that none has to be tried for an owner change. No I/O.
+"""The match rules of one app, indexed so that an owner change is looked up and no rule is tried. No I/O.
 
-The bus delivers what any rule of the connection asks for, those of the gate's own included; so for owner changes, which the
-gate asks for itself, it has to be found out whether the app wants them as well. Each change is heard by many connections,
-and each may have a thousand rules: they are filed by the arguments that they name.
+The bus delivers a signal if any match rule of the connection matches it, and the gate adds rules of its own for owner
+changes. So the gate finds out for each owner change whether a rule of the app matches it. Many connections hear each
+change, and each may have a thousand rules. So the rules are indexed by the arguments that they name.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from broker.wire.matchrule import MatchRule
 
 _OWNER_CHANGED: Final = "NameOwnerChanged"
-# Name, old and new owner. Which of them a rule names.
+# The arguments of NameOwnerChanged: name, old owner and new owner. A rule names some of them.
 _ARGUMENTS: Final = 3
 _CHOICES: Final = tuple(
     tuple(n for n in range(_ARGUMENTS) if choice >> n & 1) for choice in range(2**_ARGUMENTS)
@@ -21,19 +21,19 @@ _CHOICES: Final = tuple(
 _CHOICES_BUT_NAME: Final = tuple(choice for choice in _CHOICES if 0 not in choice)
 
 _Key = TypeVar("_Key")
-# What a rule asks of the arguments: a name space (None: nothing), and some of them with their values.
+# The conditions of a rule on the arguments: an arg0namespace or None, and indexes of arguments with values.
 _Place = tuple[str | None, tuple[tuple[int, str], ...]]
 
 
 class Subscriptions:
-    """Match rules, each with how often it was added."""
+    """The match rules of an app, each with how often it was added."""
 
     def __init__(self) -> None:
         self._counts: Final[dict[MatchRule, int]] = {}
-        # Of the rules that an owner change can match: how many ask for this of its arguments.
+        # The number of rules that an owner change can match, by their conditions.
         self._filed: Final[Counter[_Place]] = Counter()
         self._spaces: Final[Counter[str]] = Counter()
-        self.count = 0  # each as often as it was added
+        self.count = 0  # of all rules, each as often as it was added
 
     def __contains__(self, rule: MatchRule) -> bool:
         return rule in self._counts
@@ -46,7 +46,7 @@ class Subscriptions:
         return self._counts.items()
 
     def add(self, rule: MatchRule, count: int = 1) -> None:
-        """Add a rule, so often."""
+        """Add a rule `count` times."""
         self.count += count
         if rule in self._counts:
             self._counts[rule] += count
@@ -58,7 +58,7 @@ class Subscriptions:
                 self._spaces[rule.arg0namespace] += 1
 
     def drop(self, rule: MatchRule) -> None:
-        """Take a rule away, once."""
+        """Remove a rule once."""
         self.count -= 1
         self._counts[rule] -= 1
         if self._counts[rule]:
@@ -70,7 +70,7 @@ class Subscriptions:
                 _take_one(self._spaces, rule.arg0namespace)
 
     def want_owner_change(self, name: str, old: str, new: str) -> bool:
-        """Say whether the app wants to hear that a name goes from one owner to another."""
+        """Return whether a rule of the app matches this owner change."""
         filed = self._filed
         if not filed:
             return False
@@ -86,7 +86,7 @@ class Subscriptions:
 
 
 def _is_about_owners(rule: MatchRule) -> bool:
-    """Say whether an owner change can match, as far as one differs from another in its arguments alone."""
+    """Return whether the rule matches some owner change: they differ in their arguments alone."""
     space = rule.path_namespace
     return (
         rule.sender in (None, DRIVER)
@@ -99,12 +99,12 @@ def _is_about_owners(rule: MatchRule) -> bool:
 
 
 def _place(rule: MatchRule) -> _Place:
-    # A name has no slash in it: as a path it is matched by its like alone.
+    # A name has no slash in it, so a condition on it as a path matches the same value alone.
     return rule.arg0namespace, tuple((index, value) for index, value, _ in rule.args)
 
 
 def _bases(name: str) -> Iterator[str]:
-    """Return the name, and what stands before each of its dots."""
+    """Return the name, and the part of it before each of its dots."""
     at = len(name)
     while at > 0:
         yield name[:at]

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from broker.gate.filter.denials import Denial
     from broker.gate.filter.pending_calls import Replier
 
-# Remembered verdicts a table, and the longest header worth remembering: 256 KiB at the most.
+# Remembered verdicts of one table, and the size of the longest remembered header: 256 KiB at the most.
 MAX_REMEMBERED: Final = 512
 MAX_REMEMBERED_BYTES: Final = 512
-# From names to verdicts, a table. Some are of verdicts that are forgotten.
+# Links from names to verdicts of one table. Some are to forgotten verdicts.
 MAX_LINKS: Final = 4 * MAX_REMEMBERED
 
-# What an empty table rests on: most of a connection's tables stay empty. It is never changed.
+# The links of tables without any, as most of a connection's tables stay. It is never changed.
 _NOTHING: Final[dict[str, set[bytes]]] = {}
 
 Remembered = TypeVar("Remembered")
@@ -24,8 +24,8 @@ Remembered = TypeVar("Remembered")
 class VerdictTable(dict[bytes, Remembered]):
     """Verdicts of one kind, by the field array of the header.
 
-    Whatever else they rest on (rules, tags) calls `clear` when it changes. The owners of names change all the time, and
-    by the doing of others: `forget_about` takes away what rests on them and leaves the rest.
+    A change of rules or header fields calls `clear`. Owners of names change all the time, and other programs change
+    them. So `forget_about` removes the verdicts that rest on some names and leaves the others.
     """
 
     __slots__ = ("_links", "_resting")
@@ -36,7 +36,7 @@ class VerdictTable(dict[bytes, Remembered]):
         self._links = 0
 
     def remember(self, key: bytes, value: Remembered, *names: str) -> None:
-        """Remember a verdict that rests on who has these names, and what else they have; within bounds."""
+        """Remember a verdict that rests on the owners of these names and on all their names; within bounds."""
         if len(key) > MAX_REMEMBERED_BYTES:
             return
         if len(self) >= MAX_REMEMBERED or self._links + len(names) > MAX_LINKS:
@@ -49,7 +49,7 @@ class VerdictTable(dict[bytes, Remembered]):
         self._links += len(names)
 
     def forget_about(self, *names: str) -> None:
-        """Forget what rests on any of these names."""
+        """Forget the verdicts that rest on any of these names."""
         if self._resting:
             for name in names:
                 for key in self._resting.pop(name, ()):
@@ -118,7 +118,7 @@ class VerdictCache:
         self.app_replies.clear()
 
     def forget_about(self, *names: str) -> None:
-        """Judge anew what is to or from whoever has, or had, one of these names."""
+        """Judge anew the messages to and from present and former owners of these names."""
         for table in self.tables:
             table.forget_about(*names)
 
@@ -126,10 +126,10 @@ class VerdictCache:
 def remember_shape(
     shapes: dict[bytes, str], positions: dict[int, int], header: Header, data: bytes, peer: str
 ) -> None:
-    """Remember what replies from or to this peer look like, within bounds.
+    """Remember the shape of replies from or to this peer, within bounds.
 
-    All shapes of one length lack the bytes at the same place. Otherwise a reply could be made that looks
-    like one of them with other bytes left out, and says something else.
+    All shapes of one length lack the bytes at the same position. Otherwise a reply could be forged that looks like one of
+    the shapes with other bytes left out.
     """
     at = header.reply_serial_at
     shape = data[12:at] + data[at + 4 : header.size]
