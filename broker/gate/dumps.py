@@ -1,10 +1,10 @@
-"""The types of the whole state that one gate hands over to the next. No I/O.
+"""The types of the whole state that a gate hands over to the next gate. No I/O.
 
-A hand-over is a row of frames: one HandoverHeader, then one SandboxDump for each sandbox. Each frame is msgpack with
-the names of its fields, and has the descriptors that its fields name by index. State that can be made again is left
+A hand-over is a row of frames: a HandoverHeader, then a SandboxDump for each sandbox. A frame is msgpack with the names
+of the fields. A descriptor is an index among the descriptors that come with the frame. State that can be made again is left
 out: compiled rules, remembered verdicts, sums. Times are those of the monotonic clock, which all processes share.
 
-VERSION is raised with every change that would make a gate misread the frames of an older one. Fields with a default
+VERSION is raised with every change that would make a gate misread the frames of an older gate. Fields with a default
 may be added without. tests/data/handover-3.txt has recorded frames.
 """
 
@@ -25,7 +25,7 @@ READS: Final = (VERSION,)
 
 
 class ReplyAction(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The handling of a reply: `kind` names the handler, and `values` are its arguments."""
+    """The handling of a reply: `kind` names the handler, and `values` are the arguments."""
 
     kind: str
     values: tuple[str | int, ...] = ()
@@ -35,7 +35,7 @@ class ReplyAction(msgspec.Struct, frozen=True, omit_defaults=True):
 class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The connections that may answer a call.
 
-    They are `owner` and the later owners of `name`: those in its history from the change `since` on.
+    The connections are `owner` and the later owners of `name`: those in the history of the name from the change `since` on.
     """
 
     owner: str
@@ -44,7 +44,7 @@ class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call that waits for its reply, with an action or of the gate's own."""
+    """A waiting call of the gate, or a waiting call of the app whose reply the gate handles."""
 
     serial: int
     replier: ReplierDump
@@ -53,7 +53,7 @@ class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Calls whose reply is passed on, packed, because thousands may wait, each for another owner of a name."""
+    """Waiting calls with no action on the reply, packed, because an app may have thousands."""
 
     owners: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The last changes of a name's owner, for the calls that wait for it."""
+    """The last changes of a name's owner, for the waiting calls to that name."""
 
     name: str
     count: int = 0
@@ -102,12 +102,12 @@ class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     globs: bool = False
     matches: tuple[str, ...] = ()
     histories: tuple[HistoryDump, ...] = ()  # of the names that calls wait for
-    unasked: tuple[str, ...] = ()  # names whose owner the bus is still to be asked for
+    unasked: tuple[str, ...] = ()  # names for which the bus is still to be asked
     asking: int = 0  # the number of questions without an answer
 
 
 class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Bytes with the descriptors that go with them."""
+    """Bytes of the queue of a stream, with descriptors."""
 
     data: bytes
     fds: tuple[int, ...] = ()
@@ -144,7 +144,7 @@ class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StreamDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A socket, and the bytes that its other end has not taken."""
+    """A socket, and the bytes that the other end has not taken."""
 
     fd: int
     queue: tuple[ChunkDump, ...] = ()
@@ -152,7 +152,7 @@ class StreamDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An app's connection. Before there is a filter, the next gate repeats the handshake from what was said."""
+    """An app's connection. Without a filter, the next gate repeats the handshake from `said` and `bus_said`."""
 
     bus: str
     guid: str
@@ -162,13 +162,15 @@ class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     bus_said: bytes = b""
     filter: FilterDump | None = None
     deadline: float | None = None
-    watched: int = 0  # the number of the message whose deadline it is; 0: the handshake's
+    watched: int = (
+        0  # the number of the message that has the deadline; 0: the handshake has the deadline
+    )
     was_unfinished: int = 0
     is_throttled: bool = False
 
 
 class LingeringDump(msgspec.Struct, frozen=True, kw_only=True):
-    """The bus side of a connection whose app has gone."""
+    """The bus side of a connection after the app has closed."""
 
     bus: str
     unique_name: str
@@ -193,7 +195,7 @@ class RateLimitedLogDump(msgspec.Struct, frozen=True, kw_only=True, omit_default
 
 
 class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A sandbox with its sockets and connections."""
+    """A sandbox with sockets and connections."""
 
     spec: SandboxSpec
     guid: str
@@ -201,8 +203,8 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     close_pipe: int = -1
     connections: tuple[AppConnectionDump, ...] = ()
     lingering: tuple[LingeringDump, ...] = ()
-    reason: str = ""  # of its end, while that waits for the lingering ones
-    waiting_requests: tuple[int, ...] = ()  # serials of requests that wait for its end
+    reason: str = ""  # the reason of an end that waits for lingering connections
+    waiting_requests: tuple[int, ...] = ()  # serials of requests that wait for the end
     messages: BudgetDump
     limited_log: RateLimitedLogDump
     is_throttled: bool = False
@@ -216,7 +218,7 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class PayersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The payers of a bus, without its open connections."""
+    """The payers of a bus, without open connections."""
 
     late: tuple[tuple[str, str], ...] = ()  # (unique name, sandbox)
     movers: tuple[tuple[str, str], ...] = ()  # (name, its last requester)
@@ -242,7 +244,7 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class BusClientCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call of the supervisor on one of the gate's own connections, without an answer yet."""
+    """A call of the supervisor on a connection of the gate, without an answer yet."""
 
     serial: int
     request: int = 0  # the serial of the supervisor's request; 0: given up
@@ -253,12 +255,12 @@ class BusClientCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     removed: str = ""  # the sandbox that ends if there is an answer
 
     def given_up(self) -> "BusClientCallDump":
-        """Return the call without its request."""
+        """Return the call without a request."""
         return msgspec.structs.replace(self, request=0)
 
 
 class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A connection of the gate itself to a bus, and the servers that the bus made on it."""
+    """A connection of the gate itself to a bus, and the servers that the bus made on the connection."""
 
     bus: str
     uid: int
@@ -268,7 +270,9 @@ class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     next_serial: int
     waiting: tuple[BusClientCallDump, ...] = ()
     claimed: tuple[tuple[str, str], ...] = ()  # (instance, sandbox)
-    unclaimed: tuple[tuple[str, str, str], ...] = ()  # (instance, interface, how to undo it)
+    unclaimed: tuple[
+        tuple[str, str, str], ...
+    ] = ()  # (instance, interface, method that undoes the call)
 
 
 class SupervisorChannelDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -276,7 +280,9 @@ class SupervisorChannelDump(msgspec.Struct, frozen=True, kw_only=True, omit_defa
 
     listening: int
     stream: StreamDump | None = None
-    requests: bytes = b""  # frames behind the request to hand over, the last one perhaps unfinished
+    requests: bytes = (
+        b""  # frames behind the request to hand over; the last frame may be unfinished
+    )
     request_fds: tuple[int, ...] = ()
     journal: EventJournal
 
@@ -287,7 +293,7 @@ class HandoverHeader(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_d
     version: int
     pid: int
     serial: int  # of the request to hand over
-    protocol: int  # of the supervisor that made it
+    protocol: int  # of the supervisor that made the request
     channel: SupervisorChannelDump
     buses: tuple[BusDump, ...] = ()
     bus_clients: tuple[BusClientDump, ...] = ()
@@ -302,7 +308,7 @@ class HandoverError(Exception):
 
 
 class PlainCalls:
-    """The packer of calls whose reply is passed on. Both gates run on one machine, so numbers are in its byte order."""
+    """The packer of PlainCallsDump. Both gates run on the same machine, so numbers are in native byte order."""
 
     def __init__(self) -> None:
         self._owners: Final[dict[str, int]] = {}
@@ -330,18 +336,18 @@ def unpack_rows(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 class Fds:
-    """The descriptors of one frame, which names them by index."""
+    """The descriptors of a frame, by index."""
 
     def __init__(self) -> None:
         self.all: Final[list[int]] = []
 
     def put(self, fd: int) -> int:
-        """Add a descriptor and return its index."""
+        """Add a descriptor and return the index."""
         self.all.append(fd)
         return len(self.all) - 1
 
     def put_all(self, fds: Sequence[int]) -> tuple[int, ...]:
-        """Add descriptors and return their indexes."""
+        """Add descriptors and return the indexes."""
         return tuple(self.put(fd) for fd in fds)
 
 

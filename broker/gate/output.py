@@ -1,4 +1,4 @@
-"""Messages on their way out of a connection, in order. No I/O."""
+"""Messages to be sent on a connection, in order. No I/O."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ EMPTY_QUEUE: Final[deque[Any]] = _EmptyQueue()
 
 
 class Chunk(NamedTuple):
-    """Bytes that must begin a write of their own, with the descriptors that go with them."""
+    """Bytes that begin a write, because descriptors go with the first byte."""
 
     data: bytes | memoryview
     fds: tuple[int, ...]
@@ -32,5 +32,5 @@ Output = list[bytes | Chunk]
 
 
 def descriptors_of(output: Iterable[bytes | Chunk]) -> list[int]:
-    """Return the descriptors of messages that will not be sent: the caller closes them."""
+    """Return the descriptors of messages that will not be sent. The caller closes the descriptors."""
     return [fd for item in output if isinstance(item, Chunk) for fd in item.fds]

@@ -1,6 +1,7 @@
-"""The last headers that the gate has handled, in two rings in a mapped file, for an inquiry after it died.
+"""The last message headers, in two rings in a mapped file, for an inquiry after the gate died.
 
-One ring has each message that was judged. The other has known messages, or the first one of each run of them. A write
+The first ring has each message that was judged. The second ring has known messages, and of each run of known messages
+the first. A write
 goes into the gate's own memory, which the kernel keeps when the gate is killed. Nothing is written before `trace_into`.
 """
 
@@ -38,7 +39,7 @@ KnownNote = Callable[[bytes, int, int], None]
 
 
 class HeaderRecorder:
-    """Records the headers of one sandbox's messages.
+    """Records the headers of a sandbox's messages.
 
     `parse_from_app` and `parse_from_bus` are for messages that are judged. `note_from_app` and `note_from_bus` are for
     a known message, or for the first one of a run of known messages.
@@ -106,10 +107,10 @@ def trace_into(path: Path | None) -> None:
     if path is None:
         return
     new = path.with_name(f"{path.name}.{os.getpid()}")
-    new.unlink(missing_ok=True)  # of a process that had our number
+    new.unlink(missing_ok=True)  # of an earlier process with the same pid
     fd = open_file(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        # Room now: a page that the file system has none for would be the end of us later.
+        # Reserve the room now. A page without room in the file system would end the gate later, by SIGBUS.
         os.posix_fallocate(fd, 0, SIZE)
         rings = memoryview(mmap.mmap(fd, SIZE))
         new.rename(path)

@@ -1,4 +1,4 @@
-"""Budgets of one sandbox: messages, lines in the log, and bytes that its apps have not read. No I/O but the log."""
+"""Budgets of a sandbox: messages, lines in the log, and bytes that the apps have not read. No I/O but the log."""
 
 import logging
 import time
@@ -10,27 +10,27 @@ from broker.wire.errors import PeerQuotaError
 
 LOGGER: Final = logging.getLogger(__name__)
 
-# The costs of connections, as filter/costs.py counts them. A connection with both of its handshakes takes some
+# The costs of connections, as filter/costs.py counts them. A connection with both handshakes takes some
 # milliseconds, in the gate, in the bus and in the supervisor.
 CONNECTION_COST: Final = 250
-# A read in a handshake, whose length sasl.py bounds. After the handshake, meter.py charges what a read brought.
+# A read in a handshake, which sasl.py bounds. After the handshake, meter.py charges the messages of a read.
 READ_COST: Final = 1
-# Messages without a remembered verdict that one connection gets judged before the others have their turn.
+# Messages without a remembered verdict that a connection gets judged before the next connection has a turn.
 JUDGED_A_TURN: Final = 8
-# Seconds' worth of messages that may come at once, because apps send many when they start.
+# Seconds' worth of messages that may come at once, because apps send many at the start.
 BURST: Final = 1.0
 # Seconds' worth of debt that are kept. A debt arises because the bill comes after the bus has delivered the message.
 MOST_OWED: Final = 10
-# Seconds; the least pause of a throttled sandbox. With shorter ones, each timer would be for a handful of messages.
+# Seconds; the least pause of a throttled sandbox. With shorter pauses, each timer would be for a handful of messages.
 SHORTEST_PAUSE: Final = 0.005
 
 Clock = Callable[[], float]
 
 
 class MessageBudget:
-    """A token bucket of messages. Callers subtract from `left`; below 0 they ask for a `pause`.
+    """A token bucket of messages. Callers subtract from `left`, and below 0 ask for a `pause`.
 
-    The bucket is filled only then, so a sandbox that never empties it costs no look at the clock.
+    The bucket is filled only then, so a sandbox that never empties the bucket costs no look at the clock.
     """
 
     def __init__(self, a_second: int, clock: Clock = time.monotonic) -> None:
@@ -43,7 +43,7 @@ class MessageBudget:
         self.caused = 0  # the part of all charges, so far, that is for messages from the bus
 
     def fill(self) -> None:
-        """Add what was earned since the last time."""
+        """Add the messages earned since the last time."""
         now = self._clock()
         earned = int((now - self._filled) * self._rate)
         # A fraction of a message counts the next time.
@@ -51,18 +51,18 @@ class MessageBudget:
         self.left = min(self._full, self.left + earned)
 
     def charge(self, cost: int) -> None:
-        """Charge messages that the bus delivered, to any sandbox, because of this one. The debt is bounded."""
+        """Charge messages that this sandbox made the bus deliver, to any sandbox. The debt is bounded."""
         if self.left > self._least:
             self.left = max(self.left - cost, self._least)
         self.caused += cost
 
     def take_more(self, cost: int) -> None:
-        """Charge a cost beyond what was counted, but no more debt than a second earns."""
+        """Charge a cost beyond the counted messages, with at most the debt that a second earns."""
         self.fill()
         self.left = min(self.left, max(self.left - cost, -self._rate))
 
     def pause(self) -> float:
-        """Return for how many seconds the sandbox is not to be read; 0: it may be read now."""
+        """Return for how many seconds the sandbox is not to be read."""
         self.fill()
         return max(SHORTEST_PAUSE, (1 - self.left) / self._rate) if self.left < 0 else 0.0
 
@@ -82,7 +82,7 @@ class MessageBudget:
 
 
 class RateLimitedLog:
-    """Warnings about one sandbox, so many a second. Those beyond are counted, and their number is logged later."""
+    """Warnings about a sandbox, so many a second. Further warnings are counted, and the count is logged later."""
 
     def __init__(self, about: str, lines_a_second: int, clock: Clock = time.monotonic) -> None:
         self._about: Final = about
@@ -94,7 +94,7 @@ class RateLimitedLog:
         self.suppressed_ever = 0
 
     def warning(self, what: str, detail: str = "", *, traceback: bool = False) -> None:
-        """Log a line, or count it if there were too many in this second."""
+        """Log a line; count the line instead after too many in this second."""
         now = self._clock()
         if now - self._second >= 1.0:
             self._second = now
@@ -105,7 +105,7 @@ class RateLimitedLog:
             self.suppressed_ever += 1
             return
         self.used += 1
-        # The detail may be what a peer sent. A line break in it would forge a line of the log.
+        # The detail may come from a peer. A line break would forge a line of the log.
         text = detail if detail.isprintable() else ascii(detail)
         LOGGER.warning("%s sandbox=%s: %s", what, self._about, text, exc_info=traceback)
 
@@ -131,7 +131,7 @@ class RateLimitedLog:
 
 
 class Reader(Protocol):
-    """A connection, seen by the bytes that its app has not read."""
+    """A connection, as far as the app has not read."""
 
     @property
     def queued(self) -> int:
@@ -151,8 +151,8 @@ AnyReader = TypeVar("AnyReader", bound=Reader)
 def find_slowest_reader(readers: Iterable[AnyReader], most: int) -> AnyReader | None:
     """Return the reader with the most bytes waiting, if more than `most` wait for all readers together.
 
-    A single message may be of any size. So among the readers for whom only one message waits, the one with the largest
-    does not count.
+    A single message may be of any size. So among the readers with a single message waiting, the reader with the largest message does not
+    count.
     """
     waiting = {reader: reader.queued for reader in readers}
     alone = [reader for reader in waiting if not reader.behind]
@@ -162,7 +162,7 @@ def find_slowest_reader(readers: Iterable[AnyReader], most: int) -> AnyReader | 
 
 
 def end_slowest_reader(reader: Reader, readers: Iterable[Reader], most: int) -> None:
-    """End the slowest reader, if there is one. Raises PeerQuotaError if it is `reader`."""
+    """End the slowest reader, if any is too slow. Raises PeerQuotaError if that is `reader`."""
     worst = find_slowest_reader(readers, most)
     if worst is not None:
         exc = PeerQuotaError("does not read what it is sent")

@@ -1,4 +1,4 @@
-"""Reports of one sandbox's refusals to the supervisor: some a second one by one, the rest as a number."""
+"""Reports of a sandbox's refusals to the supervisor: some a second singly, the rest as a number."""
 
 from collections.abc import Callable
 from typing import Final
@@ -10,11 +10,11 @@ from broker.gate.filter.denials import Denial
 from broker.gate.io.loop import Loop
 from broker.wire.interfaces import CONTAINERS1
 
-# Refusals of a sandbox that are reported one by one; the others are counted.
+# Refusals of a sandbox that are reported singly in a second; further refusals are counted.
 REPORTS_PER_SECOND: Final = 50
 
-# The interfaces of the broker's own signals. Their refusal is not reported, because a report would make the supervisor send
-# more of them.
+# The interfaces of the broker's own signals. A refusal of such a signal is not reported, because the report would make
+# the supervisor send more signals.
 _OWN_SIGNALS: Final = ("org.buswarden.", CONTAINERS1)
 
 
@@ -28,7 +28,7 @@ def is_news(state: ConnectionState, denial: Denial) -> bool:
 
 
 class DenialReports:
-    """Reports of one sandbox, and the number of refusals that were not reported."""
+    """The reports of a sandbox, and the number of refusals that were not reported."""
 
     def __init__(self, loop: Loop, sandbox: str, emit: Callable[[Event], None]) -> None:
         self._loop: Final = loop

@@ -1,9 +1,9 @@
-"""The fast path of a single message whose header bytes were judged before: one read, a look-up, one write.
+"""The fast path of a single message with known header bytes: a read, a look-up, a write.
 
-Most apps send one message at a time. Then the code around the judgement (calls, lists of one item, a queue) costs more
-than the judgement. So an established connection has the handlers of this module in the loop. They pass on one whole
-known message, if nothing waits that has to go before it (`SocketStream.is_clear`). Everything else goes to the slow
-path, as it was read. filter/filter.py says what is looked up, and why that is enough.
+Most apps send a single message at a time. Then the code around the judgement (calls, short lists, a queue) costs more
+than the judgement. So an established connection has the handlers of this module in the loop. A handler passes on a
+whole known message, if nothing waits that has to go first (`SocketStream.is_clear`). Everything else goes to the slow
+path, exactly as read. filter/filter.py describes the look-up, and why the look-up is enough.
 
     readable --> is_clear? --> recvmsg --> one whole message? --> known? --> write to the other side
                     | no                       | no                 | no
@@ -28,14 +28,14 @@ from broker.posix.descriptors import ANCILLARY_SIZE, Ancillary
 from broker.wire.fixed_header import FIXED, REPLIES, U32
 from broker.wire.header import FIXED_SIZE
 
-# One for all connections: a bound method in each of them takes 72 bytes.
+# Shared by all connections, because a bound method takes 72 bytes.
 _unpack: Final = FIXED.unpack_from
 _unpack_serial: Final = U32.unpack_from
 
 Handler = Callable[[int], None]
-# Account for one message and return True to pass it on; False: nothing was done, and the slow path judges it.
+# Account for a message and return True to pass the message on. False: nothing was done, and the slow path judges.
 TryForward = Callable[[bytes, int], bool]
-# The slow path: bytes, ancillary data and flags, as recvmsg returned them.
+# The slow path, with the bytes, ancillary data and flags of recvmsg.
 Sent = Callable[[bytes, Sequence[Ancillary], int], None]
 
 
@@ -43,10 +43,10 @@ class SlowPath(Protocol):
     """The connection, which handles everything that the fast path does not."""
 
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
-        """Judge what was read from the app."""
+        """Judge bytes from the app."""
 
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
-        """Judge what was read from the bus."""
+        """Judge bytes from the bus."""
 
     def cut_short(self, stream: SocketStream, rest: bytes) -> None:
         """Send the rest of a message that the other end did not take whole."""
@@ -57,7 +57,7 @@ class SlowPath(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """The filter of the connection, and what both paths are charged to."""
+    """The filter of the connection, and the accounts that both paths charge."""
 
     judging: Filter
     budget: MessageBudget
@@ -92,7 +92,7 @@ def _make_handler(
                 sent(data, ancillary, flags)
                 return
             try:
-                # Never waits: this end of a connection is the gate's alone, and it made it non-blocking.
+                # Never waits, because the gate alone has this end of the connection, and made the socket non-blocking.
                 taken = os.write(target_fd, data)
             except OSError as exc:
                 taken = _count_as_sent(exc, size)

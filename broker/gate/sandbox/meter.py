@@ -1,9 +1,9 @@
-"""The cost of one connection: the messages that its filter counts, or the time that they really took if it is more.
+"""The cost of a connection: the messages that the filter counts, or the time that the messages took, whichever is more.
 
-The counts in filter/costs.py are those of a machine with nothing else to do. On a slower or busier one the same messages
-take more of the gate's time, and of the bus's. So the gate looks at the clock around each judgement. It also asks the
-bus a question behind every few hundred messages, or replies to them: until the answer comes, the bus was at work on the
-messages before it. So a flood gets the same share of the time on a slow machine as on a fast one.
+The counts in filter/costs.py are those of a machine with nothing else to do. On a slower or busier machine
+the same messages take more time, of the gate and of the bus. So the gate looks at the clock around each judgement. The
+gate also asks the bus a question behind every few hundred messages or replies. Until the answer comes, the bus is at
+work on those messages. So a flood gets the same share of the time on any machine.
 
     app            gate                            bus
      | 512 messages | -- 512 messages, GetId --->   |
@@ -25,17 +25,17 @@ from broker.wire.header import Header
 
 # Messages from one question to the next. A question costs the bus as much as two messages.
 EVERY: Final = 512
-# An app with more than this part of `bytes_queued` unread pays for replies by their number as well.
+# An app with more than this part of `bytes_queued` unread pays for each reply as well.
 BEHIND: Final = 16
 KIND: Final = "meter"
 
 
 class Meter:
-    """Feeds the filter, and sets its `spent` to the cost of that.
+    """Feeds the filter, and sets `spent` of the filter to the cost.
 
-    The fast path passes messages on without the meter. It adds them to `counted`, and gives the meter the next message
-    once `counted` has reached `ask_from`. Replies cost nothing by their number, because the price of a call includes
-    its reply, so replies are added to `answered` as well.
+    The fast path passes messages on without the meter, and adds their cost to `counted`. Once `counted` has reached
+    `ask_from`, the meter gets the next message. A reply is free, because the price of a call includes the reply. So the
+    fast path adds replies to `answered` as well.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Meter:
         self._judging: Final = judging
         self._budget: Final = budget
         self._clock: Final = clock
-        self._asked: tuple[float, int] | None = None  # when, and the charges before it
+        self._asked: tuple[float, int] | None = None  # time, and the charges until then
         # A mediator without handlers passes all replies on, also those to calls of the gate.
         self._asks: Final = bool(judging.state.reply_handlers)
         judging.state.reply_handlers[KIND] = self._answered
@@ -56,14 +56,14 @@ class Meter:
         self._measure_app(lambda: self._judging.feed_app(data, fds), len(data))
 
     def resume_reading(self) -> None:
-        """Let the filter judge the messages that wait for their turn. Raises as the filter does."""
+        """Let the filter judge the messages that wait for a turn. Raises as the filter does."""
         self._measure_app(self._judging.resume_reading, 0)
 
     def feed_bus(self, data: bytes, fds: Sequence[int], *, pays: bool) -> None:
         """Feed the filter bytes from the bus. Raises as the filter does.
 
-        The app pays for known replies to its calls by the time that they take, and if it `pays`, by their number. All
-        other messages have been charged to the sandboxes that caused them.
+        The app pays for the time that known replies take, and with `pays`, for each reply. All other messages have been
+        charged to the sandboxes that caused the messages.
         """
         judging = self._judging
         judging.billed = 0.0
@@ -80,7 +80,7 @@ class Meter:
         start = self._clock()
         try:
             judge()
-        finally:  # a message that ends the connection has taken its time as well
+        finally:  # a message that ends the connection has taken time as well
             # A read without a whole message costs as well, so an app that sends byte by byte pays for each read.
             least = 1 if size else 0
             judging.spent = max(judging.spent + size // BYTES_A_MESSAGE, least)

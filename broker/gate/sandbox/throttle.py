@@ -1,4 +1,4 @@
-"""Throttling of one sandbox: whose reads wait until its budget of messages has filled up, and in which order.
+"""Throttling of a sandbox: readers wait, in order, until the budget of messages has filled up.
 
 budget  1    charge(5, A)         -4: throttled, A waits
              charge(2, B)         -6: B waits behind A
@@ -14,12 +14,12 @@ from typing import Final
 from broker.gate.io.loop import Loop
 from broker.gate.sandbox.budgets import MessageBudget
 
-# Reads once more. It is also the name of the reader: a reader waits once.
+# Reads again. The function also stands for the reader, which waits once.
 ReadOn = Callable[[], None]
 
 
 class Throttle:
-    """The readers of one sandbox that wait."""
+    """The waiting readers of a sandbox."""
 
     def __init__(
         self, loop: Loop, budget: MessageBudget, failed: Callable[[Exception], None]
