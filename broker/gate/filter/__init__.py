@@ -1,1 +1,1 @@
-"""The judgement of one connection's messages, without input or output."""
+"""The judgement of a connection's messages, without input or output."""

@@ -26,7 +26,7 @@ from policy.match import Judge
 
 
 class AccessChange:
-    """The changes of rules of one connection."""
+    """The changes of rules of a connection."""
 
     def __init__(
         self,

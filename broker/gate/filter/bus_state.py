@@ -1,4 +1,4 @@
-"""The state that all connections of one gate to one bus share: identities, and the bus's error texts. No I/O.
+"""The state that all connections of a gate to a bus share: identities, and the bus's error texts. No I/O.
 
 Identities are exact, for two reasons. A unique name is learned from the reply to Hello as it passes through the gate, before
 that connection can send anything else. And it is never unlearned: a bus gives no unique name twice, so a name that a
@@ -94,7 +94,7 @@ class UniqueNames(Protocol):
 
 
 class BusState:
-    """The state of one real bus.
+    """The state of a real bus.
 
     `absent_name` is a name that has no owner and no service file. The bus's answers about it are its answers about every
     name that does not exist. A program that guessed it could own it, and keep the gate from learning them.

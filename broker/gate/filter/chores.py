@@ -1,8 +1,8 @@
-"""Long work of one connection, done in slices: a look at every name that it follows. No I/O.
+"""Long work of a connection, done in slices: looks at all followed names. No I/O.
 
-Other programs may own thousands of names. A walk over all followed names is a chore: its first slice is done at once, and
-nearly always that is all. The rest is done a slice a turn of the loop, and meanwhile nothing is read on the
-connection. Chores of one connection are done one after the other.
+Other programs may own thousands of names. A walk over all followed names is a chore. The first slice is done at once, and
+nearly always no other is needed. The rest is done a slice a turn of the loop, and meanwhile nothing is read on the
+connection. Chores of a connection are done one after the other.
 """
 
 from collections.abc import Generator
@@ -16,12 +16,12 @@ NAME_WORK: Final = 128
 STEP_WORK: Final = 4
 
 
-# Yields how much work was done since the last time, and raises CallRefusedError if it is refused.
+# Yields the amount of work done since the last time. Raises CallRefusedError if the work is refused.
 Work = Generator[int, None, None]
 
 
 class Chores:
-    """The chores of one connection."""
+    """The chores of a connection."""
 
     def __init__(self) -> None:
         self._works: Final[list[Work]] = []
@@ -32,13 +32,13 @@ class Chores:
         return bool(self._works)
 
     def begin(self, work: Work) -> None:
-        """Do a chore after those that are there. Raises what it raises."""
+        """Add a chore, and begin with it if no other is waiting. Raises the errors of the chores."""
         self._works.append(work)
         if len(self._works) == 1 and not self._is_working:
             self.do_slice()
 
     def do_slice(self) -> None:
-        """Do as much as a turn has room for. Raises what the chores raise."""
+        """Do as much work as a turn has room for. Raises the errors of the chores."""
         done = 0
         self._is_working = True
         try:

@@ -1,4 +1,4 @@
-"""The state of one connection of a sandbox to a bus, shared by both directions. No I/O.
+"""The state of a connection of a sandbox to a bus, shared by both directions. No I/O.
 
 Theory of operation. A connection has an app side and a bus side. `Filter` cuts both byte streams into messages. A message
 with a header that was not seen before goes to `AppMessages`, `BusDriverCalls` or `BusMessages`. They judge it and

@@ -1,4 +1,4 @@
-"""Refusals of messages, as the supervisor and the caller are told of them. No I/O."""
+"""Refusals of messages: the reports to the supervisor and the texts for callers. No I/O."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ def denial(direction: str, header: Header, peer: str, verdict: Verdict) -> Denia
         direction,
         "call" if header.type == MessageType.METHOD_CALL else "signal",
         peer,
-        (header.path or "")[:MAX_PATH],  # longer ones are refused whatever they are
+        (header.path or "")[:MAX_PATH],  # a longer path is refused by any rules
         header.interface or "",
         header.member or "",
         verdict.reason,

@@ -140,7 +140,7 @@ LOOK_UPS: Final = frozenset(
 
 
 class BusDriverCalls:
-    """The calls of one app to the bus."""
+    """The calls of an app to the bus."""
 
     def __init__(
         self, state: ConnectionState, owners: NameOwners, visibility: NameVisibility
@@ -155,7 +155,7 @@ class BusDriverCalls:
         state.reply_handlers["request-name"] = self._requested_name
 
     def call(self, header: Header, data: bytes) -> bool:
-        """Forward, answer or refuse one call. False: it must wait until the owners are known."""
+        """Forward, answer or refuse a call. False: the message must wait until the owners are known."""
         state = self._state
         wants_reply = not header.flags & Flag.NO_REPLY_EXPECTED
         if wants_reply and state.pending.awaits_reply(header.serial):

@@ -1,7 +1,7 @@
-"""The judgement of one connection: bytes and descriptors in, bytes and descriptors out. No I/O.
+"""The judgement of a connection: bytes and descriptors in, bytes and descriptors out. No I/O.
 
 Read the theory of operation in connection_state.py first. The fast path is here: a message whose header bytes were
-judged before costs a slice and a look-up, and a run of such messages is passed on as one slice. Every other message is
+judged before costs a slice and a look-up, and a run of such messages is passed on in a single slice. Every other message is
 cut out whole and handed to `AppMessages` or `BusMessages`.
 
 The caller feeds what was read, then sends all of `state.to_bus` and `state.to_app`. While `held` is true the caller does
@@ -12,9 +12,9 @@ not read from the app, for one of three reasons:
     a chore is not done (chores.py)                   `do_chores`, once a turn
     too much was judged in this turn (`yielded`)      `resume_reading`, in a later turn
 
-`spent` is the cost of the app's messages, and `answered` the cost of the replies to its calls; the caller charges the
-sandbox and sets them back. Other messages of the bus are charged here to the sandbox that caused them (payers.py), and
-`billed` is the time that those took.
+`spent` is the cost of the app's messages, and `answered` the cost of the replies to the app's calls. The caller charges
+the sandbox and sets both to 0. Other messages of the bus are charged here to the sandboxes that caused such messages
+(payers.py), and `billed` is the time that these took.
 """
 
 import sys
@@ -83,7 +83,7 @@ class Filter:
         self._access_change: Final = AccessChange(self.state, self._owners, self._visibility)
         self.from_app: Final = ReceiveBuffer(sandbox)
         self._from_bus: Final = ReceiveBuffer(None)
-        # Messages of the bus that wait for owners or chores. Later ones wait behind them, to stay in order.
+        # Messages of the bus that wait for owners or chores. Later messages wait behind these, to stay in order.
         self._stash: deque[Arrived] = EMPTY_QUEUE
         self._stashed_bytes = 0
         self._wake = False
@@ -255,7 +255,7 @@ class Filter:
             buffer.consume(data, pos)
 
     def _take_from_app(self, data: bytes, fds: Sequence[int]) -> bytes | None:
-        """Put bytes behind those that are held; return all of them if they can be judged now."""
+        """Put bytes behind the held ones; return all bytes that can be judged now."""
         state = self.state
         buffer = self.from_app
         ready = buffer.feed(data, fds)
@@ -266,12 +266,12 @@ class Filter:
         if ready is None:
             if state.sandbox.bytes_held <= state.sandbox.limits.bytes_held or not buffer.held:
                 return None
-            # There was room for this message when it began, and other connections of the sandbox took it since.
+            # The room that was there when this message began was taken by other connections of the sandbox.
             ready = buffer.take_all()
         return ready
 
     def known_app_reply(self, data: bytes, pos: int, end: int, body: int, fields: int) -> int:
-        """Answer a call by a reply of a known shape; return its end, or 0 if it takes the slow path."""
+        """Answer a call by a reply of a known shape; return its end, or 0 for the slow path."""
         start = pos + 16 + (fields + 7 & -8)
         at = self._verdicts.app_reply_at.get(start - pos)
         if at is None or start + body > end:
@@ -288,7 +288,7 @@ class Filter:
         return start + body
 
     def _app_message(self, data: bytes, pos: int) -> int:
-        """Judge one message from the app; return its end, or 0 if it has to wait."""
+        """Judge a message from the app; return its end, or 0 if the message has to wait."""
         buffer = self.from_app
         if self.spent >= self._turn:
             self.held = self.yielded = True
@@ -301,7 +301,7 @@ class Filter:
                 return 0
             return self._refuse_too_large(data, pos, size)
         header = self._recorder.parse_from_app(data, pos)
-        # `AppMessages` closes them with a message that it drops. So the buffer gives them up only if the message does not wait.
+        # `AppMessages` closes the descriptors of a dropped message. So the buffer keeps those of a message that waits.
         fds = buffer.peek_fds(header.unix_fds, pos)
         if header.unix_fds and not self.state.app_takes_fds:
             raise PeerProtocolError("file descriptors that were not negotiated")
@@ -385,7 +385,7 @@ class Filter:
         self.answered += answered // BYTES_A_MESSAGE
 
     def _known_bus_reply(self, data: bytes, place: Place) -> int:
-        """Answer calls by a run of replies of a known shape; return its end, or 0 if it takes the slow path."""
+        """Answer calls by a run of replies of a known shape; return its end, or 0 for the slow path."""
         pos, start, stop = place
         verdicts, pending = self._verdicts, self._pending.calls_to_bus
         at = verdicts.bus_reply_at.get(start - pos)
@@ -400,7 +400,7 @@ class Filter:
         return stop + (stop - pos) * match_reply_run(data, place, at, pending, sender)
 
     def known_bus_call(self, table: object, caller: str, serial: int, size: int) -> bool:
-        """Record a known call to the app, or charge a mute one or a signal. False: it takes the slow path."""
+        """Record a known call to the app, or charge a mute one or a signal. False: the slow path is needed."""
         if table is self._verdicts.bus_calls:
             waiting = self._pending.calls_to_app
             if len(waiting) >= self.state.sandbox.limits.pending_calls:
@@ -411,7 +411,7 @@ class Filter:
         return True
 
     def _bus_message(self, data: bytes, pos: int) -> int:
-        """Judge one message from the bus; return its end, or 0 if it is not whole."""
+        """Judge a message from the bus; return its end, or 0 if the message is not whole."""
         buffer = self._from_bus
         start = self._clock()
         size = measure(data, pos, BUS_LIMITS)
@@ -476,7 +476,7 @@ class Filter:
         return min(pos + size, len(data))
 
     def _known_refusal(self, data: bytes, pos: int, size: int) -> bool:
-        """Refuse a broadcast if its header was refused before; return whether it was."""
+        """Refuse a broadcast with a header that was refused before; return False for any other message."""
         refusals = self._verdicts.bus_refused
         first, _, _, fields = FIXED.unpack_from(data, pos)
         if not refusals or first not in _SIGNALS:
@@ -491,7 +491,7 @@ class Filter:
         return True
 
     def _hear(self, arrived: Arrived, start: float) -> bool:
-        """Judge a message at the cost of the sandbox that caused it. False: it must wait."""
+        """Judge a message at the cost of the sandbox that caused the message. False: the message must wait."""
         header, data, fds = arrived
         if not self._bus_messages.message(header, data, fds):
             return False

@@ -29,11 +29,11 @@ class DriverCalls(Protocol):
     """The app's calls to the bus itself, or without a destination (driver_calls.py)."""
 
     def call(self, header: Header, data: bytes) -> bool:
-        """Deal with one call. False: it must wait until the owners are known."""
+        """Take a call. False: the message must wait until the owners are known."""
 
 
 class AppMessages:
-    """The slow path of the app side of one connection."""
+    """The slow path of the app side of a connection."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class AppMessages:
         state.reply_handlers["refuse"] = self._refuse_now
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
-        """Judge one whole message. False: it must wait until the owners are known."""
+        """Judge a whole message. False: the message must wait until the owners are known."""
         state = self._state
         if not state.unique_name and not self._is_hello(header):
             if state.greeting:

@@ -24,7 +24,7 @@ from broker.wire.header import (
 from broker.wire.interfaces import DRIVER
 from policy.match import Verdict
 
-# The sender's own rules may restrict the receivers of its broadcasts, and those rules are not known any more.
+# The sender's own rules may restrict the receivers of broadcasts, and those rules are not known any more.
 NOT_KNOWN: Final = Verdict(
     allowed=False,
     rule=None,
@@ -41,7 +41,7 @@ class Arrived(NamedTuple):
 
 
 class BusMessages:
-    """The slow path of the bus side of one connection."""
+    """The slow path of the bus side of a connection."""
 
     def __init__(
         self, state: ConnectionState, owners: NameOwners, visibility: NameVisibility
@@ -56,7 +56,7 @@ class BusMessages:
         state.reply_handlers["count-callers"] = self._counted
 
     def message(self, header: Header, data: bytes, fds: tuple[int, ...]) -> bool:
-        """Judge one whole message. False: it must wait until the owners are known."""
+        """Judge a whole message. False: the message must wait until the owners are known."""
         self._cause, self._cost, self._arrives = self._state.unique_name, ANSWER_COST, False
         if header.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
             if self._owners.waiting and self._kind_of(header) == "list":

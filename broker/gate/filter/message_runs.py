@@ -1,8 +1,8 @@
 """Runs of messages that differ in their serials alone, behind a known message. No I/O.
 
-A program that sends many messages repeats the same one. Once the first message of a run is known, the others are cut out
-of the buffer by one C loop (`struct.iter_unpack`) and compared, which takes half the time of looking each one up. A
-message that differs from the first one in another byte of the header, or in the size of its body, ends the run.
+A program that sends many messages repeats the same message. Once the first message of a run is known, the others are cut
+out of the buffer by a C loop (`struct.iter_unpack`) and compared, which takes half the time of as many look-ups. A
+message with another header, but for the serial, or with another size of the body ends the run.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Final
 
 from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL, InterceptedCall, Replier
 
-# The fewest messages behind the first one, by their size. A shorter run costs more than it saves.
+# The fewest messages behind the first, by size. A shorter run costs more than the look-ups.
 SHORTEST: Final = 3
 # Remembered forms. Each is a size of the header with a size of the body.
 _MAX_FORMS: Final = 256
@@ -23,9 +23,9 @@ Pending = MutableMapping[int, Replier | InterceptedCall]
 
 
 def match_call_run(data: bytes, place: Place, pending: Pending, room: int) -> int:
-    """Add the calls behind the one at `place` that are like it to `pending`; return their number.
+    """Add to `pending` the calls behind and like the call at `place`; return the number of added calls.
 
-    `pending` may have `room` calls in all. The call at `place` is among them already.
+    `pending` may have `room` calls in all, and has the call at `place` already.
     """
     pos, start, stop = place
     if _cannot_be_run(data, pos, stop, start - pos):
@@ -46,9 +46,9 @@ def match_call_run(data: bytes, place: Place, pending: Pending, room: int) -> in
 
 
 def match_reply_run(data: bytes, place: Place, at: int, pending: Pending, sender: str) -> int:
-    """Remove the calls that are answered by replies like the one at `place`; return their number.
+    """Remove the calls answered by replies like the reply at `place`; return the number of removed calls.
 
-    `at` is the position of its REPLY_SERIAL, `sender` the connection that may reply.
+    `at` is the position of REPLY_SERIAL in that reply, `sender` the connection that may reply.
     """
     pos, start, stop = place
     if _cannot_be_run(data, pos, stop, at - pos):
@@ -75,7 +75,7 @@ def _cannot_be_run(data: bytes, pos: int, stop: int, size: int) -> bool:
 
 
 def _following(data: bytes, pos: int, stop: int) -> memoryview:
-    """Return the bytes behind a message, as far as they can be cut into messages of its size."""
+    """Return the bytes behind a message, without a rest that is shorter than the message."""
     size = stop - pos
     return memoryview(data)[stop : stop + (len(data) - stop) // size * size]
 

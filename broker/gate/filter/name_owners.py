@@ -1,4 +1,4 @@
-"""The owners of the names that matter to one connection, learned on that connection. No I/O.
+"""The owners of the names that matter to a connection, learned on that connection. No I/O.
 
 The names are those of the app's rules, and those that the app wrote to. Only on the app's own connection does an owner
 change certainly come before the new owner's messages. So each connection asks the bus for itself: it adds a match rule
@@ -63,7 +63,7 @@ ASKED_A_TURN: Final = 4
 
 
 class NameOwners:
-    """The names of one connection's rules and those that its app wrote to, with their owners."""
+    """The names of a connection's rules and those that its app wrote to, with their owners."""
 
     def __init__(self, state: ConnectionState, synced: Callable[[], None]) -> None:
         self._state: Final = state

@@ -2,8 +2,8 @@
 
 An owner is visible if a rule shows one of its names and no rule hides one. Names come and go one at a time, and an
 owner may have hundreds. So a view counts the shown and the hidden names of the owner.
-An owner of more than MAX_NAMES is not visible, because counting its names would be too much work at a time, and nothing
-may be sent to it anyway.
+An owner of more than MAX_NAMES is not visible, because counting so many names would be too much work at a time, and no
+rule allows a message to such an owner anyway.
 """
 
 from typing import Final
@@ -15,7 +15,7 @@ from policy.tables import MAX_NAMES
 
 
 class View:
-    """The view of one owner by one list of rules."""
+    """The view of an owner by a list of rules."""
 
     __slots__ = ("hidden", "identity", "judge", "shown")
 
@@ -34,7 +34,7 @@ class View:
 
 
 class Views:
-    """The owners that one connection knows, with their names."""
+    """The owners that a connection knows, with their names."""
 
     def __init__(self, bus: BusState) -> None:
         self._bus: Final = bus
@@ -42,7 +42,7 @@ class Views:
         self._views: Final[dict[str, View]] = {}
 
     def names_of(self, unique_name: str) -> set[str]:
-        """Return the unique name and the names that it is known to own."""
+        """Return the unique name and the known names of that owner."""
         return {unique_name, *self._by_owner.get(unique_name, ())}
 
     def owners(self) -> list[str]:
@@ -69,11 +69,11 @@ class Views:
             view.count(name, -1)
 
     def sees(self, judge: Judge, owner: str) -> bool:
-        """Return whether an owner is visible, by all its names and its unique name."""
+        """Return whether an owner is visible by these rules, by all names and the unique name."""
         identity = self._bus.peer(owner)
         if owner not in self._by_owner:
             return judge.see((owner,), identity).allowed
-        if len(self._by_owner[owner]) >= MAX_NAMES:  # with its unique name it is one more
+        if len(self._by_owner[owner]) >= MAX_NAMES:  # the unique name is not counted
             self._views.pop(owner, None)
             return False
         view = self._views.get(owner)

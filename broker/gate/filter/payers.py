@@ -11,7 +11,7 @@ work from its `messages_per_second`; the hearers pay nothing. The payer is found
     answer to a question of the gate     the connection on which the gate asked
     any of these caused by a host        nobody
 
-A payer may not be known when its bill comes, or not be there any more:
+A payer may be unknown when the bill comes, or gone:
 
     state      from                       to                         kept in
     arriving   others hear of it          the reply to its Hello     _arriving: its debt, charged by `joined`
@@ -49,7 +49,7 @@ class Budget(Protocol):
 
 
 class Payers:
-    """The payers of one bus."""
+    """The payers of a bus."""
 
     def __init__(self) -> None:
         # By unique name; a host's name has none. The fast path (filter.py) reads it directly.
@@ -68,7 +68,7 @@ class Payers:
             budget.charge(owed)
 
     def left(self, unique_name: str, sandbox: str, names: list[str]) -> None:
-        """Note that a connection is closed; it pays for the release of its names."""
+        """Note that a connection is closed, which pays for the release of `names`."""
         if unique_name not in self.budgets:
             return
         for name in names:
@@ -84,7 +84,7 @@ class Payers:
             known.clear()
 
     def moves(self, unique_name: str, name: str) -> None:
-        """Note that a connection requests or releases a name: it pays for the changes.
+        """Note that a connection requests or releases a name, and pays for the changes.
 
         `unique_name` is "" for a host, or for a change of rules.
         """

@@ -1,4 +1,4 @@
-"""The calls of one connection that wait for a reply: their serials and their repliers. No I/O.
+"""The calls of a connection that wait for a reply: their serials and their repliers. No I/O.
 
 Serials. The app and the gate share a connection, so their serials must not meet. The gate's are those from
 FIRST_GATE_SERIAL up. A message of the app with such a serial is sent under another one, and the serial in the reply is
@@ -44,7 +44,7 @@ from broker.wire.interfaces import DRIVER
 
 FIRST_GATE_SERIAL: Final = 0xFFF00000
 LAST_SERIAL: Final = 0xFFFFFFFE
-# Owners of one name that may still answer a waiting call.
+# Owners of a name that may still answer a waiting call.
 MAX_FORMER_OWNERS: Final = 64
 
 
@@ -81,7 +81,7 @@ NO_REPLIER: Final = Replier("")
 
 
 class PendingCalls:
-    """The calls of one connection that wait for a reply, in both directions."""
+    """The calls of a connection that wait for a reply, in both directions."""
 
     __slots__ = ("calls_to_app", "calls_to_bus", "gate_serial", "translated_serials")
 
@@ -168,7 +168,7 @@ class PendingCalls:
 
 
 class OwnerHistory:
-    """The last changes of one name's owner, kept alive by the calls that wait for the name."""
+    """The last changes of a name's owner, kept alive by the calls that wait for the name."""
 
     __slots__ = ("__weakref__", "_changes", "count")
 

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from broker.gate.dumps import Fds, ReceiveBufferDump, pick
 from broker.wire.errors import PeerProtocolError
 
-# Descriptors of one connection that no message has claimed: those of one message, sent in two parts.
+# Descriptors of a connection that no message has claimed: those of one message, sent in two parts.
 MAX_UNCLAIMED_FDS: Final = 253
 # Parts smaller than this are joined, because an object for each byte that trickles in would take many bytes.
 SMALL: Final = 4096
@@ -27,7 +27,7 @@ class Account(Protocol):
 
 
 class _FdBatch:
-    """The descriptors of one read. `end` is the end of the read, from the beginning of the held bytes."""
+    """The descriptors of a read. `end` is the end of the read, from the beginning of the held bytes."""
 
     __slots__ = ("end", "left")
 
@@ -37,7 +37,7 @@ class _FdBatch:
 
 
 class ReceiveBuffer:
-    """The receive buffer of one direction of a connection."""
+    """The receive buffer of a direction of a connection."""
 
     def __init__(self, account: Account | None) -> None:
         self._account: Final = account

@@ -1,8 +1,8 @@
-"""The match rules of one app, indexed so that an owner change is looked up and no rule is tried. No I/O.
+"""The match rules of an app, indexed so that an owner change is looked up and no rule is tried. No I/O.
 
-The bus delivers a signal if any match rule of the connection matches it, and the gate adds rules of its own for owner
-changes. So the gate finds out for each owner change whether a rule of the app matches it. Many connections hear each
-change, and each may have a thousand rules. So the rules are indexed by the arguments that they name.
+The bus delivers the signals that any match rule of the connection asks for, and the gate adds more rules for owner
+changes. So the gate finds out for each owner change whether a rule of the app asks for the change. Many connections hear
+each change, and each may have a thousand rules. So the rules are indexed by their conditions on the arguments.
 """
 
 from collections import Counter
@@ -26,14 +26,14 @@ _Place = tuple[str | None, tuple[tuple[int, str], ...]]
 
 
 class Subscriptions:
-    """The match rules of an app, each with how often it was added."""
+    """The match rules of an app, each with a count of its additions."""
 
     def __init__(self) -> None:
         self._counts: Final[dict[MatchRule, int]] = {}
         # The number of rules that an owner change can match, by their conditions.
         self._filed: Final[Counter[_Place]] = Counter()
         self._spaces: Final[Counter[str]] = Counter()
-        self.count = 0  # of all rules, each as often as it was added
+        self.count = 0  # the number of rules, repeated ones included
 
     def __contains__(self, rule: MatchRule) -> bool:
         return rule in self._counts
@@ -86,7 +86,7 @@ class Subscriptions:
 
 
 def _is_about_owners(rule: MatchRule) -> bool:
-    """Return whether the rule matches some owner change: they differ in their arguments alone."""
+    """Return whether the rule matches owner changes with some arguments."""
     space = rule.path_namespace
     return (
         rule.sender in (None, DRIVER)
@@ -104,7 +104,7 @@ def _place(rule: MatchRule) -> _Place:
 
 
 def _bases(name: str) -> Iterator[str]:
-    """Return the name, and the part of it before each of its dots."""
+    """Return the name, and the part before each dot."""
     at = len(name)
     while at > 0:
         yield name[:at]

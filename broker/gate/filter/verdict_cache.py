@@ -22,7 +22,7 @@ Remembered = TypeVar("Remembered")
 
 
 class VerdictTable(dict[bytes, Remembered]):
-    """Verdicts of one kind, by the field array of the header.
+    """Verdicts of a kind, by the field array of the header.
 
     A change of rules or header fields calls `clear`. Owners of names change all the time, and other programs change
     them. So `forget_about` removes the verdicts that rest on some names and leaves the others.
@@ -71,7 +71,7 @@ KINDS: Final[dict[int, int]] = {
 
 
 class VerdictCache:
-    """The remembered verdicts of one connection.
+    """The remembered verdicts of a connection.
 
     Messages are looked up by the first word of the header in `KINDS`, then by the field array in the table of
     `app_tables` or `bus_tables` with that index.

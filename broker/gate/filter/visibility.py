@@ -1,8 +1,8 @@
 """The names that a connection's app may see. No I/O.
 
 An app sees itself, the bus, the owners that its rules show by any of their names, and the callers of its own objects as
-long as they are connected. Owner changes are told to the app as far as it may see them. So an owner change may be told
-as another one, because for the app a name appears when it moves to an owner that it may see:
+long as they are connected. The app is told of an owner change as far as the old and the new owner are visible. So the app
+may be told another change than the bus sent:
 
     the bus says                            the app may see           the app is told
     org.a moves from :1.2 to :1.3           both                      org.a: :1.2 -> :1.3
@@ -21,13 +21,13 @@ from broker.wire import marshal
 from broker.wire.interfaces import DRIVER, DRIVER_PATH
 from policy.match import Judge
 
-# Connections that lost the last name that made them visible. Their end is still told, because a client that knew them
-# waits for it.
+# Connections that lost the last name that made them visible. The end of such a connection is still told, because a client
+# that knew the connection waits for the end.
 MAX_LATELY_SEEN: Final = 256
 
 
 class NameVisibility:
-    """The names that one app may see."""
+    """The names that an app may see."""
 
     def __init__(self, state: ConnectionState, owners: NameOwners) -> None:
         self._state: Final = state
@@ -35,7 +35,7 @@ class NameVisibility:
         self.recently_visible: Final[OrderedDict[str, None]] = OrderedDict()
 
     def knows_enough(self, name: str) -> bool:
-        """Return False if the verdict on `name` depends on its owner, and the owner is not known."""
+        """Return False if the verdict on `name` depends on an unknown owner."""
         return (
             name[:1] == ":"
             or name == DRIVER
@@ -71,8 +71,8 @@ class NameVisibility:
     def owner_changed(self, name: str, old: str, new: str) -> list[tuple[str, str, str]]:
         """Record a NameOwnerChanged; return the changes that the app may be told of.
 
-        A name that moves to an invisible owner disappears for the app, which is told no unique name that it cannot ask
-        about. A name may make its owner visible, or the loss of it invisible, with all names of that owner.
+        A name that moves to an invisible owner disappears for the app, which is told visible unique names alone. A name
+        may make the new owner visible, or the loss of the name the old owner invisible, with all names of that owner.
         """
         if name[:1] == ":":
             told = (
@@ -100,10 +100,10 @@ class NameVisibility:
         return changes
 
     def tell_owner_change(self, name: str, old: str, new: str, said: bytes | None = None) -> None:
-        """Tell the app of an owner change, if it has a match rule for it.
+        """Tell the app of an owner change that a match rule of the app asks for.
 
         The match rules of the gate bring changes that the app did not ask for. `said` is the bus's own signal of this
-        change. Without it the change is one of visibility, and the gate makes the signal.
+        change. Without `said` the visibility has changed, and the gate makes the signal.
         """
         if self._state.matches.want_owner_change(name, old, new):
             self._state.deliver(said or _owner_changed(name, old, new))
