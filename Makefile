@@ -25,7 +25,7 @@ SOURCES := broker policy tests integration
 # So many at a time: most of a test of real programs is waiting.
 JOBS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
-.PHONY: demo containers1-daemon apparmor-profiles test tests test-bare check fuzz bench mutants coverage setup supported clean
+.PHONY: demo containers1-daemon apparmor-profiles proxy-suite test tests test-bare check fuzz bench mutants coverage setup supported clean
 
 demo: setup $(if $(filter containers1,$(ENGINE)),containers1-daemon)
 	$(PY) -m integration.demo.$(if $(filter containers1,$(ENGINE)),containers1,tour)
@@ -35,7 +35,7 @@ containers1-daemon:
 	@.ci/containers1-daemon
 
 # Coverage is measured on the tests of single modules alone, and demanded where code is pure.
-test: setup apparmor-profiles
+test: setup apparmor-profiles proxy-suite
 	$(PY) -m pytest tests -n $(JOBS) --cov --cov-branch --cov-report=
 	$(PY) -m coverage report --include='policy/*,broker/wire/*' --fail-under=95
 	$(PY) -m pytest integration -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -49,6 +49,10 @@ test-bare:
 # Debian's AppArmor profiles and their parser, unpacked and not installed: a test compares with them.
 apparmor-profiles: $(PACKAGES)
 	@.ci/apparmor-profiles
+
+# xdg-dbus-proxy's own tests, of Debian sid, unpacked and not installed: a test runs them on `buswarden proxy`.
+proxy-suite: $(PACKAGES)
+	@.ci/proxy-suite
 
 # The second linter has rules for asynchronous code alone, so it reads the files that have such code.
 check: setup

@@ -114,25 +114,40 @@ def test_a_name_to_own(scene: Scene) -> None:
         assert app.release_name("org.example.Mine") == 1
 
 
-def test_a_name_that_may_not_be_owned(scene: Scene) -> None:
+@pytest.mark.parametrize("member", ["RequestName", "ReleaseName", "ListQueuedOwners"])
+def test_program_p2_a_name_that_may_not_be_owned(scene: Scene, member: str) -> None:
     options = (
         "--talk=org.example.Mine",
         f"--see={ECHO}",
         "--own=org.example.Sub.*",
         "--see=org.example.Subs",
     )
+    more: tuple[object, ...] = (0,) if member == "RequestName" else ()
     with scene.client(*options) as app:
-        for member in ("RequestName", "ReleaseName"):
-            arguments = (
-                ("su", "org.example.Mine", 0)
-                if member == "RequestName"
-                else ("s", "org.example.Mine")
-            )
-            assert error_of(app, member, *arguments) == DENIED
-        assert error_of(app, "ListQueuedOwners", "s", ECHO) == DENIED
+        for name, error in (
+            ("org.example.Mine", DENIED),
+            (ECHO, DENIED),
+            ("org.example.Subs", DENIED),
+            ("org.example.Subs.x", UNKNOWN),
+            (SECOND, UNKNOWN),
+        ):
+            assert error_of(app, member, "su" if more else "s", name, *more) == error, name
         assert app.request_name("org.example.Sub.x1.y") == 1
         assert app.request_name("org.example.Sub") == 1
-        assert error_of(app, "RequestName", "su", "org.example.Subs", 0) == DENIED
+
+
+def test_bug_9_who_waits_for_a_name_is_told(scene: Scene) -> None:
+    host = scene.world.host
+    assert host.request_name("org.example.Queued") == 1
+    with (
+        scene.client("--own=org.example.Queued") as app,
+        RawClient.connect(scene.world.bus.address) as waiting,
+    ):
+        assert waiting.request_name("org.example.Queued", 0) == 2
+        assert app.request_name("org.example.Queued", 0) == 2
+        queue = [host.unique_name, waiting.unique_name, app.unique_name]
+        assert app.driver("ListQueuedOwners", "s", "org.example.Queued") == (queue,)
+    assert host.release_name("org.example.Queued") == 1
 
 
 def test_own_gives_talk_and_talk_gives_see(scene: Scene) -> None:

@@ -12,6 +12,7 @@ from integration.harness.stage import (
     ERROR,
     INTERFACE,
     PATH,
+    UNKNOWN,
     Stage,
     listen,
     refusal,
@@ -119,22 +120,34 @@ def test_names_are_requested_queued_for_and_released(stage: Stage) -> None:
     assert app.release_name(name) == 2
 
 
-def test_queued_owners_that_may_not_be_seen_are_left_out(stage: Stage) -> None:
+def test_bug_9_who_waits_for_a_name_that_may_be_owned_is_told(stage: Stage) -> None:
     name = stage.name()
-    host, hidden, app = stage.host(name), stage.host(), stage.app(f"own:{name}")
-    assert hidden.request_name(name, 0) == 2
+    host, waiting, app = stage.host(name), stage.host(), stage.app(f"own:{name}")
+    assert waiting.request_name(name, 0) == 2
     assert app.request_name(name, 0) == 2
     (queue,) = app.driver("ListQueuedOwners", "s", name)
-    assert queue == [host.unique_name, app.unique_name]
+    assert queue == [host.unique_name, waiting.unique_name, app.unique_name]
+    # No more than the number is told of who waits.
+    assert _refused(app, "GetNameOwner", "s", waiting.unique_name) == f"{ERROR}NameHasNoOwner"
+    assert waiting.unique_name not in app.list_names()
 
 
-def test_name_methods_are_for_names_that_may_be_owned(stage: Stage) -> None:
-    name = stage.name()
-    host, app = stage.host(name), stage.app(f"send+see:{name}", "see+send:")
-    assert _refused(app, "RequestName", "su", name, 0) == DENIED
-    assert _refused(app, "ReleaseName", "s", name) == DENIED
-    assert _refused(app, "ListQueuedOwners", "s", name) == DENIED
-    assert host.name_owner(name) == host.unique_name
+@pytest.mark.parametrize("is_there", [True, False])
+def test_program_p2_name_methods_are_for_names_that_may_be_owned(
+    stage: Stage, *, is_there: bool
+) -> None:
+    name, hidden = stage.name(), stage.name()
+    host, app = stage.host(), stage.app(f"send+see:{name}")
+    if is_there:
+        assert host.request_name(name) == 1
+        stage.host(hidden)
+    for each, error in ((name, DENIED), (hidden, UNKNOWN)):
+        assert _refused(app, "RequestName", "su", each, 0) == error
+        assert _refused(app, "ReleaseName", "s", each) == error
+        assert _refused(app, "ListQueuedOwners", "s", each) == error
+    if is_there:
+        assert host.name_owner(name) == host.unique_name
+    assert [denial["direction"] for denial in stage.denials(app)] == ["own"] * 6
 
 
 @pytest.mark.parametrize("name", [BUS, ":1.1", "nodots", ""])

@@ -456,7 +456,8 @@ class BusDriverCalls:
         name, flags = arguments(header, data, "su")
         name = str(name)
         assert isinstance(flags, int)
-        self._must_own(header, name)
+        if not self._may_own(header, name):
+            return False
         limit = state.sandbox.limits.names
         if name not in state.requested_names and state.all_names >= limit:
             raise CallRefusedError(errors.LIMITS_EXCEEDED, f"names={limit} are in use already")
@@ -481,27 +482,42 @@ class BusDriverCalls:
 
     def _release_name(self, header: Header, data: bytes) -> bool:
         name = str(arguments(header, data, "s")[0])
-        self._must_own(header, name)
+        if not self._may_own(header, name):
+            return False
         self._state.bus.payers.moves(self._state.unique_name, name)
         self._state.requested_names.pop(name, None)
         return self._call(header, "s", (name,))
 
     def _list_queued(self, header: Header, data: bytes) -> bool:
         name = str(arguments(header, data, "s")[0])
-        self._must_own(header, name)
-        return self._call(header, "s", (name,), ReplyAction("list"))
+        # The waiting connections are answered as well, though they may not be seen otherwise: the app
+        # that may own a name has to know whom it would follow, and the bus tells no more than numbers.
+        return self._may_own(header, name) and self._call(header, "s", (name,))
 
-    def _must_own(self, header: Header, name: str) -> None:
+    def _may_own(self, header: Header, name: str) -> bool:
+        """Return False if the call must wait until the owner is known. Raises CallRefusedError.
+
+        A hidden name is refused as an absent service, because a refusal must not tell that the name is there.
+        """
         if not is_well_known_name(name):
             raise CallRefusedError(errors.INVALID_ARGS, f"not a well-known name: {name[:40]!r}")
-        verdict = self._state.judge.own(name)
+        state = self._state
+        verdict = state.judge.own(name)
         if verdict.allowed:
-            return
+            return True
+        if not self._visibility.knows_enough(name):
+            self._owners.look_up(name)
+            return False
+        if self._owners.waiting:
+            return False
         origin = verdict.rule.origin if verdict.rule is not None else ""
         self._report(header, verdict.reason, direction="own", name=name, origin=origin)
-        raise CallRefusedError(
-            errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
-        )
+        if self._visibility.sees(name):
+            raise CallRefusedError(
+                errors.ACCESS_DENIED, f"This sandbox may not own {name}: {verdict.reason}"
+            )
+        question = "call-no-start" if header.flags & Flag.NO_AUTO_START else "call"
+        raise CallRefusedError(*state.bus.absent_name_error(question, name))
 
     # One table for all connections, which saves two KB in each.
     _METHODS: Final[Mapping[str, Callable[["BusDriverCalls", Header, bytes], bool]]] = {

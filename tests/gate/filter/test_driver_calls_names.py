@@ -284,10 +284,10 @@ def request(name: str, flags: int = 0, serial: int = 2) -> bytes:
 def test_name_needs_an_own_rule(order: Order) -> None:
     talk = Dialogue(access("own:org.me.*", "send+see:org.other"))
     assert answer(talk, request("org.me.x")) == (1,)
-    for name in ("org.other", "org.meow"):
-        assert answer(talk, request(name)) == ("error AccessDenied",)
+    for name, error in (("org.other", "error AccessDenied"), ("org.meow", "error ServiceUnknown")):
+        assert answer(talk, request(name)) == (error,)
         for member in ("ReleaseName", "ListQueuedOwners"):
-            assert answer(talk, order(driver_call(3, member, "s", name))) == ("error AccessDenied",)
+            assert answer(talk, order(driver_call(3, member, "s", name))) == (error,)
     assert answer(talk, request(":1.9")) == ("error InvalidArgs",)
     assert answer(talk, order(driver_call(3, "ReleaseName", "s", "org.me.x"))) == (1,)
     assert {denial.direction for denial in talk.host.denials} == {"own"}
@@ -299,9 +299,39 @@ def test_flags_that_are_not_defined_are_masked() -> None:
     assert talk.model.requested == [("org.me", 7)]
 
 
-def test_queue_is_cut_to_what_may_be_seen() -> None:
+def test_bug_9_queue_of_an_own_name_has_all_who_wait() -> None:
     talk = Dialogue(access("own:org.me"), owners=OWNERS)
-    assert answer(talk, driver_call(2, "ListQueuedOwners", "s", "org.me")) == ((ME,),)
+    asked = driver_call(2, "ListQueuedOwners", "s", "org.me")
+    assert answer(talk, asked) == (tuple(sorted(talk.model.uniques)),)
+    assert len(talk.model.uniques) > 1
+
+
+OWNING = [("RequestName", "su", (0,)), ("ReleaseName", "s", ()), ("ListQueuedOwners", "s", ())]
+
+
+@pytest.mark.parametrize(("member", "signature", "more"), OWNING)
+def test_program_p2_hidden_name_looks_absent_to_who_would_own_it(
+    member: str, signature: str, more: tuple[int, ...]
+) -> None:
+    # org.b has an owner, org.no has none, and org.a2 is another name of an owner that may be seen.
+    talk = Dialogue(access("see:org.a", "own:org.me", "send:org.talk"), owners=OWNERS)
+    for name, error in (
+        ("org.b", errors.SERVICE_UNKNOWN),
+        ("org.no", errors.SERVICE_UNKNOWN),
+        ("org.a", errors.ACCESS_DENIED),
+        ("org.a2", errors.ACCESS_DENIED),
+        ("org.talk", errors.ACCESS_DENIED),
+    ):
+        (got,) = talk.app(driver_call(2, member, signature, name, *more))
+        assert got.header.error_name == error, name
+        assert talk.host.denials[-1].direction == "own"
+        assert (talk.host.denials[-1].peer, len(talk.host.denials)) == (name, 1)
+        talk.host.denials.clear()
+    assert not {"call RequestName", "call ReleaseName"} & set(names(talk.model.seen))
+    (got,) = talk.app(driver_call(2, member, signature, "org.b", *more, flags=Flag.NO_AUTO_START))
+    assert got.header.error_name == errors.NAME_HAS_NO_OWNER
+    assert not talk.app(driver_call(2, member, signature, "org.b", *more, flags=NO_REPLY))
+    assert talk.host.denials[-1].peer == "org.b"
 
 
 def test_names_have_a_budget() -> None:
