@@ -25,6 +25,11 @@ FILES: Final = [
     for folder in FOLDERS
     for path in (PROJECT / folder).rglob("*.py")
 ]
+SOURCES: Final = [
+    path.read_text(encoding="utf-8")
+    for folder in ("broker", "policy")
+    for path in (PROJECT / folder).rglob("*.py")
+]
 TESTS: Final = [
     name
     for folder in ("tests", "integration")
@@ -115,6 +120,29 @@ def test_tests_that_are_named_exist(page: Path) -> None:
 def test_modules_and_classes_that_are_named_exist(page: Path) -> None:
     for name in modules(page.read_text(encoding="utf-8")):
         assert exists(name), name
+
+
+@each_page
+def test_members_of_classes_that_are_named_exist(page: Path) -> None:
+    for span in code_spans(page.read_text(encoding="utf-8")):
+        if found := re.fullmatch(r"([A-Z]\w*[a-z]\w*)\.([a-z]\w*)(?:\(.*\))?", span):
+            owner, member = found.groups()
+            defined = [
+                text for text in SOURCES if re.search(rf"^class {owner}\b", text, re.MULTILINE)
+            ]
+            assert any(re.search(rf"\b{member}\b", text) for text in defined), span
+
+
+@each_page
+def test_lists_are_counted_from_one(page: Path) -> None:
+    # A number that a break of a line puts first would begin a list.
+    last = 0
+    for number, line in prose(page.read_text(encoding="utf-8")):
+        if line.startswith("#"):
+            last = 0
+        elif found := re.match(r" *([0-9]+)\. ", line):
+            assert int(found[1]) in {1, last + 1}, number
+            last = int(found[1])
 
 
 @each_page
