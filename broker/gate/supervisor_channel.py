@@ -59,7 +59,7 @@ class SupervisorChannel:
         self._reader = FrameReader()
         self._requests: Final[deque[tuple[Envelope, list[int]]]] = deque()
         self.is_busy = False
-        self._listening = -1
+        self._listening: socket.socket | None = None
         self._most_unread: float = MAX_UNREAD
 
     @property
@@ -70,7 +70,7 @@ class SupervisorChannel:
     def serve(self, listening: socket.socket) -> None:
         """Accept supervisors of the gate's own uid or root. The channel owns the socket from here on."""
         listening.setblocking(False)
-        self._listening = listening.fileno()
+        self._listening = listening
         self._loop.add(listening.fileno(), READABLE, lambda _events: self._accept(listening))
 
     def drain(self, seconds: float) -> None:
@@ -187,7 +187,7 @@ class SupervisorChannel:
         waiting = [make_frame(envelope) for envelope, _ in self._requests]
         waiting_fds = [fd for _, own in self._requests for fd in own]
         return SupervisorChannelDump(
-            listening=fds.put(self._listening),
+            listening=fds.put(self._listening.fileno() if self._listening is not None else -1),
             stream=self._stream.dump(fds) if self._stream is not None else None,
             requests=b"".join([*waiting, rest]),
             request_fds=fds.put_all([*waiting_fds, *rest_fds]),

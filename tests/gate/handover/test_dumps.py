@@ -35,7 +35,6 @@ from broker.gate.handover.channel import (
     decode_word,
     encode,
 )
-from broker.gate.handover.self_check import check_judgement
 from broker.gate.name_ledger import NameLedger
 from broker.wire import marshal
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
@@ -316,10 +315,6 @@ def test_nonsense_is_a_reason(data: bytes) -> None:
 def test_a_word_is_read_as_it_was_said() -> None:
     offer = Offer(pid=1, reads=(VERSION, 7))
     assert decode_word(encode(offer)) == offer
-
-
-def test_this_gate_passes_its_own_test() -> None:
-    check_judgement()
 
 
 def test_attack_c2_former_owners_beyond_those_that_are_followed_are_no_difference() -> None:
