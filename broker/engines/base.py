@@ -11,7 +11,7 @@ from policy.rules import AccessList
 
 
 class EngineLostError(BrokerError):
-    """The engine went away before it answered, so a request may or may not have been carried out."""
+    """The engine went away before the answer, so a request may or may not have been carried out."""
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ class Listener(Protocol):
     def instance_field_wishes(self) -> Sequence[tuple[str, str]]:
         """Return the connections, as bus and unique name, that requested the instance field.
 
-        The engine is told of them before it serves a missing sandbox.
+        The engine is told of these connections before a missing sandbox is served.
         """
 
     def lost(self, sandbox: str) -> None:
@@ -61,7 +61,7 @@ class Engine(Protocol):
         """The process that serves now, or served last."""
 
     def serving(self, bus: str) -> str:
-        """Return the name of the engine that serves new sandboxes on a bus: one engine may use another."""
+        """Return the name of the engine that serves new sandboxes on a bus, because an engine may use another."""
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
         """Return the paths, by bus, of the instances that buses themselves made for a sandbox.
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """
 
     def bus_restarted(self, bus: str) -> None:
-        """Discard what is known of a bus, because it was started anew."""
+        """Discard all knowledge of a bus that was started anew."""
 
     @property
     def held(self) -> HeldSockets:
@@ -90,7 +90,7 @@ class Engine(Protocol):
         """Accept no more connections from a sandbox."""
 
     async def stop(self, sandbox: str, reason: str = "stopped") -> None:
-        """End a sandbox and its connections. The listener is told of the end and its reason before the return."""
+        """End a sandbox and its connections. The listener is told of the end and the reason before the return."""
 
     async def who(self, bus: str, unique_name: str) -> str | None:
         """Return the sandbox behind a connection to a bus: "" if that is unknown, None for a host."""
@@ -101,10 +101,10 @@ class Engine(Protocol):
     async def request_instance_field(
         self, bus: str, unique_name: str, *, wanted: bool = True
     ) -> None:
-        """Add the instance field to messages from sandboxes to this connection, or stop adding it."""
+        """Add the instance field to messages from sandboxes to this connection, or no longer."""
 
     async def upgrade(self) -> tuple[int, int]:
-        """Replace the serving process by a new one without closing a connection; return both pids.
+        """Replace the serving process by a new process without closing a connection; return both pids.
 
         Raises CallRefusedError if the old process continues to serve.
         """

@@ -1,4 +1,4 @@
-"""Client of buses that have Containers1 themselves: their dialects, and the servers that they make.
+"""Client of buses that have Containers1 themselves: dialects, and requests for servers.
 
 The client remembers the dialect of each bus, and nothing else. A bus that failed is asked again after a pause that
 grows. Requests during the pause are refused at once, with the error of the last try.
@@ -45,7 +45,7 @@ from broker.wire.interfaces import CONTAINERS1, INTROSPECTABLE, PEER, PROPERTIES
 
 LOGGER: Final = logging.getLogger(__name__)
 UNDO_TIMEOUT: Final = 2.0  # seconds
-# Before a bus that did not answer is asked again. Each try costs its caller up to CALL_SECONDS.
+# Before a bus that did not answer is asked again. Each try costs the caller up to CALL_SECONDS.
 FIRST_PAUSE: Final = 5.0  # seconds; doubles
 LONGEST_PAUSE: Final = 300.0
 
@@ -78,7 +78,7 @@ class _Bus:
             self.error, self.until = exc, trio.current_time() + self.backoff.next()
 
     def succeeded(self) -> None:
-        """End the pause, and make the next one short again."""
+        """End the pause, and make the next pause short again."""
         self.error = None
         self.backoff.reset()
 
@@ -91,7 +91,7 @@ class Containers1Client:
         self._known: Final[dict[tuple[str, int], _Bus]] = {}  # by bus and user
 
     def supports(self, bus: str) -> bool:
-        """Return whether a bus labels connections, by its last answer."""
+        """Return whether a bus labels connections, by the last answer of the bus."""
         return any(
             known.dialect is not None and not known.is_pausing
             for (name, _), known in self._known.items()
@@ -104,16 +104,16 @@ class Containers1Client:
         return not known.is_pausing and (known.dialect is not None or not known.is_asked)
 
     def forget(self, bus: str, uid: int | None = None) -> None:
-        """Ask a bus again next time, for one user or for all, because it may be another bus now."""
+        """Ask a bus again next time, for a user or for all, because another bus may have the address now."""
         for (name, user), known in self._known.items():
             if name == bus and uid in (None, user):
                 known.is_asked = False
                 known.succeeded()
 
     async def dialect(self, bus: str, uid: int) -> Dialect | None:
-        """Return the dialect of a bus; None if it has no Containers1. Raises CallRefusedError.
+        """Return the dialect of a bus; None without Containers1. Raises CallRefusedError.
 
-        The bus is asked once for each of its connections.
+        The bus is asked once for each connection.
         """
         known = self._known.setdefault((bus, uid), _Bus())
         if not known.is_asked:
@@ -121,7 +121,7 @@ class Containers1Client:
             try:
                 known.dialect = await self._ask_dialect(bus, uid)
             except CallRefusedError as exc:
-                # No pause for a bus that is gone: it refuses at once, and comes back as another bus.
+                # No pause for a bus that is gone, because the refusal comes at once.
                 if exc.dbus_name != DISCONNECTED:
                     known.dialect = None
                     known.failed(exc)
@@ -138,7 +138,7 @@ class Containers1Client:
         )
         (xml,) = read_values(called, "s")
         if (dialect := parse_dialect(str(xml), ())) is None:
-            # No further request follows, so the gate may close its connection to this bus.
+            # No further request follows, so the gate may close the connection to this bus.
             await self._call(CallBus(bus=bus, uid=uid, interface=PEER, member="Ping", leave=True))
             return None
         called = await self._call(
@@ -154,7 +154,7 @@ class Containers1Client:
         return msgspec.structs.replace(dialect, arguments=frozenset(read_arguments(called)))
 
     async def add_server(self, spec: SandboxSpec, bus: str) -> ContainerServer | None:
-        """Ask a bus to make a server for a sandbox; None if it has no Containers1. Raises CallRefusedError."""
+        """Ask a bus to make a server for a sandbox; None without Containers1. Raises CallRefusedError."""
         dialect = await self.dialect(bus, spec.uid)
         if dialect is None:
             return None
@@ -189,13 +189,13 @@ class Containers1Client:
                     made = dialect.server(instance, "")
                     is_gone = await self.stop_server(spec.uid, bus, made)
             if is_gone:
-                # The bus went away meanwhile. The caller waits for it, because its address was not at fault.
+                # The bus went away meanwhile. The caller waits for the bus, because the address was not at fault.
                 raise CallRefusedError(DISCONNECTED, str(exc)) from exc
             raise
         return dialect.server(instance, address)
 
     async def stop_server(self, uid: int, bus: str, server: ContainerServer) -> bool:
-        """End a server that is not used; return whether its bus is gone. On failure the gate ends it."""
+        """End an unused server; return whether the bus is gone. On failure the gate ends the server."""
         body = pack("o", [server.instance])
         try:
             await self._call_method(bus, uid, server.stop, "o", body)
@@ -206,7 +206,7 @@ class Containers1Client:
         return False
 
     async def set_access(self, spec: SandboxSpec, bus: str, instance: str) -> None:
-        """Send the changed rules of a sandbox to a bus, if the bus enforces rules itself."""
+        """Send the changed rules of a sandbox to a bus that enforces rules."""
         try:
             dialect = await self.dialect(bus, spec.uid)
             if dialect is None or not dialect.takes_rules:
@@ -234,7 +234,7 @@ class Containers1Client:
     async def sync(self, spec: SandboxSpec | None) -> None:
         """Wait until a sandbox's buses have carried out all earlier calls of the gate.
 
-        A bus handles calls in their order, so the answer to a Ping comes after them.
+        A bus handles calls in order, so the answer to a Ping comes last.
         """
         if spec is None:
             return

@@ -1,7 +1,7 @@
 """Dialects of Containers1: the names, arguments and bodies that a bus understands. Pure.
 
-The interface was merged under other names than it was proposed under, and will get more arguments. A bus therefore
-describes its own dialect, by Introspect and SupportedArguments.
+The interface was merged under other names than it was proposed under, and will get more arguments. Therefore a
+bus describes the dialect, by Introspect and SupportedArguments.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from broker.wire.errors import FAILED, CallRefusedError
 from broker.wire.interfaces import CONTAINERS1
 from policy.usos.convert import make_superset
 
-# The key of an app's component in the metadata, because a bus has no other place for it.
+# The key of an app's component in the metadata, because a bus has no other place for components.
 COMPONENT: Final = "org.buswarden.Component"
 ADD_TAKES: Final = "ssa{sv}a{sv}"
 ADD_GIVES: Final = "oays"
@@ -31,7 +31,7 @@ MAX_DESCRIPTION: Final = 256 * 1024  # characters
 
 
 class Dialect(msgspec.Struct, frozen=True, kw_only=True):
-    """The methods and arguments of one bus. An empty name stands for a method that the bus lacks."""
+    """The methods and arguments of a bus. An empty name stands for a method that the bus lacks."""
 
     add: str
     stop: str
@@ -42,7 +42,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def takes_rules(self) -> bool:
         """Return whether the bus is given rules."""
-        # Rules that cannot be changed would refuse what later rules allow.
+        # Rules that cannot be changed would refuse messages that later rules allow.
         return "Allow" in self.arguments and bool(self.set_access)
 
     def server(self, instance: str, address: str) -> ContainerServer:
@@ -56,7 +56,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_dialect(xml: str, arguments: Sequence[str]) -> Dialect | None:
-    """Return the dialect of a bus from its introspection XML; None if it has no known Containers1.
+    """Return the dialect of a bus from the introspection XML; None without a known Containers1.
 
     Raises CallRefusedError if the XML is malformed.
     """
@@ -107,7 +107,7 @@ def _metadata(spec: SandboxSpec) -> bytes:
 def _append_dict(body: bytearray, marshalled: bytes) -> None:
     """Append a marshalled `a{sv}` to other values.
 
-    Its entries are aligned to 8 bytes, wherever its length stands.
+    The entries are aligned to 8 bytes, wherever the length stands.
     """
     body += bytes(-len(body) % 4)
     body += marshalled[:4]
@@ -163,7 +163,7 @@ def instance_paths(servers: Mapping[str, ContainerServer]) -> dict[str, str]:
 
 
 class _Description:
-    """A reader of the signatures of Containers1's methods. It reads nothing but the text itself."""
+    """A reader of the signatures of Containers1's methods, which reads nothing but the text."""
 
     def __init__(self) -> None:
         self._parser: Final = expat.ParserCreate()

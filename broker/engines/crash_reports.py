@@ -29,7 +29,7 @@ _MAX_TRACE: Final = 16 * SIZE
 def keep_crash(
     folder: Path, pid: int, status: int | None, now: float, *, unseen: bool = False
 ) -> str:
-    """Write a report on a gate that died, and return its first line.
+    """Write a report on a gate that died, and return the first line.
 
     `status` comes from `os.waitpid`, and is None if the gate was another process's child. `unseen` says that the
     gate died some time before `now`.
@@ -53,13 +53,13 @@ def keep_crash(
 
 
 def find_trace(folder: Path) -> Path:
-    """Return where the trace of a dead gate would be: moved aside, if another gate writes its own by now."""
+    """Return where the trace of a dead gate would be: moved aside, if another gate writes a trace by now."""
     moved = folder / MOVED
     return moved if moved.exists() else folder / TRACE
 
 
 def last_crash(folder: Path) -> str:
-    """Return one line about the last gate that died; empty if there is no report."""
+    """Return a line about the last gate that died; empty if there is no report."""
     paths = sorted(folder.glob(_PATTERN))
     if not paths:
         return ""

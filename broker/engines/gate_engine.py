@@ -1,21 +1,21 @@
-"""The engine that is a process of its own: start a gate, or connect to the running one, and stay connected.
+"""The engine with a separate process: start a gate, or connect to the running gate, and stay connected.
 
-Theory of operation. `keep_connected` opens one ControlConnection after the other. A reader task passes events to
-the listener, and answers to the requests that wait for them, in the order in which the gate sent them.
+Theory of operation. `keep_connected` opens ControlConnections, one after the other. A reader task passes events to
+the listener, and answers to the waiting requests, both in the order of the gate.
 
-A gate outlives its supervisor unless it is shut down. When the connection breaks, the next round finds the same
+A gate outlives the supervisor unless there is a request to shut down. When the connection breaks, the next round finds the same
 gate again or starts another, and the snapshot tells the listener which sandboxes the gate has:
 
     supervisor                                gate
     connect, or start a gate and connect
     TakeSnapshot                        ->
-                                        <-    Snapshot      (in parts; the listener compares it with its records)
+                                        <-    Snapshot      (in parts; the listener compares records)
     SetBuses                            ->
     TakeListeners                       ->    only for sandboxes whose sockets the supervisor does not hold
-    RequestInstanceField, AddSandbox    ->    only what this gate lacks, because another gate served it
+    RequestInstanceField, AddSandbox    ->    only for sandboxes and requests that this gate lacks
     all other requests                  ->
 
-The supervisor holds duplicates of the gate's listening sockets. A new gate gets them back before any other request.
+The supervisor holds duplicates of the gate's listening sockets. A new gate gets these back before any other request.
 Other requests wait meanwhile, so a gate that dies causes a pause and no error.
 """
 
@@ -73,7 +73,7 @@ class _Engine(Protocol):
     """The part of an engine that gate events concern."""
 
     def learn(self, snapshot: Snapshot) -> None:
-        """Replace what is known of container servers by what the gate has."""
+        """Replace the known container servers by those of the gate."""
 
     def lose(self, event: ContainerServerLost) -> None:
         """Record that a bus has forgotten a sandbox."""
@@ -115,7 +115,7 @@ class _ListenerTee:
         self._listener.lost(sandbox)
 
 
-# Well below what one frame may carry.
+# Well below the limit of a frame.
 _FDS_A_REQUEST: Final = 200
 
 
@@ -139,7 +139,7 @@ async def fetch_listening_sockets(
 
 
 def _batches(states: Iterator[SandboxState]) -> Iterator[tuple[str, ...]]:
-    """Yield ids of sandboxes, in groups whose descriptors fit into one frame."""
+    """Yield ids of sandboxes, in groups with few enough descriptors for a frame."""
     names: list[str] = []
     count = 0
     for state in states:
@@ -165,7 +165,7 @@ HANDS_OVER_SINCE: Final = 3
 
 
 class GateEngine:
-    """An engine that serves by one gate at a time, reached at the socket `control`."""
+    """An engine that serves by a gate, reached at the socket `control`."""
 
     def __init__(
         self, *, control: Path, buses: Sequence[BusSpec], command: Sequence[str] | None = None
@@ -195,7 +195,7 @@ class GateEngine:
         return {bus: one.instance for bus, one in self._servers.servers(sandbox).items()}
 
     def bus_restarted(self, bus: str) -> None:
-        """Do nothing, because the gate notices by itself."""
+        """Do nothing, because the gate notices the restart."""
 
     @property
     def pid(self) -> int:
@@ -252,7 +252,9 @@ class GateEngine:
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
         with self.held.unless_ended([spec.id]) as living:
             await self._ask(AddSandbox(spec), fds)
-            if spec.id not in living:  # the event of its end may arrive in one read with the answer
+            if (
+                spec.id not in living
+            ):  # the event of the end may arrive in the same read as the answer
                 return
             for listener in spec.listeners:
                 self.held.keep(spec.id, listener.bus, fds[listener.fd])
@@ -300,20 +302,20 @@ class GateEngine:
             )
 
     async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
-        """Send a request and return its answer; send it again to the next gate if this one dies meanwhile.
+        """Send a request and return the answer. If the gate dies meanwhile, send to the next gate again.
 
-        Sending twice does no harm, because each request says what is to be, not what is to change.
+        Sending twice does no harm, because each request states a result, not a change.
         """
         link = await self._get_link()
         try:
             return await link.request(request, fds)
         except EngineLostError:
-            # The container servers of the sandbox ended with the gate that had asked the buses for them.
+            # The container servers of the sandbox ended with the gate that had asked the buses.
             if isinstance(request, AddSandbox) and request.spec.container_servers:
                 raise
         link = await self._get_link()
         if isinstance(request, AddSandbox) and request.spec.id in self._served:
-            return Done()  # the gate took it, and only the connection was lost
+            return Done()  # the gate took the sandbox, and only the connection was lost
         return await link.request(request, fds)
 
     # -- container servers: `_Engine` ----------------------------------------------------------------
@@ -332,7 +334,7 @@ class GateEngine:
         self._servers.forget(sandbox)
 
     async def _recreate_lost(self, link: ControlConnection) -> None:
-        """Recreate lost servers until the gate is lost: the next snapshot says what is lost then."""
+        """Recreate lost servers until the gate is lost, because the next snapshot lists lost servers again."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._servers.recreate_lost, self._recreate)
             await link.ended.wait()
@@ -358,7 +360,7 @@ class GateEngine:
         return link
 
     async def _wait_link(self) -> ControlConnection | None:
-        """Wait for a connection and return it; None if there will be none any more."""
+        """Wait for a connection, and return None after the last connection."""
         while not self._is_over:
             if self._link is not None and not self._link.ended.is_set():
                 return self._link
@@ -400,7 +402,7 @@ class GateEngine:
         if await self._process.has_died():
             await self._limits.wait_after_death(trio.current_time() - begun)
         elif refusal:
-            # A gate that hangs up at once serves another supervisor, or has not noticed that one died.
+            # A gate that hangs up at once serves another supervisor, or has not noticed that supervisor's death.
             await self._limits.wait_after_refusal(refusal)
         else:
             LOGGER.error("the connection to the gate was lost")
@@ -409,7 +411,7 @@ class GateEngine:
         snapshot = await self._take_first_snapshot(link)
         self._process.keep_moved()
         if isinstance(snapshot, Snapshot) and HANDS_OVER_SINCE <= snapshot.protocol < PROTOCOL:
-            # An older supervisor started this gate. It hands over to a gate of this version.
+            # An older supervisor started this gate. The old gate hands over to a gate of this version.
             self._process.watch(snapshot.pid)
             await self._replace(link)
             snapshot = await link.request(TakeSnapshot(in_parts=True))
@@ -440,7 +442,7 @@ class GateEngine:
             raise GateError(f"the running gate is older and cannot be replaced: {exc}") from exc
 
     async def _restore(self, link: ControlConnection, listener: Listener) -> None:
-        """Give the gate what another gate served before."""
+        """Give the gate the sandboxes and requests that another gate had."""
         for bus, unique_name in listener.instance_field_wishes():
             with contextlib.suppress(CallRefusedError):  # the jobs after a snapshot log the reason
                 await link.request(RequestInstanceField(bus, unique_name))

@@ -1,4 +1,4 @@
-"""The gate's process: started so that it outlives the supervisor, watched, and reported on when it dies.
+"""The gate's process: started to outlive the supervisor, watched, and reported on after a death.
 
 A gate ends with the supervisor that started it, or with a later supervisor in the same folder. So the pids of
 gates that supervisors started stand in a file, the mark. The file must be right whenever a supervisor dies:
@@ -7,7 +7,7 @@ gates that supervisors started stand in a file, the mark. The file must be right
     written after posix_spawn:   the pid that serves now, if any, and the new pid
     written once it serves:      the new pid
 
-A "?" stands for a gate whose pid was not known yet. A supervisor that reads one treats the running gate as its own.
+A "?" stands for a gate without a known pid. A supervisor that reads a "?" treats the running gate as an own gate.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from broker.wire.errors import BrokerError
 LOGGER: Final = logging.getLogger(__name__)
 START_TIMEOUT: Final = 10.0  # seconds, from exec to the byte that says that the gate listens
 EXIT_TIMEOUT: Final = 1.0  # seconds, from the end of the connection to the end of the process
-# Stands in the mark for a gate that is about to be started, whose pid is not known yet.
+# Stands in the mark for a gate that is about to be started, before the pid is known.
 _ANY: Final = "?"
 _MAX_MARK: Final = 4096  # bytes: a few process numbers
 
@@ -82,12 +82,12 @@ class GateProcess:
             self._pidfd = -1
 
     async def start(self) -> None:
-        """Start a gate where none runs, and wait until it listens. Raises GateError."""
+        """Start a gate where none runs, and wait until the gate listens. Raises GateError."""
         if self._control.exists() and (self.folder / TRACE).exists():
             self._keep_unseen(
                 self.pid or self._noted_pid()
             )  # before the new gate overwrites the trace
-        # An earlier supervisor may have started a gate just before it died, and that gate may come first.
+        # An earlier supervisor may have started a gate just before dying, and that gate may come first.
         earlier = self._noted()[-1:]
         try:
             pid = await self._start(())
@@ -104,7 +104,7 @@ class GateProcess:
     async def start_next(self, take_over: int, ask: StartNext) -> int:
         """Start a gate that will take over through that socket. Raises GateError.
 
-        If the serving gate is a service of systemd, `ask` requests that gate to start the next one.
+        If the serving gate is a service of systemd, `ask` requests that gate to start the next gate.
         """
         return await self._start((take_over,), ask)
 
@@ -116,9 +116,9 @@ class GateProcess:
         self._reap()
 
     def give_up(self, pid: int) -> None:
-        """Kill a gate that was to be the next one."""
+        """Kill a gate that was meant to be the next gate."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # an unreaped child, whose pid no other process can have
+            os.kill(pid, signal.SIGKILL)  # an unreaped child, so no other process can have the pid
         if self.is_ours:
             self._note(str(self.pid))
 
@@ -145,7 +145,7 @@ class GateProcess:
             pid = await ask(argv, _environment(), [ready, *take_over])
             if pid:
                 return pid
-        # If this supervisor dies before the hand-over ends, either of the two may be the one that serves.
+        # If this supervisor dies before the hand-over ends, either of the two may be the serving gate.
         before = [str(self.pid)] if take_over else self._noted()[-1:]
         is_noted = not take_over or self.is_ours
         if is_noted:
@@ -186,7 +186,7 @@ class GateProcess:
         return next((int(word) for word in reversed(self._noted()) if word.isdigit()), 0)
 
     def _note(self, *words: str) -> None:
-        """Write the pids of our gates into the mark, whole or not at all."""
+        """Write the pids of the supervisor's gates into the mark, whole or not at all."""
         try:
             if words:
                 write_file(self._mark, " ".join(words).encode())
@@ -200,12 +200,12 @@ class GateProcess:
         LOGGER.error("%s", keep_crash(self.folder, pid, None, time.time(), unseen=True))
 
     async def has_died(self) -> bool:
-        """Return whether the gate has ended, after its connection did; write a report if it died."""
+        """Return whether the gate has ended after a lost connection; report a death."""
         if self._pidfd < 0 or not await self._wait_end():
             return False
         status = self._reap(self.pid)
         self.forget()
-        # A gate that ends in order removes its socket; if systemd owns the socket, it removes the trace.
+        # A gate that ends in order removes the socket, or the trace if systemd owns the socket.
         if self._control.exists() and (self.is_ours or find_trace(self.folder).exists()):
             LOGGER.error("%s", keep_crash(self.folder, self.pid, status, time.time()))
         else:
@@ -214,7 +214,7 @@ class GateProcess:
         return True
 
     async def wait_exit(self) -> None:
-        """Wait for the end of a gate that was told to end, and kill it if it does not."""
+        """Wait for the end of a gate that was told to end, and kill a gate that stays."""
         self._tidy()
         if self._pidfd >= 0 and not await self._wait_end():
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -230,7 +230,7 @@ class GateProcess:
         (self.folder / TRACE).unlink(missing_ok=True)
 
     def _reap(self, wanted: int = 0) -> int | None:
-        """Reap the gates that have ended; return the wait status of the wanted one."""
+        """Reap the gates that have ended; return the wait status of the wanted gate."""
         found = None
         for pid in list(self._children):
             ended, status = os.waitpid(pid, os.WNOHANG)

@@ -1,6 +1,6 @@
-"""Replacing the serving gate by a new one without closing a connection.
+"""Replacing the serving gate by a new gate without closing a connection.
 
-The supervisor starts the new gate, and the two gates do the rest themselves (broker/gate/handover/channel.py):
+The supervisor starts the new gate, and the two gates do the rest (broker/gate/handover/channel.py):
 
     supervisor                        old gate                        new gate
     starts the new gate, with
@@ -12,7 +12,7 @@ The supervisor starts the new gate, and the two gates do the rest themselves (br
                                       Go, and exits             ->    serves
                                  <----------------------------        HandedOver, on the same control connection
 
-Requests that come meanwhile wait in the control connection, and the new gate answers them. If any step fails, the
+Requests that come meanwhile wait in the control connection, for answers of the new gate. If any step fails, the
 old gate continues to serve.
 """
 

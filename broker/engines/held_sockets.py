@@ -1,9 +1,9 @@
-"""Duplicates of the gate's listening sockets, so that a gate that dies loses none of them.
+"""Duplicates of the gate's listening sockets, so that no socket is lost with a gate that dies.
 
 The key of a descriptor is (sandbox, bus); an empty bus stands for the read end of the close-notification pipe. A
-descriptor is closed when its sandbox ends or stops listening.
+descriptor is closed when the sandbox ends or stops listening.
 
-A second keeper, for the case that the supervisor dies too, learns of each change by `on_change`, and gives its
+A second keeper, for the case that the supervisor dies too, learns of each change by `on_change`, and gives
 descriptors back by `adopt` before a gate is started.
 """
 
@@ -35,14 +35,14 @@ class HeldSockets:
         return iter(list(self._fds))
 
     def of(self, sandbox: str) -> Mapping[str, int]:
-        """Return the descriptors of a sandbox by bus. This object continues to own them."""
+        """Return the descriptors of a sandbox by bus, still owned by this object."""
         return self._fds.get(sandbox, {})
 
     @contextlib.contextmanager
     def unless_ended(self, sandboxes: Iterable[str]) -> Iterator[Container[str]]:
         """Return a set of sandboxes from which those are removed that end during the `with`.
 
-        Nothing may be held of an ended sandbox any more, because its end is announced only once.
+        Nothing may be held of an ended sandbox any more, because an end is announced only once.
         """
         question = object()
         living = self._asked[question] = set(sandboxes)
@@ -67,13 +67,13 @@ class HeldSockets:
         self.adopt(sandbox, bus, own)
 
     def adopt(self, sandbox: str, bus: str, fd: int) -> None:
-        """Hold a descriptor, and own it from now on."""
+        """Hold and own a descriptor from now on."""
         self.drop(sandbox, bus)
         self._fds.setdefault(sandbox, {})[bus] = fd
         self.on_change(sandbox, bus, fd)
 
     def drop(self, sandbox: str, bus: str | None = None) -> None:
-        """Close the descriptors of a sandbox, or its descriptor for one bus. Harmless if none is held."""
+        """Close the descriptors of a sandbox, or only the descriptor for a bus. Harmless if none is held."""
         held = self._fds.get(sandbox, {})
         for which in [bus] if bus is not None else list(held):
             if (fd := held.pop(which, None)) is not None:
@@ -84,12 +84,12 @@ class HeldSockets:
             self._fds.pop(sandbox, None)
 
     def drop_listeners(self, sandbox: str) -> None:
-        """Close the listening sockets of a sandbox, but not its pipe."""
+        """Close the listening sockets of a sandbox, but not the pipe."""
         for bus in [bus for bus in self.of(sandbox) if bus != PIPE]:
             self.drop(sandbox, bus)
 
     def close(self) -> None:
-        """Close all descriptors without calling `on_change`: the second keeper holds them for the next supervisor."""
+        """Close all descriptors without calling `on_change`: the second keeper has duplicates for the next supervisor."""
         self.on_change = _ignore
         for sandbox in self:
             self.drop(sandbox)

@@ -1,13 +1,13 @@
-"""The container servers of sandboxes, as the gate knows them, and the task that recreates lost ones.
+"""The container servers of sandboxes, as the gate knows them, and the task that recreates lost servers.
 
-Rule: a lost server is either queued or being recreated, and only once, until the task has seen that it is not lost
-any more. So a message of the gate in the meantime changes the table and nothing else.
+Rule: a lost server is either queued or being recreated, and only once, until the task has seen the server's
+return. So a message of the gate in the meantime changes the table and nothing else.
 
     gate: ContainerServerLost(c1, session)     table: lost      queue: (c1, session)
-    task: takes it from the queue, asks the bus for another server
+    task: takes the entry, asks the bus for another server
     gate: ContainerServerLost(c1, session)     table: lost      (being recreated, so not queued again)
     task: tells the gate to use the new server table: present
-    task: sees that it is not lost, and ends
+    task: sees the server, and ends
 """
 
 import logging
@@ -30,7 +30,7 @@ from broker.wire.errors import CallRefusedError
 from policy.rules import AccessList
 
 LOGGER: Final = logging.getLogger(__name__)
-# Servers that one bus is asked for at the same time, after it was started anew.
+# Servers that a bus is asked for at the same time, after a restart.
 MAX_RECREATING: Final = 16
 LOST: Final = ContainerServer()
 FIRST_PAUSE: Final = 0.1  # seconds, before an absent bus is asked again; doubles
@@ -40,19 +40,19 @@ Recreate = Callable[[SandboxSpec, str], Awaitable[None]]
 
 
 class ContainerServerTable:
-    """Sandboxes that have a container server on a bus, or had one that is lost."""
+    """Sandboxes with a container server on a bus, present or lost."""
 
     def __init__(self) -> None:
         self._specs: Final[dict[str, SandboxSpec]] = {}
         self._lost: Final[set[tuple[str, str]]] = set()  # queued or being recreated
-        # Bounded: holds at most one entry for each sandbox and bus.
+        # Bounded: holds at most an entry for each sandbox and bus.
         self._queue_in, self._queue = trio.open_memory_channel[tuple[str, str]](math.inf)
 
     def __iter__(self) -> Iterator[SandboxSpec]:
         return iter(self._specs.values())
 
     def get(self, sandbox: str) -> SandboxSpec | None:
-        """Return a sandbox without its listeners; None if no bus has a server for it."""
+        """Return a sandbox without the listeners; None if no bus has a server for the sandbox."""
         return self._specs.get(sandbox)
 
     def servers(self, sandbox: str) -> Mapping[str, ContainerServer]:
@@ -72,14 +72,14 @@ class ContainerServerTable:
             self.keep(state.spec)
 
     def keep(self, spec: SandboxSpec) -> None:
-        """Add a sandbox, if it has servers."""
+        """Add a sandbox that has servers, and ignore others."""
         if spec.container_servers:
             self._specs[spec.id] = msgspec.structs.replace(spec, listeners=(), record=b"")
             for bus in spec.container_servers:
                 self._queue_if_lost(spec.id, bus)
 
     def change(self, sandbox: str, bus: str, server: ContainerServer | None) -> None:
-        """Record the server of a sandbox on a bus; None if the gate alone serves it."""
+        """Record the server of a sandbox on a bus; None if the gate alone serves there."""
         if (spec := self._specs.get(sandbox)) is None:
             return
         servers = {name: one for name, one in spec.container_servers.items() if name != bus}
@@ -88,7 +88,7 @@ class ContainerServerTable:
         self._queue_if_lost(sandbox, bus)
 
     def change_access(self, sandbox: str, access: AccessList) -> SandboxSpec | None:
-        """Record the rules of a sandbox, and return the sandbox; None if no bus has a server for it."""
+        """Record the rules of a sandbox, and return the sandbox; None if no bus has a server."""
         if (spec := self._specs.get(sandbox)) is not None:
             spec = self._specs[sandbox] = msgspec.structs.replace(spec, access=access)
         return spec
@@ -116,8 +116,8 @@ class ContainerServerTable:
             raise
 
     async def recreate_lost(self, recreate: Recreate) -> None:
-        """Call `recreate` for each lost server until it succeeds. Never returns."""
-        # One semaphore for each bus, so that an absent bus does not delay the others.
+        """Call `recreate` for each lost server until a success. Never returns."""
+        # A semaphore for each bus, so that an absent bus does not delay the others.
         slots: dict[str, trio.Semaphore] = {}
 
         async def recreate_one(sandbox: str, bus: str) -> None:

@@ -1,6 +1,6 @@
 """Limits to starting the gate again: how long to wait before the next try, and when to give up.
 
-A gate that has served once is started again always, because apps wait for it. A gate that dies before it serves,
+A gate that has served once is started again always, because apps wait for it. A gate that dies before serving,
 or that refuses this supervisor, would have the supervisor try for ever: such tries are counted.
 """
 
@@ -11,7 +11,7 @@ import trio
 from broker.engines.backoff import ExponentialBackoff
 from broker.engines.gate_process import GateError
 
-# Starts in a row of a gate that dies before it serves.
+# Starts in a row of a gate that dies before serving.
 MAX_STARTS: Final = 5
 FORGET_STARTS_AFTER: Final = 60.0  # seconds
 # After a start that failed, if an earlier gate served; doubles.
