@@ -1,11 +1,11 @@
-"""The supervisor process: put folder, lock, buses, gate and interfaces together, and take them down in order.
+"""The supervisor process: put folder, lock, buses, gate and interfaces together, and take all down in order.
 
 Order of the start: folder and lock, state file, buses, gate, then the D-Bus name's calls are answered, `ready`.
 Order of the end, after SIGTERM or SIGINT:
 
     0 s      stop accepting calls; answer those that came before
-    1 s      end the gate, at most 3.25 s, and announce the sandboxes that end with it
-    4.25 s   exit, whatever is left
+    1 s      end the gate, at most 3.25 s, and announce the sandboxes that end with the gate
+    4.25 s   exit in any case
 """
 
 import fcntl
@@ -141,7 +141,7 @@ class _Components:
     notifier: Notifier
 
     async def check_gate(self) -> None:
-        """Ask the gate a question, to see whether it answers. Raises if it does not."""
+        """Ask the gate a question, to see whether an answer comes. Raises if none does."""
         await self.engine.who(self.config.buses[0].name, NOBODY)
 
     async def bus_back(self, name: str, bus: BusConnection) -> None:
@@ -158,12 +158,12 @@ class _Components:
         _attach(watch, bus)
 
     def name_gone(self, bus: str, unique_name: str) -> None:
-        """Drop what depends on a connection that left its bus."""
+        """Drop what depends on a connection that left the bus."""
         self.subscribers.discard(bus, unique_name)
         self.supervisor.name_gone(bus, unique_name)
 
     def bus_gone(self, name: str) -> None:
-        """Continue without a bus, or end the service if it was the last one."""
+        """Continue without a bus, or end the service without the last bus."""
         self.supervisor.bus_gone(name)
         if all(line.is_gone for line in self.lines.values()):
             self.all_gone.set()
@@ -176,7 +176,7 @@ def _make_parts(
     buses: Mapping[str, BusConnection],
 ) -> _Components:
     folder = config.runtime_dir
-    # A bus may have been lost and connected again while the next one was opened.
+    # A bus may have been lost and connected again while the next bus was opened.
     buses = {name: lines[name].bus or bus for name, bus in buses.items()}
     watches = {name: NameWatch(bus) for name, bus in buses.items()}
     engine = _make_engine(config)
@@ -218,7 +218,7 @@ async def _run(parts: _Components, listener: _SignalListener) -> None:
         nursery.start_soon(parts.supervisor.run_jobs)
         nursery.start_soon(parts.supervisor.watches.run)
         for watch in parts.watches.values():
-            with suppress(BusLostError):  # its ReconnectingBus connects again
+            with suppress(BusLostError):  # the ReconnectingBus connects again
                 await watch.check()
         listener.has_started.set()
         async with trio.open_nursery() as callers:
@@ -259,7 +259,7 @@ async def _wait_end(parts: _Components, listener: _SignalListener) -> None:
 
 
 async def _reload(parts: _Components) -> None:
-    """Replace the gate by a new one, which is all that a reload does."""
+    """Replace the gate by a new process, which is all that a reload does."""
     parts.notifier.reloading()
     try:
         old, new = await parts.engine.upgrade()
@@ -328,7 +328,7 @@ class _Announcer:
 
 @contextmanager
 def _locked_folder(config: Config) -> Iterator[None]:
-    """Make the runtime folder, and lock it for this process. Raises OSError, StartError."""
+    """Make the runtime folder, and lock the folder for this process. Raises OSError, StartError."""
     mode = 0o700 if config.scope == "user" else 0o711
     folder = config.runtime_dir
     for path in (folder, folder / CONTAINERS):

@@ -1,1 +1,1 @@
-"""The control plane: sandboxes, their lifetimes and state."""
+"""The control plane: sandboxes, lifetimes and state."""

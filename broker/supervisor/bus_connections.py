@@ -1,8 +1,8 @@
-"""The service's connections to its buses: opened at the start, and opened again whenever one is lost.
+"""The service's connections to buses: opened at the start, and opened again after each loss.
 
-Theory of operation. A ReconnectingBus holds one BusConnection at a time. All state of a connection (name watches,
+Theory of operation. A ReconnectingBus holds a single BusConnection at a time. All state of a connection (name watches,
 exported objects) is made anew with each connection, because a restarted bus gives the same unique names to others.
-The id of the bus tells whether it was restarted or only dropped the connection.
+The id of the bus tells whether the bus was restarted or only dropped the connection.
 
     bus is missing at the start       error
     connection is lost                try again, with pauses that double; sandboxes wait
@@ -37,7 +37,7 @@ class BusIds:
         self._ids: Final = state.load_bus_ids()
 
     def meet(self, bus: str, id_: str) -> bool:
-        """Record the id of a bus; return whether it is the id from before. True for a bus without one."""
+        """Record the id of a bus; return whether the id is unchanged. True for a bus without an earlier id."""
         before = self._ids.get(bus, id_)
         if self._ids.get(bus) != id_:
             self._ids[bus] = id_
@@ -56,21 +56,21 @@ STEADY_AFTER: Final = 1.0
 
 
 class StartError(BrokerError):
-    """The service cannot start here: one line to the operator, and exit status 1."""
+    """The service cannot start here: a line to the operator, and exit status 1."""
 
 
 class Answerer(Protocol):
     """An object tree that answers calls."""
 
     async def serve(self, bus: BusConnection, call: Call) -> None:
-        """Carry out a call and answer it."""
+        """Carry out and answer a call."""
 
     def look(self, header: Header) -> None:
-        """Refuse a call by its header alone, if possible. Raises CallRefusedError."""
+        """Refuse a call by the header alone, if possible. Raises CallRefusedError."""
 
 
 class ReconnectingBus:
-    """A bus that is connected to again when it is lost. Set `on_back` and `on_gone` before `keep_open`."""
+    """A bus that is connected to again after a loss. Set `on_back` and `on_gone` before `keep_open`."""
 
     def __init__(self, spec: BusSpec, name: str, gone_after: float) -> None:
         self.name: Final = spec.name
@@ -88,7 +88,7 @@ class ReconnectingBus:
 
     @property
     def bus(self) -> BusConnection | None:
-        """The open connection, if there is one."""
+        """The open connection; None while there is none."""
         return self._bus
 
     async def keep_open(
@@ -107,7 +107,7 @@ class ReconnectingBus:
             await self._reconnect()
 
     async def wait_open(self) -> BusConnection:
-        """Wait for an open connection, and return it."""
+        """Wait for an open connection."""
         while self._bus is None:
             await self._changed.wait()
         return self._bus
@@ -169,12 +169,12 @@ class ReconnectingBus:
 async def serve_calls(
     line: ReconnectingBus, make_objects: Callable[[BusConnection], Answerer], closing: trio.Event
 ) -> None:
-    """Answer calls on a bus, on one connection after the other; once `closing` is set, only earlier calls."""
+    """Answer calls on a bus, on each connection after the other; once `closing` is set, only earlier calls."""
     while not closing.is_set():
         bus = await line.wait_open()
         await _serve_connection(bus, make_objects(bus), closing)
         if not closing.is_set():
-            await bus.lost.wait()  # the bus is lost, because its calls have ended
+            await bus.lost.wait()  # the bus is lost, because the calls have ended
 
 
 async def _serve_connection(bus: BusConnection, objects: Answerer, closing: trio.Event) -> None:

@@ -1,4 +1,4 @@
-"""A queue of engine calls that no caller waits for, run one after the other in the order given."""
+"""A queue of engine calls that no caller waits for, run in the order given."""
 
 import logging
 import math
@@ -19,16 +19,16 @@ class EngineJobQueue:
     """The engine calls that are still to be made."""
 
     def __init__(self) -> None:
-        # Bounded: holds at most one job of each kind for a sandbox, and those of a snapshot.
+        # Bounded: holds at most a job of each kind for a sandbox, and those of a snapshot.
         self._in, self._out = trio.open_memory_channel[tuple[str, Job]](math.inf)
         self._snapshots = 0
 
     def add(self, about: str, job: Job) -> None:
-        """Append a job. `about` names its subject in the log."""
+        """Append a job. `about` names the subject in the log."""
         self._in.send_nowait((about, job))
 
     def begin_anew(self) -> None:
-        """Take note of a snapshot, whose jobs follow. Jobs that fail before it are not repeated."""
+        """Take note of a snapshot, so that jobs that fail earlier are not repeated."""
         self._snapshots += 1
 
     async def run(self) -> None:
@@ -46,7 +46,7 @@ class EngineJobQueue:
                 return await job()
             except EngineLostError as exc:
                 LOGGER.info("%s: %s", about, exc)
-            # A snapshot that came during the job leads to a new job if one is needed. Else try again.
+            # A snapshot that came during the job leads to a new job if necessary. Else try again.
             if snapshots != self._snapshots:
                 return None
             await trio.sleep(RETRY_PAUSE)

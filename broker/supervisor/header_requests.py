@@ -1,4 +1,4 @@
-"""Connections that requested the instance field (RequestHeader), for as long as they last.
+"""Connections that requested the instance field (RequestHeader), for as long as each lasts.
 
 The instance field is header field 10, and carries the sender's instance path. A request is in force at the gate,
 then stored, then answered. A new gate is told of all requests again. Requests on a bus that restarted are void.
@@ -38,7 +38,7 @@ class InstanceFieldRequests:
     async def add(self, bus: str, unique_name: str) -> None:
         """Add the instance field to messages for a connection. Raises as the engine and the state do.
 
-        The connection must be watched since before its credentials were read, until this returns.
+        The connection must be watched since before the credentials were read, until this returns.
         """
         await self._engine.request_instance_field(bus, unique_name)
         if unique_name not in self._watches[bus]:
@@ -55,18 +55,18 @@ class InstanceFieldRequests:
         return list(self._connections)
 
     def request_again(self) -> None:
-        """Repeat all requests, because the gate may be a new one."""
+        """Repeat all requests, because the gate may be a new process."""
         for bus, unique_name in self._connections:
             self._later(unique_name, partial(self._engine.request_instance_field, bus, unique_name))
 
     def gone(self, bus: str, unique_name: str) -> None:
-        """Take note that a connection left its bus."""
+        """Take note that a connection left the bus."""
         if (bus, unique_name) in self._connections:
             self._forget(bus, unique_name)
             self._withdraw(bus, unique_name)
 
     def bus_back(self, bus: str, *, is_same: bool) -> None:
-        """Watch the connections on a reconnected bus again; drop them if it is another bus."""
+        """Watch the connections on a reconnected bus again; drop the requests if the bus is another."""
         for its_bus, unique_name in list(self._connections):
             if its_bus == bus and is_same:
                 self._watches[bus].add(unique_name)

@@ -1,6 +1,6 @@
 """The supervisor, which keeps registry, state file and engine in step.
 
-Theory of operation. The engine is right about which sandboxes exist. It reports them by `take_event` and
+Theory of operation. The engine is right about which sandboxes exist. Reports come by `take_event` and
 `take_snapshot`, which never wait: work that follows from a report goes into a queue, which `run_jobs` works off.
 
 Each change takes the same three steps:
@@ -9,13 +9,13 @@ Each change takes the same three steps:
     SetAccess   ->    checks caller and rules
                       set_access                 ->    enforces the rules
                                                  <-    done
-                      put                        ---------------------->       stores them
+                      put                        ---------------------->       stores the rules
                 <-    answer
 
 So an answered change is in force, and survives the supervisor. A change that was not answered may be in force,
 stored, both, or neither; the next snapshot of the engine shows any difference, and the stored rules are set again.
 
-There is no checkpoint between the last look into the registry and the step that depends on it.
+There is no checkpoint between the last look into the registry and the dependent step.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class Announcer(Protocol):
     """The receiver of ends and refusals."""
 
     def removed(self, record: Record, reason: str) -> None:
-        """Announce the end of a sandbox and its reason."""
+        """Announce the end of a sandbox and the reason."""
 
     def denied(self, record: Record, event: Denied) -> None:
         """Announce a refused message."""
@@ -102,7 +102,7 @@ class Environment:
 
 
 class Supervisor:
-    """All sandboxes, and the operations on them."""
+    """All sandboxes, and the operations on sandboxes."""
 
     def __init__(self, environment: Environment, limits: ConfiguredLimits) -> None:
         records, next_number = environment.state.load()
@@ -119,7 +119,7 @@ class Supervisor:
             now=environment.boot_time,
         )
         self.ended: Final[dict[str, int]] = {}  # number of ends, by reason
-        # One change of rules at a time, because each change reads the list that it changes.
+        # Held during a change of rules, because a change first reads the present list.
         self._changing: Final = trio.Lock()
         self.snaps: Final = Snaps(self._state.load_world(), environment.load_library)
         self.policy: Final = Policy(
@@ -144,14 +144,14 @@ class Supervisor:
     # -- requests of callers ------------------------------------------------------------------------------
 
     async def add(self, request: AddRequest, caller: Caller) -> Record:
-        """Make a sandbox, and return it once its sockets are served. Call `announce` afterwards.
+        """Make a sandbox, and return the record once the sockets are served. Call `announce` afterwards.
 
-        The caller's name must be watched since before its credentials were read, until `announce`.
+        The caller's name must be watched since before the credentials were read, until `announce`.
         """
         check_rules(request.access)
         if not is_snap(request.type, request.component):
             return await self._add(request, caller)
-        # The rules follow the connections of snaps, so no connection may change until the sandbox has them.
+        # The rules follow the connections of snaps, so no connection may change until the sandbox has the rules.
         async with self._changing:
             return await self._add(request, caller)
 
@@ -177,8 +177,8 @@ class Supervisor:
         return record
 
     def _store_new(self, record: Record) -> None:
-        # Stored only once the gate has it: a stored sandbox that no gate has would be announced as lost, though its
-        # creator was never told of it. The record may have changed since, because callers see it in the list.
+        # Stored only once the gate has the sandbox: a stored sandbox that no gate has would be announced as lost, though its
+        # creator was never told. The record may have changed since, because callers see it in the list.
         try:
             self._state.put(self.registry.current(record))
         except CallRefusedError:
@@ -192,14 +192,14 @@ class Supervisor:
             self.apply_event(record.id, LifeEvent.BUS_GONE)
 
     async def stop(self, caller: Caller, id_or_path: str) -> None:
-        """End a sandbox and its connections."""
+        """End a sandbox with all connections."""
         record = self._find_for_change(caller, id_or_path)
         step = self.registry.apply(record.id, LifeEvent.STOP_ASKED)
         with ignore_ended_sandbox():
             await self._engine.stop(record.id, step.reason or STOPPED)
 
     async def stop_listening(self, caller: Caller, id_or_path: str) -> None:
-        """Accept no more connections from a sandbox, so that it ends with its last one."""
+        """Accept no more connections from a sandbox, so that the last connection ends the sandbox."""
         record = self._find_for_change(caller, id_or_path)
         step = self.registry.apply(record.id, LifeEvent.CLOSE_ASKED)
         if step.record is not None and step.record is not record:
@@ -209,11 +209,11 @@ class Supervisor:
     async def set_access(
         self, caller: Caller, id_or_path: str, rules: Sequence[Rule], *, replace: bool = True
     ) -> AccessList:
-        """Replace the rules of a sandbox, or add rules to them; return all rules once they are in force."""
+        """Replace the rules of a sandbox, or add rules; return all rules once in force."""
         async with self._changing:
             record = self._find_for_change(caller, id_or_path)
             before = () if replace else record.access.rules
-            # Two rules that differ only in their origin mean the same, and only one is kept.
+            # Two rules that differ only in the origin mean the same, and the later is kept.
             meanings = {_meaning(rule): rule for rule in (*before, *rules)}
             access = msgspec.structs.replace(record.access, rules=tuple(meanings.values()))
             wanted = await self._checked(msgspec.structs.replace(record, access=access))
@@ -221,7 +221,7 @@ class Supervisor:
             sandbox = self.registry.find(record.id)
             try:
                 self._store(msgspec.structs.replace(sandbox.record, access=access))
-            except CallRefusedError as exc:  # not stored, so it may not be in force
+            except CallRefusedError as exc:  # not stored, so the rules must not be in force
                 refused = exc
             else:
                 return access
@@ -240,11 +240,11 @@ class Supervisor:
         return (await self.who(bus, unique_name)).is_inside
 
     async def request_instance_field(self, caller: Caller) -> None:
-        """Add the instance field to messages from sandboxes to the caller, who is watched as for `add`."""
+        """Add the instance field to messages from sandboxes to the caller, watched as for `add`."""
         await self.field_requests.add(caller.bus, caller.unique_name)
 
     def in_force(self, record: Record) -> AccessList:
-        """Return the list in force for a sandbox: given rules, those of its connections, and built-in rules."""
+        """Return the list in force for a sandbox: given rules, those of snaps' connections, and built-in rules."""
         return record.in_force(self.snaps.compiled(record.identity, record.plugs))
 
     # -- events ---------------------------------------------------------------------------------------------
@@ -284,8 +284,8 @@ class Supervisor:
             self._remove(removed)
         for id_ in result.strangers:
             self._later(id_, partial(self._engine.stop, id_))
-        if result.strangers:  # their numbers are not in the file, and soon not at the gate
-            # If the number cannot be stored now, the next stored record skips it as well.
+        if result.strangers:  # the numbers are not in the file, and soon not at the gate
+            # If the number cannot be stored now, the next stored record skips the number as well.
             with contextlib.suppress(CallRefusedError):
                 self._state.skip_to(self.registry.next_number)
         for id_ in result.other_access:
@@ -314,7 +314,7 @@ class Supervisor:
             self._remove(removed)
 
     def name_gone(self, bus: str, unique_name: str) -> None:
-        """Take note that a watched connection left its bus."""
+        """Take note that a watched connection left the bus."""
         self.field_requests.gone(bus, unique_name)
         self.watches.name_gone(bus, unique_name)
 
@@ -327,7 +327,7 @@ class Supervisor:
         self.watches.bus_back(bus, is_same=False)
 
     def bus_met(self, bus: str, id_: str) -> None:
-        """Take note of a bus at the start. If it restarted since the last supervisor, all have left it."""
+        """Take note of a bus at the start. If the bus restarted since the last supervisor, all have left it."""
         if not self._bus_ids.meet(bus, id_):
             LOGGER.warning("bus %s was restarted: all its connections are gone", bus)
             self.watches.bus_back(bus, is_same=False)
@@ -356,7 +356,7 @@ class Supervisor:
     # -- helpers -------------------------------------------------------------------------------------------
 
     async def _checked(self, record: Record) -> AccessList:
-        """Return the list in force for a record. Raises CallRefusedError if it is too long or costs too much."""
+        """Return the list in force for a record. Raises CallRefusedError if too long or too costly."""
         access, steps = self.in_force(record), self.limits.rule_steps
         return await check_list(access, record.identity, record.sockets, steps)
 
@@ -375,7 +375,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _registered(self, record: Record) -> Iterator[None]:
-        """Add a record to the registry, and remove it if the block fails."""
+        """Add a record to the registry, and remove the record if the block fails."""
         self.registry.add(record)
         try:
             yield
@@ -384,7 +384,7 @@ class Supervisor:
                 self._state.delete(record)
             self.registry.withdraw(record.id)
             if not isinstance(exc, CallRefusedError):
-                # The gate may have the sandbox, or may still get it.
+                # The gate may have the sandbox, or may still get the request.
                 self._later(record.id, partial(self._engine.stop, record.id))
             raise
 

@@ -1,1 +1,1 @@
-"""The sandboxes: their records, life cycle, sockets and specifications."""
+"""Sandboxes: records, life cycle, sockets and specifications."""

@@ -3,13 +3,13 @@
 Theory of operation. TRANSITIONS has a row for each event that matters in a phase. Other events change nothing,
 because the gate and the watches may report late on a sandbox that has ended already.
 
-Reasons: the first event that ends a sandbox gives the reason, so no row out of STOPPING or ENDED has one. An event
-that closes a sandbox (its creator left, or StopListening) gives the reason only if the last connection then ends it.
+Reasons: the first event that ends a sandbox gives the reason, so no row out of STOPPING or ENDED has a reason. An event
+that closes a sandbox (the creator left, or StopListening) gives the reason only if the last connection then ends it.
 
 Announcements: only ANNOUNCED leads from STARTING or ENDED to an effect that tells anybody. So nothing is announced
-of a sandbox before its creator knows of it.
+of a sandbox before the creator knows of the sandbox.
 
-docs/lifetime.md has this table and a picture, both made from it by `python -m tests.helpers.lifetime_picture`.
+docs/lifetime.md has this table and a picture, both made from the table by `python -m tests.helpers.lifetime_picture`.
 """
 
 import enum
@@ -23,16 +23,16 @@ import msgspec
 class Phase(enum.Enum):
     """A phase in the life of a sandbox."""
 
-    STARTING = enum.auto()  # the creator does not know of it yet
+    STARTING = enum.auto()  # the creator does not know the sandbox yet
     RUNNING = enum.auto()
-    CLOSING = enum.auto()  # accepts no more connections, and ends with the last one
-    STOPPING = enum.auto()  # its end is decided, and the gate is asked to end it
-    ENDED = enum.auto()  # ended before the creator knew of it
+    CLOSING = enum.auto()  # accepts no more connections, and ends with the last connection
+    STOPPING = enum.auto()  # the end is decided, and the gate is asked to carry it out
+    ENDED = enum.auto()  # ended before the creator knew
     GONE = enum.auto()  # announced as ended, and removed
 
 
 class Event(enum.Enum):
-    """An event in the life of a sandbox. The value is its text in docs/lifetime.md."""
+    """An event in the life of a sandbox. The value is the text in docs/lifetime.md."""
 
     ANNOUNCED = "the creator is answered"
     WITHDRAWN = "adding it fails"
@@ -51,7 +51,7 @@ class Event(enum.Enum):
 
 
 class Effect(enum.Enum):
-    """An effect of a transition. The value is its text in docs/lifetime.md."""
+    """An effect of a transition. The value is the text in docs/lifetime.md."""
 
     WATCH = "watch process, cgroup, time and creator"
     CLOSE = "the gate stops listening"
@@ -82,7 +82,7 @@ class Transition:
     effects: tuple[Effect, ...] = ()
 
 
-# Ends that watches and callers decide, with their reasons. The gate is asked, and the end follows.
+# Ends that watches and callers decide, with reasons. The gate is asked, and the end follows.
 _DECIDED: Final = {
     Event.STOP_ASKED: STOPPED,
     Event.PROCESS_ENDED: PROCESS_ENDED,
@@ -90,7 +90,7 @@ _DECIDED: Final = {
     Event.TIME_OVER: TIME_LIMIT,
     Event.BUS_GONE: BUS_GONE,
 }
-# Ends that the gate reports, with their reasons.
+# Ends that the gate reports, with reasons.
 _DONE: Final = {
     Event.PIPE_CLOSED: CLOSE_NOTIFY,
     Event.LAST_CONNECTION: LAST_CONNECTION,
@@ -109,7 +109,7 @@ def _make_table() -> dict[tuple[Phase, Event], Transition]:
     table = {
         (starting, Event.ANNOUNCED): Transition(to=running, effects=(Effect.WATCH,)),
         (starting, Event.WITHDRAWN): Transition(to=gone, effects=forget),
-        # A caller saw the sandbox in the list. The gate's report is then its end.
+        # A caller saw the sandbox in the list. The gate's report is then the end.
         (starting, Event.STOP_ASKED): Transition(to=starting, effects=stop),
         (starting, Event.CLOSE_ASKED): Transition(to=starting, effects=close),
         (ended, Event.ANNOUNCED): Transition(to=gone, effects=tell),
@@ -124,7 +124,7 @@ def _make_table() -> dict[tuple[Phase, Event], Transition]:
         for phase in _LIVING:
             table[phase, event] = Transition(to=gone, reason=reason, effects=tell)
         table[stopping, event] = Transition(to=gone, effects=tell)
-    # The reason of closing stays, because it made the last connection the last. A lost gate took that one along.
+    # The reason of closing stays, because closing made the last connection the last. A lost gate ended that connection.
     for event in (Event.LAST_CONNECTION, Event.GATE_LOST):
         table[closing, event] = Transition(to=gone, effects=tell)
     for event, reason in _DECIDED.items():

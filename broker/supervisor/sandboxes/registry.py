@@ -1,16 +1,16 @@
-"""The registry of sandboxes: ids, limits, connections, denials. Pure: changes return their effects.
+"""The registry of sandboxes: ids, limits, connections, denials. Pure: changes return effects.
 
 Theory of operation. The table in lifecycle.py decides what becomes of a sandbox, and `apply` is the only way to
-change its phase. A sandbox is gone when the engine says that it ended, or that the engine does not have it.
+change a phase. A sandbox is gone when the engine reports the end, or does not have the sandbox.
 
-A sandbox that ended while STARTING is kept as ENDED until `announce` says that its creator knows of it. So each
-announced sandbox has one announced end, after its announcement, and no other sandbox has any:
+A sandbox that ended while STARTING is kept as ENDED until `announce` says that the creator knows. So each
+announced sandbox has an announced end, after the announcement, and no other sandbox has any:
 
     AddServer:                    STARTING
     gate: the pipe is closed      ENDED            (not announced, nothing to tell)
     the creator is answered       GONE             InstanceRemoved, after the answer
 
-A number is used for one sandbox only, also across restarts: `next_number` is stored together with the records.
+A number is used for a single sandbox, also across restarts: `next_number` is stored together with the records.
 """
 
 from collections import deque
@@ -60,11 +60,11 @@ PORTAL_RULES: Final = tuple(
     for name in ("org.freedesktop.portal.*", "org.freedesktop.impl.portal.*")
 )
 
-# Rules of every sandbox, unless its creator insists on portals.
+# Rules of every sandbox, unless the creator insists on portals.
 BUILT_IN: Final = (*PORTAL_RULES, *WALL)
 
 
-# The origin of the rules that let an app request the names that an `own` rule gives it.
+# The origin of the rules that let an app request the names of an `own` rule.
 OWN_CALLS: Final = "built in: a rule for owning a name lets it be asked for"
 
 
@@ -112,7 +112,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def access_in_force(self) -> AccessList:
-        """The given rules with the built-in ones."""
+        """The given rules with the built-in rules."""
         return self.in_force(None)
 
     @property
@@ -121,7 +121,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return WALL if self.portals_as_host else BUILT_IN
 
     def in_force(self, compiled: AccessList | None) -> AccessList:
-        """Return the given rules with those of the snaps' connections and the built-in ones.
+        """Return the given rules with those of the snaps' connections and the built-in rules.
 
         A default allows a message only if the defaults of both lists do.
         """
@@ -166,7 +166,7 @@ class SandboxEntry:
 
     @property
     def is_announced(self) -> bool:
-        """Return whether the creator was told of the sandbox, and its end was not announced."""
+        """Return whether the creator was told of the sandbox, and the end was not announced."""
         return self.phase in {Phase.RUNNING, Phase.CLOSING, Phase.STOPPING}
 
     def may_be_seen_by(self, uid: int) -> bool:
@@ -192,7 +192,7 @@ class Step:
 
     @property
     def removed(self) -> Removed | None:
-        """The end to be announced, if the event led to one."""
+        """The end to be announced, if the event led to an end."""
         if self.record is None or Effect.TELL not in self.effects:
             return None
         return Removed(record=self.record, reason=self.reason)
@@ -250,7 +250,7 @@ class Registry:
         return sandbox
 
     def current(self, record: Record) -> Record:
-        """Return the current record of a sandbox, also of one that ended before it was announced."""
+        """Return the current record of a sandbox, also after an end before the announcement."""
         return self._sandboxes[record.id].record
 
     def connection_count(self) -> int:
@@ -297,7 +297,7 @@ class Registry:
         return self.apply(id_, Event.ANNOUNCED).removed
 
     def end(self, id_: str, reason: str) -> Removed | None:
-        """Take note that the gate ended a sandbox. Unknown ids are ignored, because they were withdrawn."""
+        """Take note that the gate ended a sandbox. Unknown ids are ignored, because those sandboxes were withdrawn."""
         if (decided := DECIDED.get(reason)) is not None:
             self.apply(id_, decided)
         return self.apply(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
@@ -325,7 +325,7 @@ class Registry:
     # -- connections and denials ----------------------------------------------------------------------
 
     def connect(self, id_: str, bus: str, unique_name: str) -> None:
-        """Add a connection that has its unique name."""
+        """Add a connection that has a unique name."""
         if sandbox := self.get(id_):
             sandbox.connections[bus, unique_name] = None
 
@@ -335,7 +335,7 @@ class Registry:
             sandbox.connections.pop((bus, unique_name), None)
 
     def deny(self, event: Denied) -> SandboxEntry | None:
-        """Keep a refusal, with its texts cut because the sandbox chose them."""
+        """Keep a refusal with shortened texts, because the sandbox chose the texts."""
         sandbox = self.get(event.sandbox)
         if sandbox is not None:
             # An event without a kind is no refusal itself, and only counts those that were too many to report.
@@ -353,7 +353,7 @@ class Registry:
     ) -> Reconciled:
         """Compare the registry with a snapshot of the gate, which is right about which sandboxes exist.
 
-        Sandboxes that are STARTING are left to the call of AddServer that makes them.
+        Sandboxes that are STARTING are left to the call of AddServer that is at work.
         """
         theirs = {state.spec.id: state for state in snapshot.sandboxes}
         strangers, others = [], []
@@ -391,12 +391,12 @@ class Registry:
         )
 
     def lose(self, id_: SandboxId) -> Removed | None:
-        """Take note that the gate does not have a sandbox, and will not get it again."""
+        """Take note that the gate does not have a sandbox, and will not get the sandbox again."""
         sandbox = self.get(id_)
         return self._lose(sandbox) if sandbox is not None else None
 
     def _lose(self, sandbox: SandboxEntry) -> Removed | None:
-        # A sandbox that accepted no more connections has lost its last one with the gate.
+        # A sandbox that accepted no more connections has lost the last connection with the gate.
         closing = sandbox.phase is Phase.CLOSING
         event = Event.LAST_CONNECTION if closing else Event.GATE_LOST
         return self.apply(sandbox.record.id, event).removed

@@ -1,6 +1,6 @@
 """Limits to the number and cost of a sandbox's rules, and work on rules in slices.
 
-Reading, compiling and writing ten thousand rules takes longer than one caller may keep another one waiting. So that
+Reading, compiling and writing ten thousand rules takes longer than a caller may keep others waiting. So that
 work is a generator that yields how much was done, and `in_slices` gives other callers their turn in between.
 """
 
@@ -17,7 +17,7 @@ from broker.wire.errors import LIMITS_EXCEEDED, CallRefusedError
 from policy.match import RULE_WORK, excess, make_judge, most_steps
 from policy.rules import AccessList, Identity
 
-# A list of so many rules takes about 2 MiB in each of the processes that have it.
+# A list of so many rules takes about 2 MiB in each process that has the list.
 MAX_RULES: Final = 10_000
 # Bytes of a list with unusually long rules. A frame for the gate carries a list twice for snaps, and as much again.
 MAX_RULES_BYTES: Final = 8 * 1024 * 1024
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 async def in_slices(work: Generator[int, None, T], turn: Turn = trio.lowlevel.checkpoint) -> T:
-    """Do the work and return its result; await `turn` after each slice."""
+    """Do the work and return the result; await `turn` after each slice."""
     results: list[T] = []
     for _ in iter(partial(_do_slice, work, results), True):
         await turn()
@@ -39,7 +39,7 @@ async def in_slices(work: Generator[int, None, T], turn: Turn = trio.lowlevel.ch
 
 
 def _do_slice(work: Generator[int, None, T], results: list[T]) -> bool:
-    """Do a slice; after the last one append the result and return True."""
+    """Do a slice; after the last slice append the result and return True."""
     done = 0
     while done < SLICE:
         try:
@@ -51,7 +51,7 @@ def _do_slice(work: Generator[int, None, T], results: list[T]) -> bool:
 
 
 def check_number(entries: Sequence[object], characters: int = 0) -> None:
-    """Refuse what would be too many rules, before they are read. Raises CallRefusedError LimitsExceeded."""
+    """Refuse too many rules before the first is read. Raises CallRefusedError LimitsExceeded."""
     if len(entries) > MAX_RULES:
         raise CallRefusedError(LIMITS_EXCEEDED, f"max_rules={MAX_RULES} would be exceeded")
     if characters > MAX_RULES_BYTES:
@@ -68,7 +68,7 @@ def check_rules(access: AccessList) -> None:
 async def check_list(
     access: AccessList, me: Identity, buses: Collection[str], rule_steps: int
 ) -> AccessList:
-    """Return the list if it has not too many rules and does not cost too much. Raises CallRefusedError."""
+    """Return a list within the limits of number and cost. Raises CallRefusedError."""
     check_rules(access)
     await in_slices(check_cost(access, me, buses, rule_steps))
     return access
@@ -88,7 +88,7 @@ def check_cost(
 
 
 def over_limit(snapshot: Snapshot, rule_steps: int) -> list[str]:
-    """Return a line for each sandbox whose rules, accepted under an earlier limit, cost more than new ones may."""
+    """Return a line for each sandbox whose rules, accepted under an earlier limit, cost more than new rules may."""
     return [
         f"{state.spec.id}: a message takes {state.usage.rule_steps} steps, over rule_steps={rule_steps}: its rules stay"
         f" as long as this gate runs, and the next one ends it; {WHAT_TO_DO}"

@@ -1,7 +1,7 @@
 """Listening sockets of sandboxes: those that the supervisor binds, and those that callers pass.
 
-The descriptor of a Bound is closed at the end of its block. The socket file is unlinked there only if the block
-failed, because otherwise the gate unlinks it.
+The descriptor of a Bound is closed at the end of the block. The socket file is unlinked there only if the block
+failed, because otherwise the gate unlinks the file.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from broker.posix.sockets import bind_with_umask
 from broker.wire.address import make_unix_address
 from broker.wire.errors import INVALID_ARGS, CallRefusedError
 
-# Connections that wait until the gate accepts them. The gate limits those that it has accepted.
+# Connections that wait for the gate. The gate limits accepted connections.
 BACKLOG: Final = 128
 _TRIES: Final = 16
 _NO_SOCKET: Final = "Socket is not a unix stream socket that can listen"
@@ -55,7 +55,7 @@ class Bound:
 
 @contextmanager
 def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
-    """Listen on a new socket file in the folder, to which only one user may connect."""
+    """Listen on a new socket file in the folder, to which only a certain user may connect."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         path = _bind(sock, folder)
         try:
@@ -78,7 +78,7 @@ def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
 
 @contextmanager
 def given_socket(fd: int) -> Iterator[Bound]:
-    """Listen on a socket that the caller passed, and duplicate it. Raises CallRefusedError."""
+    """Listen on a socket that the caller passed, and duplicate the descriptor. Raises CallRefusedError."""
     with _opened(fd) as sock:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             raise CallRefusedError(INVALID_ARGS, _NO_SOCKET)
@@ -100,7 +100,7 @@ def given_socket(fd: int) -> Iterator[Bound]:
 
 
 def check_readable(fd: int, name: str) -> None:
-    """Check that a descriptor becomes readable when its writers are gone. Raises CallRefusedError."""
+    """Check that a descriptor becomes readable when all writers are gone. Raises CallRefusedError."""
     if not ends_with_its_writers(fd):
         raise CallRefusedError(INVALID_ARGS, f"{name} is not {READABLE_KIND}")
 
@@ -112,7 +112,7 @@ def check_writable(fd: int, name: str) -> None:
 
 
 def notify(fd: int) -> None:
-    """Write one byte, and never wait for a reader."""
+    """Write a byte, and never wait for a reader."""
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             with socket.socket(fileno=os.dup(fd)) as sock:
@@ -127,7 +127,7 @@ def notify(fd: int) -> None:
 
 
 def sweep(folder: Path, keep: set[str]) -> list[str]:
-    """Unlink the sockets in the folder except those in `keep`, and return their paths."""
+    """Unlink the sockets in the folder except those in `keep`, and return the paths."""
     swept = []
     for path in folder.glob("dbus-*"):
         if str(path) not in keep:

@@ -1,4 +1,4 @@
-"""From a request to the record of a sandbox, to its specification for the gate, and back again for a new gate."""
+"""From a request to the record of a sandbox, to the specification for the gate, and back again for a new gate."""
 
 import os
 import stat
@@ -32,8 +32,8 @@ class Behind:
     """The origin of a connection: a sandbox, an unknown sandbox, or the host."""
 
     is_inside: bool  # of a sandbox, now or before
-    sandbox: SandboxEntry | None  # which, if it is known and has not ended
-    is_there: bool  # the bus has not let go of the connection, for all that we know
+    sandbox: SandboxEntry | None  # if known and not ended
+    is_there: bool  # as far as known, the bus has not released the name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def make_spec(
     close_notify: int | None,
     limits: ConfiguredLimits,
 ) -> tuple[SandboxSpec, list[int]]:
-    """Return the specification of a sandbox for the gate, and the descriptors that go with it."""
+    """Return the specification of a sandbox for the gate, and the descriptors for the gate."""
     fds = [one.fd for one in bound.values()]
     close_notify_at = None
     if close_notify is not None:
@@ -126,7 +126,7 @@ def make_spec(
         access=access,
         close_notify=close_notify_at,
         limits=limits.for_sandbox(),
-        # For a supervisor that has lost the record. It lacks the rules, because the gate has those in force.
+        # For a supervisor that has lost the record. The rules are left out, because the gate has those in force.
         record=msgspec.msgpack.encode(msgspec.structs.replace(record, access=_no_rules(record))),
         metadata=record.metadata,
     )
@@ -138,7 +138,7 @@ def _no_rules(record: Record) -> AccessList:
 
 
 def is_held(record: Record, held: HeldSockets) -> bool:
-    """Return whether a sandbox listens, and all its sockets and its pipe are held."""
+    """Return whether a sandbox listens, and all sockets and the pipe are held."""
     wanted = {*record.sockets, PIPE} if record.close_notify else {*record.sockets}
     return record.listening and wanted <= set(held.of(record.id))
 
@@ -146,14 +146,14 @@ def is_held(record: Record, held: HeldSockets) -> bool:
 def make_again(
     record: Record, access: AccessList, held: HeldSockets, limits: ConfiguredLimits, folder: Path
 ) -> tuple[SandboxSpec, Sequence[int]]:
-    """Return the specification of a held sandbox for a new gate, and its descriptors, which stay held."""
+    """Return the specification of a held sandbox for a new gate, and the descriptors, which stay held."""
     fds = held.of(record.id)
     bound = {bus: _find(record, bus, fds[bus], folder) for bus in record.sockets}
     return make_spec(record, access, bound, fds.get(PIPE), limits)
 
 
 def _find(record: Record, bus: str, fd: int, folder: Path) -> Bound:
-    """Return a held socket of a sandbox as it was described when it was made."""
+    """Return a held socket of a sandbox with the original description."""
     path = record.sockets[bus]
     guid = record.addresses[bus].rpartition("guid=")[2]
     device, inode = _identify(path, folder)

@@ -1,1 +1,1 @@
-"""Snaps, and the connections of their plugs to slots."""
+"""Snaps, and the connections of plugs to slots."""

@@ -1,6 +1,6 @@
 """The installed snaps and their connections, compiled into rules for sandboxes. Nothing here waits.
 
-The catalogue is read when it is first needed, because a system without snaps needs no memory for it.
+The catalogue is read on first need, because a system without snaps needs no memory for it.
 """
 
 import logging
@@ -38,7 +38,7 @@ def is_snap(type_: str, component: str | None) -> bool:
 
 
 class Snaps:
-    """The compiler in force. Assign `compiler` to replace it by one that `build` made."""
+    """The compiler in force. Assign `compiler` to replace it by a compiler that `build` made."""
 
     def __init__(self, world: World, load: Callable[[], Library]) -> None:
         """Compile the stored snaps. Raises ConfigError."""
@@ -89,7 +89,7 @@ class Snaps:
     def compiled(self, identity: Identity, plugs: Collection[str] = ()) -> AccessList | None:
         """Return the rules of an app of a snap; None for any other app.
 
-        If the creator of the sandbox named plugs, only their rules are returned.
+        If the creator of the sandbox named plugs, only the rules of these plugs are returned.
         """
         tag = self.tag_for(identity)
         if self.compiler is None or tag is None:

@@ -2,13 +2,13 @@
 
 Theory of operation. A change takes four steps, and the caller is answered after the last one:
 
-    1. the compiler makes the change, and names the apps whose rules it changes
+    1. the compiler makes the change, and names the apps with changed rules
     2. the new rules of these apps' sandboxes are checked, all of them before the next step
     3. the engine enforces the new rules
     4. the state file stores the change
 
 If a step fails, the compiler undoes the change and the engine enforces the old rules again, before the caller is
-told. One change is made at a time, and no sandbox of a snap is made meanwhile.
+told. Changes are made one at a time, and no sandbox of a snap is made meanwhile.
 """
 
 import logging
@@ -39,7 +39,7 @@ UNDO_TIMEOUT: Final = 10.0  # seconds, for which the caller waits, too
 
 
 class Policy:
-    """The operations of callers on snaps and their connections."""
+    """The operations of callers on snaps and connections."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Policy:
     async def _carry_out(
         self, tags: set[str], *, store: Callable[[], object], undo: Callable[[], object]
     ) -> None:
-        """Enforce the compiler's present rules and store the change; undo it if anything fails."""
+        """Enforce the compiler's present rules and store the change; undo both if anything fails."""
         try:
             await self._enforce(tags)
             store()
@@ -150,7 +150,7 @@ class Policy:
             raise
 
     async def _enforce(self, tags: set[str]) -> None:
-        # All lists are checked before the first one is changed.
+        # All lists are checked before the first list is changed.
         await self._check_apps(tags)
         lists = {}
         for record in self._records(tags):
@@ -164,7 +164,7 @@ class Policy:
                     raise
 
     async def _check_apps(self, tags: set[str]) -> None:
-        """Refuse lists that cost too much, even if no sandbox has them yet. Raises CallRefusedError."""
+        """Refuse lists that cost too much, even before a sandbox has such a list. Raises CallRefusedError."""
         compiler = self._snaps.ready()
         for tag in tags & set(compiler.tags):
             access, me = compiler.access(tag), compiler.identity(tag)
@@ -183,7 +183,7 @@ class Policy:
                 LOGGER.warning("%s: %s", record.id, exc)
 
     def _hold(self, records: Collection[Record], *, give_back: bool) -> None:
-        """Drop the rules that stood in for lost snaps, because snaps were loaded; or put them back."""
+        """Drop the rules that stood in for lost snaps, because snaps were loaded; or restore these rules."""
         for record in records:
             if sandbox := self._registry.get(record.id):
                 held = record.held if give_back else None

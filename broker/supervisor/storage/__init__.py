@@ -1,1 +1,1 @@
-"""The state file and recovery from its loss."""
+"""The state file and recovery after a loss."""

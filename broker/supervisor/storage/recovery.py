@@ -1,11 +1,11 @@
-"""Open the state file even if it is missing or damaged, and recover lost records from the gate.
+"""Open the state file even if missing or damaged, and recover lost records from the gate.
 
 Theory of operation. A damaged file is kept beside a new one, which gets everything that can still be read: each
-record by itself, the snaps and their connections all or none, the counter or else the clock. The new file also says
-that the gate has to be asked for the rest, so a supervisor that dies before it has asked loses nothing:
+record by itself, the snaps and connections all or none, the counter or else the clock. The new file also says
+that the gate has to be asked for the rest, so a supervisor that dies before asking loses nothing:
 
     open_state           sandboxes.db is damaged   ->   sandboxes.db.damaged-1, and a new sandboxes.db
-                         new file: what could be read, and a PendingRecovery
+                         new file: the readable contents, and a PendingRecovery
     first snapshot       recover_from_gate         ->   records that differ from the file are replaced
                          new file: all records, no PendingRecovery
 
@@ -44,7 +44,7 @@ from policy.rules import AccessList, Rule
 from policy.snaps.installed import SNAP_TYPE, World
 
 LOGGER: Final = logging.getLogger(__name__)
-KEPT_ASIDE: Final = 5  # damaged files; older ones are deleted
+KEPT_ASIDE: Final = 5  # damaged files; older files are deleted
 NO_VALUES: Final = bytes(8)  # a marshalled a{sv}
 # Stands for the plugs of a sandbox whose plugs are unknown. No snap has a plug of this name, so it gets none.
 UNKNOWN_PLUG: Final = "?"
@@ -55,7 +55,7 @@ _BY_CALLER: Final = re.compile(r"[A-Za-z0-9_]+ by ")
 
 @contextmanager
 def open_state(path: Path) -> Iterator[StateFile]:
-    """Open the state file, or set it aside if it is damaged. Raises ConfigError or NoRoomError."""
+    """Open the state file, or set a damaged file aside. Raises ConfigError or NoRoomError."""
     state = _open(path)
     try:
         yield state
@@ -64,7 +64,7 @@ def open_state(path: Path) -> Iterator[StateFile]:
 
 
 def recover_from_gate(registry: Registry, state: StateFile, snapshot: Snapshot) -> list[Record]:
-    """Recover from the gate the records that the file has lost, if any; return them."""
+    """Recover from the gate the records that the file has lost, if any, and return these records."""
     pending = state.pending_recovery()
     if pending is None:
         return []
@@ -124,7 +124,7 @@ class _Salvaged:
 def _open(path: Path) -> StateFile:
     if not path.exists():
         _clear(path)  # because a leftover journal would be applied to the new file
-        # Made under another name and renamed, so that an empty file is always a damaged one.
+        # Made under another name and renamed, so that an empty file is always damaged.
         new = _clear(path.with_name(f"{path.name}.new"))
         StateFile(new).close()
         _take_its_place(new, path)
@@ -143,7 +143,7 @@ def _open(path: Path) -> StateFile:
 
 @contextmanager
 def _held_journal(path: Path) -> Iterator[Path]:
-    """Link the journal under another name, because SQLite deletes one beside a file that is no database."""
+    """Link the journal under another name, because SQLite deletes a journal beside a file that is no database."""
     held = Path(f"{path}.held{_JOURNAL}")
     held.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -181,7 +181,7 @@ def _replace(path: Path, journal: Path, reason: str) -> StateFile:
 
 
 def _salvage(path: Path, journal: Path) -> _Salvaged:
-    """Read all that is readable, from a copy, because SQLite changes a file that it opens."""
+    """Read all that is readable, from a copy, because SQLite changes each opened file."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="salvage-") as folder:
         copy = Path(folder) / path.name
         shutil.copyfile(path, copy)
@@ -242,7 +242,7 @@ def _aside(path: Path) -> Path:
 
 
 def _set_aside(path: Path, journal: Path, aside: Path) -> None:
-    # The file stays until the new one replaces it. Its journal must go, because it would be applied to the new one.
+    # The file stays until the new file is in place. The journal must go, or SQLite would apply the journal to the new file.
     os.link(path, aside)
     with contextlib.suppress(FileNotFoundError):
         journal.rename(f"{aside}{_JOURNAL}")
@@ -251,9 +251,8 @@ def _set_aside(path: Path, journal: Path, aside: Path) -> None:
 
 
 def _take_its_place(new: Path, path: Path) -> None:
-    if Path(
-        f"{new}{_JOURNAL}"
-    ).exists():  # closing the file empties its journal, unless the disk is full
+    # Closing a file empties the journal, unless the disk is full.
+    if Path(f"{new}{_JOURNAL}").exists():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
     new.rename(path)
 
@@ -267,10 +266,10 @@ def _clear(path: Path) -> Path:
 def _recover(
     registry: Registry, number: int, state: SandboxState, *, snaps_lost: bool
 ) -> Record | None:
-    """Put the gate's record of a sandbox into the registry; return it if it differs from the one before."""
+    """Put the gate's record of a sandbox into the registry; return the record if different from before."""
     known = registry.get(state.spec.id)
     if known is not None and not known.is_announced:
-        return None  # AddServer is still at work on it
+        return None  # AddServer is still at work
     before = known.record if known is not None else None
     record = record_from_gate(state, before, snaps_lost=snaps_lost)
     assert record.number == number
@@ -303,7 +302,7 @@ def _minimal_record(state: SandboxState) -> Record:
         },
         access=msgspec.structs.replace(spec.access, rules=()),
         portals_as_host=not set(PORTAL_RULES) <= set(spec.access.rules),
-        # The creator is unknown, so the sandbox cannot follow it.
+        # The creator is unknown, so the sandbox cannot follow the creator.
         keep_after_creator=True,
         close_notify=spec.close_notify is not None,
         plugs=(UNKNOWN_PLUG,),
@@ -312,7 +311,7 @@ def _minimal_record(state: SandboxState) -> Record:
 
 
 def _split_rules(record: Record, access: AccessList) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
-    """Return the rules that callers gave, and those of snaps' connections, both without the built-in ones."""
+    """Return the rules that callers gave, and those of snaps' connections, both without the built-in rules."""
     rules = [r for r in access.rules if r not in record.built_in and r.origin != OWN_CALLS]
     if record.type != SNAP_TYPE:
         return tuple(rules), ()

@@ -1,10 +1,10 @@
-"""The state file, in SQLite: sandboxes, the number of the next one, snaps and their connections.
+"""The state file, in SQLite: sandboxes, the number of the next sandbox, snaps and connections.
 
-Each change is committed before its function returns, and so before its caller is answered. The file lives as long as
-the runtime folder, a tmpfs. It survives a kill, and need not survive a power cut.
+Each change is committed before the function returns, and so before the caller is answered. The file lives as long as
+the runtime folder, a tmpfs. The file survives a kill, and need not survive a power cut.
 
-A change that cannot be stored is refused. A fact, such as the end of a sandbox, cannot be refused: if it cannot be
-stored it is owed, and stored together with the next change.
+A change that cannot be stored is refused. A fact, such as the end of a sandbox, cannot be refused: a fact that cannot be
+stored is owed, and stored together with the next change.
 
 A damaged file is set aside by recovery.py. The format is pinned by a recorded file in tests/data/, see
 tests/supervisor/storage/test_recorded_state.py.
@@ -25,7 +25,7 @@ from broker.wire.errors import FAILED, BrokerError, CallRefusedError, ConfigErro
 from policy.snaps.installed import SnapError, World, parse_world
 
 LOGGER: Final = logging.getLogger(__name__)
-# The statements that make each version of the file from the version before, and the first one from nothing.
+# The statements that make each version of the file from the version before, and the first version from nothing.
 STEPS: Final = (
     """
     CREATE TABLE sandbox (number INTEGER PRIMARY KEY, record BLOB NOT NULL);
@@ -37,11 +37,11 @@ STEPS: Final = (
     CREATE TABLE snap (name TEXT PRIMARY KEY, snap BLOB NOT NULL);
     CREATE TABLE connection (plug TEXT, slot TEXT, PRIMARY KEY (plug, slot));
     """,
-    # At most one row, a PendingRecovery.
+    # At most a single row, a PendingRecovery.
     """
     CREATE TABLE unsettled (aside TEXT NOT NULL, snaps_lost INTEGER NOT NULL);
     """,
-    # Connections that requested the instance field; and the ids of the buses that gave them their names.
+    # Connections that requested the instance field; and the ids of the buses that gave the names.
     """
     CREATE TABLE tag (bus TEXT, unique_name TEXT, PRIMARY KEY (bus, unique_name));
     CREATE TABLE bus (name TEXT PRIMARY KEY, id TEXT NOT NULL);
@@ -65,7 +65,7 @@ _ADVICE: Final = {
 
 
 class DamagedError(BrokerError):
-    """The file's contents are not those that were stored, so it must be set aside."""
+    """The file's contents are not those that were stored, so the file must be set aside."""
 
 
 class NoRoomError(BrokerError):
@@ -76,20 +76,20 @@ class PendingRecovery(msgspec.Struct, frozen=True, kw_only=True):
     """A note that the gate must still be asked for records that the file lacks."""
 
     aside: str  # name of the damaged file; empty if the file was missing
-    snaps_lost: bool  # together with their connections
+    snaps_lost: bool  # together with the connections
 
 
 class StateFile:
     """An open state file."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file, or make it if it is missing. Raises DamagedError, ConfigError or NoRoomError."""
+        """Open the file, or make a missing file. Raises DamagedError, ConfigError or NoRoomError."""
         is_new = not path.exists()
         if path.is_file() and not path.stat().st_size:
             raise DamagedError("the file is empty")
         self._path: Final = path
         self._encoder: Final = msgspec.msgpack.Encoder()
-        # Facts that could not be stored when they happened; None stands for an end.
+        # Facts that could not be stored at once; None stands for an end.
         self._owed: Final[dict[int, Record | None]] = {}
         try:
             self._db: Final = sqlite3.connect(path, isolation_level="IMMEDIATE")
@@ -151,7 +151,7 @@ class StateFile:
             return number
 
     def put(self, record: Record) -> None:
-        """Store a record, new or changed, and keep its number from being used again. Raises CallRefusedError."""
+        """Store a record, new or changed, and keep the number from being used again. Raises CallRefusedError."""
         with self._writing():
             self._put(record)
 
@@ -160,7 +160,7 @@ class StateFile:
         self._owe(record.number, record)
 
     def delete(self, record: Record) -> None:
-        """Delete a record, but not its number: now, or with the next change that can be stored."""
+        """Delete a record, but not the number: now, or with the next change that can be stored."""
         self._owe(record.number, None)
 
     def skip_to(self, number: int) -> None:
@@ -169,7 +169,7 @@ class StateFile:
             self._db.execute("UPDATE counter SET next = max(next, ?)", (number,))
 
     def load_world(self) -> World:
-        """Return the snaps and their connections. Raises DamagedError."""
+        """Return the snaps and connections. Raises DamagedError."""
         with self._reading():
             kinds = self._db.execute("SELECT kind FROM system").fetchall()
             snaps = self._db.execute("SELECT snap FROM snap ORDER BY name").fetchall()
@@ -237,7 +237,7 @@ class StateFile:
             self._db.execute("INSERT OR REPLACE INTO bus VALUES (?, ?)", (bus, id_))
 
     def pending_recovery(self) -> PendingRecovery | None:
-        """Return the note that the gate must be asked, if there is one. Raises DamagedError."""
+        """Return the note that the gate must be asked, if there is a note. Raises DamagedError."""
         with self._reading():
             rows = self._db.execute("SELECT aside, snaps_lost FROM unsettled").fetchall()
         return PendingRecovery(aside=rows[0][0], snaps_lost=bool(rows[0][1])) if rows else None
@@ -252,7 +252,7 @@ class StateFile:
                 )
 
     def _prepare(self, *, is_new: bool) -> None:
-        # One writer on a tmpfs needs no fsync, and a small cache saves memory.
+        # A single writer on a tmpfs needs no fsync, and a small cache saves memory.
         for pragma in ("journal_mode = WAL", "synchronous = OFF", "cache_size = -256"):
             self._db.execute(f"PRAGMA {pragma}").fetchall()
         ((version,),) = self._db.execute("PRAGMA user_version").fetchall()

@@ -1,4 +1,4 @@
-"""A watch over cgroups, for the end of their last process.
+"""A watch over cgroups, for the end of the last process in each.
 
 Theory of operation. `is_empty` is the only judge, and opens the cgroup anew each time. A path is walked only inside
 a cgroup filesystem, so no caller can make the supervisor look anywhere else, or wait for another filesystem.
@@ -55,13 +55,13 @@ class CgroupMount:
 
 
 class Cgroups(Watched[str, Cgroup]):
-    """The watched cgroups. A thing is a cgroup, and its key is its path."""
+    """The watched cgroups. A thing is a cgroup, and the key is the path."""
 
     def __init__(self) -> None:
         super().__init__(
             look_every=LOOK_EVERY, interval="twice a second", looks_a_turn=LOOKS_A_TURN
         )
-        self._watches_of: Final[dict[str, tuple[int, ...]]] = {}  # path -> its inotify watches
+        self._watches_of: Final[dict[str, tuple[int, ...]]] = {}  # path -> inotify watches
         self._paths_of: Final[dict[int, set[str]]] = {}  # inotify watch -> paths
         self._inotify: _Inotify | None = None
         self._is_running = False
@@ -70,7 +70,7 @@ class Cgroups(Watched[str, Cgroup]):
     def watch(self, holder: str, thing: Cgroup, on_end: OnEnd) -> None:
         holders = self._watched.get(thing.path, {})
         if any(other.inode != thing.inode for other, _ in holders.values()):
-            self._disarm(thing.path)  # its inotify watches are of an earlier cgroup of this path
+            self._disarm(thing.path)  # the inotify watches are of an earlier cgroup of this path
         self._wanted.set()
         super().watch(holder, thing, on_end)
 
@@ -174,9 +174,9 @@ class _Inotify:
         os.close(self.fd)
 
     def add(self, path: str, used: Container[int]) -> tuple[int, ...]:
-        """Watch a cgroup; return its watches, none if it cannot be watched or is gone.
+        """Watch a cgroup; return the watches, none if the cgroup is gone or cannot be watched.
 
-        The kernel may return a watch of `used`, the existing ones, which an error must not remove.
+        The kernel may return a watch of `used`, the existing watches, which an error must not remove.
         """
         try:
             with _opened(path) as (fd, mount):
@@ -224,7 +224,7 @@ class _Inotify:
 
 
 def identify(path: str, name: str = "Cgroup") -> Cgroup:
-    """Return the cgroup that has a path now, if it has a process. Raises CallRefusedError."""
+    """Return the cgroup that has a path now, if there is a process in the cgroup. Raises CallRefusedError."""
     try:
         with _opened(path) as (fd, mount):
             cgroup = Cgroup(path, os.fstat(fd).st_ino)
@@ -236,7 +236,7 @@ def identify(path: str, name: str = "Cgroup") -> Cgroup:
     except CallRefusedError as exc:
         raise CallRefusedError(exc.dbus_name, f"{name}: {exc}") from None
     if not populated:
-        # An empty cgroup would end its sandbox at once, even if it got a process later.
+        # An empty cgroup would end the sandbox at once, even if a process came later.
         raise CallRefusedError(INVALID_ARGS, f"{name}: there is no process in {path[:200]!r}")
     return cgroup
 
@@ -256,7 +256,7 @@ def is_empty(cgroup: Cgroup, mounts: list[CgroupMount] | None = None) -> bool | 
 def _opened(
     path: str, mounts: list[CgroupMount] | None = None
 ) -> Iterator[tuple[int, CgroupMount]]:
-    """Open a cgroup's folder. Raises OSError, and CallRefusedError if it is in no cgroup filesystem."""
+    """Open a cgroup's folder. Raises OSError, and CallRefusedError for a path in no cgroup filesystem."""
     wanted = PurePath(path)
     if not wanted.is_absolute() or str(wanted) != path or ".." in wanted.parts or "\0" in path:
         raise CallRefusedError(INVALID_ARGS, f"{path[:200]!r} is not a plain absolute path")
@@ -289,7 +289,7 @@ def _is_populated(fd: int, mount: CgroupMount) -> bool:
 
 
 def _has_process(fd: int, depth: int) -> bool:
-    """Return whether a cgroup of v1, or a cgroup in it, has a process."""
+    """Return whether a cgroup of v1, or a cgroup inside, has a process."""
     if _read(fd, "cgroup.procs", 1):
         return True
     for name in os.listdir(fd):

@@ -1,8 +1,8 @@
 """The kernel's process connector: a netlink socket that names every process of the machine that ends.
 
-Root may use the connector, and since Linux 6.6 every user. It gives pids of the first pid namespace. So in a
-container it is refused, silent, or names other pids. The test is a thread of this process that ends: the connector
-is used only if it names that exit under this process's own pid.
+Root may use the connector, and since Linux 6.6 every user. The pids are those of the first pid namespace. So in a
+container the connector is refused, silent, or names other pids. The test is a thread of this process that ends: the connector
+is used only if that exit is named under this process's own pid.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ _NLMSG_DONE: Final = 3
 
 
 class ProcessConnector:
-    """A subscription to exits, which owns its socket."""
+    """A subscription to exits, which owns the socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock: Final = sock
@@ -67,7 +67,7 @@ class ProcessConnector:
         return None if dropped else found
 
     def close(self) -> None:
-        """Unsubscribe and close the socket. Older kernels count listeners, and do not notice a closed one."""
+        """Unsubscribe and close the socket. Older kernels count listeners, and do not notice a closed socket."""
         size = _REQUEST.size
         request = _REQUEST.pack(size, _NLMSG_DONE, 0, 0, 0, *_CN_PROC, 0, 0, 4, 0, _IGNORE)
         try:
@@ -127,7 +127,7 @@ def _subscribe() -> socket.socket | None:
             request["action"], request["len"] = _LISTEN, 4
             request["idx"], request["val"] = _CN_PROC
             theirs.put(request, NLMSG_DONE, msg_flags=0, msg_seq=0)
-            # Only the socket is kept, because pyroute2 puts an event loop of its own around it.
+            # Only the socket is kept, because pyroute2 puts an event loop around the socket.
             sock = socket.socket(fileno=os.dup(theirs.fileno()))
         finally:
             theirs.close()
@@ -140,14 +140,14 @@ def _subscribe() -> socket.socket | None:
 
 
 def _tune(sock: socket.socket) -> None:
-    """Let the kernel queue only exits, and many of them."""
+    """Let the kernel queue only exits, and room for many."""
     program = b"".join(
         struct.pack("=HBBI", *line)
         for line in (
             (0x20, 0, 0, 36),  # load `what`, in network order
             (0x15, 0, 1, socket.htonl(_EXIT)),  # an exit?
-            (0x06, 0, 0, 0xFFFFFFFF),  # take it whole
-            (0x06, 0, 0, 0),  # drop it
+            (0x06, 0, 0, 0xFFFFFFFF),  # take the whole message
+            (0x06, 0, 0, 0),  # drop the message
         )
     )
     held = ctypes.create_string_buffer(program)

@@ -1,11 +1,11 @@
-"""A watch over processes, for their ends, by one of two interfaces of the kernel.
+"""A watch over processes, for ends, by either of two interfaces of the kernel.
 
-Theory of operation. A pid is used again, so a process is its pid and its start time, and `has_ended` is the only
+Theory of operation. A pid is used again, so a process is a pid with a start time, and `has_ended` is the only
 judge. The kernel says when to ask:
 
     up to MANY processes     a pidfd each, readable when the process has ended
-    more                     the process connector, one netlink socket that names each process that ends
-                             (process_connector.py), where it is permitted and its pids are those of this namespace
+    more                     the process connector, a netlink socket that names each process that ends
+                             (process_connector.py), if permitted, with the pids of this namespace
     no descriptor left       no word of the kernel: a look each second
 
 The connector may drop events. Then all processes are looked at once.
@@ -26,14 +26,14 @@ from broker.supervisor.watches.watched import OnEnd, Watched
 from broker.wire.errors import ACCESS_DENIED, INVALID_ARGS, CallRefusedError
 
 LOGGER: Final = logging.getLogger(__name__)
-# Fewer processes do not justify the connector: pyroute2 takes more memory than their pidfds, and each exit on the
+# Fewer processes do not justify the connector: pyroute2 takes more memory than the pidfds, and each exit on the
 # machine wakes the supervisor.
 MANY: Final = 64
 FEW: Final = 4  # at a fourth of MANY, back to pidfds
 LOOK_EVERY: Final = 1.0  # seconds, at processes without a descriptor
 ENDS_A_TURN: Final = 64
 LOOKS_A_TURN: Final = 100  # some milliseconds
-# Each overrun costs a look at every process. With more of them in a minute, pidfds are cheaper.
+# Each overrun costs a look at every process. With more in a minute, pidfds are cheaper.
 MAX_OVERRUNS: Final = 5
 FORGET_OVERRUNS_AFTER: Final = 60.0  # seconds
 
@@ -52,7 +52,7 @@ class Connector(Protocol):
 
 
 class Processes(Watched[int, Process]):
-    """The watched processes. A thing is a process, and its key is its pid."""
+    """The watched processes. A thing is a process, and the key is the pid."""
 
     def __init__(
         self, open_connector: Callable[[], Connector | None] | None = None, *, many: int = MANY
@@ -112,7 +112,7 @@ class Processes(Watched[int, Process]):
         elif (pid_of := self._pids.get(fd)) is not None:
             self._look(pid_of)
             if self._pidfds.get(pid_of) == fd:
-                # This pidfd is of a dead process, and other holders wait for a later one with its pid.
+                # This pidfd is of a dead process, and other holders wait for a later process with the same pid.
                 self._disarm(pid_of)
                 self._arm(pid_of)
 
@@ -248,7 +248,7 @@ def identify_fd(fd: int, uid: int, name: str = "ProcessFd") -> Process:
     if pid <= 0:  # ended, or in another pid namespace
         raise CallRefusedError(INVALID_ARGS, f"{name}: not a process that the broker can see")
     process = identify(pid, uid, name)
-    if _is_readable(fd):  # the process has ended, and another may have its pid by now
+    if _is_readable(fd):  # the process has ended, and another may have the pid by now
         raise CallRefusedError(INVALID_ARGS, f"{name}: process {pid} has ended")
     return process
 
@@ -265,7 +265,7 @@ def has_ended(process: Process) -> bool | None:
     except OSError:  # no descriptor is left
         return _has_ended_by_proc(process)
     try:
-        # Readable means that the process has ended, or even a later one with its pid.
+        # Readable means that the process has ended, or even a later process with the same pid.
         return _is_readable(fd) or _has_ended_by_proc(process)
     finally:
         os.close(fd)

@@ -1,11 +1,11 @@
-"""Common ground of the watches over processes and cgroups: who waits for what, and when to look.
+"""Common ground of the watches over processes and cgroups: holders, and the times to look.
 
 Theory of operation. `_has_ended` is the only judge of whether a thing has ended. All else says when to ask it: the
-kernel, told by `_arm` to tell of one key's things, or a look at intervals, for keys that the kernel cannot tell of.
+kernel, told by `_arm` to report on a key, or a look at intervals, for keys that the kernel cannot tell of.
 To look once too often costs a little time, and nothing else, so nothing is tracked more exactly than that.
 
-Several holders may wait for one key, and for different things of one key: a pid and a path are used again, so a
-holder may wait for a thing whose key another one has by now.
+Several holders may wait for a key, and for different things of the same key: a pid and a path are used again, so a
+holder may wait for a thing whose key another thing has by now.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -40,7 +40,7 @@ class Watched(Generic[K, T]):
         return f"{self._kernel_method()}{by_hand}"
 
     def watch(self, holder: str, thing: T, on_end: OnEnd) -> None:
-        """Call `on_end` once when the thing has ended: at once, if it has ended already."""
+        """Call `on_end` once the thing has ended: at once, for an end before the call."""
         key = self._key(thing)
         self._watched.setdefault(key, {})[holder] = (thing, on_end)
         self._arm(key)
@@ -57,7 +57,7 @@ class Watched(Generic[K, T]):
     # -- what a kind of thing has to say ----------------------------------------------------------------
 
     def _key(self, thing: T) -> K:
-        """Return what the kernel knows the thing by."""
+        """Return the kernel's name for a thing."""
         raise NotImplementedError
 
     def _has_ended(self, thing: T) -> bool | None:
@@ -73,7 +73,7 @@ class Watched(Generic[K, T]):
         raise NotImplementedError
 
     def _kernel_method(self) -> str:
-        """Return in words by what the kernel tells of ends."""
+        """Return the kernel's way to report ends, in words."""
         raise NotImplementedError
 
     def _look_by_hand(self, keys: Sequence[K]) -> None:
@@ -83,7 +83,7 @@ class Watched(Generic[K, T]):
     # -- looking ----------------------------------------------------------------------------------------
 
     def _look(self, key: K, has_ended: Judge[T] | None = None) -> bool:
-        """Call back the holders whose things have ended; return whether there were any."""
+        """Call back the holders of ended things; return whether there were any."""
         judge = self._has_ended if has_ended is None else has_ended
         found = False
         for holder, (thing, on_end) in list(self._watched.get(key, {}).items()):

@@ -1,7 +1,7 @@
 """Watch the supervisor's end conditions of a sandbox: creator, process, cgroup and time limit.
 
-The gate watches the others, pipes and connections. A sandbox without any other end condition follows its creator: it
-stops listening when the connection that created it leaves its bus, unless KeepAfterCreator was given. Process,
+The gate watches the others, pipes and connections. A sandbox without any other end condition follows the creator: the sandbox
+stops listening when the connection that created it leaves the bus, unless KeepAfterCreator was given. Process,
 cgroup and time limit are watched whether or not the sandbox listens.
 """
 
@@ -24,7 +24,7 @@ OnEvent = Callable[[SandboxId, Event], None]
 
 
 class NameWatch(Protocol):
-    """A watch over the names on one bus."""
+    """A watch over the names on a bus."""
 
     def __contains__(self, name: str) -> bool:
         """Return whether a name is watched and has an owner."""
@@ -33,7 +33,7 @@ class NameWatch(Protocol):
         """Watch a name."""
 
     def discard(self, name: str) -> None:
-        """Undo one `add`."""
+        """Undo an `add`."""
 
 
 def boot_time() -> float:
@@ -42,7 +42,7 @@ def boot_time() -> float:
 
 
 def follows_creator(record: Record) -> bool:
-    """Return whether a sandbox stops listening when its creator leaves."""
+    """Return whether a sandbox stops listening when the creator leaves."""
     ends_otherwise = record.close_notify or record.process or record.cgroup
     return not ends_otherwise and not record.keep_after_creator
 
@@ -76,7 +76,7 @@ class SandboxWatches:
             watch = self._watches.get(record.creator_bus)
             if watch is not None and (again or record.creator in watch):
                 watch.add(record.creator)
-            else:  # the creator left during AddServer, or its bus is no longer configured: no event will come
+            else:  # the creator left during AddServer, or the bus is no longer configured: no event will come
                 self._creators.remove(record)
                 self._on_event(id_, Event.CREATOR_LEFT)
         if record.expires:
@@ -89,7 +89,7 @@ class SandboxWatches:
             self.cgroups.watch(id_, record.cgroup, lambda: self._on_event(id_, Event.CGROUP_EMPTY))
 
     def end(self, record: Record) -> None:
-        """Stop watching a sandbox. Harmless if it was not watched."""
+        """Stop watching a sandbox. Harmless for an unwatched sandbox."""
         if self._creators.remove(record):
             self._watches[record.creator_bus].discard(record.creator)
         self._limits.discard(record.id)
@@ -99,7 +99,7 @@ class SandboxWatches:
             self.cgroups.forget(record.id, record.cgroup)
 
     def time_left(self, record: Record) -> int:
-        """Return the seconds until a sandbox's time limit; 0 if there is none, or it is over."""
+        """Return the seconds until a sandbox's time limit; 0 if none is left, or none was set."""
         return max(0, math.ceil(record.expires - self._now())) if record.expires else 0
 
     def describe(self) -> dict[str, str]:
@@ -111,12 +111,12 @@ class SandboxWatches:
         }
 
     def name_gone(self, bus: str, unique_name: str) -> None:
-        """Take note that a connection left its bus."""
+        """Take note that a connection left the bus."""
         for id_ in self._creators.left(bus, unique_name):
             self._on_event(id_, Event.CREATOR_LEFT)
 
     def bus_back(self, bus: str, *, is_same: bool) -> None:
-        """Watch all creators again after a bus was reconnected; if it is another bus, all have left it."""
+        """Watch all creators again after a bus was reconnected; if the bus is another, all have left."""
         for its_bus, creator in self._creators:
             if its_bus == bus and is_same:
                 for _ in range(self._creators.count(bus, creator)):
@@ -154,14 +154,14 @@ class TimeLimits:
         self._changed.set()
 
     def discard(self, id_: SandboxId) -> None:
-        """Remove the time limit of a sandbox. Harmless if it has none."""
+        """Remove the time limit of a sandbox. Harmless without a limit."""
         if self._at.pop(id_, None) is not None and len(self._next) > 2 * len(self._at) + 8:
-            # A heap drops entries only from its top, so discarded entries with long limits would pile up.
+            # A heap drops entries only from the top, so discarded entries with long limits would pile up.
             self._next[:] = [entry for entry in self._next if entry[1] in self._at]
             heapq.heapify(self._next)
 
     async def wait(self) -> list[SandboxId]:
-        """Wait until time limits are over, and return their sandboxes, each once."""
+        """Wait until time limits are over, and return the sandboxes, each once."""
         while not (over := list(self._take())):
             self._changed = trio.Event()
             left = self._next[0][0] - self._now() if self._next else LONGEST_SLEEP
@@ -180,7 +180,7 @@ class TimeLimits:
 
 
 class CreatorWatch:
-    """The sandboxes that follow their creators: (bus, unique name) -> ids."""
+    """The sandboxes that follow creators: (bus, unique name) -> ids."""
 
     def __init__(self) -> None:
         self._followers: Final[dict[tuple[str, str], dict[SandboxId, None]]] = {}
@@ -189,14 +189,14 @@ class CreatorWatch:
         return iter(list(self._followers))
 
     def add(self, record: Record) -> bool:
-        """Add a sandbox if it follows its creator, and return whether it does."""
+        """Add a sandbox that follows the creator; return False for others."""
         if not follows_creator(record):
             return False
         self._followers.setdefault((record.creator_bus, record.creator), {})[record.id] = None
         return True
 
     def remove(self, record: Record) -> bool:
-        """Remove a sandbox, and return whether it was there."""
+        """Remove a sandbox, and return whether there was one."""
         key = (record.creator_bus, record.creator)
         followers = self._followers.get(key, {})
         if record.id not in followers:
