@@ -144,8 +144,8 @@ class BusState:
         if not self._guid:
             self.ledger.meet(guid)
         elif guid != self._guid:
-            for link in list(self.connections):
-                link.close("the bus started anew")
+            for connection in list(self.connections):
+                connection.close("the bus started anew")
             for rest in list(self.lingering.values()):
                 rest.close()
             self.ledger.move(guid)
@@ -220,8 +220,8 @@ class BusState:
         late = set(self._closed_recently)
         names = [name for name in self.sandboxes if name not in late]
         barrier = self.barriers[number] = Barrier(names, passed)
-        for link in list(self.connections):
-            link.ask_if_read(number)
+        for connection in list(self.connections):
+            connection.ask_if_read(number)
         barrier.check()
 
     def has_read(self, unique_name: str, number: int) -> None:

@@ -1,11 +1,20 @@
-"""What a waiting call knows of who owned its name since it was made."""
+"""Serials of calls that wait for a reply, and the owners of a name since a call to it."""
 
 import gc
 import weakref
 
+import pytest
 from hypothesis import given, strategies as st
 
-from broker.gate.filter.pending_calls import OwnerHistory, OwnersSince
+from broker.gate.filter.pending_calls import (
+    FIRST_GATE_SERIAL,
+    LAST_SERIAL,
+    OwnerHistory,
+    OwnersSince,
+    PendingCalls,
+    Replier,
+)
+from broker.wire.errors import PeerQuotaError
 
 OWNERS = st.sampled_from(["", ":1.1", ":1.2", ":1.3", ":1.4", ":1.5"])
 
@@ -44,3 +53,44 @@ def test_it_lives_as_long_as_somebody_reads_it() -> None:
     del others
     gc.collect()
     assert gone() is None
+
+
+def test_own_serials_are_those_that_no_call_waits_with() -> None:
+    pending = PendingCalls()
+    pending.calls_to_bus[FIRST_GATE_SERIAL + 1] = Replier(":1.2")
+    assert [pending.next_gate_serial() for _ in range(3)] == [
+        FIRST_GATE_SERIAL,
+        FIRST_GATE_SERIAL + 2,
+        FIRST_GATE_SERIAL + 3,
+    ]
+
+
+def test_own_serials_begin_again_at_their_end() -> None:
+    pending = PendingCalls()
+    pending.gate_serial = LAST_SERIAL
+    assert [pending.next_gate_serial(), pending.next_gate_serial()] == [
+        LAST_SERIAL,
+        FIRST_GATE_SERIAL,
+    ]
+
+
+def test_own_serials_that_are_all_in_use_end_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.gate.filter.pending_calls.LAST_SERIAL", FIRST_GATE_SERIAL + 2)
+    pending = PendingCalls()
+    pending.calls_to_bus.update(
+        dict.fromkeys(range(FIRST_GATE_SERIAL, FIRST_GATE_SERIAL + 3), Replier(":1.2"))
+    )
+    with pytest.raises(PeerQuotaError, match="too many"):
+        pending.next_gate_serial()
+
+
+def test_only_serials_of_the_app_wait_for_the_app() -> None:
+    pending = PendingCalls()
+    pending.calls_to_bus.update({5: Replier(":1.2"), FIRST_GATE_SERIAL: Replier(":1.2")})
+    assert [pending.awaits_reply(serial) for serial in (5, 6, FIRST_GATE_SERIAL)] == [
+        True,
+        False,
+        False,
+    ]

@@ -71,7 +71,7 @@ class Unused:
     ("field", "message"),
     [
         ("version", f"hand-over version {VERSION + 1} is not known here"),
-        ("protocol", "it speaks control protocol"),
+        ("protocol", "the new gate speaks control protocol"),
     ],
 )
 def test_another_version_is_refused_in_one_line(field: str, message: str) -> None:
