@@ -26,8 +26,8 @@ from policy.usos.wire_form import parse_usos
 # sandbox.
 MAX_TEXT: Final = 4096  # bytes
 MAX_PLUGS: Final = 1024
-# A bus closes a connection that sends more than 64 levels. The broker's answers wrap the metadata in
-# further levels, and the broker must not lose the connection.
+# A bus closes a connection that sends more than 64 levels. The broker's answers wrap the metadata
+# in further levels, and the broker must not lose the connection.
 MAX_METADATA_NESTING: Final = 32
 MAX_TIME_LIMIT: Final = 2**32 - 1  # seconds
 
@@ -131,7 +131,10 @@ def reading_rules(
 
 
 def _packing_metadata(metadata: Mapping[str, Variant], most: int) -> Generator[int, None, bytes]:
-    """Return metadata in the stored form, and yield the work done. Raises CallRefusedError."""
+    """Return metadata in the stored form, and yield the work done.
+
+    Raises CallRefusedError.
+    """
     packer = Packer("a{sv}", [metadata], max_bytes=most)
     try:
         while not packer.run():

@@ -1,4 +1,7 @@
-"""org.freedesktop.DBus.Containers1, as in dbus-daemon's proposal, with additional methods."""
+"""org.freedesktop.DBus.Containers1, the interface of dbus-daemon's proposal.
+
+Further methods, such as StopListening and SetContainerAccess, are the broker's additions.
+"""
 
 from typing import Final
 

@@ -164,7 +164,10 @@ class Management:
         return ReturnValues(await self._engine.upgrade())
 
     async def _used(self, sandbox: str | None) -> dict[str, int]:
-        """Return the use of each limit, by the limit's name, or nothing if the gate does not answer."""
+        """Return the use of each limit, by the limit's name.
+
+        Return nothing if the gate does not answer.
+        """
         try:
             used = msgspec.structs.asdict(await self._engine.use(sandbox))
         except (CallRefusedError, EngineLostError):
@@ -236,5 +239,8 @@ def _version() -> str:
 
 
 def _show_path(path: str) -> str:
-    """Return a path with `@` for the NUL of an abstract name, as no D-Bus string may hold NUL."""
+    """Return a path with `@` for the NUL of an abstract name.
+
+    No D-Bus string may hold NUL.
+    """
     return "@" + path[1:] if path.startswith("\0") else path

@@ -1,4 +1,4 @@
-"""org.buswarden.Broker1.Policy: snaps, connections of snaps, and explanations of verdicts.
+"""org.buswarden.Broker1.Policy: snaps, connections, and explanations of verdicts.
 
 Callers in sandboxes are refused. Only the broker's own user and root may make changes.
 """

@@ -35,7 +35,10 @@ class Subscribers:
         return len(self._users)
 
     def add(self, caller: Caller) -> None:
-        """Add a connection, unless the connection is a subscriber already. Raises CallRefusedError."""
+        """Add a connection, unless the connection is a subscriber already.
+
+        Raises CallRefusedError.
+        """
         key = caller.bus, caller.unique_name
         if key in self._users:
             return

@@ -111,7 +111,10 @@ class Instance:
 
 
 class ServiceClient:
-    """The broker's service on one bus. Every method raises CallRefusedError and BusLostError."""
+    """The broker's service on one bus.
+
+    Every method raises CallRefusedError and BusLostError.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -201,7 +204,10 @@ class ServiceClient:
         )
 
     async def change_connection(self, change: ConnectionChange, plug: str, slot: str) -> list[str]:
-        """Connect or disconnect a plug and a slot. Return a line for each app whose rules changed."""
+        """Connect or disconnect a plug and a slot.
+
+        Return a line for each app whose rules changed.
+        """
         (changed,) = await self._call(POLICY, change, "ss", [plug, slot])
         return [str(text) for text in changed]
 

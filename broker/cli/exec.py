@@ -1,4 +1,4 @@
-"""`buswarden exec`: run a command under bubblewrap, with sandboxed bus sockets and no other bus."""
+"""`buswarden exec`: run a command under bubblewrap, with sandboxed bus sockets alone."""
 
 import os
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ class Made:
 @click.option(
     "--snap",
     metavar="NAME",
-    help="The command is an app of this snap, named by --app. The snap's connections give the rules.",
+    help="Run the command as an app of this snap, named by --app, under the snap's rules.",
 )
 @click.option(
     "--share",

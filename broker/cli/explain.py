@@ -1,4 +1,4 @@
-"""`buswarden explain`: why a message is allowed or denied, and which change would allow it."""
+"""`buswarden explain`: the reason for a verdict, and the changes that would allow a message."""
 
 from functools import partial
 from typing import Final

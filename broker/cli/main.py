@@ -1,4 +1,7 @@
-"""Entry point of the `buswarden` command. The proxy runs at once, and all other commands through click."""
+"""Entry point of the `buswarden` command.
+
+The proxy runs at once, and all other commands through click.
+"""
 
 import gc
 import sys

@@ -109,7 +109,7 @@ def end_options(function: F) -> F:
             "--cgroup",
             metavar="PATH",
             default="",
-            help="End the sandbox with the last process of this cgroup, a folder below /sys/fs/cgroup.",
+            help="End the sandbox with the last process of this cgroup, a folder in /sys/fs/cgroup.",
         ),
         click.option(
             "--process",

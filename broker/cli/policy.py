@@ -86,7 +86,9 @@ def lint_command(*, files: tuple[Path, ...], rule_steps: int) -> int:
 
 
 def _lint_lists(file: Path, rule_steps: int) -> int:
-    """Print the cost of each list in a file. Return the number of lists that cost too much.
+    """Print the cost of each list in a file.
+
+    Return the number of lists that cost too much.
 
     Raises ConfigError.
     """
@@ -164,7 +166,7 @@ def import_command(  # noqa: PLR0913 - one parameter an option
     buses: tuple[str, ...],
     form: str,
 ) -> None:
-    """Translate a policy of apparmor, flatpak or xdg-dbus-proxy into rules, and print the rules.
+    """Print the rules for a policy of apparmor, flatpak or xdg-dbus-proxy.
 
     Only flatpak takes several FILEs: the metadata, then overrides. Parts of the policy that no rule
     can express are listed on standard error.

@@ -32,7 +32,10 @@ def make_resolver(directories: Sequence[Path]) -> Resolver | None:
 
 
 def import_proxy(source: Source, buses: Sequence[str]) -> Imported:
-    """Return the rules of a command line of xdg-dbus-proxy. Raises ConfigError, ImportFileError."""
+    """Return the rules of a command line of xdg-dbus-proxy.
+
+    Raises ConfigError, ImportFileError.
+    """
     # A file for --args has a NUL behind each word. Any other file is split as by a shell.
     try:
         words = (

@@ -1,7 +1,7 @@
 """A private dbus-daemon, for a session that has no bus.
 
-An orderly end of the broker ends the private bus. If the broker is killed, the bus and the gate live
-on, and apps keep their connections. The next broker takes over both.
+An orderly end of the broker ends the private bus. If the broker is killed, the bus and the gate
+live on, and apps keep their connections. The next broker takes over both.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""`buswarden proxy` as a member of the command group, for options in front of the command's name.
+"""`buswarden proxy` as a member of the command group.
 
-The proxy parses the arguments without click, because the order of the options has a meaning that
-click does not keep.
+This form is for options in front of the command's name, and for the overview. The proxy parses the
+arguments without click, because the order of the options has a meaning that click does not keep.
 """
 
 import click

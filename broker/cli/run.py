@@ -32,8 +32,8 @@ from broker.wire.address import make_unix_address
 @click.option(
     "--engine",
     type=click.Choice(["gate", "containers1"]),
-    help="gate: filter in the gate; containers1: by a bus that has Containers1, or not at all. Default:"
-    " the best for each bus.",
+    help="gate: no bus labels connections; containers1: every bus has to (Containers1). Default:"
+    " buses that can label connections do so.",
 )
 @click.option(
     "--config",

@@ -1,4 +1,4 @@
-"""The options of the two commands that add a sandbox, `add` and `exec`, put together into one value."""
+"""The common options of `add` and `exec`, which both add a sandbox, as one value."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ BUS = click.option(
 
 
 def new_sandbox_options(*, identity_required: bool) -> Callable[[F], F]:
-    """Return the decorator for the options of a new sandbox, which the command gets as `new`.
+    """Return the decorator that passes the options of a new sandbox as `new`.
 
     Without a required identity, type and app of `new` may be empty.
     """
@@ -63,7 +63,8 @@ def new_sandbox_options(*, identity_required: bool) -> Callable[[F], F]:
             return function(*args, new=new, **others)
 
         decorated: Any = with_new
-        # Click lists options in the order in which decorators stand above a function, so the last comes first.
+        # Click lists options in the order in which decorators stand above a function, so the last
+        # comes first.
         for option in (
             end_options,
             PORTALS_AS_HOST,

@@ -52,7 +52,7 @@ class UnitsError(BrokerError):
 def install_units_command(
     *, scope: str, folder: Path | None, only_print: bool, remove: bool, force: bool
 ) -> None:
-    """Write the systemd units of this installation, and the files by which a bus starts the broker."""
+    """Write the systemd units of this installation, and the D-Bus files that start the broker."""
     installation = find_installation()
     files = {
         _place(cast("Scope", scope), folder, name): text
@@ -89,7 +89,8 @@ def _check_visible(installation: Installation) -> None:
     for path in filter(None, (installation.python, installation.path)):
         if any(Path(path).is_relative_to(folder) for folder in _PRIVATE):
             raise UnitsError(
-                f"{path} is hidden from the services (PrivateTmp): install buswarden elsewhere, as in /opt"
+                f"{path} is hidden from the services (PrivateTmp): install buswarden in /opt,"
+                " for example"
             )
 
 

@@ -1,8 +1,8 @@
-"""Frames of the control connection, and snapshots cut into parts that fit a frame. No I/O.
+"""Frames of the control connection, and the splitting of snapshots into frames. No I/O.
 
-A frame is a little-endian uint32 length and as many bytes of msgpack, which encode one Envelope. File
-descriptors travel with the first byte of a frame (SCM_RIGHTS). `Envelope.fds` is the number of the
-frame's descriptors.
+A frame is a little-endian uint32 length and as many bytes of msgpack, which encode one Envelope.
+File descriptors travel with the first byte of a frame (SCM_RIGHTS). `Envelope.fds` is the number of
+the frame's descriptors.
 """
 
 import struct
@@ -17,8 +17,8 @@ from broker.control_protocol.messages import Envelope, SandboxState, Snapshot
 from broker.posix.descriptors import SCM_MAX_FD
 from broker.wire.errors import PeerProtocolError
 
-# An access list of 10 000 rules takes about 2 MiB, and no list takes more than 8 MiB. Snapshots come
-# in parts.
+# An access list of 10 000 rules takes about 2 MiB, and no list takes more than 8 MiB. Snapshots
+# come in parts.
 MAX_FRAME: Final = 32 * 1024 * 1024
 MAX_FRAME_FDS: Final = SCM_MAX_FD
 # Bytes of a part. A single sandbox may have more, and still stays far below MAX_FRAME.
@@ -72,7 +72,7 @@ class FrameReader:
         return fds
 
     def rest(self) -> tuple[bytes, tuple[int, ...]]:
-        """Return the bytes and the descriptors of an unfinished frame, without taking them out."""
+        """Return a copy of the bytes and the descriptors of an unfinished frame."""
         return bytes(self._buffer), tuple(fd for fd in self._fds if fd is not None)
 
     def _next(self) -> tuple[Envelope, list[int]] | None:

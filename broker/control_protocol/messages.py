@@ -1,9 +1,9 @@
 """The messages between supervisor and gate. No I/O.
 
-The supervisor sends requests. The gate answers the requests in order, and sends events in between. An
-event that happened before an answer is sent before that answer. So the receiver of an answer has
-received all older events. A message names file descriptors by the index among the descriptors of the
-envelope. docs/control-protocol.md has a table of all messages.
+The supervisor sends requests. The gate answers the requests in order, and sends events in between.
+An event that happened before an answer is sent before that answer. So the receiver of an answer has
+received all older events. A message names file descriptors by the index among the descriptors of
+the envelope. docs/control-protocol.md has a table of all messages.
 
     supervisor                                gate
     AddSandbox, serial 7      ------------>
@@ -11,9 +11,9 @@ envelope. docs/control-protocol.md has a table of all messages.
                               <------------   Done, serial 7
 
 Some messages are about a bus that has Containers1. Such a bus makes a server for each sandbox, and
-labels the connections through that server. The bus ends the server when the connection that requested
-the server leaves. So the gate makes the request on a separate connection that the gate keeps
-(gate/containers1/bus_client.py), and the supervisor provides the content of the request.
+labels the connections through that server. The bus ends the server when the connection that
+requested the server leaves. So the gate makes the request on a separate connection that the gate
+keeps (gate/containers1/bus_client.py), and the supervisor provides the content of the request.
 """
 
 from typing import Final
@@ -24,10 +24,13 @@ from policy.rules import AccessList, Identity
 
 
 class ContainerServer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A server of a bus for one sandbox. The sandbox's connections to the bus are made there."""
+    """A server of a bus for one sandbox.
 
-    # The path on the bus. An empty path means that the server is lost. Connections then wait for the
-    # next server.
+    The sandbox's connections to the bus are made there.
+    """
+
+    # The path on the bus. An empty path means that the server is lost. Connections then wait for
+    # the next server.
     instance: str = ""
     address: str = ""
     stop: str = "StopInstance"  # the method that ends the server and all connections of the server
@@ -35,10 +38,12 @@ class ContainerServer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 class CallBus(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
-    """Call the bus on a connection that the gate makes as user `uid`. Answered by Called or Refused.
+    """Call the bus on a connection that the gate makes as user `uid`.
 
-    The answer comes when the bus has answered or has taken too long. So the answer may come after the
-    answers to later requests.
+    Answered by Called or Refused.
+
+    The answer comes when the bus has answered or has taken too long. So the answer may come after
+    the answers to later requests.
     """
 
     bus: str
@@ -73,7 +78,7 @@ class SetContainerServer(msgspec.Struct, frozen=True, tag=True):
 
 
 class ContainerServerLost(msgspec.Struct, frozen=True, tag=True):
-    """The sandbox's server is gone, with the bus or with the gate's own connection to the bus."""
+    """The sandbox's server is lost, with the bus or with the gate's connection to the bus."""
 
     sandbox: str
     bus: str
@@ -136,7 +141,8 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     limits: SandboxLimits = SandboxLimits()
     record: bytes = b""  # data of the supervisor, returned in a snapshot
     metadata: bytes = b""  # a marshalled a{sv}, for buses that have Containers1
-    # By bus, the server that connections go through. A bus that is missing is connected to directly.
+    # By bus, the server that connections go through. A bus that is missing is connected to
+    # directly.
     container_servers: dict[str, ContainerServer] = {}
 
 
@@ -153,7 +159,10 @@ class AddSandbox(msgspec.Struct, frozen=True, tag=True):
 
 
 class SetAccess(msgspec.Struct, frozen=True, tag=True):
-    """Replace the rules of a sandbox. Answered by Done when the old rules judge no message."""
+    """Replace the rules of a sandbox.
+
+    Answered by Done when the old rules judge no message.
+    """
 
     sandbox: str
     access: AccessList
@@ -180,7 +189,10 @@ class StopSandbox(msgspec.Struct, frozen=True, tag=True):
 
 
 class WhoIs(msgspec.Struct, frozen=True, tag=True):
-    """Ask for the sandbox behind a unique name. Answered by SandboxOf, perhaps out of order."""
+    """Ask for the sandbox behind a unique name.
+
+    Answered by SandboxOf, perhaps out of order.
+    """
 
     bus: str
     unique_name: str
@@ -204,7 +216,10 @@ class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
 
 
 class TakeUsage(msgspec.Struct, frozen=True, tag=True):
-    """Ask for the use of limits by a sandbox, or by all sandboxes together. Answered by Usage."""
+    """Ask for the use of limits by a sandbox, or by all sandboxes together.
+
+    Answered by Usage.
+    """
 
     sandbox: str | None = None
 
@@ -230,10 +245,11 @@ class StartNext(msgspec.Struct, frozen=True, tag=True):
 
 
 class HandOver(msgspec.Struct, frozen=True, tag=True):
-    """Hand the whole state over to the gate at the other end of the descriptor in this request.
+    """Hand the whole state over to another gate.
 
-    Answered by HandedOver from the new gate, on the same connection. Answered by Refused from the old
-    gate if nothing has changed.
+    The descriptor in this request leads to the other gate. Answered by HandedOver from the new
+    gate, on the same connection. After a failure, answered by Refused from the old gate, and nothing
+    has changed.
     """
 
     seconds: float  # the longest time of one step
@@ -401,7 +417,8 @@ class Denied(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     more: int = 0  # refusals of this sandbox that went unreported since the last event
 
 
-# Characters of each text of a Denied. A path in a message may have a MiB, and a thousand refusals are kept.
+# Characters of each text of a Denied. A path in a message may have a MiB, and a thousand refusals
+# are kept.
 MAX_DENIAL_TEXT: Final = 255
 _CUT: Final = "…"
 
@@ -416,7 +433,9 @@ Event = Connected | Gone | Ended | Denied | ContainerServerLost
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The content of a frame. An answer has the serial of the request, and an event has serial 0.
+    """The content of a frame.
+
+    An answer has the serial of the request, and an event has serial 0.
 
     Ended and Denied events are numbered, because no snapshot contains them. The gate sends such an
     event again to the next supervisor, until a request confirms the event. The number in a request

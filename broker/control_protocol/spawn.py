@@ -28,10 +28,10 @@ def spawn_gate(
 ) -> int:
     """Start a gate and return its pid. Raises OSError.
 
-    The gate writes a byte to `ready` as soon as the gate listens, and takes over from the gate at the
-    other end of `take_over`. Both descriptors stay open in the caller. `detach` gives the process a
-    separate session and separate standard streams. So Ctrl-C does not reach the gate, and a reader
-    of the caller's output sees EOF when the caller ends.
+    The gate writes a byte to `ready` as soon as the gate listens, and takes over from the gate at
+    the other end of `take_over`. Both descriptors stay open in the caller. `detach` gives the
+    process a separate session and separate standard streams. So Ctrl-C does not reach the gate, and
+    a reader of the caller's output sees EOF when the caller ends.
     """
     given = {_READY_FD: ready} | ({_TAKE_OVER_FD: take_over} if take_over is not None else {})
     argv = [*argv, "--ready-fd", str(_READY_FD)]

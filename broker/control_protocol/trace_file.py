@@ -1,13 +1,14 @@
-"""The trace file: rings of the last message headers, to explain the death of a gate. No I/O.
+"""The trace file: the last message headers, to explain the death of a gate. No I/O.
 
 The file has two rings, with one behind the other. The first ring has the messages that were judged.
-The second ring has the messages that passed because the header was known. In a common ring, the many
-known messages would push out the judged messages. A ring has SLOTS slots of SLOT bytes, in native
-byte order, because reader and writer run on the same machine.
+The second ring has the messages that passed because the header was known. In a common ring, the
+many known messages would push out the judged messages. A ring has SLOTS slots of SLOT bytes, in
+native byte order, because reader and writer run on the same machine.
 
-The number of a judged message is removed first and written last. So a slot that was half written when
-the process died has no number, and is not shown. A known message is written in a single step, which is
-the fastest way. Such a slot may be half overwritten, and then still has a part of the message before.
+The number of a judged message is removed first and written last. So a slot that was half written
+when the process died has no number, and is not shown. A known message is written in a single step,
+which is the fastest way. Such a slot may be half overwritten, and then still has a part of the
+message before.
 """
 
 import functools
@@ -73,8 +74,8 @@ def make_name(sandbox: str) -> bytes:
 def known_slot(name_size: int) -> tuple[struct.Struct, int]:
     """Return the form of a slot for a known message, and the room for the header.
 
-    The values of the form are number, time, direction, length of the name, length of the header, name
-    and header. The name is the sandbox's id, with `name_size` bytes.
+    The values of the form are number, time, direction, length of the name, length of the header,
+    name and header. The name is the sandbox's id, with `name_size` bytes.
     """
     room = SLOT - _TEXT_AT - name_size
     return struct.Struct(f"QdBBH{name_size}s{room}s"), room

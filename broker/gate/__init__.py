@@ -1,1 +1,1 @@
-"""The data plane: the process that serves sandbox sockets and judges messages."""
+"""The data plane: the process that serves the sockets of sandboxes and judges messages."""

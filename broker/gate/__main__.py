@@ -27,26 +27,26 @@ from broker.posix.sockets import bind_with_umask
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
-# Bytes. Blocks up to this size are reused. The largest usual message has 1 MiB.
+# Bytes. malloc reuses blocks up to this size. The largest usual message has 1 MiB.
 LARGEST_KEPT: Final = 4 * 1024 * 1024
-# Of <malloc.h>.
+# Constants of <malloc.h>.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 LOGGER: Final = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM, SIGINT or `Shutdown`. Returns the exit code."""
+    """Serve until SIGTERM, SIGINT or `Shutdown`. Return the exit code."""
     parser = argparse.ArgumentParser(prog="buswarden-gate", allow_abbrev=False)
-    parser.add_argument("--control", required=True, metavar="PATH", help="listen here")
+    parser.add_argument("--control", required=True, metavar="PATH", help="listen at this path")
     parser.add_argument(
-        "--ready-fd", type=int, metavar="FD", help="write a byte here when listening"
+        "--ready-fd", type=int, metavar="FD", help="write a byte to this descriptor when listening"
     )
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write the headers of the last messages here"
+        "--trace", type=Path, metavar="FILE", help="write the last message headers to this file"
     )
     parser.add_argument(
-        "--take-over", type=int, metavar="FD", help="a socket: take over from the gate at its end"
+        "--take-over", type=int, metavar="FD", help="take over from the gate behind this socket"
     )
     args = parser.parse_args(argv)
     logging.basicConfig(
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     raise_descriptor_limit()
     _keep_freed_memory()
-    faulthandler.enable()  # a traceback, should the process die of a defect below Python
+    faulthandler.enable()  # prints a traceback if the process dies of a defect in C code
     loop = Loop()
     service = SystemdService()
     gate = Gate(loop, service, Path(args.control).parent)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_REFUSED
 
     def begin() -> None:
-        if args.trace is not None:  # not before: until now the old gate may have written there
+        if args.trace is not None:  # only now, because the old gate wrote there until now
             if service.is_there and header is None:
                 _set_aside(args.trace)
             _trace(args.trace)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say_ready(args.ready_fd)
             gc.collect()
         service.serves(loop)
-        # All objects up to now stay. Frozen, they are not walked over in every full collection.
+        # The objects that exist now stay. A frozen object is not visited by full collections.
         gc.freeze()
         gc.enable()
 
@@ -88,20 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not service.is_there:
         Path(args.control).unlink(missing_ok=True)
     elif args.trace is not None:
-        args.trace.unlink(missing_ok=True)  # or the supervisor would take it for that of a crash
+        args.trace.unlink(missing_ok=True)  # A trace that stays would look like that of a crash.
     return EXIT_OK
 
 
 def _take_over(gate: Gate, fd: int, ready_fd: int | None) -> HandoverHeader:
-    """Take over from the gate at the other end of the socket. After any failure this process ends, and touches nothing."""
+    """Take over from the gate at the other end of the socket.
+
+    After any failure this process exits without touching anything.
+    """
     channel = Channel(fd, LONGEST_WAIT)
     try:
         try:
             offer(channel, os.getpid())
             gc.collect()
-            gc.disable()  # the state that is loaded now is no garbage
+            gc.disable()  # The state that is loaded next is no garbage.
         finally:
-            _say_ready(ready_fd)  # also after a failure, which the channel tells
+            _say_ready(ready_fd)  # also after a failure, which the channel reports
         header = take_over(channel, gate)
         channel.close()
     except HandoverError as exc:
@@ -117,7 +120,7 @@ def _take_over(gate: Gate, fd: int, ready_fd: int | None) -> HandoverHeader:
 
 def _say_ready(fd: int | None) -> None:
     if fd is not None:
-        # If the supervisor has died, the next one finds this gate by its control socket.
+        # If the supervisor has died, the next supervisor finds this gate by the control socket.
         with contextlib.suppress(BrokenPipeError):
             os.write(fd, b"x")
         os.close(fd)
@@ -140,7 +143,8 @@ def _serve(loop: Loop, gate: Gate, begin: Callable[[], None]) -> None:
     begin()
     try:
         loop.run()
-        # Not after an exception, which is a defect: as after any other crash, the sockets stay for the next gate.
+        # An exception is a defect, and skips this call. As after any crash, the sockets then stay
+        # for the next gate.
         gate.close()
     finally:
         signal.set_wakeup_fd(-1)
@@ -150,7 +154,7 @@ def _serve(loop: Loop, gate: Gate, begin: Callable[[], None]) -> None:
 
 
 def _trace(path: Path) -> None:
-    """Record headers in that file. The gate serves also without."""
+    """Record headers in the file `path`. After a failure the gate serves without a trace."""
     try:
         trace_into(path)
     except OSError as exc:
@@ -158,13 +162,13 @@ def _trace(path: Path) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """Keep the trace of a gate that died. The supervisor, perhaps the next one, makes a crash report of it."""
+    """Keep the trace of a gate that died, for the crash report of the supervisor."""
     with contextlib.suppress(OSError):
         path.rename(path.with_name(f"{path.name}.old"))
 
 
 def _listen(path: str) -> socket.socket:
-    """Bind a socket that only its owner can connect to, in place of a socket that nobody serves any more."""
+    """Listen at `path`, for the own user alone. A socket without a server is replaced."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with open_folder(Path(path).parent):
@@ -195,7 +199,10 @@ def _is_stale(path: str) -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Make malloc reuse freed blocks of messages. By default glibc maps and clears new pages for large ones."""
+    """Make malloc reuse freed blocks of messages.
+
+    By default glibc maps new pages for large blocks, which the kernel has to clear.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)

@@ -1,8 +1,8 @@
-"""Find out the id of a bus, for questions that come before the first app connects.
+"""Query of a bus's id, for requests that come before the first app connects.
 
-A new gate finds the sandboxed names of an earlier one on file, by the id of the bus (name_ledger.py). The bus states
-its id in the handshake. So the gate connects, goes through the handshake, and closes before Hello: the connection
-gets no name.
+A new gate reads the sandboxed names of an earlier gate from a file, which is found by the id of the
+bus (name_ledger.py). The bus states the id in the handshake. So the gate connects and goes through
+the handshake. The gate closes the connection before Hello, so that the connection gets no name.
 """
 
 import socket
@@ -17,18 +17,21 @@ from broker.posix.descriptors import close_fds
 from broker.wire.errors import PeerProtocolError
 from broker.wire.sasl import SaslClient
 
-# Seconds; less than callers on a bus wait for an answer.
+# Seconds. A caller on a bus waits longer for an answer.
 QUERY_SECONDS: Final = 5.0
 
 
 class BusIdQuery:
-    """A connection that ends with the handshake; `done` is called once, also after a failure."""
+    """A connection that ends with the handshake.
+
+    `done` is called once, also after a failure.
+    """
 
     def __init__(
         self, loop: Loop, bus: BusState, uid: int, done: Callable[["BusIdQuery"], None]
     ) -> None:
         self.bus: Final = bus
-        # Requests of the supervisor that wait for the id, with the unique names that they are about.
+        # Requests of the supervisor that wait for the id, as (serial, unique name).
         self.waiting_requests: list[tuple[int, str]] = []
         self._loop: Final = loop
         self._done: Final = done
@@ -39,14 +42,15 @@ class BusIdQuery:
         connect_unix(loop, bus.address, uid, self._connected)
 
     def end(self) -> None:
-        """Close the connection and call `done`. Does nothing the second time."""
+        """Close the connection, and call `done`. A second call does nothing."""
         if self._is_over:
             return
         self._is_over = True
         self._deadline.cancel()
         if self._stream is not None:
             self._stream.close()
-        # In a later turn, because `__init__` may call this before the caller has the object.
+        # `__init__` may call `end` before the caller has the object. So `done` is called in a later
+        # turn.
         self._loop.next_turn(lambda: self._done(self))
 
     def _connected(self, sock: socket.socket | None) -> None:

@@ -1,11 +1,13 @@
-"""The types of the whole state that a gate hands over to the next gate. No I/O.
+"""The types of the whole state that one gate hands over to the next. No I/O.
 
-A hand-over is a row of frames: a HandoverHeader, then a SandboxDump for each sandbox. A frame is msgpack with the names
-of the fields. A descriptor is an index among the descriptors that come with the frame. State that can be made again is left
-out: compiled rules, remembered verdicts, sums. Times are those of the monotonic clock, which all processes share.
+A hand-over is a sequence of frames: a HandoverHeader, then a SandboxDump for each sandbox. Each
+frame is msgpack with the names of the fields. The fields name descriptors by the index in the
+frame. State that can be made again is left out: compiled rules, remembered verdicts, sums. Times
+are those of the monotonic clock, which all processes share.
 
-VERSION is raised with every change that would make a gate misread the frames of an older gate. Fields with a default
-may be added without. tests/data/handover-3.txt has recorded frames.
+VERSION is raised with every change that would make a gate misread the frames of an older gate.
+Fields with a default may be added without a new version. tests/data/handover-3.txt has recorded
+frames.
 """
 
 import array
@@ -25,7 +27,7 @@ READS: Final = (VERSION,)
 
 
 class ReplyAction(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The handling of a reply: `kind` names the handler, and `values` are the arguments."""
+    """The handling of a reply: `kind` names the handler, and `values` are its arguments."""
 
     kind: str
     values: tuple[str | int, ...] = ()
@@ -33,9 +35,9 @@ class ReplyAction(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The connections that may answer a call.
+    """The connections that may answer a call: `owner`, and the later owners of `name`.
 
-    The connections are `owner` and the later owners of `name`: those in the history of the name from the change `since` on.
+    The later owners are those in the name's history from the change `since` on.
     """
 
     owner: str
@@ -44,7 +46,7 @@ class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A waiting call of the gate, or a waiting call of the app whose reply the gate handles."""
+    """A call that waits for a reply, with an action, or made by the gate."""
 
     serial: int
     replier: ReplierDump
@@ -53,7 +55,10 @@ class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Waiting calls with no action on the reply, packed, because an app may have thousands."""
+    """Calls whose reply is passed on, in packed form.
+
+    Thousands of such calls may wait, each for a different owner of a name.
+    """
 
     owners: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -62,7 +67,7 @@ class PlainCallsDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class HistoryDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The last changes of a name's owner, for the waiting calls to that name."""
+    """The last changes of a name's owner, for the calls that wait for that name."""
 
     name: str
     count: int = 0
@@ -102,12 +107,12 @@ class OwnersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     globs: bool = False
     matches: tuple[str, ...] = ()
     histories: tuple[HistoryDump, ...] = ()  # of the names that calls wait for
-    unasked: tuple[str, ...] = ()  # names for which the bus is still to be asked
-    asking: int = 0  # the number of questions without an answer
+    unasked: tuple[str, ...] = ()  # names whose owner has still to be asked for
+    asking: int = 0  # the number of unanswered questions
 
 
 class ChunkDump(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Bytes of the queue of a stream, with descriptors."""
+    """Bytes with the descriptors that travel with these bytes."""
 
     data: bytes
     fds: tuple[int, ...] = ()
@@ -122,9 +127,8 @@ class ReceiveBufferDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     unfinished: int = 0
     number: int = 0
     fds: tuple[int, ...] = ()
-    batches: tuple[
-        tuple[int, int], ...
-    ] = ()  # (number of descriptors left, where their read ended)
+    # (number of descriptors left, position at which the read of the descriptors ended)
+    batches: tuple[tuple[int, int], ...] = ()
 
 
 class FilterDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -152,7 +156,11 @@ class StreamDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An app's connection. Without a filter, the next gate repeats the handshake from `said` and `bus_said`."""
+    """An app's connection.
+
+    During the handshake there is no filter. The next gate then repeats the handshake from `said`
+    and `bus_said`.
+    """
 
     bus: str
     guid: str
@@ -162,15 +170,13 @@ class AppConnectionDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     bus_said: bytes = b""
     filter: FilterDump | None = None
     deadline: float | None = None
-    watched: int = (
-        0  # the number of the message that has the deadline; 0: the handshake has the deadline
-    )
+    watched: int = 0  # the number of the message with the deadline, or 0 for the handshake
     was_unfinished: int = 0
     is_throttled: bool = False
 
 
 class LingeringDump(msgspec.Struct, frozen=True, kw_only=True):
-    """The bus side of a connection after the app has closed."""
+    """The bus side of a connection whose app has gone."""
 
     bus: str
     unique_name: str
@@ -195,7 +201,7 @@ class RateLimitedLogDump(msgspec.Struct, frozen=True, kw_only=True, omit_default
 
 
 class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A sandbox with sockets and connections."""
+    """A sandbox with its sockets and connections."""
 
     spec: SandboxSpec
     guid: str
@@ -203,15 +209,14 @@ class SandboxDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     close_pipe: int = -1
     connections: tuple[AppConnectionDump, ...] = ()
     lingering: tuple[LingeringDump, ...] = ()
-    reason: str = ""  # the reason of an end that waits for lingering connections
+    reason: str = ""  # of the end, while the end waits for lingering connections
     waiting_requests: tuple[int, ...] = ()  # serials of requests that wait for the end
     messages: BudgetDump
     limited_log: RateLimitedLogDump
     is_throttled: bool = False
     throttled_count: int = 0
-    waiting: tuple[
-        int, ...
-    ] = ()  # throttled readers in order: index of a connection, -1 for the listeners
+    # Throttled readers in order, by the index of a connection, or -1 for the listeners.
+    waiting: tuple[int, ...] = ()
     denied_count: int = 0
     reports_left: int
     unreported: int = 0
@@ -221,8 +226,8 @@ class PayersDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The payers of a bus, without open connections."""
 
     late: tuple[tuple[str, str], ...] = ()  # (unique name, sandbox)
-    movers: tuple[tuple[str, str], ...] = ()  # (name, its last requester)
-    arriving: tuple[tuple[str, int], ...] = ()  # (unique name, its debt)
+    movers: tuple[tuple[str, str], ...] = ()  # (name, last requester)
+    arriving: tuple[tuple[str, int], ...] = ()  # (unique name, debt)
 
 
 class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -235,7 +240,7 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sandboxes: tuple[tuple[str, str], ...] = ()
     closed_recently: tuple[str, ...] = ()
     spans: tuple[tuple[str, bytes], ...] = ()  # of the ledger
-    # The rules of closed connections. Those of the others come with their sandboxes.
+    # The rules of closed connections. The rules of open connections are in the sandboxes' frames.
     judges: tuple[tuple[AccessList, Identity], ...] = ()
     broadcast_judges: tuple[tuple[str, int], ...] = ()
     wants_instance_field: tuple[str, ...] = ()
@@ -244,10 +249,10 @@ class BusDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class BusClientCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call of the supervisor on a connection of the gate, without an answer yet."""
+    """A call for the supervisor on a connection of the gate, without an answer yet."""
 
     serial: int
-    request: int = 0  # the serial of the supervisor's request; 0: given up
+    request: int = 0  # the serial of the supervisor's request, or 0 for a request given up
     interface: str
     member: str
     undo: str = ""
@@ -255,12 +260,12 @@ class BusClientCallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     removed: str = ""  # the sandbox that ends if there is an answer
 
     def given_up(self) -> "BusClientCallDump":
-        """Return the call without a request."""
+        """Return the call without its request."""
         return msgspec.structs.replace(self, request=0)
 
 
 class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A connection of the gate itself to a bus, and the servers that the bus made on the connection."""
+    """A connection of the gate itself to a bus, and the servers that depend on the connection."""
 
     bus: str
     uid: int
@@ -270,25 +275,22 @@ class BusClientDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     next_serial: int
     waiting: tuple[BusClientCallDump, ...] = ()
     claimed: tuple[tuple[str, str], ...] = ()  # (instance, sandbox)
-    unclaimed: tuple[
-        tuple[str, str, str], ...
-    ] = ()  # (instance, interface, method that undoes the call)
+    unclaimed: tuple[tuple[str, str, str], ...] = ()  # (instance, interface, method that undoes)
 
 
 class SupervisorChannelDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The control socket, the supervisor's connection, and the events that no supervisor has confirmed."""
+    """The control socket, the supervisor's connection, and the unconfirmed events."""
 
     listening: int
     stream: StreamDump | None = None
-    requests: bytes = (
-        b""  # frames behind the request to hand over; the last frame may be unfinished
-    )
+    # Frames behind the request to hand over. The last frame may be unfinished.
+    requests: bytes = b""
     request_fds: tuple[int, ...] = ()
     journal: EventJournal
 
 
 class HandoverHeader(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
-    """The first frame: all state but that of sandboxes, and how many sandboxes follow."""
+    """The first frame: the state outside of sandboxes, and the number of sandboxes that follow."""
 
     version: int
     pid: int
@@ -308,7 +310,10 @@ class HandoverError(Exception):
 
 
 class PlainCalls:
-    """The packer of PlainCallsDump. Both gates run on the same machine, so numbers are in native byte order."""
+    """The packer of calls whose reply is passed on.
+
+    Both gates run on one machine, so numbers are in native byte order.
+    """
 
     def __init__(self) -> None:
         self._owners: Final[dict[str, int]] = {}
@@ -336,18 +341,18 @@ def unpack_rows(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 class Fds:
-    """The descriptors of a frame, by index."""
+    """The descriptors of one frame. Fields of the frame name descriptors by index."""
 
     def __init__(self) -> None:
         self.all: Final[list[int]] = []
 
     def put(self, fd: int) -> int:
-        """Add a descriptor and return the index."""
+        """Add a descriptor, and return the index."""
         self.all.append(fd)
         return len(self.all) - 1
 
     def put_all(self, fds: Sequence[int]) -> tuple[int, ...]:
-        """Add descriptors and return the indexes."""
+        """Add descriptors, and return the indexes."""
         return tuple(self.put(fd) for fd in fds)
 
 

@@ -1,7 +1,8 @@
-"""Events that no supervisor has confirmed yet, to be sent again to the next one: `Ended` and `Denied`. No I/O.
+"""Journal of unconfirmed events for the supervisor: `Ended` and `Denied`. No I/O.
 
-Each of these events has a number. A supervisor confirms all events up to a number. The journal has bounded room: the
-oldest refusals are dropped first, and counted. A snapshot tells all other events.
+The gate sends these events again to the next supervisor. Each event has a number, and a supervisor
+confirms all events up to a number. The journal has limited room. The oldest refusals are dropped
+first, and counted. All other events are not kept, because a snapshot has the same information.
 """
 
 from collections.abc import Iterator
@@ -11,25 +12,29 @@ import msgspec
 
 from broker.control_protocol.messages import Denied, Ended, Event
 
-# As many as there may be sandboxes.
+# The highest possible number of sandboxes.
 MAX_ENDS: Final = 10_000
-# Refusals of all sandboxes together: twenty times as many as a supervisor remembers of one. Their texts are short
-# (sandbox/denial_reports.py), so all together have some MiB at the most.
+# Refusals of all sandboxes together. A supervisor remembers a twentieth of that number for a
+# sandbox. The texts are short (sandbox/denial_reports.py), so all refusals together take at most
+# some MiB.
 MAX_DENIALS: Final = 1000
 
 
 class EventJournal(msgspec.Struct):
-    """The unconfirmed events by their numbers, oldest first."""
+    """The unconfirmed events by number, oldest first."""
 
     ends: dict[int, Ended] = {}
     denials: dict[int, Denied] = {}
     last: int = 0
     sent: int = 0  # the last number that was sent to a supervisor
-    # Refusals that were dropped before any supervisor was told: sandbox -> how many.
+    # The number of refusals that were dropped before any supervisor received them, by sandbox.
     uncounted: dict[str, int] = {}
 
     def add(self, event: Event, *, was_sent: bool) -> int:
-        """Keep an event and return its number; 0 for an event that a snapshot tells."""
+        """Keep an event, and return the number of the event.
+
+        Return 0 for an event that is not kept, because a snapshot has the same information.
+        """
         match event:
             case Ended():
                 self.last += 1
@@ -49,7 +54,7 @@ class EventJournal(msgspec.Struct):
         return self.last
 
     def confirm(self, number: int) -> None:
-        """Forget all events up to that number."""
+        """Forget all events up to `number`."""
         for events in (self.ends, self.denials):
             while events and (first := next(iter(events))) <= number:
                 del events[first]
@@ -60,7 +65,7 @@ class EventJournal(msgspec.Struct):
             del self.ends[number]
 
     def replay(self) -> Iterator[tuple[int, Event]]:
-        """Return all events with their numbers, for a new supervisor."""
+        """Yield all events with their numbers, for a new supervisor."""
         kept: list[tuple[int, Event]] = [*self.ends.items(), *self.denials.items()]
         yield from sorted(kept, key=lambda item: item[0])
         self.sent = self.last
@@ -77,7 +82,7 @@ class EventJournal(msgspec.Struct):
 
 
 def summarise(sandbox: str, more: int, when: str = "one by one") -> Denied:
-    """Return an event with nothing but the number of unreported refusals."""
+    """Return an event that only has the number of unreported refusals."""
     return Denied(
         sandbox=sandbox,
         bus="",

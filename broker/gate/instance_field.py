@@ -1,12 +1,12 @@
-"""Wishes for header field 10: connections that want it on messages from sandboxes.
+"""Wishes of connections for header field 10 on messages from sandboxes.
 
-A wish is answered when no message without the field is on its way any more. That takes a question to the bus on each
-connection (filter/read_barrier.py). So wishes are dealt with in rounds, a few in a second, and a wish that comes during a round is in
-the next one.
+A wish is answered as soon as no message without the field is under way any more. For that, the gate
+asks the bus a question on each connection (filter/read_barrier.py). So wishes are handled in
+rounds, a few per second. A wish that comes during a round is handled in the next round.
 
     service      gate                                  bus
      | wishes --> | tags all messages from now on       |
-     |            | -- GetId, on each connection -----> | (has read what came before)
+     |            | -- GetId, on each connection -----> | (has read all earlier messages)
      |            | <--------------------- answers ---- |
      | <-- Done   |
 """
@@ -20,16 +20,16 @@ from broker.gate.filter.bus_state import BusState
 from broker.gate.io.loop import Loop
 from broker.wire import errors
 
-# Seconds for a bus to read all messages of sandboxes: less than a caller waits for an answer.
+# Seconds for a bus to read all messages of sandboxes. A caller waits longer for an answer.
 BARRIER_SECONDS: Final = 5.0
-# Seconds from the end of a round to the next one.
+# Seconds from the end of a round to the next round.
 PAUSE: Final = 0.1
-# By unique name: the supervisor's requests that wait.
+# The waiting requests of the supervisor, by unique name.
 Wishes = dict[str, list[int]]
 
 
 class InstanceFieldRounds:
-    """The wishes that are not answered yet, of all buses."""
+    """The unanswered wishes on all buses."""
 
     def __init__(self, loop: Loop, answer: Callable[[int, Answer], None]) -> None:
         self._loop: Final = loop
@@ -40,7 +40,7 @@ class InstanceFieldRounds:
         self._number = 0  # of the last round
 
     def wish(self, bus: BusState, unique_name: str, serial: int) -> None:
-        """Answer the request when that connection gets no message without the field any more."""
+        """Answer the request as soon as all messages to that connection have the field."""
         current = self._rounds.get(bus, {})
         if unique_name in current:
             current[unique_name].append(serial)
@@ -57,7 +57,7 @@ class InstanceFieldRounds:
             self._answer(serial, Done())
 
     def give_up(self, text: str) -> None:
-        """Refuse all waiting wishes, which have to be asked for again."""
+        """Refuse all waiting wishes. The supervisor has to ask again."""
         for bus in {*self._rounds, *self._next}:
             bus.barriers.clear()
             self._refuse(bus, self._rounds.pop(bus, {}), text)
@@ -73,7 +73,7 @@ class InstanceFieldRounds:
         self._number += 1
         number = self._number
         self._loop.call_later(BARRIER_SECONDS, partial(self._too_long, bus, number))
-        if bus.connections:  # else there is nobody to be asked
+        if bus.connections:  # Without connections the round ends at once.
             self._resting.add(bus)
             self._loop.call_later(PAUSE, partial(self._rested, bus))
         bus.wait_read(number, partial(self._passed, bus, number))
@@ -99,7 +99,7 @@ class InstanceFieldRounds:
         self._begin(bus)
 
     def _refuse(self, bus: BusState, wishes: Wishes, text: str) -> None:
-        """Refuse tags to those who would get messages that were sent without."""
+        """Refuse wishes whose connections may still receive messages without the field."""
         bus.wants_instance_field.difference_update(wishes)
         for serials in wishes.values():
             for serial in serials:

@@ -1,11 +1,13 @@
-"""The unique names of one bus that were ever given to connections of sandboxes.
+"""Ledger of the unique names on one bus that connections of sandboxes have ever had.
 
-A bus may still deliver a message of a connection that has gone. A bus gives no unique name twice, so a name in the
-ledger never belongs to a host, however long its connection is gone. Unique names count upwards. So the names are kept
-as spans of numbers, and there is one more span for each time that a host connected between two sandboxes.
+A bus may still deliver a message of a connection that has gone. A bus gives no unique name twice.
+So a name in the ledger never belongs to a host, however long the connection is gone. Unique names
+count upwards. So the names are kept as spans of numbers. A host that connects between two sandboxes
+begins a new span.
 
-The file is for the next gate if this one dies: its connections end then, but their messages may still be on the bus.
-So a name is written before the app may send under it. If the write fails the connection is ended.
+If this gate dies, all connections end, but messages of these connections may still be on the bus.
+The file tells the next gate about such names. So a name is written before the app may send with the
+name. If the write fails, the connection is ended.
 
     app          gate                    file           bus
      |             | <- reply to Hello, :1.7 ------------ |
@@ -17,9 +19,10 @@ So a name is written before the app may send under it. If the write fails the co
                    | <- ":1 7 7" ---------- |             |
                    | <- call of :1.7 -------------------- | (refused: :1.7 is no host)
 
-Files are named by the id of the bus, which the gate learns in the handshake of its first connection (`meet`). Before
-that a name that stands in any file is doubtful (`is_doubtful`), and the question about it waits (bus_id_query.py). A bus
-that starts anew has another id and gives the same names again, so its ledger begins empty (`move`).
+Files are named after the id of the bus, which the gate learns in the handshake of the first
+connection (`meet`). Before that, a name in any file is doubtful (`is_doubtful`), and a question
+about such a name waits (bus_id_query.py). A restarted bus has another id, and gives the same names
+again. So the ledger then begins empty (`move`).
 """
 
 import contextlib
@@ -36,22 +39,22 @@ from typing import Final
 from broker.posix.files import open_file
 
 LOGGER: Final = logging.getLogger(__name__)
-# Spans of all names of a bus: so many can be read or rewritten in one turn of the loop. Beyond that, the names between
-# the older spans count as sandboxes' too.
+# Spans of all names of a bus. Reading or rewriting this many spans fits into a turn of the loop.
+# Beyond that, the names between the older spans count as sandboxes' names too.
 MAX_SPANS: Final = 16384
-# The files of other buses that are kept, newest first.
+# The number of files of other buses that are kept, newest first.
 MAX_FILES: Final = 16
-# Redundant lines of a file, before it is rewritten.
+# The number of redundant lines before a file is rewritten.
 MAX_SURPLUS: Final = 4096
-# Bytes that are read of a file. Our own files are shorter, because a line has some 50 bytes.
+# Bytes to read from a file. A file of the gate is shorter, because a line has some 50 bytes.
 MAX_FILE: Final = 2 * 1024 * 1024
 _BEGINNING: Final = "sandboxed-names-"
 _LINE: Final = re.compile(r"^([!-~]{1,255}) ([0-9]{20}) ([0-9]{20})$", re.ASCII | re.MULTILINE)
-_NUMBER_SIZE: Final = 20  # digits, always: a line is changed in place
+_NUMBER_SIZE: Final = 20  # digits. The size is fixed, because lines are changed in place.
 
 
 class Spans:
-    """A set of numbers, as the first and last of ranges that do not touch, in order."""
+    """A set of numbers, as an ordered list of separate ranges (first, last)."""
 
     def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
         self._ends: Final = array("Q")
@@ -75,10 +78,10 @@ class Spans:
         return at % 2 == 1 or (at > 0 and self._ends[at - 1] == number)
 
     def add(self, first: int, last: int) -> None:
-        """Add all from `first` to `last`, both included."""
+        """Add the numbers from `first` to `last`, both included."""
         ends = self._ends
         low = bisect_right(ends, first)
-        low -= low % 2  # the first span that may touch the new one
+        low -= low % 2  # the first span that may touch the new span
         if low and ends[low - 1] >= first - 1:
             low -= 2
         high = low
@@ -96,7 +99,7 @@ class Spans:
         self._ends.frombytes(dump)
 
     def thin_out(self) -> None:
-        """Merge the older half in pairs; the numbers between two spans are added."""
+        """Merge the older half of the spans in pairs, and so add the numbers between."""
         ends = self._ends
         older = len(ends) // 2
         older -= older % 4
@@ -107,18 +110,19 @@ class Spans:
 
 
 class NameLedger:
-    """The sandboxed names of one bus; without a folder, in memory alone."""
+    """The sandboxed names of one bus. Without a folder, the ledger is only in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder: Final = folder
-        self._spans: Final[dict[str, Spans]] = {}  # by the part of a name before its number
+        self._spans: Final[dict[str, Spans]] = {}  # by the part of a name before the number
         self._path: Path | None = None
         self._fd = -1
         self._size = 0  # of the file
         self._surplus = MAX_SURPLUS  # lines; grows with each failed rewrite
-        # The names in the files of all buses, read on demand until the id of this bus is known. None: not read yet.
+        # The names in the files of all buses. The files are read on demand, until the id of this
+        # bus is known. None means that the files were not read yet.
         self._rumours: dict[str, Spans] | None = None if folder is not None else {}
-        self._last_line = ("", -1)  # its prefix, and the last number of its span
+        self._last_line = ("", -1)  # prefix and last number
 
     def __contains__(self, unique_name: str) -> bool:
         return _holds(self._spans, unique_name)
@@ -134,7 +138,7 @@ class NameLedger:
         return sum(len(spans) for spans in self._spans.values())
 
     def add(self, unique_name: str) -> None:
-        """Add a name to the ledger and its file. Raises OSError if the write fails."""
+        """Add a name to the ledger and the file. Raises OSError if the write fails."""
         self._add(*_parse(unique_name))
 
     def _add(self, prefix: str, number: int) -> None:
@@ -150,7 +154,10 @@ class NameLedger:
             self._write_anew()
 
     def meet(self, bus_id: str) -> None:
-        """Take in the names of the file of this bus, whose id is now known. Raises OSError as `add` does."""
+        """Add the names in the file of this bus, whose id is now known.
+
+        Raises OSError if a write fails.
+        """
         self._rumours = {}
         self._path = self._find_path(bus_id)
         if self._path is None:
@@ -165,7 +172,7 @@ class NameLedger:
                     self._add(prefix, number)
 
     def move(self, bus_id: str) -> None:
-        """Replace all names by those of a new bus; the former bus and its file are gone."""
+        """Replace all names by those of a new bus, and remove the file of the former bus."""
         self.close()
         self._spans.clear()
         if self._path is not None:
@@ -174,7 +181,7 @@ class NameLedger:
         self.meet(bus_id)
 
     def close(self) -> None:
-        """Close the file, which stays."""
+        """Close the file. The file stays on disk."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -184,7 +191,7 @@ class NameLedger:
         return tuple((prefix, spans.dump()) for prefix, spans in self._spans.items())
 
     def load(self, bus_id: str, dump: tuple[tuple[str, bytes], ...]) -> None:
-        """Restore the spans from `dump`, which agrees with the file. Raises ValueError."""
+        """Restore the spans from `dump`, which is equal to the file. Raises ValueError."""
         if bus_id:
             self._rumours = {}
         self._path = self._find_path(bus_id) if bus_id else None
@@ -214,7 +221,7 @@ class NameLedger:
         self._last_line = (prefix, number)
 
     def _end_last_line(self) -> None:
-        """End a line that was cut off, so that the next one stands apart."""
+        """End a line that was cut off, so that the next line stands apart."""
         if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
             self._write_at(self._size, b"\n")
 
@@ -226,7 +233,7 @@ class NameLedger:
         self._size = at + len(data)
 
     def _write_anew(self) -> None:
-        """Rewrite the file, one line a span. After a failure the old file still holds."""
+        """Rewrite the file, with a line for each span. After a failure the old file is kept."""
         if self._path is None:
             return
         self._surplus += MAX_SURPLUS
@@ -268,7 +275,7 @@ def _read_all(folder: Path) -> dict[str, Spans]:
 
 
 def _read(path: Path) -> dict[str, Spans]:
-    """Return the spans in a file; lines that are not whole are skipped."""
+    """Return the spans in a file. Incomplete lines are skipped."""
     found: dict[str, list[tuple[int, int]]] = {}
     _read_into(found, path)
     return _merged(found)
@@ -281,13 +288,14 @@ def _merged(found: dict[str, list[tuple[int, int]]]) -> dict[str, Spans]:
 def _read_into(found: dict[str, list[tuple[int, int]]], path: Path) -> None:
     try:
         with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
-            # The newest names, if the file is longer than ours: the bus may still have their messages.
+            # If the file is too long, the newest names are read. The bus may still have messages of
+            # these names.
             file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_FILE))
             text = file.read(MAX_FILE).decode(errors="replace")
     except FileNotFoundError:
         return
     except OSError as exc:
-        # A gate that does not start is worse than one that does not know the names before it.
+        # A gate that does not start would be worse than a gate that does not know earlier names.
         text = "%s: %s: the sandboxed names of an earlier gate are not known; remove or repair the file"
         LOGGER.error(text, path, exc.strerror)  # noqa: TRY400
         return
@@ -298,7 +306,7 @@ def _read_into(found: dict[str, list[tuple[int, int]]], path: Path) -> None:
 
 
 def _drop_old(path: Path) -> None:
-    """Remove the files of other buses, but for the newest."""
+    """Remove the files of other buses, except for the newest files."""
     with contextlib.suppress(OSError):
         others = [one for one in path.parent.glob(f"{_BEGINNING}*") if one != path]
         others.sort(key=lambda one: one.lstat().st_mtime)

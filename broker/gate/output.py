@@ -1,4 +1,4 @@
-"""Messages to be sent on a connection, in order. No I/O."""
+"""Outgoing messages of a connection, in order. No I/O."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -11,18 +11,19 @@ class _EmptyQueue(deque[Any]):
     __slots__ = ()
 
     def append(self, _item: object) -> NoReturn:
-        raise AssertionError("the shared empty queue is to be replaced, not filled")
+        raise AssertionError("the shared empty queue must be replaced, not filled")
 
     extend = append
 
 
-# The queue of a connection that has nothing to queue. A deque takes 760 bytes even when it is empty, and each connection
-# has four. So a queue begins as this one, and `append` is called on one of its own.
+# The shared queue of connections without queued messages. Even an empty deque takes 760 bytes, and
+# each connection has four queues. So a connection makes a separate deque only before the first
+# `append`.
 EMPTY_QUEUE: Final[deque[Any]] = _EmptyQueue()
 
 
 class Chunk(NamedTuple):
-    """Bytes that begin a write, because descriptors go with the first byte."""
+    """Bytes that must begin a separate write, with the descriptors to send along."""
 
     data: bytes | memoryview
     fds: tuple[int, ...]
@@ -32,5 +33,5 @@ Output = list[bytes | Chunk]
 
 
 def descriptors_of(output: Iterable[bytes | Chunk]) -> list[int]:
-    """Return the descriptors of messages that will not be sent. The caller closes the descriptors."""
+    """Return the descriptors of messages that will not be sent, for the caller to close."""
     return [fd for item in output if isinstance(item, Chunk) for fd in item.fds]

@@ -1,8 +1,9 @@
-"""The last message headers, in two rings in a mapped file, for an inquiry after the gate died.
+"""Recorder of the last headers in the gate, to explain the death of a gate.
 
-The first ring has each message that was judged. The second ring has known messages, and of each run of known messages
-the first. A write
-goes into the gate's own memory, which the kernel keeps when the gate is killed. Nothing is written before `trace_into`.
+The headers are in two rings in a mapped file. The first ring has the messages that were judged. The
+second ring has the known messages, or the first message of each run of known messages. A write goes
+to the gate's own memory, which the kernel keeps when the gate is killed. Nothing is written before
+`trace_into`.
 """
 
 import itertools
@@ -34,15 +35,15 @@ _known: Iterator[int] = itertools.cycle(range(RING, SIZE, SLOT))
 
 _now: Final = time.time
 
-# Writes down a known header: `data`, the position of the header in it, the size of the header.
+# Records a known header. The arguments are data, position and size of the header.
 KnownNote = Callable[[bytes, int, int], None]
 
 
 class HeaderRecorder:
-    """Records the headers of a sandbox's messages.
+    """The recorder for the headers of one sandbox's messages.
 
-    `parse_from_app` and `parse_from_bus` are for messages that are judged. `note_from_app` and `note_from_bus` are for
-    a known message, or for the first one of a run of known messages.
+    `parse_from_app` and `parse_from_bus` are for messages that are judged. `note_from_app` and
+    `note_from_bus` are for known messages. In a run of known messages only the first is recorded.
     """
 
     __slots__ = ("_sandbox", "note_from_app", "note_from_bus")
@@ -52,12 +53,12 @@ class HeaderRecorder:
         self.note_from_app, self.note_from_bus = _make_notes(sandbox)
 
     def parse_from_app(self, data: bytes, pos: int) -> Header:
-        """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
+        """Record and parse the header at `pos`. Raises PeerProtocolError."""
         _note(self._sandbox, FROM_APP, data, pos)
         return parse_header(data, pos)
 
     def parse_from_bus(self, data: bytes, pos: int) -> Header:
-        """Write down and parse the header that begins at `pos`. Raises PeerProtocolError."""
+        """Record and parse the header at `pos`. Raises PeerProtocolError."""
         _note(self._sandbox, FROM_BUS, data, pos)
         return parse_header(data, pos, READ_LIMITS)
 
@@ -69,9 +70,9 @@ def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
 
 
 def _make_notes(sandbox: str) -> tuple[KnownNote, KnownNote]:
-    """Return functions that write down known messages of the app and of the bus.
+    """Return functions that record known messages of the app and of the bus.
 
-    Each known message costs a call of one of them. As closures they take 0.15 µs less than as methods.
+    Every known message costs a call of such a function. A closure takes 0.15 µs less than a method.
     """
     name = make_name(sandbox)
     name_size = len(name)
@@ -80,7 +81,7 @@ def _make_notes(sandbox: str) -> tuple[KnownNote, KnownNote]:
 
     def note_from_app(data: bytes, pos: int, size: int) -> None:
         if _rings is not None:
-            if size > room:  # noqa: PLR1730 - not a call more for each message
+            if size > room:  # noqa: PLR1730 - min() costs a call for each message
                 size = room
             header = data[pos : pos + size]
             number, at = next(_numbers), next(_known)
@@ -88,7 +89,7 @@ def _make_notes(sandbox: str) -> tuple[KnownNote, KnownNote]:
 
     def note_from_bus(data: bytes, pos: int, size: int) -> None:
         if _rings is not None:
-            if size > room:  # noqa: PLR1730 - not a call more for each message
+            if size > room:  # noqa: PLR1730 - min() costs a call for each message
                 size = room
             header = data[pos : pos + size]
             number, at = next(_numbers), next(_known)
@@ -98,11 +99,12 @@ def _make_notes(sandbox: str) -> tuple[KnownNote, KnownNote]:
 
 
 def trace_into(path: Path | None) -> None:
-    """Write to that file from now on, or to none. Raises OSError.
+    """Record headers in the file `path` from now on. None ends the recording.
 
-    A file that is there already is replaced, because another gate may still have it mapped.
+    An existing file is replaced and not overwritten, because another gate may still have the file
+    mapped. Raises OSError.
     """
-    global _rings  # noqa: PLW0603 - one a process, as its death is
+    global _rings  # noqa: PLW0603 - a process has one trace file
     _rings = None
     if path is None:
         return
@@ -110,7 +112,8 @@ def trace_into(path: Path | None) -> None:
     new.unlink(missing_ok=True)  # of an earlier process with the same pid
     fd = open_file(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        # Reserve the room now. A page without room in the file system would end the gate later, by SIGBUS.
+        # The space is allocated now. Otherwise a write to a page without space would later end the
+        # gate by SIGBUS.
         os.posix_fallocate(fd, 0, SIZE)
         rings = memoryview(mmap.mmap(fd, SIZE))
         new.rename(path)

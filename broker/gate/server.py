@@ -1,7 +1,8 @@
-"""The gate: all sandboxes and buses that one process serves, and the supervisor's requests about them.
+"""The gate: the sandboxes and buses of one process, and the supervisor's requests.
 
-The gate outlives its supervisor. While no supervisor is connected the gate keeps the rules that it has, and the next
-supervisor asks for a snapshot. supervisor_channel.py carries requests, answers and events; this module carries them out.
+The gate outlives the supervisor. Without a supervisor the gate continues with the present rules,
+and the next supervisor asks for a snapshot. supervisor_channel.py transports requests, answers and
+events. This module carries out the requests.
 """
 
 import logging
@@ -64,7 +65,7 @@ from broker.wire.errors import CallRefusedError
 
 LOGGER: Final = logging.getLogger(__name__)
 ABSENT_NAME: Final = make_absent_name(os.urandom(16))
-# Seconds for the supervisor to read the last events: the ends of up to 10 000 sandboxes.
+# Seconds for the supervisor to read the last events, which are the ends of up to 10 000 sandboxes.
 DRAIN_SECONDS: Final = 2.0
 
 
@@ -74,7 +75,7 @@ class Gate:
     def __init__(
         self, loop: Loop, service: SystemdService | None = None, folder: Path | None = None
     ) -> None:
-        """Make a gate without sandboxes; `folder` has the files that outlive a gate that dies."""
+        """Make a gate without sandboxes. `folder` has the files that outlive a gate that dies."""
         self._loop: Final = loop
         self._folder: Final = folder
         self._service: Final = service or SystemdService({})
@@ -89,17 +90,17 @@ class Gate:
         self._instance_fields: Final = InstanceFieldRounds(loop, self._channel.answer)
 
     def serve(self, listening: socket.socket) -> None:
-        """Accept supervisors on this socket, which is the gate's from here on."""
+        """Accept supervisors on a socket, which belongs to the gate from here on."""
         self._channel.serve(listening)
 
     def close(self) -> None:
-        """End every sandbox, and the supervisor's connection once it has read so."""
+        """End every sandbox, and then the supervisor's connection, after the last events."""
         self._shut_down()
         self._channel.drain(DRAIN_SECONDS)
         self._channel.lose("the gate ends")
 
     def _supervisor_lost(self) -> None:
-        """Forget all requests that wait for something: nobody reads their answers."""
+        """Forget all waiting requests, whose answers no supervisor would read."""
         self._bus_clients.supervisor_lost()
         for sandbox in self._sandboxes.values():
             sandbox.waiting_requests.clear()
@@ -138,7 +139,10 @@ class Gate:
         self._channel.answer(envelope.serial, answer, given)
 
     def _begin(self, serial: int, body: object) -> bool:
-        """Start a request that is answered elsewhere, perhaps later; return False for any other."""
+        """Begin a request that is answered elsewhere, perhaps later.
+
+        Return False for other requests.
+        """
         match body:
             case TakeSnapshot():
                 self._send_snapshot(serial, body)
@@ -155,7 +159,7 @@ class Gate:
         return True
 
     def _answer_in_slices(self, serial: int, work: Work, fds: list[int]) -> None:
-        """Do a request that compiles rules in slices, then answer it. Later requests wait."""
+        """Carry out a request that compiles rules, in slices, and answer. Later requests wait."""
         asker = self._channel.connection
 
         def ended(refused: CallRefusedError | None) -> None:
@@ -164,14 +168,18 @@ class Gate:
             if refused is not None:
                 close_fds(fds)
                 answer = Refused(refused.dbus_name, str(refused))
-            if self._channel.connection is asker:  # else the serial is of another connection
+            # The serial has a meaning on the connection of the request alone.
+            if self._channel.connection is asker:
                 self._channel.answer(serial, answer)
 
         self._channel.is_busy = True
         Sliced(self._loop, work, ended).begin(self._channel.serve_requests)
 
     def _identify(self, serial: int, request: WhoIs) -> None:
-        """Answer which sandbox has a unique name; ask the bus for its id first if that matters."""
+        """Answer which sandbox has a unique name.
+
+        If necessary, ask for the id of the bus first.
+        """
         bus = self._find_bus(request.bus)
         if bus.is_authenticated or not bus.ledger.is_doubtful(request.unique_name):
             self._channel.answer(serial, SandboxOf(bus.who(request.unique_name)))
@@ -190,7 +198,7 @@ class Gate:
         for serial, unique_name in requests:
             answer: SandboxOf | Refused = SandboxOf(bus.who(unique_name))
             if not bus.is_authenticated:
-                answer = Refused(errors.DISCONNECTED, f"bus {bus.name} does not say which it is")
+                answer = Refused(errors.DISCONNECTED, f"bus {bus.name} does not tell the bus id")
             self._channel.answer(serial, answer)
 
     def _stop(self, serial: int, request: StopSandbox) -> None:
@@ -199,11 +207,14 @@ class Gate:
         sandbox.stop(request.reason)
 
     def _duplicate_listeners(self, request: TakeListeners) -> tuple[Listeners, Sequence[int]]:
-        """Return duplicates of the sandboxes' listening sockets and pipes. Raises CallRefusedError."""
+        """Return duplicates of the sandboxes' listening sockets and pipes.
+
+        Raises CallRefusedError.
+        """
         sandboxes = [one for id_ in request.sandboxes if (one := self._sandboxes.get(id_))]
         what = [(one.id, bus, fd) for one in sandboxes for bus, fd in one.descriptors()]
         if len(what) > MAX_FRAME_FDS:
-            raise CallRefusedError(errors.INVALID_ARGS, "more descriptors than one frame may have")
+            raise CallRefusedError(errors.INVALID_ARGS, "more descriptors than fit into a frame")
         fds: list[int] = []
         try:
             fds.extend(os.dup(fd) for _, _, fd in what)
@@ -243,7 +254,7 @@ class Gate:
                 | RequestInstanceField()
                 | StopSandbox()
             ):
-                pass  # done by now, or later
+                pass  # Carried out already, or later.
             case _:
                 assert_never(request)
         return Done()
@@ -253,14 +264,14 @@ class Gate:
 
     def _add(self, spec: SandboxSpec, fds: list[int]) -> Work:
         if spec.id in self._sandboxes:
-            raise CallRefusedError(errors.FAILED, f"sandbox {spec.id} is there already")
+            raise CallRefusedError(errors.FAILED, f"sandbox {spec.id} already exists")
         for listener in spec.listeners:
             self._find_bus(listener.bus)
         wanted = [listener.fd for listener in spec.listeners]
         if spec.close_notify is not None:
             wanted.append(spec.close_notify)
         if sorted(wanted) != list(range(len(fds))):
-            raise CallRefusedError(errors.INVALID_ARGS, "the descriptors do not fit the sandbox")
+            raise CallRefusedError(errors.INVALID_ARGS, "the descriptors do not match the sandbox")
         _check_kinds(spec, fds)
         if is_reserved(fds):
             raise _no_descriptors()
@@ -334,7 +345,7 @@ class Gate:
     # -- handing over ------------------------------------------------------------------------------
 
     def _hand_over(self, serial: int, request: HandOver, fds: list[int]) -> NoReturn:
-        """Hand over to another gate and exit. Raises CallRefusedError, and nothing has changed."""
+        """Hand over to another gate, and exit. Raises CallRefusedError without any change."""
         if len(fds) != 1:
             raise CallRefusedError(errors.INVALID_ARGS, "HandOver takes one descriptor")
         self._bus_clients.settle()
@@ -352,7 +363,7 @@ class Gate:
         exit_now(self._service.replaced)
 
     def _settle(self) -> None:
-        """Settle what is not handed over: chores of connections, id queries, barriers."""
+        """Settle all state that is not handed over: chores of connections, id queries, barriers."""
         for sandbox in self._sandboxes.values():
             sandbox.settle()
         for query in list(self._id_queries.values()):
@@ -362,10 +373,10 @@ class Gate:
         known = {rest for sandbox in self._sandboxes.values() for rest in sandbox.lingering}
         for bus in self._buses.values():
             for rest in [one for one in bus.lingering.values() if one not in known]:
-                rest.close()  # the end of its sandbox has been told
+                rest.close()  # The end of the sandbox has been reported.
 
     def dumper(self, serial: int, protocol: int, pid: int) -> Callable[[Fds], HandoverHeader]:
-        """Return the function that makes the first frame of the hand-over of that request."""
+        """Return the function that makes the first frame of the hand-over for a request."""
 
         def dump(fds: Fds) -> HandoverHeader:
             return HandoverHeader(
@@ -382,7 +393,7 @@ class Gate:
         return dump
 
     def load(self, header: HandoverHeader, fds: Sequence[int]) -> None:
-        """Restore the state from `header`. `add_empty` adds the sandboxes, and `resume` continues."""
+        """Restore the state from `header`. The next calls are `add_empty` and `resume`."""
         self._channel.load(header.channel, fds)
         for one in header.buses:
             bus = self._buses[one.name] = self._make_bus(one.name, one.address)
@@ -390,17 +401,17 @@ class Gate:
         self._bus_clients.load(header.bus_clients, self._buses, fds)
 
     def add_empty(self, dump: SandboxDump) -> Sandbox:
-        """Return a new sandbox of the dump's id, into which the dump is to be loaded."""
+        """Add an empty sandbox with the id of `dump`, for the caller to load."""
         sandbox = self._sandboxes[dump.spec.id] = self._make_sandbox(dump.spec)
         return sandbox
 
     def resume(self, serial: int) -> None:
-        """Continue after `load`; `serial` is that of the request to hand over."""
+        """Continue after `load`. `serial` is that of the request to hand over."""
         self._channel.answer(serial, HandedOver(os.getpid()))
         for bus in self._buses.values():
             try:
                 bus.resume()
-            except OSError as exc:  # the connections are there, and as good as before
+            except OSError as exc:  # The connections continue as before.
                 LOGGER.warning("ledger bus=%s: %s", bus.name, exc)
         for sandbox in list(self._sandboxes.values()):
             sandbox.resume()
@@ -408,9 +419,9 @@ class Gate:
 
 
 def _check_kinds(spec: SandboxSpec, fds: Sequence[int]) -> None:
-    """Check the kinds of descriptors again, as the supervisor did. Raises CallRefusedError.
+    """Repeat the supervisor's check of the kinds of descriptors. Raises CallRefusedError.
 
-    The gate would wait for ever for the end of a descriptor that has none.
+    The gate would wait for ever for the EOF of a descriptor that never has an EOF.
     """
     for listener in spec.listeners:
         if not listens(fds[listener.fd]):

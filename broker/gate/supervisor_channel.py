@@ -1,19 +1,21 @@
-"""The gate's end of the control socket: one supervisor at a time, its requests, and the events for it.
+"""The gate's end of the control socket: requests, answers and events.
 
-Requests are handed over one by one, in the order in which they came. A request that takes longer than a turn of the loop
-sets `is_busy`, and the requests behind it wait until the gate calls `serve_requests` again.
+There is a connection to one supervisor at a time.
 
-The gate outlives its supervisor. Events that no snapshot tells are numbered and kept (event_journal.py), and the next
-supervisor gets those that none has confirmed:
+Requests are passed to the gate one by one, in order. A request that takes longer than a turn of the
+loop sets `is_busy`. Later requests then wait until the gate calls `serve_requests` again.
+
+The gate outlives the supervisor. Events without a trace in a snapshot are numbered and kept
+(event_journal.py). The next supervisor receives all unconfirmed events:
 
     supervisor 1      gate                          supervisor 2
      | <-- Ended, 7 -- |                             |
      | dies            |                             |
-     |                 | Ended, 8: kept              |
+     |                 | keeps Ended, 8              |
      |                 | <------------- connects --- |
      |                 | -- Ended, 7 ; Ended, 8 ---> |
      |                 | <-- a request, number 8 --- |
-     |                 | forgets both                |
+     |                 | forgets both events         |
 """
 
 import contextlib
@@ -37,19 +39,21 @@ from broker.posix.sockets import peer_uid, stream_socket_from_fd
 from broker.wire.errors import PeerProtocolError
 
 LOGGER: Final = logging.getLogger(__name__)
-# Bytes. The gate never waits for a supervisor that does not read: the connection ends, and the supervisor may connect again.
+# Bytes. The gate never waits for a supervisor that does not read. Beyond the limit the connection
+# is ended, and the supervisor may connect again.
 MAX_UNREAD: Final = 64 * 1024 * 1024
 
 OnRequest = Callable[[Envelope, list[int]], None]
 
 
 class SupervisorChannel:
-    """The control socket, the connection of a supervisor, and the journal of unconfirmed events."""
+    """The control socket, the supervisor's connection, and the unconfirmed events."""
 
     def __init__(self, loop: Loop, on_request: OnRequest, on_lost: Callable[[], None]) -> None:
-        """Make a channel that listens nowhere yet.
+        """Make a channel that does not listen yet.
 
-        `on_request` gets each request with its descriptors. `on_lost` is called after a supervisor has gone.
+        `on_request` is called with each request and the descriptors of the request. `on_lost` is
+        called after the end of a supervisor's connection.
         """
         self._loop: Final = loop
         self._on_request: Final = on_request
@@ -68,18 +72,24 @@ class SupervisorChannel:
         return self._stream
 
     def serve(self, listening: socket.socket) -> None:
-        """Accept supervisors of the gate's own uid or root. The channel owns the socket from here on."""
+        """Accept supervisors of the gate's own uid or root.
+
+        The channel owns the socket from here on.
+        """
         listening.setblocking(False)
         self._listening = listening
         self._loop.add(listening.fileno(), READABLE, lambda _events: self._accept(listening))
 
     def drain(self, seconds: float) -> None:
-        """Wait at most that long until the supervisor has read what was sent. Nothing else is served meanwhile."""
+        """Wait at most `seconds` until the supervisor has read all sent data.
+
+        The gate serves nothing else meanwhile.
+        """
         if self._stream is not None:
             self._stream.drain(seconds)
 
     def lose(self, reason: str) -> None:
-        """End the connection, and drop the requests that were not looked at."""
+        """End the connection, and drop the requests that wait."""
         LOGGER.info("supervisor-gone: %s", reason)
         while self._requests:
             close_fds(self._requests.popleft()[1])
@@ -92,12 +102,12 @@ class SupervisorChannel:
     # -- requests ----------------------------------------------------------------------------------
 
     def serve_requests(self) -> None:
-        """Hand over the requests that wait, until one takes longer than a turn of the loop."""
+        """Pass the waiting requests to the gate, until a request sets `is_busy`."""
         while self._requests and not self.is_busy:
             self._on_request(*self._requests.popleft())
 
     def confirm(self, number: int) -> None:
-        """Forget the events up to that number: the supervisor has dealt with them."""
+        """Forget the events up to `number`, which the supervisor has handled."""
         self._journal.confirm(number)
 
     def _accept(self, listening: socket.socket) -> None:
@@ -141,11 +151,11 @@ class SupervisorChannel:
     # -- answers and events ------------------------------------------------------------------------
 
     def answer(self, serial: int, answer: Answer, fds: Sequence[int] = ()) -> None:
-        """Answer the request of that serial. The channel owns the descriptors from here on."""
+        """Answer the request with that serial. The channel owns the descriptors from here on."""
         self._send(Envelope(serial=serial, body=answer, fds=len(fds)), fds)
 
     def emit(self, event: Event) -> None:
-        """Send an event, and keep it if no snapshot tells it."""
+        """Send an event. Keep the event if no snapshot has the same information."""
         number = self._journal.add(event, was_sent=self._stream is not None)
         self._send(Envelope(serial=0, body=event, number=number))
 
@@ -155,13 +165,13 @@ class SupervisorChannel:
 
     @contextlib.contextmanager
     def without_bound(self) -> Iterator[None]:
-        """Allow more than MAX_UNREAD to be sent: the supervisor requested it."""
+        """Allow more than MAX_UNREAD, for an answer of any size that the supervisor requested."""
         self._most_unread = math.inf
         yield
         self._bound_unread()
 
     def _bound_unread(self) -> None:
-        """Allow MAX_UNREAD on top of what is queued now."""
+        """Allow MAX_UNREAD in addition to the data that is queued now."""
         queued = self._stream.queued if self._stream is not None else 0
         self._most_unread = queued + MAX_UNREAD
 
@@ -195,7 +205,10 @@ class SupervisorChannel:
         )
 
     def load(self, dump: SupervisorChannelDump, fds: Sequence[int]) -> None:
-        """Restore the state from `dump`. Requests that wait are handed over by `serve_requests`."""
+        """Restore the state from `dump`.
+
+        The next call is `serve_requests`, for waiting requests.
+        """
         self.serve(stream_socket_from_fd(fds[dump.listening]))
         if dump.stream is not None:
             self._stream = self._make_stream(stream_socket_from_fd(fds[dump.stream.fd]))

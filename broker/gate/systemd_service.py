@@ -1,7 +1,7 @@
-"""The gate as a service of systemd: the control socket from the socket unit, notifications, and the next gate.
+"""The gate as a service of systemd: sockets, notifications, and the start of the next gate.
 
-The gate starts the next gate itself. A process that the supervisor started would belong to the supervisor's service: it
-would have the restrictions of that service, and end with it.
+The gate itself starts the next gate. A process started by the supervisor would belong to the
+supervisor's service, would have the restrictions of that service, and would end with that service.
 """
 
 import os
@@ -21,7 +21,10 @@ CONTROL: Final = "control"  # FileDescriptorName= of the socket unit
 
 
 class SystemdService:
-    """The service that this process is; without systemd, a service that passes nothing and notifies nobody."""
+    """The systemd service of this process.
+
+    Without systemd there are no descriptors or notifications.
+    """
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
         """Take the descriptors and addresses in the environment."""
@@ -31,16 +34,16 @@ class SystemdService:
 
     @property
     def is_there(self) -> bool:
-        """Return whether systemd started the gate, and so owns its control socket."""
+        """Return whether systemd started the gate, and so owns the control socket."""
         return self._notifier.is_wanted
 
     def control(self) -> socket.socket | None:
-        """Return the control socket, if systemd passed one."""
+        """Return the control socket from systemd, if there is one."""
         fd = self._given.pop(CONTROL, None)
         return socket.socket(fileno=fd) if fd is not None else None
 
     def serves(self, loop: Loop) -> None:
-        """Notify systemd that the gate serves, and from now on that it is alive."""
+        """Notify systemd that the gate serves, and send keep-alive notifications from now on."""
         self._notifier.ready()
         pause = self._notifier.watchdog / 2
 
@@ -52,9 +55,14 @@ class SystemdService:
             alive()
 
     def start_next(self, request: StartNext, fds: Sequence[int]) -> Started:
-        """Start the next gate in this service. Raises CallRefusedError; else the descriptors are closed."""
+        """Start the next gate in this service, and close the descriptors.
+
+        Raises CallRefusedError.
+
+        After an error the descriptors stay open.
+        """
         if not self.is_there:
-            raise CallRefusedError(errors.NOT_SUPPORTED, "this gate is no service of systemd")
+            raise CallRefusedError(errors.NOT_SUPPORTED, "this gate is not a service of systemd")
         if len(fds) != 2 or not request.argv:
             raise CallRefusedError(errors.INVALID_ARGS, "StartNext takes two descriptors")
         self._reap()
@@ -68,12 +76,12 @@ class SystemdService:
         return Started(self._next)
 
     def replaced(self) -> None:
-        """Notify systemd that the next gate is the main process now."""
+        """Notify systemd that the next gate is now the main process."""
         if self._next:
             self._notifier.main_process(self._next)
 
     def _reap(self) -> None:
-        """Wait for an earlier next gate, which did not take over."""
+        """Reap an earlier next gate, which did not take over."""
         if self._next:
             os.waitpid(self._next, os.WNOHANG)
             self._next = 0

@@ -1,1 +1,1 @@
-"""`buswarden proxy`: the gate as a single process, with the command line of xdg-dbus-proxy."""
+"""`buswarden proxy`: the gate as a replacement of xdg-dbus-proxy, without a supervisor."""

@@ -1,10 +1,10 @@
 """Parser for the command line of xdg-dbus-proxy. No I/O.
 
 The command line consists of options and of groups, each with an ADDRESS, a PATH and options. An
-argument that begins with `-` is an option. Any other argument is an address, and the next argument is
-a path. Options about messages belong to the group in front of them. Other options may stand anywhere.
-`--args=FD` stands for the arguments that the caller reads from that descriptor. An argument is text in
-the form of `os.fsdecode`.
+argument that begins with `-` is an option. Any other argument is an address, and the next argument
+is a path. Options about messages belong to the group in front of them. Other options may stand
+anywhere. `--args=FD` stands for the arguments that the caller reads from that descriptor. An
+argument is text in the form of `os.fsdecode`.
 """
 
 import enum
@@ -121,7 +121,10 @@ def parse_arguments(arguments: Sequence[str], read: Read) -> Command | Ask:
 
 
 def split_arguments(data: bytes) -> list[str]:
-    """Return the arguments in `data`. Each argument ends with a NUL, which the last may lack."""
+    """Return the arguments in `data`.
+
+    Each argument ends with a NUL, which the last may lack.
+    """
     parts = data.split(b"\0")
     if not parts[-1]:
         parts.pop()

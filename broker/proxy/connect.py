@@ -34,8 +34,8 @@ Place = UnixAddress | TcpPlace
 def dial(loop: Loop, places: Iterable[Place], uid: int, seconds: float, done: OnConnected) -> None:
     """Connect to the first place that answers, and call `done` with the socket or None.
 
-    `seconds` is the time for all places together. Each place has the same share, so that a place that
-    does not answer leaves time for the other places.
+    `seconds` is the time for all places together. Each place has the same share, so that a place
+    that does not answer leaves time for the other places.
     """
     left = deque(places)
     _ProxyAttempt(loop, left, uid, seconds / max(1, len(left)), done).go()

@@ -1,7 +1,8 @@
-"""The cookies that authenticate a user to a bus on TCP: ~/.dbus-keyrings, with a file per context.
+"""The cookies in ~/.dbus-keyrings, which authenticate a user to a bus on TCP.
 
-A client that can read a cookie passes for the user. So the folder must belong to the user, and no
-other user may have access. In an open folder, another user could place forged cookies.
+Each context has a file there. A client that can read a cookie passes for the user. So the folder
+must belong to the user, and no other user may have access. In an open folder, another user could
+place forged cookies.
 """
 
 import os

@@ -3,8 +3,8 @@
     allowed SOCKET CLIENT -> DESTINATION call INTERFACE.MEMBER at PATH #SERIAL
     denied SOCKET CLIENT -> DESTINATION call INTERFACE.MEMBER at PATH: REASON
 
-`->` stands for a message out of the sandbox, and `<-` for a message into the sandbox. Calls of the gate
-itself to the bus are left out.
+`->` stands for a message out of the sandbox, and `<-` for a message into the sandbox. Calls of the
+gate itself to the bus are left out.
 """
 
 import os
@@ -34,7 +34,10 @@ _KINDS: Final = {
 
 
 class Printer:
-    """A writer of lines to a descriptor, until the reader closes. None as descriptor drops all."""
+    """A writer of lines to a descriptor, until the reader closes.
+
+    None as descriptor drops all.
+    """
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
@@ -69,7 +72,7 @@ class Printer:
 
 
 class Tap:
-    """An observer of the messages that one connection passes on, before the messages are sent."""
+    """An observer of the messages of one connection, before the messages are sent."""
 
     def __init__(self, state: ConnectionState, label: str, printer: Printer) -> None:
         self._state: Final = state

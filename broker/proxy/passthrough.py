@@ -1,8 +1,8 @@
-"""A connection of a proxy that does not filter: every valid message passes, both ways. No I/O.
+"""A connection of a proxy that does not filter, where every valid message passes. No I/O.
 
-Some checks remain. Only whole, strictly valid messages reach the bus, with exactly the descriptors that
-the header counts, and without a sender or unknown fields from the app. Data from the bus is split into
-messages only to keep descriptors with the right message.
+Some checks remain. Only whole, strictly valid messages reach the bus, with exactly the descriptors
+that the header counts, and without a sender or unknown fields from the app. Data from the bus is
+split into messages only to keep descriptors with the right message.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ from broker.wire.marshal import read_reply
 from broker.wire.skim import parse_or_skim
 from policy.match import Judge
 
-# The number and the largest size of app headers that are remembered as valid and clean. Together the
-# headers take at most 256 KiB.
+# The number and the largest size of app headers that are remembered as valid and clean. Together
+# the headers take at most 256 KiB.
 MAX_REMEMBERED: Final = 512
 MAX_REMEMBERED_BYTES: Final = 512
 
@@ -44,7 +44,10 @@ _Key = tuple[bytes, bool]
 
 
 class PassthroughFilter:
-    """A `Mediator` (gate/sandbox/mediator.py) that judges nothing. No message ever waits here."""
+    """A `Mediator` (gate/sandbox/mediator.py) that judges nothing.
+
+    No message ever waits here.
+    """
 
     # The filter asks the bus nothing. So neither the app nor a message from the bus waits.
     held = yielded = is_changing = False
@@ -192,7 +195,8 @@ class PassthroughFilter:
     def _refuse_fds(self, header: Header) -> None:
         """Answer a message whose descriptors the app does not accept.
 
-        An app that waits for a reply receives an error. The caller of a method receives an error too.
+        An app that waits for a reply receives an error. The caller of a method receives an error
+        too.
         """
         state = self.state
         if header.type in _REPLIES:

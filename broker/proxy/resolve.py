@@ -1,4 +1,4 @@
-"""Resolution of ADDRESS to sockets, once at the start: host names, and the answer of dbus-launch."""
+"""Resolution of ADDRESS to sockets, once at the start, by host names and dbus-launch."""
 
 import logging
 import socket

@@ -34,8 +34,8 @@ from broker.wire.sasl import AuthClient
 from broker.wire.sasl_steps import MultiMechanismSaslClient
 from policy.rules import Identity
 
-# A process has one sandbox. So the limits protect the bus alone, and no other sandbox. The reference
-# configuration of the system bus accepts as many connections of a user.
+# A process has one sandbox. So the limits protect the bus alone, and no other sandbox. The
+# reference configuration of the system bus accepts as many connections of a user.
 LIMITS: Final = SandboxLimits(
     connections=256,
     # A message of any legal size passes, as through xdg-dbus-proxy.
@@ -166,12 +166,18 @@ class LoggedFilter(Filter):
     tap: Tap
 
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Take bytes from the app. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the app.
+
+        Raises PeerProtocolError or PeerQuotaError: end the connection.
+        """
         super().feed_app(data, fds)
         self._look()
 
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
-        """Take bytes from the bus. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the bus.
+
+        Raises PeerProtocolError or PeerQuotaError: end the connection.
+        """
         super().feed_bus(arrived, fds)
         self._look()
 
@@ -188,12 +194,18 @@ class LoggedPassthroughFilter(PassthroughFilter):
     tap: Tap
 
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Take bytes from the app. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the app.
+
+        Raises PeerProtocolError or PeerQuotaError: end the connection.
+        """
         super().feed_app(data, fds)
         self.tap.look()
 
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
-        """Take bytes from the bus. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the bus.
+
+        Raises PeerProtocolError or PeerQuotaError: end the connection.
+        """
         super().feed_bus(arrived, fds)
         self.tap.look()
 

@@ -1,8 +1,8 @@
 """The process of the proxy: parse the arguments, serve, and clean up.
 
-The process exits with code 0 when the other end of `--fd` closes. After a signal, the process ends by
-that same signal. In both cases the sockets are removed first. If the proxy cannot start, the exit code
-is 1, with one line on standard error.
+The process exits with code 0 when the other end of `--fd` closes. After a signal, the process ends
+by that same signal. In both cases the sockets are removed first. If the proxy cannot start, the
+exit code is 1, with one line on standard error.
 """
 
 import contextlib
@@ -82,7 +82,8 @@ def _answer(ask: Ask, program: str) -> int:
     if ask is Ask.HELP:
         text = USAGE.format(program=program)
     else:
-        # The import takes longer than all other imports here, so only --version waits for the import.
+        # The import takes longer than all other imports here, so only --version waits for the
+        # import.
         from importlib.metadata import version  # noqa: PLC0415
 
         text = f"xdg-dbus-proxy {LIKE} (buswarden {version('buswarden')})\n"
@@ -120,7 +121,8 @@ def _serve(command: Command) -> int | None:
     try:
         with contextlib.ExitStack() as stack:
             ending.watch_signals(stack)
-            # If standard output was closed at the start, the number 1 may be another descriptor now.
+            # If standard output was closed at the start, the number 1 may be another descriptor
+            # now.
             printer = Printer(None if sys.stdout is None else 1)
             for group, places in zip(command.groups, buses, strict=True):
                 sandbox = _open(loop, group, places, printer)
@@ -147,8 +149,8 @@ def _find_bus(group: Group) -> list[Place]:
 
 def _open(loop: Loop, group: Group, places: Sequence[Place], printer: Printer) -> ProxySandbox:
     bound = bind_socket(group.path)
-    # A client may share a connection between addresses with the same guid. Each socket is a different
-    # server, and so has a different guid.
+    # A client may share a connection between addresses with the same guid. Each socket is a
+    # different server, and so has a different guid.
     listener = Listener(
         bus="bus",
         fd=0,

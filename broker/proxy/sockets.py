@@ -29,8 +29,8 @@ class ProxySocket:
 def bind_socket(path: str) -> ProxySocket:
     """Listen at a path for the own uid alone. Raises ConfigError.
 
-    The leftover of an earlier proxy is replaced, which is a socket, a link, or the empty file by which
-    a launcher reserves a name. Any other file stays.
+    The leftover of an earlier proxy is replaced, which is a socket, a link, or the empty file by
+    which a launcher reserves a name. Any other file stays.
     """
     absolute = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
     # The kernel limits the length of the path in the call. `path` is used there, because `absolute`

@@ -180,7 +180,7 @@ def test_the_same_id_twice_is_refused(supervisor: Supervisor) -> None:
     (supervisor.folder / "c0").unlink()
     answer = supervisor.add()
     assert isinstance(answer, Refused)
-    assert "there already" in answer.text
+    assert "already exists" in answer.text
 
 
 def test_rules_that_do_not_compile_are_refused_and_the_old_ones_stay(

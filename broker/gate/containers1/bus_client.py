@@ -1,12 +1,13 @@
 """Connections of the gate to buses that have Containers1, for calls by the supervisor.
 
-A bus that has Containers1 ends a server when the connection that requested the server leaves, and the
-gate outlives the supervisor. So the supervisor's calls go through connections of the gate. Each bus and
-user has a connection, which is made for the first call. No rules apply to these connections.
+A bus that has Containers1 ends a server when the connection that requested the server leaves, and
+the gate outlives the supervisor. So the supervisor's calls go through connections of the gate. Each
+bus and user has a connection, which is made for the first call. No rules apply to these
+connections.
 
-The result of a call with `undo` is unclaimed until a sandbox claims the result. If the supervisor leaves
-before that, or no longer waits for the answer, the gate undoes the call. So no server is left without a
-sandbox, whichever process dies.
+The result of a call with `undo` is unclaimed until a sandbox claims the result. If the supervisor
+leaves before that, or no longer waits for the answer, the gate undoes the call. So no server is
+left without a sandbox, whichever process dies.
 
     supervisor            gate                                     bus
      | CallBus AddServer -> | -- Hello, AddMatch, AddServer -----> |
@@ -23,8 +24,8 @@ sandbox, whichever process dies.
      |                      | <-- an answer: the server alone ended |
      |                      |     no answer: the bus itself ends    |
 
-The content of the bus's messages is trusted. The bus is not trusted to answer or to read. So calls have a
-deadline, and the number of waiting calls is limited.
+The content of the bus's messages is trusted. The bus is not trusted to answer or to read. So calls
+have a deadline, and the number of waiting calls is limited.
 """
 
 import logging
@@ -67,8 +68,8 @@ CALL_SECONDS: Final = 5.0
 IDLE_SECONDS: Final = 10.0
 # Calls without an answer on one connection, including calls that the supervisor has given up.
 MAX_WAITING: Final = 1024
-# The most bytes of a reply, and of data that the bus has not read. Longer messages are skipped, because
-# any program on the bus may send such a message to the gate.
+# The most bytes of a reply, and of data that the bus has not read. Longer messages are skipped,
+# because any program on the bus may send such a message to the gate.
 MAX_BYTES: Final = 16 * 1024 * 1024
 _HELLO: Final = 1
 _ADD_MATCH: Final = 2
@@ -116,7 +117,10 @@ class BusClient:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether Hello and AddMatch were answered, so that the connection may be handed over."""
+        """Return whether Hello and AddMatch were answered.
+
+        Only such a connection is handed over.
+        """
         return self._greeted == _ADD_MATCH
 
     def open(self) -> None:
@@ -135,7 +139,10 @@ class BusClient:
             self.close(f"cannot act as user {self.uid}: {exc}")
 
     def close(self, reason: str) -> None:
-        """End the connection. Waiting requests are refused, and the servers of the bus are lost."""
+        """End the connection.
+
+        Waiting requests are refused, and the servers of the bus are lost.
+        """
         if self.is_closed:
             return
         LOGGER.warning("own-connection-lost bus=%s: %s", self.bus.name, reason)
@@ -399,8 +406,8 @@ class BusClient:
         sandbox = self.claimed.pop(instance, None)
         if sandbox is None:
             return
-        # A bus that exits also removes all servers, and then hangs up. In that case the sandboxes wait
-        # until the bus is back. A Ping tells the two cases apart.
+        # A bus that exits also removes all servers, and then hangs up. In that case the sandboxes
+        # wait until the bus is back. A Ping tells the two cases apart.
         serial = self._take_serial()
         self._waiting[serial] = BusClientCallDump(
             serial=serial, interface=PEER, member="Ping", removed=sandbox
@@ -482,7 +489,10 @@ class BusClients:
         client.call(request, request_serial)
 
     def claim(self, sandbox: str, uid: int, servers: Mapping[str, ContainerServer]) -> None:
-        """Claim unclaimed servers for a sandbox. Raises CallRefusedError if a server has ended."""
+        """Claim unclaimed servers for a sandbox.
+
+        Raises CallRefusedError if a server has ended.
+        """
         for bus, server in servers.items():
             client = self._get(bus, uid)
             if server.instance and (client is None or server.instance not in client.unclaimed):

@@ -1,4 +1,4 @@
-"""The servers that buses with Containers1 make for sandboxes, and the end of these servers."""
+"""The servers that buses with Containers1 make for sandboxes, from claim to end."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -33,7 +33,10 @@ class ContainerServers:
         self._answer: Final = answer
 
     def set(self, sandbox: Sandbox, bus: str, server: ContainerServer | None) -> None:
-        """Set the server of a sandbox on a bus, and end the former server. Raises CallRefusedError."""
+        """Set the server of a sandbox on a bus, and end the former server.
+
+        Raises CallRefusedError.
+        """
         uid, before = sandbox.spec.uid, sandbox.spec.container_servers.get(bus)
         if server is not None:
             self.bus_clients.claim(sandbox.id, uid, {bus: server})
@@ -74,7 +77,10 @@ class ContainerServers:
             found.set_container_server(bus, None)
 
     def server_lost(self, sandbox: str, bus: str) -> None:
-        """Tell the supervisor, which recreates the server. Connections to the bus wait meanwhile."""
+        """Tell the supervisor, which recreates the server.
+
+        Connections to the bus wait meanwhile.
+        """
         if (found := self._sandboxes.get(sandbox)) is not None:
             found.set_container_server(bus, ContainerServer())
             self._emit(ContainerServerLost(sandbox, bus))

@@ -1,4 +1,4 @@
-"""The hand-over from gate to gate: words, frames and descriptors on the socket between the gates.
+"""The hand-over from gate to gate: words, frames and descriptors on a socket.
 
     new gate                                  old gate
      | -- Offer, with readable versions -----> |
@@ -9,12 +9,12 @@
      | <- Go --------------------------------- | exits
      | serves                                  |
 
-The old gate decides. Until the Go, the new gate reads from no connection and writes to no connection. At
-any step, either side may say Failed, exit, or be silent for too long. Then the old gate raises
-HandoverError and serves again, because the new gate has only copies.
+The old gate decides. Until the Go, the new gate reads from no connection and writes to no
+connection. At any step, either side may say Failed, exit, or be silent for too long. Then the old
+gate raises HandoverError and serves again, because the new gate has only copies.
 
-The old gate does nothing else during a hand-over. So the state does not change meanwhile, and no step may
-take long.
+The old gate does nothing else during a hand-over. So the state does not change meanwhile, and no
+step may take long.
 """
 
 import gc
@@ -145,7 +145,10 @@ class Channel:
 def hand_over(
     channel: Channel, header: Callable[[Fds], HandoverHeader], dumps: Iterable[Dump]
 ) -> None:
-    """Send all state to the gate at the other end, which serves from then on. Raises HandoverError."""
+    """Send all state to the gate at the other end, which serves from then on.
+
+    Raises HandoverError.
+    """
     offer = channel.hear()
     if isinstance(offer, Failed):
         raise HandoverError(offer.text)

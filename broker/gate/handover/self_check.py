@@ -1,4 +1,4 @@
-"""Self check of a gate before taking over: judge three messages on a connection to no bus."""
+"""Self check of a gate before a hand-over: judge three messages without a bus."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The new gate's side of a hand-over: load the state, compare with the dumps, and then say Ready."""
+"""The new gate's side of a hand-over: load the state, compare with the dumps, say Ready."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,7 +24,8 @@ from policy.match import Judge
 from policy.rules import AccessList, Identity
 
 LOGGER: Final = logging.getLogger(__name__)
-# Seconds. The old gate has a shorter limit. The limit here is for an old gate that was stopped or hangs.
+# Seconds. The old gate has a shorter limit. The limit here is for an old gate that was stopped or
+# hangs.
 LONGEST_WAIT: Final = 600.0
 # Compiled rules, by app and list, and then by bus.
 _Known = dict[tuple[Identity, AccessList], dict[str, Judge]]
@@ -52,8 +53,8 @@ def offer(channel: Channel, pid: int) -> None:
 def take_over(channel: Channel, gate: Successor) -> HandoverHeader:
     """Receive and load the state, and wait for Go. The next call is `gate.resume`.
 
-    Raises HandoverError. Then the caller exits without closing anything, because the old gate serves the
-    same sockets.
+    Raises HandoverError. Then the caller exits without closing anything, because the old gate
+    serves the same sockets.
     """
     data, fds = channel.receive()
     header = decode_header(data)
@@ -91,7 +92,8 @@ def _take_sandbox(channel: Channel, gate: Successor, known: _Known) -> None:
     problem = _load(sandbox, dump, fds, judges)
     if not problem:
         return
-    # A single sandbox must not prevent an upgrade. So the sandbox is served without its connections.
+    # A single sandbox must not prevent an upgrade. So the sandbox is served without its
+    # connections.
     LOGGER.error("not-taken-over sandbox=%s: %s: all connections end", sandbox.id, problem)
     sandbox.discard()
     bare, kept, lost = without_connections(dump, fds)
@@ -108,7 +110,7 @@ def _load(sandbox: Sandbox, dump: SandboxDump, fds: Sequence[int], judges: dict[
         sandbox.load(dump, fds, judges)
         if dump_equals(sandbox.dump, dump, fds):
             return ""
-    except Exception as exc:  # noqa: BLE001 - an error in a sandbox's state affects that sandbox alone
+    except Exception as exc:  # noqa: BLE001 - only this sandbox is affected
         return repr(exc)
     return "the loaded state differs from the old gate's state"
 
@@ -116,8 +118,9 @@ def _load(sandbox: Sandbox, dump: SandboxDump, fds: Sequence[int], judges: dict[
 def without_connections(
     dump: SandboxDump, fds: Sequence[int]
 ) -> tuple[SandboxDump, Sequence[int], list[tuple[str, str]]]:
-    """Return the dump without connections, its descriptors, and the buses and unique names of the connections.
+    """Return the dump without connections.
 
+    Return also the remaining descriptors, and bus and unique name of each removed connection.
     Raises HandoverError.
     """
     used = [at for _, at in dump.listening] + [dump.close_pipe] * (dump.close_pipe >= 0)

@@ -1,8 +1,8 @@
 """Accept connections of a sandbox without ever blocking for more than 20 ms.
 
-The creator of a sandbox may have made the listening socket. Then the creator holds the same open file
-description, and shares O_NONBLOCK and the queue of connections with the gate. So neither the flag nor
-poll(2) keeps accept(2) from blocking:
+The creator of a sandbox may have made the listening socket. Then the creator holds the same open
+file description, and shares O_NONBLOCK and the queue of connections with the gate. So neither the
+flag nor poll(2) keeps accept(2) from blocking:
 
     creator                       gate
      |                             | O_NONBLOCK on
@@ -105,7 +105,10 @@ class ListenerOwner(Protocol):
     """The sandbox of a listening socket."""
 
     def may_accept(self) -> bool:
-        """Return whether to accept a connection now. After False the owner calls `resume` later."""
+        """Return whether to accept a connection now.
+
+        After False the owner calls `resume` later.
+        """
 
     def on_connection(self, listening: "ListeningSocket", connection: socket.socket) -> None:
         """Take a connection, which belongs to the owner from here on."""

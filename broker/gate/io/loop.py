@@ -1,11 +1,11 @@
 """The event loop of the gate: level-triggered epoll, callbacks, timers.
 
-The gate does not use trio, because a wake-up there costs a re-arm of the descriptor and a task switch,
-which is a fifth of a round trip (docs/decisions/0001-the-gate-has-its-own-loop.md). All callbacks are
-synchronous and short. A callback that raises ends the gate. So the code that serves a peer has to catch
-the errors that the peer can cause.
+The gate does not use trio, because a wake-up there costs a re-arm of the descriptor and a task
+switch, which is a fifth of a round trip (docs/decisions/0001-the-gate-has-its-own-loop.md). All
+callbacks are synchronous and short. A callback that raises ends the gate. So the code that serves a
+peer has to catch the errors that the peer can cause.
 
-    one turn:   due timers  ->  epoll_wait  ->  handlers of ready descriptors  ->  callbacks of `next_turn`
+    one turn:  due timers -> epoll_wait -> handlers of ready descriptors -> callbacks of `next_turn`
 """
 
 import heapq
@@ -25,7 +25,10 @@ Handler = Callable[[int], None]
 
 
 class Timer:
-    """A call at a time of the loop's clock. A cancelled timer stays in the heap without callback."""
+    """A call at a time of the loop's clock.
+
+    A cancelled timer stays in the heap without callback.
+    """
 
     __slots__ = ("callback", "when")
 

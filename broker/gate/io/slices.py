@@ -12,7 +12,10 @@ from broker.wire.errors import CallRefusedError
 
 
 class Sliced:
-    """A piece of work that is done in slices. `ended` is called with the error, or with None."""
+    """A piece of work that is done in slices.
+
+    `ended` is called with the error, or with None.
+    """
 
     def __init__(
         self, loop: Loop, work: Work, ended: Callable[[CallRefusedError | None], None]

@@ -1,7 +1,8 @@
 """A stream socket in the loop, with descriptors, and a queue for unsent messages.
 
-A paused stream is still watched for hang-ups. epoll would report a hang-up in every turn until a read.
-So the stream leaves the loop after a hang-up, and comes back with the next `pause(reading=True)`:
+A paused stream is still watched for hang-ups. epoll would report a hang-up in every turn until a
+read. So the stream leaves the loop after a hang-up, and comes back with the next
+`pause(reading=True)`:
 
     in the loop, reading  --pause-->  in the loop, not reading  --hang-up-->  away
             ^                                 |                                |
@@ -25,8 +26,9 @@ from broker.wire.errors import PeerProtocolError
 READ_SIZE: Final = 65536
 # After a full read. A larger read needs fewer system calls, and cuts fewer messages in two.
 READ_SIZE_FOR_MUCH: Final = 262144
-# Plain integers, because an operation on the socket module's enum members runs Python code for every
-# message. MSG_DONTWAIT replaces O_NONBLOCK, which every process that holds the socket may clear.
+# Plain integers, because an operation on the socket module's enum members runs Python code for
+# every message. MSG_DONTWAIT replaces O_NONBLOCK, which every process that holds the socket may
+# clear.
 DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC) | DONTWAIT
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
@@ -59,7 +61,8 @@ class SocketStream:
         # The queue has more than one message, or was not empty when the last message came.
         self.is_behind = False
         self.handler: Callable[[int], None] = self.on_event
-        # The stream is read, and nothing waits that has to go before the next message (fast_path.py).
+        # The stream is read, and nothing waits that has to go before the next message
+        # (fast_path.py).
         self.is_clear = False
         self._reading = True
         self._is_away = False  # out of the loop, because the other end hung up during a pause
@@ -114,10 +117,12 @@ class SocketStream:
         return data, fds
 
     def write(self, output: Output) -> None:
-        """Send all of `output`, which is then empty. Queue the bytes that the other end does not take.
+        """Send all of `output`, which is then empty.
 
-        Raises StreamClosedError, except if the other end has hung up. In that case the last bytes of
-        the other end are still to be read, and `read` raises the error afterwards.
+        Queue the bytes that the other end does not take.
+
+        Raises StreamClosedError, except if the other end has hung up. In that case the last bytes
+        of the other end are still to be read, and `read` raises the error afterwards.
         """
         if not self._queue and len(output) == 1 and output[0].__class__ is bytes:
             data = output[0]
@@ -175,7 +180,10 @@ class SocketStream:
         self._listen()
 
     def drain(self, seconds: float) -> None:
-        """Wait at most `seconds` until the queue is empty. The gate serves nothing else meanwhile."""
+        """Wait at most `seconds` until the queue is empty.
+
+        The gate serves nothing else meanwhile.
+        """
         deadline = time.monotonic() + seconds
         taking = select.poll()
         taking.register(self.fd, select.POLLOUT)
@@ -287,7 +295,8 @@ class SocketStream:
         while sent:
             first = self._queue[0]
             if sent < len(first.data):
-                # A view, because each partial write would copy the rest of a large message otherwise.
+                # A view, because each partial write would copy the rest of a large message
+                # otherwise.
                 self._queue[0] = Chunk(memoryview(first.data)[sent:], first.fds)
                 return
             sent -= len(first.data)
