@@ -121,9 +121,9 @@ class Subject:
         return places
 
     def _run_meeting(self, program: Program, places: int, starred: int) -> tuple[int, int]:
-        """Return as `_run`, for a program in which two `*` of two braces may meet and make `**`.
+        """Run a program in which two `*` of two braces may meet and make `**`.
 
-        `starred` are the places whose last piece was a star.
+        `starred` are the places whose last piece was a star. Returns places and starred places.
         """
         for piece in program:
             if not places:

@@ -124,7 +124,7 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
     variables: dict[str, list[str]]
     unread: tuple[
         tuple[str, int, str], ...
-    ]  # file, line and name of includes that nobody looked up
+    ]  # file, line and name of includes that were not looked up
 
 
 class _Scope(msgspec.Struct, frozen=True, kw_only=True):
@@ -556,7 +556,7 @@ class _Parser:
 
 
 def _check_begin(cursor: Cursor, keyword: str | None, at: int) -> None:
-    """Refuse a rule whose beginning no kind of rule has."""
+    """Refuse text that begins like no kind of rule."""
     if keyword is None and VARIABLE.match(cursor.text, cursor.at):
         raise cursor.error("a variable is set in a profile")
     if keyword is None and cursor.peek() not in {"/", "@", '"'}:
