@@ -2,14 +2,21 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import click
 import pytest
 
+from broker.api.policy import describe, parse_question
+from broker.bus.values import Variant
 from broker.cli.commands import cli
+from policy.snaps.compiler import Compiler
+from policy.snaps.explain import explain
+from policy.snaps.installed import parse_world
+from tests.helpers.snapworlds import library
 
 PROJECT: Final = Path(__file__).parents[2]
 PAGE: Final = (PROJECT / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -97,6 +104,23 @@ def test_a_command_line_can_be_parsed(
         assert answer == f"buswarden: {caught.value.format_message()}"
     else:
         command.make_context(line, words, parent=CONTEXT)
+
+
+def test_the_example_of_explain_is_answered_as_shown() -> None:
+    example = PAGE.partition("\n## explain\n")[2].split("```")[1].lstrip()
+    line, _, answer = example.replace("\\\n", " ").partition("\n")
+    app, _, bus, name, path, interface, member, _, peer = shlex.split(line)[3:]
+    (file,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    world = parse_world(tomllib.loads(file) | {"connections": []})
+    said = {"direction": "send", "bus": bus, "name": name, "path": path}
+    said |= {"interface": interface, "member": member, "peer": peer}
+    question = parse_question({key: Variant("s", value) for key, value in said.items()})
+    found = describe(explain(Compiler(library(), world), f"snap.{app}", question))
+    assert answer.splitlines() == [
+        f"denied: {found['reason'].value}",
+        "each of these would allow the message, least privilege first:",
+        *(f"  {one}" for one in cast("list[str]", found["suggestions"].value)),
+    ]
 
 
 def test_there_are_command_lines() -> None:
