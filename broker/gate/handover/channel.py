@@ -17,11 +17,12 @@ The old gate does nothing else during a hand-over. So the state does not change 
 step may take long.
 """
 
+import contextlib
 import gc
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NoReturn
 
 import msgspec
@@ -111,26 +112,14 @@ class Channel:
         return bytes(data[:size]), fds
 
     def _send(self, data: bytes | memoryview, fds: Sequence[int] = ()) -> None:
-        try:
+        with self._errors("send to"):
             self._sock.sendmsg([data], rights(fds))
-        except TimeoutError:
-            raise HandoverError(self._too_slow()) from None
-        except ConnectionError:
-            raise HandoverError("the other gate ended") from None
-        except OSError as exc:
-            raise HandoverError(f"cannot send to the other gate: {exc.strerror}") from exc
 
     def _receive(self) -> tuple[bytes, list[int]]:
-        try:
+        with self._errors("receive from"):
             data, ancillary, flags, _ = self._sock.recvmsg(
                 PACKET, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
             )
-        except TimeoutError:
-            raise HandoverError(self._too_slow()) from None
-        except ConnectionError:
-            raise HandoverError("the other gate ended") from None
-        except OSError as exc:
-            raise HandoverError(f"cannot receive from the other gate: {exc.strerror}") from exc
         fds = received_fds(ancillary)
         if flags & socket.MSG_CTRUNC:
             raise HandoverError("no room for all descriptors")
@@ -138,8 +127,18 @@ class Channel:
             raise HandoverError("the other gate ended")
         return data, fds
 
-    def _too_slow(self) -> str:
-        return f"nothing from the other gate for {self._seconds:g} s"
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turn errors of the socket into HandoverError."""
+        try:
+            yield
+        except TimeoutError:
+            text = f"nothing from the other gate for {self._seconds:g} s"
+            raise HandoverError(text) from None
+        except ConnectionError:
+            raise HandoverError("the other gate ended") from None
+        except OSError as exc:
+            raise HandoverError(f"cannot {what} the other gate: {exc.strerror}") from exc
 
 
 def hand_over(
