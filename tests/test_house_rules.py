@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ TESTS: Final = sorted(
 )
 MAX_LINES: Final = 600
 MAX_FUNCTION_LINES: Final = 50  # docstring and comments left out
+MAX_LEVELS: Final = 7  # of modules of one package that import each other
 
 # Whatever is in one of these may import what stands behind it, and itself; the first match counts.
 # The arrows: cli, api -> supervisor -> engines -> (bus | control protocol); gate -> control protocol, wire, policy.
@@ -88,23 +90,6 @@ MAY_IMPORT: Final = {
     },
 }
 
-# Packages and modules whose docstrings name their subject. The list grows: mend one, add its name here.
-PROSE_MENDED: Final = (
-    "broker.api",
-    "broker.bus",
-    "broker.cli",
-    "broker.control_protocol",
-    "broker.daemon",
-    "broker.engines",
-    "broker.gate",
-    "broker.launcher",
-    "broker.posix",
-    "broker.proxy",
-    "broker.supervisor",
-    "broker.systemd",
-    "broker.wire",
-    "policy",
-)
 # First words of a docstring that stand in for a noun or a verb.
 NAMELESS: Final = re.compile(
     r"(It|Its|They|There|This|That|These|Those|One|None|What|Whatever|Which|Who|Whoever|Whom|Whether|How"
@@ -136,18 +121,6 @@ PURE: Final = [
         "broker/supervisor/sandboxes/registry.py",
     }
 ]
-# Packages whose modules import each other in few levels, and in no circle. The list grows.
-IN_LEVELS: Final = (
-    "broker.gate",
-    "broker.gate.containers1",
-    "broker.gate.filter",
-    "broker.gate.handover",
-    "broker.gate.io",
-    "broker.gate.sandbox",
-)
-MAX_LEVELS: Final = 7
-# Packages without any circle of imports, those below included. The list grows.
-IN_NO_CIRCLE: Final = ("broker.control_protocol", "broker.gate", "broker.posix")
 NEEDS_THE_WORLD: Final = {
     "asyncio",
     "logging",
@@ -217,6 +190,92 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     assert not wrong_imports(path)
 
 
+def import_graph(modules: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Return which of these modules each one imports, from the full names that it imports."""
+    return {
+        module: {name for name in imported if name in modules and name != module}
+        for module, imported in modules.items()
+    }
+
+
+def find_circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return modules that import each other in a circle, in order; [] if there is none."""
+    finished: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module not in finished:
+            for name in sorted(graph[module]):
+                if circle := search(name, [*path, module]):
+                    return circle
+            finished.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := search(module, []))), [])
+
+
+def count_levels(graph: Mapping[str, set[str]]) -> int:
+    """Return the length of the longest chain of imports. There must be no circle."""
+    levels: dict[str, int] = {}
+
+    def level(module: str) -> int:
+        if module not in levels:
+            levels[module] = 1 + max(map(level, graph[module]), default=0)
+        return levels[module]
+
+    return max(map(level, graph), default=0)
+
+
+# Imports under TYPE_CHECKING count as all others do.
+GRAPH: Final = import_graph({name_of(path): imported_modules(path) for path in SOURCES})
+FOLDERS: Final = sorted({module.rpartition(".")[0] for module in GRAPH if "." in module})
+
+
+def test_no_modules_import_each_other() -> None:
+    assert not find_circle(GRAPH)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_package_has_few_levels(folder: str) -> None:
+    inside = {name: GRAPH[name] for name in GRAPH if name.rpartition(".")[0] == folder}
+    graph = {name: imports & inside.keys() for name, imports in inside.items()}
+    assert count_levels(graph) <= MAX_LEVELS
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_packages_of_one_folder_do_not_import_each_other(folder: str) -> None:
+    graph: dict[str, set[str]] = {}
+    depth = folder.count(".") + 1
+    for name, imports in GRAPH.items():
+        parts = name.split(".")
+        if is_within(name, folder) and len(parts) > depth + 1:
+            others = {".".join(other.split(".")[: depth + 1]) for other in imports}
+            graph.setdefault(".".join(parts[: depth + 1]), set()).update(others)
+    siblings = {
+        name: {one for one in imports if one in graph} - {name} for name, imports in graph.items()
+    }
+    assert not find_circle(siblings)
+
+
+def test_a_circle_and_a_chain_are_found() -> None:
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert not find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    assert count_levels({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == 3
+
+
+def test_a_class_name_stands_for_one_class() -> None:
+    names = Counter(
+        node.name
+        for path in SOURCES
+        if is_within(name_of(path), "broker")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and not any("Protocol" in ast.unparse(base) for base in node.bases)
+    )
+    assert not {name for name, count in names.items() if count > 1}
+
+
 @pytest.mark.parametrize("path", PURE, ids=name_of)
 def test_pure_module_does_no_io(path: Path) -> None:
     imported = imported_modules(path)
@@ -229,40 +288,6 @@ def test_pure_module_does_no_io(path: Path) -> None:
 def test_pure_module_of_the_gate_imports_pure_ones_alone(path: Path) -> None:
     ours = modules_imported_by(path)
     assert ours <= {name_of(pure) for pure in PURE}
-
-
-def import_levels(modules: Mapping[str, set[str]]) -> dict[str, int]:
-    """Return the level of each module: above all that it imports of the others. In a circle no module has one."""
-    levels: dict[str, int] = {}
-    while len(levels) < len(modules):
-        ready = [
-            name
-            for name, imported in modules.items()
-            if name not in levels and imported & modules.keys() <= levels.keys()
-        ]
-        assert ready, f"a circle: {sorted(modules.keys() - levels.keys())}"
-        level = max(levels.values(), default=0) + 1
-        levels.update(dict.fromkeys(ready, level))
-    return levels
-
-
-@pytest.mark.parametrize("package", IN_LEVELS)
-def test_package_has_few_import_levels(package: str) -> None:
-    # The packages below have levels of their own.
-    modules = {
-        name_of(p): modules_imported_by(p)
-        for p in SOURCES
-        if name_of(p).rpartition(".")[0] == package
-    }
-    assert max(import_levels(modules).values()) <= MAX_LEVELS
-
-
-@pytest.mark.parametrize("package", IN_NO_CIRCLE)
-def test_package_has_no_import_circle(package: str) -> None:
-    # Imports under TYPE_CHECKING count as well.
-    assert import_levels(
-        {name_of(p): modules_imported_by(p) for p in SOURCES if is_within(name_of(p), package)}
-    )
 
 
 @pytest.mark.parametrize(
@@ -309,11 +334,9 @@ def docstrings(path: Path) -> list[str]:
     return [text for node in nodes if (text := ast.get_docstring(node)) is not None]
 
 
-@pytest.mark.parametrize("name", PROSE_MENDED)
-def test_docstrings_name_their_subject(name: str) -> None:
-    paths = [path for path in SOURCES if is_within(name_of(path), name)]
-    assert paths, "no such package or module"
-    assert not [text for path in paths for text in docstrings(path) if NAMELESS.match(text)]
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_docstrings_name_their_subject(path: Path) -> None:
+    assert not [text for text in docstrings(path) if NAMELESS.match(text)]
 
 
 @pytest.mark.parametrize(
