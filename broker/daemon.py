@@ -1,4 +1,4 @@
-"""The supervisor process: put folder, lock, buses, gate and interfaces together, and take all down in order.
+"""The supervisor process: all parts put together, and taken down in order.
 
 Order of the start: folder and lock, state file, buses, gate, then the D-Bus name's calls are answered, `ready`.
 Order of the end, after SIGTERM or SIGINT:
@@ -114,7 +114,10 @@ class _SignalListener:
         self._reload, self.reloads = trio.open_memory_channel[None](1)
 
     async def listen(self, signals: AsyncIterator[int], start: trio.CancelScope) -> None:
-        """Take signals from the start on. A start that takes too long after the signal to end is cancelled."""
+        """Take signals from the start on.
+
+        A start that takes too long after the signal to end is cancelled.
+        """
         async for number in signals:
             if number != signal.SIGHUP:
                 LOGGER.info("%s: ending", signal.Signals(number).name)
@@ -205,7 +208,7 @@ def _make_parts(
 
 
 def _attach(watch: NameWatch, bus: BusConnection) -> None:
-    """Connect a watch with its bus: owner changes go to the watch, leaving callers to the bus."""
+    """Connect a watch with a bus, both ways."""
     bus.on_signal = watch.take
     watch.on_caller_gone = bus.calls.gone
     bus.calls.watch(watch)

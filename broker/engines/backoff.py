@@ -1,4 +1,4 @@
-"""The pause between two tries at something that failed: twice as long each time, up to a limit."""
+"""Pauses between tries, twice as long each time, up to a limit."""
 
 from collections.abc import Callable
 from typing import Final
@@ -8,7 +8,10 @@ _MAX_DOUBLINGS: Final = 32
 
 
 class ExponentialBackoff:
-    """Pauses that double. `chance` (0 to 1) makes each shorter, by up to half, so that many do not try at once."""
+    """Pauses that double.
+
+    `chance` (0 to 1) makes each shorter, by up to half, so that many do not try at once.
+    """
 
     def __init__(
         self, first: float, longest: float, *, chance: Callable[[], float] | None = None

@@ -1,4 +1,4 @@
-"""The interface between the supervisor and an engine, whichever program mediates the bus behind it."""
+"""The interface between the supervisor and an engine."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ from policy.rules import AccessList
 
 
 class EngineLostError(BrokerError):
-    """The engine went away before the answer, so a request may or may not have been carried out."""
+    """The engine went away before the answer, so the outcome is unknown."""
 
 
 @contextlib.contextmanager
 def ignore_ended_sandbox() -> Iterator[None]:
-    """Ignore the refusal of a request that ends a sandbox, if the sandbox has ended already."""
+    """Ignore the refusal of a request to end a sandbox that has ended."""
     try:
         yield
     except CallRefusedError as exc:
@@ -37,7 +37,7 @@ class Listener(Protocol):
         """Take note of all that the engine has, after it was started or connected to."""
 
     def missing(self) -> Sequence[tuple[SandboxSpec, Sequence[int]]]:
-        """Return the sandboxes, with their descriptors, that the engine must serve and that the snapshot lacked."""
+        """Return the sandboxes to serve that the snapshot lacked, with their descriptors."""
 
     def instance_field_wishes(self) -> Sequence[tuple[str, str]]:
         """Return the connections, as bus and unique name, that requested the instance field.
@@ -50,7 +50,10 @@ class Listener(Protocol):
 
 
 class Engine(Protocol):
-    """A server of the sandboxes' sockets. All requests raise CallRefusedError and EngineLostError."""
+    """A server of the sandboxes' sockets.
+
+    All requests raise CallRefusedError and EngineLostError.
+    """
 
     @property
     def name(self) -> str:
@@ -61,10 +64,10 @@ class Engine(Protocol):
         """The process that serves now, or served last."""
 
     def serving(self, bus: str) -> str:
-        """Return the name of the engine that serves new sandboxes on a bus, because an engine may use another."""
+        """Return the name of the engine that serves new sandboxes on a bus."""
 
     def instances(self, sandbox: str) -> Mapping[str, str]:
-        """Return the paths, by bus, of the instances that buses themselves made for a sandbox.
+        """Return the paths of the instances that buses made for a sandbox, by bus.
 
         A path is empty while the bus is asked for another instance.
         """
@@ -81,19 +84,28 @@ class Engine(Protocol):
         """A line about the last crash; empty if there was none."""
 
     async def add(self, spec: SandboxSpec, fds: Sequence[int]) -> None:
-        """Begin to serve a sandbox. The caller owns the descriptors, and may close them afterwards."""
+        """Begin to serve a sandbox.
+
+        The caller owns the descriptors, and may close them afterwards.
+        """
 
     async def set_access(self, sandbox: str, access: AccessList) -> None:
-        """Replace the rules of a sandbox. No message is judged by the old rules after the return."""
+        """Replace the rules of a sandbox.
+
+        No message is judged by the old rules after the return.
+        """
 
     async def stop_listening(self, sandbox: str) -> None:
         """Accept no more connections from a sandbox."""
 
     async def stop(self, sandbox: str, reason: str = "stopped") -> None:
-        """End a sandbox and its connections. The listener is told of the end and the reason before the return."""
+        """End a sandbox and its connections.
+
+        The listener is told of the end and the reason before the return.
+        """
 
     async def who(self, bus: str, unique_name: str) -> str | None:
-        """Return the sandbox behind a connection to a bus: "" if that is unknown, None for a host."""
+        """Return the sandbox behind a connection: "" if unknown, None for a host."""
 
     async def use(self, sandbox: str | None = None) -> Usage:
         """Return the usage of limits by a sandbox, or by all sandboxes together."""
@@ -101,10 +113,10 @@ class Engine(Protocol):
     async def request_instance_field(
         self, bus: str, unique_name: str, *, wanted: bool = True
     ) -> None:
-        """Add the instance field to messages from sandboxes to this connection, or no longer."""
+        """Add the instance field to messages from sandboxes to a connection, or stop."""
 
     async def upgrade(self) -> tuple[int, int]:
-        """Replace the serving process by a new process without closing a connection; return both pids.
+        """Replace the serving process, closing no connection; return both pids.
 
         Raises CallRefusedError if the old process continues to serve.
         """

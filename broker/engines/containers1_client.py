@@ -1,4 +1,4 @@
-"""Client of buses that have Containers1 themselves: dialects, and requests for servers.
+"""Client of buses that have Containers1: dialects, and requests for servers.
 
 The client remembers the dialect of each bus, and nothing else. A bus that failed is asked again after a pause that
 grows. Requests during the pause are refused at once, with the error of the last try.
@@ -84,7 +84,7 @@ class _Bus:
 
 
 class Containers1Client:
-    """Requests to all buses, sent by `call`, which raises CallRefusedError and EngineLostError."""
+    """Requests to all buses, sent by `call`."""
 
     def __init__(self, call: Callable[[CallBus], Awaitable[Called]]) -> None:
         self._call: Final = call
@@ -104,7 +104,7 @@ class Containers1Client:
         return not known.is_pausing and (known.dialect is not None or not known.is_asked)
 
     def forget(self, bus: str, uid: int | None = None) -> None:
-        """Ask a bus again next time, for a user or for all, because another bus may have the address now."""
+        """Ask a bus again next time, for a user or for all, after a possible restart."""
         for (name, user), known in self._known.items():
             if name == bus and uid in (None, user):
                 known.is_asked = False
@@ -195,7 +195,10 @@ class Containers1Client:
         return dialect.server(instance, address)
 
     async def stop_server(self, uid: int, bus: str, server: ContainerServer) -> bool:
-        """End an unused server; return whether the bus is gone. On failure the gate ends the server."""
+        """End an unused server; return whether the bus is gone.
+
+        On failure the gate ends the server.
+        """
         body = pack("o", [server.instance])
         try:
             await self._call_method(bus, uid, server.stop, "o", body)

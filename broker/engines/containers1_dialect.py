@@ -1,4 +1,4 @@
-"""Dialects of Containers1: the names, arguments and bodies that a bus understands. Pure.
+"""Dialects of Containers1: the names, arguments and bodies of a bus. Pure.
 
 The interface was merged under other names than it was proposed under, and will get more arguments. Therefore a
 bus describes the dialect, by Introspect and SupportedArguments.
@@ -31,7 +31,10 @@ MAX_DESCRIPTION: Final = 256 * 1024  # characters
 
 
 class Dialect(msgspec.Struct, frozen=True, kw_only=True):
-    """The methods and arguments of a bus. An empty name stands for a method that the bus lacks."""
+    """The methods and arguments of a bus.
+
+    An empty name stands for a method that the bus lacks.
+    """
 
     add: str
     stop: str
@@ -56,7 +59,7 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_dialect(xml: str, arguments: Sequence[str]) -> Dialect | None:
-    """Return the dialect of a bus from the introspection XML; None without a known Containers1.
+    """Return the dialect in a bus's introspection XML; None without Containers1.
 
     Raises CallRefusedError if the XML is malformed.
     """
@@ -163,7 +166,7 @@ def instance_paths(servers: Mapping[str, ContainerServer]) -> dict[str, str]:
 
 
 class _Description:
-    """A reader of the signatures of Containers1's methods, which reads nothing but the text."""
+    """A parser of Containers1's method signatures, which reads no other file."""
 
     def __init__(self) -> None:
         self._parser: Final = expat.ParserCreate()

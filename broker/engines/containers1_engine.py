@@ -1,6 +1,6 @@
-"""The engine for buses that have Containers1 themselves: the bus labels each connection, and the gate enforces.
+"""The engine for buses with Containers1, which label connections.
 
-Theory of operation. This is the gate engine with one step more. Before the gate gets a sandbox, each bus of the
+Theory of operation. This engine adds a step to the gate engine. Before the gate gets a sandbox, each bus of the
 sandbox that has Containers1 is asked to make a container server, and the gate connects there:
 
     supervisor                      gate                              bus
@@ -10,11 +10,11 @@ sandbox that has Containers1 is asked to make a container server, and the gate c
                                     app connects; connects     ->     labels the connection
                                     to the server's address
 
-All calls go over a connection of the gate (broker/gate/containers1/bus_client.py). A bus ends a server when its
-creator leaves, and a supervisor leaves more often than a gate. The servers of a sandbox are stored in the gate
-(`SandboxSpec.container_servers`) and come back in its snapshot.
+All calls go over a connection of the gate (broker/gate/containers1/bus_client.py). A bus ends a server when the
+server's creator leaves, and a supervisor leaves more often than a gate. The servers of a sandbox are stored in the
+gate (`SandboxSpec.container_servers`) and come back in the snapshot.
 
-The servers are lost when their bus or the gate starts anew. The gate then lets the sandbox's new connections wait
+The servers are lost when the bus or the gate starts anew. The gate then lets the sandbox's new connections wait
 until the engine has recreated the servers (lost_servers.py).
 
 If the operator chose this engine, labels are required. If not, a bus without Containers1 is served by the gate

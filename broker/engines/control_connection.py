@@ -181,7 +181,8 @@ class ControlConnection:
             close_fds(fds)
 
     async def _send(self, serial: int, body: Request, fds: Sequence[int]) -> None:
-        """Send a whole frame, even if cancelled, because half a frame would end the connection."""
+        """Send a whole frame, even if cancelled."""
+        # Half a frame would end the connection.
         async with self._sending:
             if self._dead:
                 raise EngineLostError("the gate went away")

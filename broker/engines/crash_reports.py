@@ -1,4 +1,4 @@
-"""Reports of gates that died: a text file with time, cause, and the headers of the last messages.
+"""Reports of gates that died: time, cause, and headers of the last messages.
 
 The newest MAX_CRASHES files are kept in the runtime folder. The gate recorded the headers (broker/gate/recorder.py).
 Bodies are never recorded.
@@ -53,7 +53,7 @@ def keep_crash(
 
 
 def find_trace(folder: Path) -> Path:
-    """Return where the trace of a dead gate would be: moved aside, if another gate writes a trace by now."""
+    """Return the path that the trace of a dead gate would have."""
     moved = folder / MOVED
     return moved if moved.exists() else folder / TRACE
 

@@ -1,10 +1,10 @@
-"""The engine with a separate process: start a gate, or connect to the running gate, and stay connected.
+"""The engine with a separate process: start or find a gate, and stay connected.
 
 Theory of operation. `keep_connected` opens ControlConnections, one after the other. A reader task passes events to
 the listener, and answers to the waiting requests, both in the order of the gate.
 
-A gate outlives the supervisor unless there is a request to shut down. When the connection breaks, the next round finds the same
-gate again or starts another, and the snapshot tells the listener which sandboxes the gate has:
+A gate outlives the supervisor unless there is a request to shut down. When the connection breaks, the next round
+finds the same gate again or starts another, and the snapshot tells the listener which sandboxes the gate has:
 
     supervisor                                gate
     connect, or start a gate and connect
@@ -86,7 +86,7 @@ class _Engine(Protocol):
 
 
 class _ListenerTee:
-    """Passes gate events to the supervisor, and those about container servers to the engine."""
+    """Passes events to the supervisor, those about container servers to the engine."""
 
     def __init__(self, engine: _Engine, listener: Listener) -> None:
         self._engine: Final = engine
@@ -122,7 +122,7 @@ _FDS_A_REQUEST: Final = 200
 async def fetch_listening_sockets(
     link: ControlConnection, held: HeldSockets, sandboxes: Iterable[SandboxState]
 ) -> None:
-    """Get from the gate, and hold, the sockets of those sandboxes of which none are held."""
+    """Get from the gate, and hold, the sockets of sandboxes that are not held."""
     for names in _batches(state for state in sandboxes if state.spec.id not in held):
         with held.unless_ended(names) as living:
             try:
@@ -229,7 +229,7 @@ class GateEngine:
             self.held.close()
 
     async def shutdown(self) -> None:
-        """End the gate if this supervisor started it, or an earlier supervisor with the same folder."""
+        """End the gate if a supervisor with this folder started it."""
         self._closing = True
         with trio.move_on_after(SHUTDOWN_TIMEOUT) as scope:
             link = await self._wait_link()
@@ -302,8 +302,9 @@ class GateEngine:
             )
 
     async def _request(self, request: Request, fds: Sequence[int] = ()) -> Answer:
-        """Send a request and return the answer. If the gate dies meanwhile, send to the next gate again.
+        """Send a request and return the answer.
 
+        If the gate dies meanwhile, send to the next gate again.
         Sending twice does no harm, because each request states a result, not a change.
         """
         link = await self._get_link()
@@ -334,14 +335,15 @@ class GateEngine:
         self._servers.forget(sandbox)
 
     async def _recreate_lost(self, link: ControlConnection) -> None:
-        """Recreate lost servers until the gate is lost, because the next snapshot lists lost servers again."""
+        """Recreate lost servers until the gate is lost."""
+        # The next snapshot lists lost servers again.
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._servers.recreate_lost, self._recreate)
             await link.ended.wait()
             nursery.cancel_scope.cancel()
 
     async def _recreate(self, spec: SandboxSpec, bus: str) -> None:
-        """Serve a sandbox by the gate alone, because this engine asks no bus for another server."""
+        """Serve a sandbox by the gate alone, without another server."""
         LOGGER.warning(
             "%s: bus %s lost its container server; the gate alone serves the sandbox now",
             spec.id,

@@ -1,13 +1,13 @@
-"""The gate's process: started to outlive the supervisor, watched, and reported on after a death.
+"""The gate's process: started, watched, and reported on after a death.
 
 A gate ends with the supervisor that started it, or with a later supervisor in the same folder. So the pids of
 gates that supervisors started stand in a file, the mark. The file must be right whenever a supervisor dies:
 
-    written before a start:      the pid that serves now, if any, and "?"
-    written after posix_spawn:   the pid that serves now, if any, and the new pid
-    written once it serves:      the new pid
+    written before a start:       the pid that serves now, if any, and "?"
+    written after posix_spawn:    the pid that serves now, if any, and the new pid
+    written once that one serves: the new pid
 
-A "?" stands for a gate without a known pid. A supervisor that reads a "?" treats the running gate as an own gate.
+A "?" stands for a gate without a known pid. A supervisor that reads a "?" will end the running gate, whatever its pid.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class GateProcess:
 
     @property
     def is_ours(self) -> bool:
-        """Return whether this supervisor started the gate, or an earlier supervisor with the same folder."""
+        """Return whether a supervisor with this folder started the gate."""
         noted = self._noted()
         return self.pid in self._children or str(self.pid) in noted or _ANY in noted
 

@@ -1,4 +1,4 @@
-"""Duplicates of the gate's listening sockets, so that no socket is lost with a gate that dies.
+"""Duplicates of the gate's listening sockets, kept for the next gate.
 
 The key of a descriptor is (sandbox, bus); an empty bus stands for the read end of the close-notification pipe. A
 descriptor is closed when the sandbox ends or stops listening.
@@ -73,7 +73,10 @@ class HeldSockets:
         self.on_change(sandbox, bus, fd)
 
     def drop(self, sandbox: str, bus: str | None = None) -> None:
-        """Close the descriptors of a sandbox, or only the descriptor for a bus. Harmless if none is held."""
+        """Close the descriptors of a sandbox, or only the descriptor for a bus.
+
+        Harmless if none is held.
+        """
         held = self._fds.get(sandbox, {})
         for which in [bus] if bus is not None else list(held):
             if (fd := held.pop(which, None)) is not None:
@@ -89,7 +92,7 @@ class HeldSockets:
             self.drop(sandbox, bus)
 
     def close(self) -> None:
-        """Close all descriptors without calling `on_change`: the second keeper has duplicates for the next supervisor."""
+        """Close all descriptors without `on_change`, so that the second keeper keeps all."""
         self.on_change = _ignore
         for sandbox in self:
             self.drop(sandbox)

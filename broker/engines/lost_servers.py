@@ -1,4 +1,4 @@
-"""The container servers of sandboxes, as the gate knows them, and the task that recreates lost servers.
+"""The container servers of sandboxes, and the task that recreates lost servers.
 
 Rule: a lost server is either queued or being recreated, and only once, until the task has seen the server's
 return. So a message of the gate in the meantime changes the table and nothing else.
@@ -52,7 +52,7 @@ class ContainerServerTable:
         return iter(self._specs.values())
 
     def get(self, sandbox: str) -> SandboxSpec | None:
-        """Return a sandbox without the listeners; None if no bus has a server for the sandbox."""
+        """Return a sandbox without the listeners; None if no bus has a server."""
         return self._specs.get(sandbox)
 
     def servers(self, sandbox: str) -> Mapping[str, ContainerServer]:
@@ -88,7 +88,7 @@ class ContainerServerTable:
         self._queue_if_lost(sandbox, bus)
 
     def change_access(self, sandbox: str, access: AccessList) -> SandboxSpec | None:
-        """Record the rules of a sandbox, and return the sandbox; None if no bus has a server."""
+        """Record a sandbox's rules; return the sandbox, None if no bus has a server."""
         if (spec := self._specs.get(sandbox)) is not None:
             spec = self._specs[sandbox] = msgspec.structs.replace(spec, access=access)
         return spec

@@ -1,4 +1,4 @@
-"""Limits to starting the gate again: how long to wait before the next try, and when to give up.
+"""Limits to starting the gate again: pauses, and when to give up.
 
 A gate that has served once is started again always, because apps wait for it. A gate that dies before serving,
 or that refuses this supervisor, would have the supervisor try for ever: such tries are counted.
@@ -65,7 +65,7 @@ class RestartLimits:
         await trio.sleep(REFUSAL_PAUSE)
 
     async def wait_after_death(self, lifetime: float) -> None:
-        """Wait before a gate that died is started again: not at all after a first early death."""
+        """Wait after a gate's death; not at all after a first early death."""
         if lifetime > STEADY_AFTER:
             self._died_early = False
             self._death_pause.reset()

@@ -1,4 +1,4 @@
-"""The service's connections to buses: opened at the start, and opened again after each loss.
+"""The service's connections to buses, opened again after each loss.
 
 Theory of operation. A ReconnectingBus holds a single BusConnection at a time. All state of a connection (name watches,
 exported objects) is made anew with each connection, because a restarted bus gives the same unique names to others.
@@ -37,7 +37,10 @@ class BusIds:
         self._ids: Final = state.load_bus_ids()
 
     def meet(self, bus: str, id_: str) -> bool:
-        """Record the id of a bus; return whether the id is unchanged. True for a bus without an earlier id."""
+        """Record the id of a bus; return whether the id is unchanged.
+
+        True for a bus without an earlier id.
+        """
         before = self._ids.get(bus, id_)
         if self._ids.get(bus) != id_:
             self._ids[bus] = id_
@@ -70,7 +73,10 @@ class Answerer(Protocol):
 
 
 class ReconnectingBus:
-    """A bus that is connected to again after a loss. Set `on_back` and `on_gone` before `keep_open`."""
+    """A bus that is connected to again after a loss.
+
+    Set `on_back` and `on_gone` before `keep_open`.
+    """
 
     def __init__(self, spec: BusSpec, name: str, gone_after: float) -> None:
         self.name: Final = spec.name
@@ -169,7 +175,7 @@ class ReconnectingBus:
 async def serve_calls(
     line: ReconnectingBus, make_objects: Callable[[BusConnection], Answerer], closing: trio.Event
 ) -> None:
-    """Answer calls on a bus, on each connection after the other; once `closing` is set, only earlier calls."""
+    """Answer calls on a bus, on each connection after the other, until `closing`."""
     while not closing.is_set():
         bus = await line.wait_open()
         await _serve_connection(bus, make_objects(bus), closing)

@@ -1,4 +1,4 @@
-"""The operator's configuration: scope, buses, folder, limits. From flags, a TOML file and the environment.
+"""The operator's configuration, from flags, a TOML file and the environment.
 
     scope = "user"                  # or "system"
     runtime_dir = "/run/buswarden"
@@ -39,7 +39,10 @@ _BUS_NAME: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 class ConfiguredLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits to everything that callers and sandboxes can grow. The first four have dbus-daemon's names."""
+    """Limits to everything that callers and sandboxes can grow.
+
+    The first four have dbus-daemon's names.
+    """
 
     max_containers: int = 10_000
     max_containers_per_user: int = 10_000

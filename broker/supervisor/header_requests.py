@@ -1,4 +1,4 @@
-"""Connections that requested the instance field (RequestHeader), for as long as each lasts.
+"""Connections that requested the instance field (RequestHeader).
 
 The instance field is header field 10, and carries the sender's instance path. A request is in force at the gate,
 then stored, then answered. A new gate is told of all requests again. Requests on a bus that restarted are void.
@@ -66,7 +66,7 @@ class InstanceFieldRequests:
             self._withdraw(bus, unique_name)
 
     def bus_back(self, bus: str, *, is_same: bool) -> None:
-        """Watch the connections on a reconnected bus again; drop the requests if the bus is another."""
+        """Watch the connections on a reconnected bus again; drop those on another bus."""
         for its_bus, unique_name in list(self._connections):
             if its_bus == bus and is_same:
                 self._watches[bus].add(unique_name)

@@ -144,8 +144,9 @@ class Supervisor:
     # -- requests of callers ------------------------------------------------------------------------------
 
     async def add(self, request: AddRequest, caller: Caller) -> Record:
-        """Make a sandbox, and return the record once the sockets are served. Call `announce` afterwards.
+        """Make a sandbox, and return the record once the sockets are served.
 
+        Call `announce` afterwards.
         The caller's name must be watched since before the credentials were read, until `announce`.
         """
         check_rules(request.access)
@@ -186,7 +187,7 @@ class Supervisor:
             raise
 
     def announce(self, record: Record) -> None:
-        """Take note that the creator was answered, so that the end of the sandbox may be announced."""
+        """Take note that the creator was answered, and allow to announce the end."""
         self.apply_event(record.id, LifeEvent.ANNOUNCED)
         if self._gone_buses.issuperset(record.sockets):  # perhaps since `add` began
             self.apply_event(record.id, LifeEvent.BUS_GONE)
@@ -199,7 +200,7 @@ class Supervisor:
             await self._engine.stop(record.id, step.reason or STOPPED)
 
     async def stop_listening(self, caller: Caller, id_or_path: str) -> None:
-        """Accept no more connections from a sandbox, so that the last connection ends the sandbox."""
+        """Accept no more connections, so that the last one ends the sandbox."""
         record = self._find_for_change(caller, id_or_path)
         step = self.registry.apply(record.id, LifeEvent.CLOSE_ASKED)
         if step.record is not None and step.record is not record:
@@ -240,11 +241,11 @@ class Supervisor:
         return (await self.who(bus, unique_name)).is_inside
 
     async def request_instance_field(self, caller: Caller) -> None:
-        """Add the instance field to messages from sandboxes to the caller, watched as for `add`."""
+        """Add the instance field to messages to the caller, watched as for `add`."""
         await self.field_requests.add(caller.bus, caller.unique_name)
 
     def in_force(self, record: Record) -> AccessList:
-        """Return the list in force for a sandbox: given rules, those of snaps' connections, and built-in rules."""
+        """Return a sandbox's list in force: given, from snaps' connections, built in."""
         return record.in_force(self.snaps.compiled(record.identity, record.plugs))
 
     # -- events ---------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ class Supervisor:
                 pass
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
-        """Compare the registry with all that the engine has, and queue the jobs that make both equal."""
+        """Compare the registry with a snapshot, and queue jobs that make both equal."""
         self._jobs.begin_anew()
         for record in recover_from_gate(self.registry, self._state, snapshot):
             self.watches.begin(record, again=True)
@@ -295,7 +296,7 @@ class Supervisor:
         self._sweep()
 
     def missing(self) -> list[tuple[SandboxSpec, Sequence[int]]]:
-        """Return the sandboxes that the last snapshot lacked, and that the engine must serve again."""
+        """Return the sandboxes to serve that the last snapshot lacked."""
         folder = self._environment.folder
         found = [sandbox.record for id_ in self._missing if (sandbox := self.registry.get(id_))]
         self._missing = ()
@@ -327,14 +328,20 @@ class Supervisor:
         self.watches.bus_back(bus, is_same=False)
 
     def bus_met(self, bus: str, id_: str) -> None:
-        """Take note of a bus at the start. If the bus restarted since the last supervisor, all have left it."""
+        """Take note of a bus at the start.
+
+        If the bus restarted since the last supervisor, all have left it.
+        """
         if not self._bus_ids.meet(bus, id_):
             LOGGER.warning("bus %s was restarted: all its connections are gone", bus)
             self.watches.bus_back(bus, is_same=False)
             self.field_requests.bus_back(bus, is_same=False)
 
     def bus_back(self, bus: str, id_: str) -> None:
-        """Take note of a new connection to a bus, which watches no names yet. If the bus restarted, all have left it."""
+        """Take note of a new connection to a bus, which watches no names yet.
+
+        If the bus restarted, all have left it.
+        """
         self._gone_buses.discard(bus)
         is_same = self._bus_ids.meet(bus, id_)
         if not is_same:

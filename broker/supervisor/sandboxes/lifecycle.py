@@ -1,4 +1,4 @@
-"""The life of a sandbox as a table of transitions: phase and event give the next phase, reason and effects. Pure.
+"""The life of a sandbox as a table of transitions. Pure.
 
 Theory of operation. TRANSITIONS has a row for each event that matters in a phase. Other events change nothing,
 because the gate and the watches may report late on a sandbox that has ended already.
@@ -147,14 +147,20 @@ DECIDED: Final[Mapping[str, Event]] = {
 
 
 class Process(msgspec.Struct, frozen=True):
-    """A process whose end ends a sandbox. A pid is used again, but not with the same start time."""
+    """A process whose end ends a sandbox.
+
+    A pid is used again, but not with the same start time.
+    """
 
     pid: int
     start: int  # clock ticks since boot, from /proc/PID/stat
 
 
 class Cgroup(msgspec.Struct, frozen=True):
-    """A cgroup whose last process's end ends a sandbox. A later cgroup of the same path has another inode."""
+    """A cgroup whose last process's end ends a sandbox.
+
+    A later cgroup of the same path has another inode.
+    """
 
     path: str
     inode: int

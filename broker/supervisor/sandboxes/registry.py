@@ -1,4 +1,4 @@
-"""The registry of sandboxes: ids, limits, connections, denials. Pure: changes return effects.
+"""The registry of sandboxes. Pure: changes return effects.
 
 Theory of operation. The table in lifecycle.py decides what becomes of a sandbox, and `apply` is the only way to
 change a phase. A sandbox is gone when the engine reports the end, or does not have the sandbox.
@@ -69,7 +69,10 @@ OWN_CALLS: Final = "built in: a rule for owning a name lets it be asked for"
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The stored description of a sandbox. Metadata and credentials are marshalled `a{sv}`."""
+    """The stored description of a sandbox.
+
+    Metadata and credentials are marshalled `a{sv}`.
+    """
 
     number: int
     type: str
@@ -138,7 +141,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def _own_calls(given: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Return the rules for requesting and releasing the names that the given rules allow to own."""
+    """Return rules to request and release the names that rules allow to own."""
     buses = {rule.bus for rule in given if Access.OWN in rule.access and not rule.deny}
     return tuple(
         Rule(
@@ -297,13 +300,19 @@ class Registry:
         return self.apply(id_, Event.ANNOUNCED).removed
 
     def end(self, id_: str, reason: str) -> Removed | None:
-        """Take note that the gate ended a sandbox. Unknown ids are ignored, because those sandboxes were withdrawn."""
+        """Take note that the gate ended a sandbox.
+
+        Unknown ids are ignored, because those sandboxes were withdrawn.
+        """
         if (decided := DECIDED.get(reason)) is not None:
             self.apply(id_, decided)
         return self.apply(id_, FROM_GATE.get(reason, Event.STOPPED)).removed
 
     def apply(self, id_: str, event: Event) -> Step:
-        """Apply an event by the table of transitions. An event without a transition changes nothing."""
+        """Apply an event by the table of transitions.
+
+        An event without a transition changes nothing.
+        """
         sandbox = self._sandboxes.get(SandboxId(id_))
         row = TRANSITIONS.get((sandbox.phase, event)) if sandbox is not None else None
         if sandbox is None or row is None:
@@ -351,7 +360,7 @@ class Registry:
         in_force: Callable[[Record], AccessList] = lambda record: record.access_in_force,
         is_held: Callable[[Record], bool] = lambda _record: False,
     ) -> Reconciled:
-        """Compare the registry with a snapshot of the gate, which is right about which sandboxes exist.
+        """Compare the registry with a snapshot, which is right about what exists.
 
         Sandboxes that are STARTING are left to the call of AddServer that is at work.
         """
@@ -391,7 +400,7 @@ class Registry:
         )
 
     def lose(self, id_: SandboxId) -> Removed | None:
-        """Take note that the gate does not have a sandbox, and will not get the sandbox again."""
+        """Take note that the gate does not have a sandbox, and will not."""
         sandbox = self.get(id_)
         return self._lose(sandbox) if sandbox is not None else None
 

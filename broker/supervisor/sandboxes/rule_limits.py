@@ -88,7 +88,7 @@ def check_cost(
 
 
 def over_limit(snapshot: Snapshot, rule_steps: int) -> list[str]:
-    """Return a line for each sandbox whose rules, accepted under an earlier limit, cost more than new rules may."""
+    """Return a line for each sandbox with older rules that cost too much now."""
     return [
         f"{state.spec.id}: a message takes {state.usage.rule_steps} steps, over rule_steps={rule_steps}: its rules stay"
         f" as long as this gate runs, and the next one ends it; {WHAT_TO_DO}"

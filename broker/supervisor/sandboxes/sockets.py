@@ -1,4 +1,4 @@
-"""Listening sockets of sandboxes: those that the supervisor binds, and those that callers pass.
+"""Listening sockets of sandboxes: bound here, or passed by callers.
 
 The descriptor of a Bound is closed at the end of the block. The socket file is unlinked there only if the block
 failed, because otherwise the gate unlinks the file.
@@ -55,7 +55,7 @@ class Bound:
 
 @contextmanager
 def bound_socket(folder: Path, uid: int) -> Iterator[Bound]:
-    """Listen on a new socket file in the folder, to which only a certain user may connect."""
+    """Listen on a new socket file, to which only a certain user may connect."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         path = _bind(sock, folder)
         try:

@@ -1,4 +1,4 @@
-"""From a request to the record of a sandbox, to the specification for the gate, and back again for a new gate."""
+"""Records of sandboxes from requests, and specifications from records."""
 
 import os
 import stat
@@ -19,7 +19,10 @@ from policy.rules import AccessList
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """The connection that makes a request, outside all sandboxes. Credentials are a marshalled `a{sv}`."""
+    """The connection that makes a request, outside all sandboxes.
+
+    Credentials are a marshalled `a{sv}`.
+    """
 
     bus: str
     unique_name: str
@@ -101,7 +104,7 @@ def make_spec(
     close_notify: int | None,
     limits: ConfiguredLimits,
 ) -> tuple[SandboxSpec, list[int]]:
-    """Return the specification of a sandbox for the gate, and the descriptors for the gate."""
+    """Return a sandbox's specification and descriptors for the gate."""
     fds = [one.fd for one in bound.values()]
     close_notify_at = None
     if close_notify is not None:
@@ -146,7 +149,7 @@ def is_held(record: Record, held: HeldSockets) -> bool:
 def make_again(
     record: Record, access: AccessList, held: HeldSockets, limits: ConfiguredLimits, folder: Path
 ) -> tuple[SandboxSpec, Sequence[int]]:
-    """Return the specification of a held sandbox for a new gate, and the descriptors, which stay held."""
+    """Return a held sandbox's specification and descriptors, which stay held."""
     fds = held.of(record.id)
     bound = {bus: _find(record, bus, fds[bus], folder) for bus in record.sockets}
     return make_spec(record, access, bound, fds.get(PIPE), limits)
@@ -161,7 +164,7 @@ def _find(record: Record, bus: str, fd: int, folder: Path) -> Bound:
 
 
 def _identify(path: str, folder: Path) -> tuple[int, int]:
-    """Return device and inode of a socket that the supervisor made; zeros for a caller's socket.
+    """Return device and inode of a supervisor's socket; zeros for a caller's.
 
     A path in the folder is the supervisor's, because nobody else makes files there.
     """

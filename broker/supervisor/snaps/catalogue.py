@@ -1,4 +1,4 @@
-"""The installed snaps and their connections, compiled into rules for sandboxes. Nothing here waits.
+"""Installed snaps and connections, compiled into rules. Nothing here waits.
 
 The catalogue is read on first need, because a system without snaps needs no memory for it.
 """
@@ -38,7 +38,10 @@ def is_snap(type_: str, component: str | None) -> bool:
 
 
 class Snaps:
-    """The compiler in force. Assign `compiler` to replace it by a compiler that `build` made."""
+    """The compiler in force.
+
+    Assign `compiler` to replace it by a compiler that `build` made.
+    """
 
     def __init__(self, world: World, load: Callable[[], Library]) -> None:
         """Compile the stored snaps. Raises ConfigError."""

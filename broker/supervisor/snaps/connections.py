@@ -139,7 +139,7 @@ class Policy:
     async def _carry_out(
         self, tags: set[str], *, store: Callable[[], object], undo: Callable[[], object]
     ) -> None:
-        """Enforce the compiler's present rules and store the change; undo both if anything fails."""
+        """Enforce the compiler's rules and store the change, or undo both."""
         try:
             await self._enforce(tags)
             store()
@@ -183,7 +183,7 @@ class Policy:
                 LOGGER.warning("%s: %s", record.id, exc)
 
     def _hold(self, records: Collection[Record], *, give_back: bool) -> None:
-        """Drop the rules that stood in for lost snaps, because snaps were loaded; or restore these rules."""
+        """Drop the rules that stood in for lost snaps, or restore them."""
         for record in records:
             if sandbox := self._registry.get(record.id):
                 held = record.held if give_back else None

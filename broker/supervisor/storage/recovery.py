@@ -1,4 +1,4 @@
-"""Open the state file even if missing or damaged, and recover lost records from the gate.
+"""Open a state file that may be damaged, and recover records from the gate.
 
 Theory of operation. A damaged file is kept beside a new one, which gets everything that can still be read: each
 record by itself, the snaps and connections all or none, the counter or else the clock. The new file also says
@@ -64,7 +64,7 @@ def open_state(path: Path) -> Iterator[StateFile]:
 
 
 def recover_from_gate(registry: Registry, state: StateFile, snapshot: Snapshot) -> list[Record]:
-    """Recover from the gate the records that the file has lost, if any, and return these records."""
+    """Recover and return the records that the file has lost, from the gate."""
     pending = state.pending_recovery()
     if pending is None:
         return []
@@ -95,7 +95,7 @@ def recover_from_gate(registry: Registry, state: StateFile, snapshot: Snapshot) 
 
 
 def record_from_gate(state: SandboxState, known: Record | None, *, snaps_lost: bool) -> Record:
-    """Return the record of a sandbox by the gate's word; `known` is the record in the file, if any."""
+    """Return the record of a sandbox by the gate's word, and else `known`."""
     spec = state.spec
     original = known
     if spec.record:
@@ -143,7 +143,8 @@ def _open(path: Path) -> StateFile:
 
 @contextmanager
 def _held_journal(path: Path) -> Iterator[Path]:
-    """Link the journal under another name, because SQLite deletes a journal beside a file that is no database."""
+    """Link the journal under another name, because SQLite may delete a journal."""
+    # SQLite deletes one that stands beside a file that is no database.
     held = Path(f"{path}.held{_JOURNAL}")
     held.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -266,7 +267,7 @@ def _clear(path: Path) -> Path:
 def _recover(
     registry: Registry, number: int, state: SandboxState, *, snaps_lost: bool
 ) -> Record | None:
-    """Put the gate's record of a sandbox into the registry; return the record if different from before."""
+    """Put the gate's record into the registry; return the record if changed."""
     known = registry.get(state.spec.id)
     if known is not None and not known.is_announced:
         return None  # AddServer is still at work
@@ -311,7 +312,7 @@ def _minimal_record(state: SandboxState) -> Record:
 
 
 def _split_rules(record: Record, access: AccessList) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
-    """Return the rules that callers gave, and those of snaps' connections, both without the built-in rules."""
+    """Return callers' rules and those of snaps' connections, without built-in ones."""
     rules = [r for r in access.rules if r not in record.built_in and r.origin != OWN_CALLS]
     if record.type != SNAP_TYPE:
         return tuple(rules), ()
@@ -325,5 +326,5 @@ def _number(text: str) -> int:
 
 
 def _clock() -> int:
-    """Return a number above all sandbox numbers, because nobody makes a sandbox a second since 1970."""
+    """Return a number that no sandbox has: the seconds since 1970."""
     return int(time.time())

@@ -1,4 +1,4 @@
-"""The state file, in SQLite: sandboxes, the number of the next sandbox, snaps and connections.
+"""The state file, in SQLite: sandboxes, snaps and connections.
 
 Each change is committed before the function returns, and so before the caller is answered. The file lives as long as
 the runtime folder, a tmpfs. The file survives a kill, and need not survive a power cut.
@@ -69,7 +69,7 @@ class DamagedError(BrokerError):
 
 
 class NoRoomError(BrokerError):
-    """The disk is full, which is no mistake in the configuration and so worth another try."""
+    """The disk is full, which is worth another try."""
 
 
 class PendingRecovery(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,11 +156,11 @@ class StateFile:
             self._put(record)
 
     def put_fact(self, record: Record) -> None:
-        """Store a record that states a fact: now, or with the next change that can be stored."""
+        """Store a record that states a fact, at once or with the next change."""
         self._owe(record.number, record)
 
     def delete(self, record: Record) -> None:
-        """Delete a record, but not the number: now, or with the next change that can be stored."""
+        """Delete a record but not the number, at once or with the next change."""
         self._owe(record.number, None)
 
     def skip_to(self, number: int) -> None:
@@ -289,7 +289,10 @@ class StateFile:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Run a transaction, which stores the owed facts first. A failed one changes nothing."""
+        """Run a transaction, which stores the owed facts first.
+
+        A failed one changes nothing.
+        """
         owed = dict(self._owed)
         try:
             with self._db:

@@ -174,7 +174,7 @@ class _Inotify:
         os.close(self.fd)
 
     def add(self, path: str, used: Container[int]) -> tuple[int, ...]:
-        """Watch a cgroup; return the watches, none if the cgroup is gone or cannot be watched.
+        """Watch a cgroup; return the watches, none if that is impossible.
 
         The kernel may return a watch of `used`, the existing watches, which an error must not remove.
         """
@@ -242,7 +242,7 @@ def identify(path: str, name: str = "Cgroup") -> Cgroup:
 
 
 def is_empty(cgroup: Cgroup, mounts: list[CgroupMount] | None = None) -> bool | None:
-    """Return whether a cgroup is gone, or has no process in itself and its cgroups; None if that cannot be seen now."""
+    """Return whether a cgroup has no process, inner ones included; None if unknown."""
     try:
         with _opened(cgroup.path, mounts) as (fd, mount):
             return os.fstat(fd).st_ino != cgroup.inode or not _is_populated(fd, mount)

@@ -1,4 +1,4 @@
-"""The kernel's process connector: a netlink socket that names every process of the machine that ends.
+"""The kernel's process connector: a netlink socket that reports exits.
 
 Root may use the connector, and since Linux 6.6 every user. The pids are those of the first pid namespace. So in a
 container the connector is refused, silent, or names other pids. The test is a thread of this process that ends: the connector
@@ -46,7 +46,7 @@ class ProcessConnector:
         return self._sock.fileno()
 
     def read(self) -> set[int] | None:
-        """Return the pids of processes of which a thread ended; None if the kernel dropped events."""
+        """Return the pids of processes with an ended thread; None after dropped events."""
         found: set[int] = set()
         count, dropped = 0, False
         # After a first dropped event the kernel drops all others without an error, until the queue is read.
@@ -67,7 +67,10 @@ class ProcessConnector:
         return None if dropped else found
 
     def close(self) -> None:
-        """Unsubscribe and close the socket. Older kernels count listeners, and do not notice a closed socket."""
+        """Unsubscribe and close the socket.
+
+        Older kernels count listeners, and do not notice a closed socket.
+        """
         size = _REQUEST.size
         request = _REQUEST.pack(size, _NLMSG_DONE, 0, 0, 0, *_CN_PROC, 0, 0, 4, 0, _IGNORE)
         try:
@@ -160,7 +163,7 @@ def _tune(sock: socket.socket) -> None:
 
 
 def _knows_us(connector: ProcessConnector) -> bool:
-    """Return whether the connector names the end of a thread of this process under the process's own pid."""
+    """Return whether the connector reports the end of a thread of this process."""
     thread = threading.Thread(target=_do_nothing)
     thread.start()
     thread.join()

@@ -254,7 +254,7 @@ def identify_fd(fd: int, uid: int, name: str = "ProcessFd") -> Process:
 
 
 def has_ended(process: Process) -> bool | None:
-    """Return whether all threads of a process have ended; None if that cannot be seen now.
+    """Return whether all threads of a process have ended; None if unknown now.
 
     A later process with the same pid makes no difference.
     """
@@ -293,13 +293,13 @@ def _start_time(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields from the state on, because the name before it may contain any character."""
+    """Return the fields behind the name, which may contain any character."""
     text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     return text.rpartition(")")[2].split()
 
 
 def _owner(pid: int) -> int:
-    """Return the real user of a process, which stays the starter's even in a setuid program."""
+    """Return the real user of a process, also of a setuid program."""
     for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
         if line.startswith("Uid:"):
             return int(line.split()[1])

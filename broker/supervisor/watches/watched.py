@@ -1,4 +1,4 @@
-"""Common ground of the watches over processes and cgroups: holders, and the times to look.
+"""Common ground of the watches over processes and cgroups.
 
 Theory of operation. `_has_ended` is the only judge of whether a thing has ended. All else says when to ask it: the
 kernel, told by `_arm` to report on a key, or a look at intervals, for keys that the kernel cannot tell of.
@@ -20,7 +20,10 @@ Judge = Callable[[T], bool | None]
 
 
 class Watched(Generic[K, T]):
-    """Things with an end, each watched for any number of holders. A kind of thing is a subclass."""
+    """Things with an end, each watched for any number of holders.
+
+    A kind of thing is a subclass.
+    """
 
     def __init__(self, *, look_every: float, interval: str, looks_a_turn: int) -> None:
         self._look_every: Final = look_every  # seconds, at keys that the kernel does not tell of
@@ -65,7 +68,7 @@ class Watched(Generic[K, T]):
         raise NotImplementedError
 
     def _arm(self, key: K) -> None:
-        """Let the kernel tell of a key, or call `_look_later`; then `_look`, in case the end came before."""
+        """Let the kernel tell of a key, or call `_look_later`; then `_look`."""
         raise NotImplementedError
 
     def _disarm(self, key: K) -> None:

@@ -1,4 +1,4 @@
-"""Watch the supervisor's end conditions of a sandbox: creator, process, cgroup and time limit.
+"""Watch a sandbox's end conditions: creator, process, cgroup and time limit.
 
 The gate watches the others, pipes and connections. A sandbox without any other end condition follows the creator: the sandbox
 stops listening when the connection that created it leaves the bus, unless KeepAfterCreator was given. Process,
@@ -37,7 +37,7 @@ class NameWatch(Protocol):
 
 
 def boot_time() -> float:
-    """Return the seconds since boot, including the time in which the machine was suspended."""
+    """Return the seconds since boot, including time in which the machine slept."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -68,7 +68,10 @@ class SandboxWatches:
         self._now: Final = now
 
     def begin(self, record: Record, *, again: bool = False) -> None:
-        """Watch the end conditions of a sandbox. `again` marks a sandbox of an earlier supervisor."""
+        """Watch the end conditions of a sandbox.
+
+        `again` marks a sandbox of an earlier supervisor.
+        """
         id_ = record.id
         if again:  # an earlier record of the sandbox may be watched already
             self.end(record)
@@ -99,7 +102,7 @@ class SandboxWatches:
             self.cgroups.forget(record.id, record.cgroup)
 
     def time_left(self, record: Record) -> int:
-        """Return the seconds until a sandbox's time limit; 0 if none is left, or none was set."""
+        """Return the seconds until a sandbox's time limit; 0 without any left."""
         return max(0, math.ceil(record.expires - self._now())) if record.expires else 0
 
     def describe(self) -> dict[str, str]:
@@ -116,7 +119,7 @@ class SandboxWatches:
             self._on_event(id_, Event.CREATOR_LEFT)
 
     def bus_back(self, bus: str, *, is_same: bool) -> None:
-        """Watch all creators again after a bus was reconnected; if the bus is another, all have left."""
+        """Watch all creators again on a reconnected bus; on another bus, all have left."""
         for its_bus, creator in self._creators:
             if its_bus == bus and is_same:
                 for _ in range(self._creators.count(bus, creator)):
