@@ -1,1 +1,1 @@
-"""A sandbox with its sockets, connections, budgets and reports."""
+"""A sandbox in the gate: sockets, connections, budgets and reports."""

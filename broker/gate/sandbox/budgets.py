@@ -1,4 +1,7 @@
-"""Budgets of a sandbox: messages, lines in the log, and bytes that the apps have not read. No I/O but the log."""
+"""Budgets of a sandbox: messages, lines in the log, and bytes that apps have not read.
+
+The log is the only I/O.
+"""
 
 import logging
 import time
@@ -10,27 +13,34 @@ from broker.wire.errors import PeerQuotaError
 
 LOGGER: Final = logging.getLogger(__name__)
 
-# The costs of connections, as filter/costs.py counts them. A connection with both handshakes takes some
-# milliseconds, in the gate, in the bus and in the supervisor.
+# The costs of connections, as filter/costs.py counts them. A connection with both handshakes takes
+# some milliseconds, in the gate, in the bus and in the supervisor.
 CONNECTION_COST: Final = 250
-# A read in a handshake, which sasl.py bounds. After the handshake, meter.py charges the messages of a read.
+# A read in a handshake, which sasl.py bounds. After the handshake, meter.py charges the messages of
+# a read.
 READ_COST: Final = 1
-# Messages without a remembered verdict that a connection gets judged before the next connection has a turn.
+# Messages without a remembered verdict that a connection gets judged before the next connection has
+# a turn.
 JUDGED_A_TURN: Final = 8
 # Seconds' worth of messages that may come at once, because apps send many at the start.
 BURST: Final = 1.0
-# Seconds' worth of debt that are kept. A debt arises because the bill comes after the bus has delivered the message.
+# Seconds' worth of debt that are kept. A debt arises because the bill comes after the bus has
+# delivered the message.
 MOST_OWED: Final = 10
-# Seconds; the least pause of a throttled sandbox. With shorter pauses, each timer would be for a handful of messages.
+# Seconds; the least pause of a throttled sandbox. With shorter pauses, each timer would be for a
+# handful of messages.
 SHORTEST_PAUSE: Final = 0.005
 
 Clock = Callable[[], float]
 
 
 class MessageBudget:
-    """A token bucket of messages. Callers subtract from `left`, and below 0 ask for a `pause`.
+    """A token bucket of messages.
 
-    The bucket is filled only then, so a sandbox that never empties the bucket costs no look at the clock.
+    Callers subtract the cost from `left`. When `left` is below 0, callers ask for a `pause`.
+
+    The bucket is filled only then, so a sandbox that never empties the bucket costs no look at the
+    clock.
     """
 
     def __init__(self, a_second: int, clock: Clock = time.monotonic) -> None:
@@ -51,18 +61,24 @@ class MessageBudget:
         self.left = min(self._full, self.left + earned)
 
     def charge(self, cost: int) -> None:
-        """Charge messages that this sandbox made the bus deliver, to any sandbox. The debt is bounded."""
+        """Charge messages that the bus delivered to any sandbox because of this sandbox.
+
+        The debt is limited.
+        """
         if self.left > self._least:
             self.left = max(self.left - cost, self._least)
         self.caused += cost
 
     def take_more(self, cost: int) -> None:
-        """Charge a cost beyond the counted messages, with at most the debt that a second earns."""
+        """Charge a cost beyond the counted messages.
+
+        The debt grows at most to the earnings of one second.
+        """
         self.fill()
         self.left = min(self.left, max(self.left - cost, -self._rate))
 
     def pause(self) -> float:
-        """Return for how many seconds the sandbox is not to be read."""
+        """Return the seconds for which the sandbox must not be read."""
         self.fill()
         return max(SHORTEST_PAUSE, (1 - self.left) / self._rate) if self.left < 0 else 0.0
 
@@ -82,7 +98,10 @@ class MessageBudget:
 
 
 class RateLimitedLog:
-    """Warnings about a sandbox, so many a second. Further warnings are counted, and the count is logged later."""
+    """Warnings about a sandbox, up to a number per second.
+
+    Further warnings are counted, and the count is logged later.
+    """
 
     def __init__(self, about: str, lines_a_second: int, clock: Clock = time.monotonic) -> None:
         self._about: Final = about
@@ -90,11 +109,11 @@ class RateLimitedLog:
         self._clock: Final = clock
         self._second = clock()
         self.used = 0
-        self.suppressed = 0  # since the number was last logged
+        self.suppressed = 0  # since the last log of the number
         self.suppressed_ever = 0
 
     def warning(self, what: str, detail: str = "", *, traceback: bool = False) -> None:
-        """Log a line; count the line instead after too many in this second."""
+        """Log a line, or only count the line after too many lines in this second."""
         now = self._clock()
         if now - self._second >= 1.0:
             self._second = now
@@ -110,7 +129,7 @@ class RateLimitedLog:
         LOGGER.warning("%s sandbox=%s: %s", what, self._about, text, exc_info=traceback)
 
     def flush(self) -> None:
-        """Log how many lines were left out, if any were."""
+        """Log the number of suppressed lines, if there are any."""
         if self.suppressed:
             count, self.suppressed = self.suppressed, 0
             LOGGER.warning("log sandbox=%s: %d suppressed", self._about, count)
@@ -131,7 +150,7 @@ class RateLimitedLog:
 
 
 class Reader(Protocol):
-    """A connection, as far as the app has not read."""
+    """A connection with bytes that the app has not read."""
 
     @property
     def queued(self) -> int:
@@ -139,20 +158,20 @@ class Reader(Protocol):
 
     @property
     def behind(self) -> int:
-        """The same, if more than one message waits; else 0."""
+        """The number of waiting bytes if more than one message waits, or else 0."""
 
     def failed(self, exc: Exception) -> None:
-        """End the connection as the exception says."""
+        """End the connection because of an error."""
 
 
 AnyReader = TypeVar("AnyReader", bound=Reader)
 
 
 def find_slowest_reader(readers: Iterable[AnyReader], most: int) -> AnyReader | None:
-    """Return the reader with the most bytes waiting, if more than `most` wait for all readers together.
+    """Return the reader with the most waiting bytes, if all readers have more than `most`.
 
-    A single message may be of any size. So among the readers with a single message waiting, the reader with the largest message does not
-    count.
+    A single message may be of any size. So among the readers with a single message waiting, the
+    reader with the largest message does not count.
     """
     waiting = {reader: reader.queued for reader in readers}
     alone = [reader for reader in waiting if not reader.behind]
@@ -162,7 +181,10 @@ def find_slowest_reader(readers: Iterable[AnyReader], most: int) -> AnyReader | 
 
 
 def end_slowest_reader(reader: Reader, readers: Iterable[Reader], most: int) -> None:
-    """End the slowest reader, if any is too slow. Raises PeerQuotaError if that is `reader`."""
+    """End the connection of the slowest reader, if the limit is exceeded.
+
+    Raises PeerQuotaError if the slowest reader is `reader`.
+    """
     worst = find_slowest_reader(readers, most)
     if worst is not None:
         exc = PeerQuotaError("does not read what it is sent")

@@ -1,8 +1,8 @@
-"""A connection of an app, with its connection to the bus: the handshakes, then messages judged in between.
+"""A connection of an app with the bus side, from the handshakes to the end.
 
-An error in handling an app's data closes its connection, and nothing else: `ends_connection_on_error` stands around
-every method that the loop calls. `Filter` is fed through a `Meter`, and the fast path passes known messages on without
-either.
+An error in handling an app's data closes that connection, and nothing else.
+`ends_connection_on_error` decorates every method that the loop calls. The `Filter` is fed through a
+`Meter`. The fast path passes on known messages without filter and meter.
 
     loop           AppConnection          Filter                streams
      | readable --> | _judge_app           |                     |
@@ -11,7 +11,7 @@ either.
      |              | _send() ----------------- to_bus, to_app --> |
      |              | charges the sandbox, pauses and resumes reading |
 
-The owner of a connection is a `Sandbox`, of which this module knows a Protocol only.
+The owner of a connection is a `Sandbox`. This module knows the sandbox only as a Protocol.
 """
 
 import functools
@@ -75,7 +75,7 @@ class ConnectionOwner(Protocol):
 
     @property
     def fds(self) -> int:
-        """The number of descriptors of messages that all its connections have."""
+        """The number of descriptors of messages, over all connections."""
 
     def has_rules(self, bus: str) -> bool:
         """Return whether the rules for a bus are compiled."""
@@ -90,10 +90,13 @@ class ConnectionOwner(Protocol):
         """Return the mediator of a new connection."""
 
     def charge(self, cost: int, read_on: Callable[[], None], *, goes_first: bool = False) -> bool:
-        """Charge messages; return True if the app is not to be read until `read_on` is called."""
+        """Charge messages. Return whether the app has to wait until `read_on` is called."""
 
     def linger(self, bus: BusState, unique_name: str, sock: socket.socket) -> None:
-        """Keep the bus side of a connection whose app has gone. The socket is the sandbox's from here on."""
+        """Keep the bus side of a connection whose app has gone.
+
+        The sandbox owns the socket from here on.
+        """
 
     def connection_closed(self, connection: "AppConnection") -> None:
         """Forget a connection."""
@@ -111,7 +114,7 @@ def ends_connection_on_error(
         try:
             method(self, *args, **kwargs)
         except BlockingIOError:
-            pass  # the loop woke us for nothing
+            pass  # The loop reported an event, but there was nothing to read.
         except StreamClosedError:
             self.close("closed")
         except BusUnreachableError as exc:
@@ -124,9 +127,9 @@ def ends_connection_on_error(
             self.sandbox.limited_log.warning("peer-lost", str(exc))
             self.close(str(exc))
         except MemoryError:
-            self.sandbox.limited_log.warning("peer-lost", "no memory for what it sent")
+            self.sandbox.limited_log.warning("peer-lost", "no memory for the received data")
             self.close("no memory")
-        except Exception:  # noqa: BLE001 - a defect of ours must not let one sandbox end the gate
+        except Exception:  # noqa: BLE001 - a sandbox must not end the gate by a defect of the gate
             self.sandbox.limited_log.warning("peer-defect", traceback=True)
             self.close("defect")
 
@@ -134,7 +137,7 @@ def ends_connection_on_error(
 
 
 class AppConnection:
-    """An app's connection, from accept to its end."""
+    """An app's connection, from accept to the end."""
 
     def __init__(
         self, loop: Loop, sandbox: ConnectionOwner, bus: BusState, sock: socket.socket, guid: str
@@ -142,7 +145,7 @@ class AppConnection:
         self._loop: Final = loop
         self.sandbox: Final = sandbox
         self.bus: Final = bus
-        # Nothing waits for the app to read.
+        # The handshake sets the handler. No work waits for the app to read.
         self._app: Final = SocketStream(loop, sock, _nothing, _nothing)
         self._guid: Final = guid
         self._handshake: Final = Handshake(
@@ -159,22 +162,25 @@ class AppConnection:
         self._new_judge: Judge | None = None
         self._resumes_soon = self._does_chores_soon = False  # in the next turn
         self._is_throttled = False
-        self._was_unfinished = 0  # the message that was half here when it was last charged
-        # Now and then a message that is half here is watched, by its number.
+        self._was_unfinished = 0  # the number of the unfinished message at the last charge
+        # The number of the unfinished message that has a deadline. Not every message is watched.
         self._watched = 0
         self._message_deadline: Timer | None = None
 
     @property
     def filter(self) -> Mediator | None:
-        """The mediator between app and bus; None during the handshake."""
+        """The mediator between app and bus, or None during the handshake."""
         return self._filter
 
     def change_rules(self, judge: Judge) -> Work:
-        """Judge by other rules from now on; the work ends when the app has been told which names it now sees."""
+        """Judge by other rules from now on.
+
+        The work ends as soon as the app has received the changes of visible names.
+        """
         self._new_judge = judge
         self._apply()
         while self._filter is not None and self._filter.is_changing and not self._closed:
-            yield SLICE  # the connection does its chores in turns of its own
+            yield SLICE  # The connection does the chores in separate turns.
 
     @ends_connection_on_error
     def _apply(self) -> None:
@@ -189,13 +195,13 @@ class AppConnection:
 
     @property
     def behind(self) -> int:
-        """The same, if more than one message waits; else 0."""
+        """The number of waiting bytes if more than one message waits, or else 0."""
         return self._app.queued if self._app.is_behind else 0
 
     def close(self, reason: str) -> None:
-        """Close both sides. Does nothing the second time.
+        """Close both sides. A second call does nothing.
 
-        The bus side lingers if the bus knows the app by a unique name.
+        The bus side lingers if the app has a unique name on the bus.
         """
         if self._closed:
             return
@@ -209,13 +215,13 @@ class AppConnection:
         if self._bus_side is not None:
             if self._filter is not None and (unique_name := self._filter.state.unique_name):
                 self.sandbox.linger(self.bus, unique_name, self._bus_side.release())
-            else:  # without a name the app cannot have sent anything that the bus would deliver
+            else:  # The bus delivers no messages of an app without a unique name.
                 self._bus_side.close()
         self.sandbox.connection_closed(self)
 
     def _filter_closed(self, closing: Mediator) -> None:
         state = closing.state
-        self.sandbox.messages.take_more(closing.spent)  # by the message that ended it
+        self.sandbox.messages.take_more(closing.spent)  # the cost of the last messages
         close_fds(closing.close())
         close_fds(descriptors_of([*state.to_bus, *state.to_app]))
         self.bus.members.discard(state.verdicts)
@@ -223,7 +229,7 @@ class AppConnection:
 
     @ends_connection_on_error
     def ask_if_read(self, number: int) -> None:
-        """Ask the bus a question, whose answer shows that the bus has read all messages before it."""
+        """Ask the bus a question, whose answer shows that the bus has read all earlier messages."""
         if self._filter is not None and self._filter.state.unique_name:
             self._filter.state.call_driver("GetId", "", (), ReplyAction(KIND, (number,)))
             self._send()
@@ -235,18 +241,21 @@ class AppConnection:
         self.bus.has_read(self._filter.state.unique_name, int(then.values[0]))
 
     def said_hello(self) -> None:
-        """Take note that the bus has answered Hello: the handshake is over."""
+        """End the handshake, because the bus has answered Hello."""
         self._handshake.said_hello()
 
     # -- the handshake -----------------------------------------------------------------------------
 
     def charge_read(self) -> bool:
-        """Charge a read of the handshake; return True if the app is not to be read until `read_on`."""
+        """Charge a read of the handshake. Return whether the app has to wait until `read_on`."""
         self._is_throttled = self.sandbox.charge(READ_COST, self.read_on)
         return self._is_throttled
 
     def app_authenticated(self) -> None:
-        """Connect to the bus, unless the rules or the address are missing: `resume` is called when they are there."""
+        """Connect to the bus, unless the rules or the address are missing.
+
+        In that case `resume` is called as soon as both are there.
+        """
         spec = self.sandbox.spec
         if not self.sandbox.has_rules(self.bus.name):
             self.sandbox.prepare()
@@ -259,8 +268,9 @@ class AppConnection:
     @ends_connection_on_error
     def established(self, both: Established) -> None:
         """Judge messages from now on."""
-        self._bus_side = both.bus_side  # first, so that an error closes it
-        if self.bus.name not in self.sandbox.spec.container_servers:  # which have ids of their own
+        self._bus_side = both.bus_side  # assigned first, so that an error closes the stream
+        # A container server has another id than the bus.
+        if self.bus.name not in self.sandbox.spec.container_servers:
             self.bus.authenticated(both.bus_id)
         judging = self._judge_with(both.bus_side, app_takes_fds=both.takes_fds)
         if both.from_bus:
@@ -296,12 +306,12 @@ class AppConnection:
 
     @ends_connection_on_error
     def app_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
-        """Judge bytes from the app, as recvmsg returned them."""
+        """Judge bytes from the app, with the other results of recvmsg."""
         self._app_sent(*self._app.received(data, ancillary, flags))
 
     @ends_connection_on_error
     def bus_sent(self, data: bytes, ancillary: Sequence[Ancillary], flags: int) -> None:
-        """Judge bytes from the bus, as recvmsg returned them."""
+        """Judge bytes from the bus, with the other results of recvmsg."""
         assert self._bus_side is not None
         self._bus_sent(*self._bus_side.received(data, ancillary, flags))
 
@@ -320,13 +330,13 @@ class AppConnection:
 
     @ends_connection_on_error
     def cut_short(self, stream: SocketStream, rest: bytes) -> None:
-        """Send the rest of a message that the other end did not take whole."""
+        """Send the rest of a message of which the other end took only a part."""
         stream.queue(rest)
         self._send()
 
     @ends_connection_on_error
     def failed(self, exc: Exception) -> None:
-        """End the connection as the exception says."""
+        """End the connection because of an error."""
         raise exc
 
     def _send(self) -> None:
@@ -360,18 +370,18 @@ class AppConnection:
     def _check_fds(self) -> None:
         limit = self.sandbox.limits.fds
         if self.sandbox.fds > limit:
-            raise PeerQuotaError(f"more than fds={limit} file descriptors on their way")
+            raise PeerQuotaError(f"more than fds={limit} file descriptors in transit")
 
     @ends_connection_on_error
     def bus_drained(self) -> None:
-        """Read the app again if the bus has read what was queued."""
+        """Read the app again, after the bus has read all queued data."""
         if self._filter is not None:
             self._send()
 
     # -- budgets --------------------------------------------------------------------------------------
 
     def usage(self) -> Usage:
-        """Return what this connection takes of the sandbox's budgets."""
+        """Return the connection's use of the sandbox's budgets."""
         judging = self._filter
         if judging is None:
             return Usage(connections=1, handshake_seconds=1)
@@ -396,7 +406,7 @@ class AppConnection:
 
     @ends_connection_on_error
     def read_on(self) -> None:
-        """Read the app again: the sandbox's budget of messages has filled up."""
+        """Read the app again, because the sandbox's budget of messages has filled up."""
         self._is_throttled = False
         if self._filter is not None:
             self._send()
@@ -418,7 +428,7 @@ class AppConnection:
 
     @ends_connection_on_error
     def _do_chores(self) -> None:
-        """Do a slice of the chores, and read the bus again after the last one."""
+        """Do a slice of the chores, and read the bus again after the last slice."""
         self._does_chores_soon = False
         if self._filter is None or self._bus_side is None or self._closed:
             return
@@ -451,7 +461,10 @@ class AppConnection:
         )
 
     def _check_message(self, number: int) -> None:
-        """End the connection if the app has not sent the rest of that message, although it was read."""
+        """End the connection if the app has not sent the rest of a message in time.
+
+        Time in which the gate did not read the app does not count.
+        """
         self._message_deadline = None
         judging, bus_side = self._filter, self._bus_side
         assert judging is not None
@@ -459,7 +472,7 @@ class AppConnection:
         paused = judging.held or bus_side.queued or self._is_throttled
         if judging.from_app.unfinished == number and not paused:
             seconds = self.sandbox.limits.message_seconds
-            text = f"a message half sent for message_seconds={seconds}"
+            text = f"a message unfinished for message_seconds={seconds}"
             self.sandbox.limited_log.warning("peer-violation", text)
             self.close(text)
         elif judging.from_app.unfinished:
@@ -504,7 +517,7 @@ class AppConnection:
         self._load_deadline(dump)
         if dump.filter is None or dump.bus_side is None:
             if dump.bus_side is not None:
-                self.sandbox.judge(self.bus.name)  # compiled now: the end of the handshake needs it
+                self.sandbox.judge(self.bus.name)  # The end of the handshake needs compiled rules.
             self._handshake.load(dump.said, dump.bus_side, dump.bus_said, fds)
             return
         sock = stream_socket_from_fd(fds[dump.bus_side.fd])

@@ -1,4 +1,7 @@
-"""Reports of a sandbox's refusals to the supervisor: some a second singly, the rest as a number."""
+"""Reports of a sandbox's refusals to the supervisor.
+
+Up to REPORTS_PER_SECOND refusals are reported singly, and the others as a number.
+"""
 
 from collections.abc import Callable
 from typing import Final
@@ -13,15 +16,18 @@ from broker.wire.interfaces import CONTAINERS1
 # Refusals of a sandbox that are reported singly in a second; further refusals are counted.
 REPORTS_PER_SECOND: Final = 50
 
-# The interfaces of the broker's own signals. A refusal of such a signal is not reported, because the report would make
-# the supervisor send more signals.
+# The interfaces of the broker's own signals. A refusal of such a signal is not reported, because
+# the report would make the supervisor send more signals.
 _OWN_SIGNALS: Final = ("org.buswarden.", CONTAINERS1)
 
 
 def is_news(state: ConnectionState, denial: Denial) -> bool:
-    """Return whether a refusal is counted and reported: all are, except those of the broker's own signals.
+    """Return whether a refusal is counted and reported.
 
-    The broker is in no sandbox. Signals that a sandbox sends under these names are reported like any others.
+    Only refusals of the broker's own signals are not.
+
+    The broker is in no sandbox. Signals that a sandbox sends under these names are reported like
+    any others.
     """
     is_own = denial.interface.startswith(_OWN_SIGNALS) and denial.kind == "signal"
     return not (is_own and denial.direction == "receive") or denial.peer in state.bus.identities
@@ -38,7 +44,7 @@ class DenialReports:
         self.unreported = 0
 
     def add(self, bus: str, denial: Denial) -> None:
-        """Report a refusal, or count it when there are too many."""
+        """Report a refusal, or only count the refusal if there are too many."""
         if not self.left:
             self.unreported += 1
             return
@@ -60,7 +66,7 @@ class DenialReports:
         self.flush()
 
     def flush(self) -> None:
-        """Report how many refusals were left out, if any were."""
+        """Report the number of refusals that were left out, if there are any."""
         if self.unreported:
             more, self.unreported = self.unreported, 0
             self._emit(summarise(self._sandbox, more))

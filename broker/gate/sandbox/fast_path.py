@@ -1,9 +1,10 @@
 """The fast path of a single message with known header bytes: a read, a look-up, a write.
 
-Most apps send a single message at a time. Then the code around the judgement (calls, short lists, a queue) costs more
-than the judgement. So an established connection has the handlers of this module in the loop. A handler passes on a
-whole known message, if nothing waits that has to go first (`SocketStream.is_clear`). Everything else goes to the slow
-path, exactly as read. filter/filter.py describes the look-up, and why the look-up is enough.
+Most apps send a single message at a time. Then the code around the judgement (calls, short lists, a
+queue) costs more than the judgement. So an established connection has the handlers of this module
+in the loop. A handler passes on a whole known message, if nothing waits that has to go first
+(`SocketStream.is_clear`). Everything else goes to the slow path, exactly as read. filter/filter.py
+describes the look-up, and why the look-up is enough.
 
     readable --> is_clear? --> recvmsg --> one whole message? --> known? --> write to the other side
                     | no                       | no                 | no
@@ -33,7 +34,8 @@ _unpack: Final = FIXED.unpack_from
 _unpack_serial: Final = U32.unpack_from
 
 Handler = Callable[[int], None]
-# Account for a message and return True to pass the message on. False: nothing was done, and the slow path judges.
+# Account for a message and return True to pass the message on. False: nothing was done, and the
+# slow path judges.
 TryForward = Callable[[bytes, int], bool]
 # The slow path, with the bytes, ancillary data and flags of recvmsg.
 Sent = Callable[[bytes, Sequence[Ancillary], int], None]
@@ -49,10 +51,10 @@ class SlowPath(Protocol):
         """Judge bytes from the bus."""
 
     def cut_short(self, stream: SocketStream, rest: bytes) -> None:
-        """Send the rest of a message that the other end did not take whole."""
+        """Send the rest of a message of which the other end took only a part."""
 
     def failed(self, exc: Exception) -> None:
-        """End the connection, if the exception says so."""
+        """End the connection because of an error other than BlockingIOError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +94,14 @@ def _make_handler(
                 sent(data, ancillary, flags)
                 return
             try:
-                # Never waits, because the gate alone has this end of the connection, and made the socket non-blocking.
+                # Never waits, because the gate alone has this end of the connection, and made the
+                # socket non-blocking.
                 taken = os.write(target_fd, data)
             except OSError as exc:
                 taken = _count_as_sent(exc, size)
             if taken != size:
                 slow_path.cut_short(target, data[taken:])
-        except Exception as exc:  # noqa: BLE001 - the connection knows what each means for it
+        except Exception as exc:  # noqa: BLE001 - the connection handles each error
             slow_path.failed(exc)
 
     return handle
@@ -109,7 +112,8 @@ def _count_as_sent(exc: OSError, size: int) -> int:
     if isinstance(exc, BlockingIOError):
         return 0
     if isinstance(exc, ConnectionError):
-        return size  # the last bytes of the other end are still to be read; the connection ends after them
+        # The last bytes of the other end are still to be read. The connection ends afterwards.
+        return size
     raise StreamClosedError from exc
 
 
@@ -180,7 +184,7 @@ def _make_bus_note(accounting: Accounting) -> TryForward:
             return False
         asked = _unpack_serial(data, at)[0]
         entry = pending.get(asked)
-        # No owner is None.
+        # An unknown shape gives None, which is never equal to an owner.
         if entry is None or entry.owner != shapes.get(data[12:at] + data[at + 4 : start]):
             return False
         del pending[asked]

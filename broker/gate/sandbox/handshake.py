@@ -1,4 +1,4 @@
-"""The beginning of a connection: SASL with the app, connecting to the bus, SASL with the bus, and the time until Hello.
+"""The handshakes of a connection: SASL with the app, SASL with the bus, and Hello.
 
     app                     gate                                bus
      | -- AUTH EXTERNAL ---> |                                   |
@@ -11,10 +11,11 @@
      |                       | owner.established(): the messages |
      | -- Hello -----------> | --------------------------------> |
      |                       | <-- the unique name ------------- |
-     |                       | said_hello(): no deadline more    |
+     |                       | said_hello() ends the deadline    |
 
-Between `app_authenticated` and `connect` the owner may compile rules, or wait for the address of a container server. The
-gate reads nothing from the app meanwhile: what came with BEGIN are the first messages.
+Between `app_authenticated` and `connect` the owner may compile rules, or wait for the address of a
+container server. The gate reads nothing from the app meanwhile. Bytes that came with BEGIN are the
+first messages.
 """
 
 import contextlib
@@ -43,46 +44,50 @@ class Established:
     """Both sides of a connection, ready for messages."""
 
     bus_side: SocketStream
-    takes_fds: bool  # both the app and the bus take descriptors
+    takes_fds: bool  # both the app and the bus accept descriptors
     bus_id: str
     from_app: bytes  # the beginning of the app's messages
     from_bus: bytes
 
 
 class HandshakeOwner(Protocol):
-    """The connection, which is told of each step."""
+    """The connection of a handshake."""
 
     def charge_read(self) -> bool:
-        """Charge one read; return True if the app is not to be read until `read_on` is called."""
+        """Charge a read. Return whether the app has to wait until `read_on` is called."""
 
     def app_authenticated(self) -> None:
         """Call `connect`, now or later."""
 
     def established(self, both: Established) -> None:
-        """Take over both streams. The handshake reads from neither any more."""
+        """Take over both streams, which the handshake does not read any more."""
 
     def bus_drained(self) -> None:
-        """Send and read again after the bus has read what was queued."""
+        """Send and read again, after the bus has read all queued data."""
 
     def failed(self, exc: Exception) -> None:
-        """End the connection as the exception says."""
+        """End the connection because of an error."""
 
 
 def _reports_errors(method: Callable[["Handshake"], None]) -> Callable[["Handshake"], None]:
-    """Tell the owner of each error in a method that the loop calls."""
+    """Report each error in `method`, which the loop calls, to the owner."""
 
     @functools.wraps(method)
     def guarded(self: "Handshake", /) -> None:
         try:
             method(self)
-        except Exception as exc:  # noqa: BLE001 - the owner knows what each means for it
+        except Exception as exc:  # noqa: BLE001 - the owner handles each error
             self.fail(exc)
 
     return guarded
 
 
 class Handshake:
-    """Both handshakes of one connection. The stream of the app is the owner's, that of the bus its own."""
+    """Both handshakes of a connection.
+
+    The stream of the app belongs to the owner. The stream of the bus belongs to the handshake until
+    `established`.
+    """
 
     __slots__ = (
         "_app",
@@ -110,7 +115,7 @@ class Handshake:
         uid: int,
         seconds: int,
     ) -> None:
-        """Begin with the app, which has `seconds` until its Hello is answered."""
+        """Begin with the app, which has `seconds` until the answer to Hello."""
         self._loop: Final = loop
         self._app: Final = app
         self._owner: Final = owner
@@ -120,7 +125,8 @@ class Handshake:
         self._client: AuthClient | None = None
         self._bus_sock: socket.socket | None = None
         self._bus_side: SocketStream | None = None
-        # All that was said so far. The next gate repeats it to a server and a client of its own.
+        # All data received so far. The next gate feeds the same data to a new server and a new
+        # client.
         self.app_said = self.bus_said = b""
         self._is_closed = False
         self._deadline: Timer | None = loop.call_later(seconds, self._too_slow)
@@ -133,11 +139,11 @@ class Handshake:
 
     @property
     def deadline(self) -> float | None:
-        """The time by which Hello must be answered; None: it was."""
+        """The time by which Hello must be answered, or None after the answer."""
         return self._deadline.when if self._deadline is not None else None
 
     def read_on(self) -> None:
-        """Read the app again, unless its next bytes are messages."""
+        """Read the app again, unless the next bytes are messages."""
         self._app.pause(reading=not self._server.done)
 
     def said_hello(self) -> None:
@@ -153,11 +159,11 @@ class Handshake:
         )
 
     def fail(self, exc: Exception) -> None:
-        """Tell the owner of an error."""
+        """Report an error to the owner."""
         self._owner.failed(exc)
 
     def close(self) -> None:
-        """Cancel the deadline, and close the connection to the bus if it is not the owner's by now."""
+        """Cancel the deadline, and close the bus side unless the owner has taken over."""
         self._is_closed = True
         self.said_hello()
         if self._bus_side is not None:
@@ -197,7 +203,7 @@ class Handshake:
     # -- the bus -----------------------------------------------------------------------------------
 
     def _connected(self, connector: Connector, sock: socket.socket | None) -> None:
-        # A second attempt may have been begun, for the address of a container server that was made again.
+        # A recreated container server has a new address, for which a second attempt may have begun.
         if self._is_closed or self._bus_sock is not None:
             if sock is not None:
                 sock.close()
@@ -210,7 +216,7 @@ class Handshake:
             self._bus_side = self._make_stream(sock)
             self._client = connector.make_client(sock, self._uid)
             self._bus_side.write([self._client.start()])
-        except Exception as exc:  # noqa: BLE001 - as above
+        except Exception as exc:  # noqa: BLE001 - the owner handles each error
             self.fail(exc)
 
     def _make_stream(self, sock: socket.socket) -> SocketStream:
@@ -243,13 +249,13 @@ class Handshake:
     # -- handing over ------------------------------------------------------------------------------
 
     def dump_bus_side(self, fds: Fds) -> StreamDump | None:
-        """Return the connection to the bus, if it is not the owner's by now."""
+        """Return the bus side, unless the owner has taken over."""
         return self._bus_side.dump(fds) if self._bus_side is not None else None
 
     def load(
         self, app_said: bytes, bus_side: StreamDump | None, bus_said: bytes, fds: Sequence[int]
     ) -> None:
-        """Repeat what was said to the former gate."""
+        """Repeat the handshakes from the data that the former gate received."""
         self.app_said, self.bus_said = app_said, bus_said
         if bus_side is not None:
             self._bus_sock = stream_socket_from_fd(fds[bus_side.fd])
@@ -257,11 +263,11 @@ class Handshake:
             self._bus_side.load(bus_side, fds)
             self._client = SaslClient(self._uid)
             self._client.feed(bus_said)
-        with contextlib.suppress(PeerProtocolError):  # the former gate took it
+        with contextlib.suppress(PeerProtocolError):  # The former gate accepted the same data.
             self._server.feed(app_said)
 
     def load_deadline(self, when: float | None) -> None:
-        """Set the deadline to that time of the loop's clock; None: cancel it."""
+        """Set the deadline to a time of the loop's clock. None cancels the deadline."""
         self.said_hello()
         if when is not None:
             self._deadline = self._loop.call_at(when, self._too_slow)

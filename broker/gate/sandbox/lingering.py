@@ -1,18 +1,19 @@
-"""The bus side of a connection whose app has gone, until the bus closes it.
+"""The bus side of a connection whose app has gone, until the bus closes too.
 
-The bus may still hold messages of the app, and lists the app's unique name until it has read them. If the gate forgot
-the name before that, the app's last messages would look like a host's. So the gate shuts down its sending half only.
-The bus reads the rest, then the end of the file, and closes. Until then the unique name belongs to the sandbox, and
-the connection counts against its `max_connections_per_container`.
+The bus may still hold messages of the app, and keeps the app's unique name until these messages are
+read. If the gate forgot the name earlier, the app's last messages would look like messages of a
+host. So the gate shuts down only the sending half of the socket. The bus reads the rest and then
+EOF, and closes the connection. Until then the unique name belongs to the sandbox, and the
+connection counts against `max_connections_per_container` of the sandbox.
 
-There is no deadline, because only the bus knows when it has read everything. A connection that the bus never closes
-takes one place of its own sandbox and nothing of others.
+There is no deadline, because only the bus knows when all messages are read. A connection that the
+bus never closes takes a place of that sandbox, and takes nothing from other sandboxes.
 
     app          gate                         bus
      | closes ---> |                           |
      |             | -- SHUT_WR -------------> | (still reads the app's messages)
      |             | <- messages, discarded -- |
-     |             | <- end of the file ------ | (the name is released, or about to be)
+     |             | <- EOF ------------------ | (the name is released now or soon)
      |             | -- Gone --> supervisor    |
 """
 
@@ -28,7 +29,7 @@ from broker.posix.descriptors import ANCILLARY_SIZE, close_fds, received_fds
 
 
 class LingeringConnection:
-    """A lingering connection, which owns its socket."""
+    """A lingering connection, as the owner of the socket."""
 
     def __init__(
         self,
@@ -44,12 +45,13 @@ class LingeringConnection:
         self._sock: Final = sock
         self._ended: Final = ended
         self._is_over = False
-        with contextlib.suppress(OSError):  # the bus has closed already: the next read shows it
+        # If the bus has closed already, the shutdown fails, and the next read returns EOF.
+        with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
         loop.add(sock.fileno(), READABLE, self._readable)
 
     def close(self) -> None:
-        """Close the connection. Does nothing the second time."""
+        """Close the connection. A second call does nothing."""
         if not self._is_over:
             self._is_over = True
             self._loop.remove(self._sock.fileno())
@@ -63,7 +65,7 @@ class LingeringConnection:
         self._sock.detach()
 
     def dump(self, fds: Fds) -> LingeringDump:
-        """Return the connection for a hand-over, with its descriptor in `fds`."""
+        """Return the connection for a hand-over, with the descriptor in `fds`."""
         return LingeringDump(
             bus=self.bus, unique_name=self.unique_name, fd=fds.put(self._sock.fileno())
         )

@@ -1,6 +1,6 @@
-"""The part of a connection that stands between the app and its bus, as the connection uses it.
+"""Mediators between an app and a bus, as used by a connection.
 
-A `Filter` judges every message. The proxy's `PassthroughFilter` passes them on.
+A `Filter` judges every message. The proxy's `PassthroughFilter` passes on every message.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,16 @@ from policy.match import Judge
 
 
 class Mediator(Protocol):
-    """Bytes and descriptors in, bytes and descriptors out, in `state.to_bus` and `state.to_app`."""
+    """A mediator that takes bytes and descriptors, and puts the result into its `state`.
 
-    held: bool  # do not read from the app
-    yielded: bool  # call `resume_reading` in a later turn
-    spent: int  # the cost of the app's messages since the caller last took it away
-    answered: int  # the cost of the replies to them
-    billed: float  # seconds that the bus's messages took and their senders paid for
+    The caller sends `state.to_bus` and `state.to_app`.
+    """
+
+    held: bool  # the app must not be read
+    yielded: bool  # `resume_reading` has to be called in a later turn
+    spent: int  # the cost of the app's messages since the caller last reset `spent`
+    answered: int  # the cost of the replies to these messages
+    billed: float  # seconds spent on messages from the bus that the senders have paid for
 
     @property
     def state(self) -> ConnectionState: ...
@@ -29,15 +32,15 @@ class Mediator(Protocol):
 
     @property
     def fds(self) -> int:
-        """The number of descriptors that wait here."""
+        """The number of descriptors in the mediator."""
 
     @property
     def tracked_names(self) -> int:
-        """The number of names that are followed only because the app wrote to them."""
+        """The number of names that are tracked only because of messages from the app."""
 
     @property
     def is_changing(self) -> bool:
-        """Return whether the app has still to be told of a change of rules."""
+        """Return whether a change of rules has still to be reported to the app."""
 
     @property
     def bus_is_clear(self) -> bool:
@@ -45,13 +48,19 @@ class Mediator(Protocol):
 
     @property
     def fits_rules(self) -> bool:
-        """Return whether the followed names are those of the rules."""
+        """Return whether the tracked names are those of the rules."""
 
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Take bytes from the app. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the app.
+
+        Raises PeerProtocolError or PeerQuotaError, and the caller ends the connection.
+        """
 
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
-        """Take bytes from the bus. Raises PeerProtocolError or PeerQuotaError: end the connection."""
+        """Take bytes from the bus.
+
+        Raises PeerProtocolError or PeerQuotaError, and the caller ends the connection.
+        """
 
     def resume_reading(self) -> None:
         """Continue after a yield. Raises as `feed_app` does."""
@@ -63,7 +72,7 @@ class Mediator(Protocol):
         """Judge every message from now on by these rules."""
 
     def close(self) -> list[int]:
-        """Return every descriptor that is still here: the caller closes them."""
+        """Return all remaining descriptors, which the caller closes."""
 
     def dump(self, fds: Fds) -> FilterDump:
         """Return the state, with descriptors as indexes. Raises HandoverError."""

@@ -1,9 +1,10 @@
-"""The cost of a connection: the messages that the filter counts, or the time that the messages took, whichever is more.
+"""Metering of a connection, by the count of messages or by the time for the messages.
 
-The counts in filter/costs.py are those of a machine with nothing else to do. On a slower or busier machine
-the same messages take more time, of the gate and of the bus. So the gate looks at the clock around each judgement. The
-gate also asks the bus a question behind every few hundred messages or replies. Until the answer comes, the bus is at
-work on those messages. So a flood gets the same share of the time on any machine.
+The higher of the two is the cost. The counts in filter/costs.py are those of a machine with nothing
+else to do. On a slower or busier machine the same messages take more time, of the gate and of the
+bus. So the gate looks at the clock around each judgement. The gate also asks the bus a question
+behind every few hundred messages or replies. Until the answer comes, the bus is at work on those
+messages. So a flood gets the same share of the time on any machine.
 
     app            gate                            bus
      | 512 messages | -- 512 messages, GetId --->   |
@@ -31,11 +32,11 @@ KIND: Final = "meter"
 
 
 class Meter:
-    """Feeds the filter, and sets `spent` of the filter to the cost.
+    """The meter of a filter, which feeds the filter and corrects `spent`.
 
-    The fast path passes messages on without the meter, and adds their cost to `counted`. Once `counted` has reached
-    `ask_from`, the meter gets the next message. A reply is free, because the price of a call includes the reply. So the
-    fast path adds replies to `answered` as well.
+    The fast path passes messages on without the meter, and adds their cost to `counted`. Once
+    `counted` has reached `ask_from`, the meter gets the next message. A reply is free, because the
+    price of a call includes the reply. So the fast path adds replies to `answered` as well.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class Meter:
     def feed_bus(self, data: bytes, fds: Sequence[int], *, pays: bool) -> None:
         """Feed the filter bytes from the bus. Raises as the filter does.
 
-        The app pays for the time that known replies take, and with `pays`, for each reply. All other messages have been
-        charged to the sandboxes that caused the messages.
+        The app pays for the time that known replies take, and with `pays`, for each reply. All
+        other messages have been charged to the sandboxes that caused the messages.
         """
         judging = self._judging
         judging.billed = 0.0
@@ -80,12 +81,13 @@ class Meter:
         start = self._clock()
         try:
             judge()
-        finally:  # a message that ends the connection has taken time as well
-            # A read without a whole message costs as well, so an app that sends byte by byte pays for each read.
+        finally:  # A message that ends the connection also has a cost.
+            # A read without a whole message costs as well, so an app that sends byte by byte pays
+            # for each read.
             least = 1 if size else 0
             judging.spent = max(judging.spent + size // BYTES_A_MESSAGE, least)
             self._spend(start, 0)
-        # An unfinished message is not on its way to the bus yet.
+        # The bus has no work yet if all messages are unfinished.
         if judging.state.to_bus:
             self._ask_if_due()
 
@@ -109,7 +111,7 @@ class Meter:
         self, _then: ReplyAction, _reply: Header, _data: bytes, _fds: tuple[int, ...]
     ) -> None:
         if self._asked is None:
-            return  # another gate had asked
+            return  # The question is that of a former gate.
         when, paid = self._asked
         self._asked = None
         self.ask_from = EVERY

@@ -1,13 +1,13 @@
-"""A sandbox in the gate: its listening sockets, its connections, its rules, its end.
+"""A sandbox in the gate: listening sockets, connections, rules, and the end.
 
-    state       how it begins                           how it ends
-    serving     `open`                                  `stop_listening`, `stop`, or a listening socket that is lost
-    draining    no socket listens any more              the last connection and the last lingering one have gone
-    ending      `stop`: all connections are closed      the bus has let go of them, or LINGER_SECONDS have passed
-    over        `finish`: `Ended` is emitted
+    state       begins with                          ends with
+    serving     `open`                               `stop_listening`, `stop`, or a lost socket
+    draining    no listening socket any more         no open or lingering connection any more
+    ending      `stop` closes all connections        no lingering connection, or LINGER_SECONDS
+    over        `finish` emits `Ended`
 
-The close-notification pipe ends a sandbox in any state. An error in handling a sandbox's own descriptors stops that
-sandbox, and nothing else: `ends_sandbox_on_error`.
+The close-notification pipe ends a sandbox in any state. An error in handling a sandbox's own
+descriptors stops that sandbox, and nothing else (`ends_sandbox_on_error`).
 """
 
 import functools
@@ -59,12 +59,13 @@ from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, Cal
 from policy.match import Judge, excess, make_judge
 from policy.rules import AccessList
 
-# The guid, 32 hex digits, in the handshake on a socket whose creator gave it none.
+# The server's guid in the handshake, for sockets without a guid from the creator. 32 hex digits.
 GUID: Final = os.urandom(16).hex()
-# The work of a change of rules for one connection, beside its chores, as `policy.match` counts work.
+# The work of a change of rules for a connection, without the chores, in the units of
+# `policy.match`.
 CHANGE_WORK: Final = 4096
-# Seconds that the end of a sandbox waits for the bus to close its connections. Messages that the bus delivers later come
-# from a sandbox that is not known any more.
+# Seconds that the end of a sandbox waits for the bus to close the connections. Messages that the
+# bus delivers later come from an unknown sandbox.
 LINGER_SECONDS: Final = 5.0
 UNIX_CONNECTOR: Final = UnixConnector()
 
@@ -74,13 +75,16 @@ Arguments = ParamSpec("Arguments")
 def ends_sandbox_on_error(
     method: Callable[Concatenate["Sandbox", Arguments], None],
 ) -> Callable[Concatenate["Sandbox", Arguments], None]:
-    """Stop the sandbox after any error in `method`, which handles descriptors that its creator can change."""
+    """Stop the sandbox after any error in `method`.
+
+    Such a method handles descriptors that the creator of the sandbox can change.
+    """
 
     @functools.wraps(method)
     def guarded(self: "Sandbox", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
-        except Exception:  # noqa: BLE001 - a defect of ours must not let one sandbox end the gate
+        except Exception:  # noqa: BLE001 - a sandbox must not end the gate by a defect of the gate
             self.limited_log.warning("sandbox-defect", traceback=True)
             try:
                 self.stop("stopped")
@@ -91,7 +95,7 @@ def ends_sandbox_on_error(
 
 
 class Sandbox:
-    """An app instance, with its sockets."""
+    """An instance of an app, with sockets and connections."""
 
     def __init__(
         self,
@@ -114,23 +118,23 @@ class Sandbox:
         self.limited_log: Final = RateLimitedLog(spec.id, spec.limits.log_lines_per_second)
         self._throttle: Final = Throttle(loop, self.messages, self.failed)
         self.denied_count = 0
-        self.connections: Final[dict[AppConnection, None]] = {}  # a set with an order
+        self.connections: Final[dict[AppConnection, None]] = {}  # an ordered set
         # Connections that the app has closed and the bus has not.
         self.lingering: Final[dict[LingeringConnection, None]] = {}
         self._buses: Final = buses
         self._emit: Final = emit
-        # Called when a socket closes, a connection joins or leaves, or all is over.
+        # Called when a socket closes, when a connection joins or leaves, and at the end.
         self._changed: Final = changed
         self._judges: dict[str, Judge] = {}
         self._listening: Final[list[ListeningSocket]] = []
         self._close_pipe = -1
         self._reports: Final = DenialReports(loop, spec.id, emit)
         self._guid = GUID
-        self._reason = ""  # of its end, once that is decided
+        self._reason = ""  # of the end, once the end is decided
         # Serials of requests that wait for the end of the sandbox.
         self.waiting_requests: Final[list[int]] = []
         self.is_over = self._is_preparing = False
-        # Connections of the former gate, by bus and unique name, that this one could not take over.
+        # Connections that this gate could not take over, by bus and unique name.
         self.lost: Final[list[tuple[str, str]]] = []
 
     # -- life ------------------------------------------------------------------------------------
@@ -144,21 +148,21 @@ class Sandbox:
 
     def _listen(self, fd: int, listener: Listener) -> None:
         listening = ListeningSocket(self._loop, fd, listener, self)
-        self._listening.append(listening)  # first, so that an error closes it
+        self._listening.append(listening)  # before `start`, so that an error closes the socket
         listening.start()
 
     def _watch_pipe(self, fd: int) -> None:
         self._close_pipe = fd
-        # The hang-up alone. Bytes mean nothing, and a creator must not keep the gate busy with them.
+        # Only the hang-up is watched. Bytes have no meaning, and must not keep the gate busy.
         self._loop.add(fd, select.EPOLLRDHUP, self._close_notify)
 
     def descriptors(self) -> list[tuple[str, int]]:
-        """Return the listening descriptors by bus, and by "" the close-notification pipe."""
+        """Return (bus, descriptor) of each listening socket, and ("", descriptor) of the pipe."""
         found = [(listening.spec.bus, listening.fd) for listening in self._listening]
         return [*found, ("", self._close_pipe)] if self._close_pipe >= 0 else found
 
     def stop_listening(self) -> None:
-        """Close the listening sockets. The sandbox ends with its last connection."""
+        """Close the listening sockets. The sandbox ends with the last connection."""
         for listening in list(self._listening):
             self._close_listener(listening)
         self._end_if_done()
@@ -168,7 +172,10 @@ class Sandbox:
         listening.close()
 
     def stop(self, reason: str) -> None:
-        """Close all sockets and connections. The sandbox is over when the bus has let go of the connections."""
+        """Close all sockets and connections.
+
+        The sandbox is over as soon as the bus has closed all connections too.
+        """
         if self._reason:
             return
         self._reason = reason
@@ -194,7 +201,7 @@ class Sandbox:
         self.finish()
 
     def finish(self) -> None:
-        """Emit `Ended`, after `stop`. Connections may still linger. Does nothing the second time."""
+        """Emit `Ended`, after `stop`. Connections may still linger. A second call does nothing."""
         if self.is_over:
             return
         self.is_over = True
@@ -205,7 +212,7 @@ class Sandbox:
 
     @ends_sandbox_on_error
     def _close_notify(self, _events: int) -> None:
-        self._loop.remove(self._close_pipe)  # epoll would report the end in every turn
+        self._loop.remove(self._close_pipe)  # because epoll would report the hang-up in every turn
         self.stop("close-notify")
 
     def _end_if_done(self) -> None:
@@ -222,7 +229,7 @@ class Sandbox:
     # -- rules -----------------------------------------------------------------------------------
 
     def judge(self, bus: str) -> Judge:
-        """Return the compiled rules for a bus; compile them now if need be."""
+        """Return the compiled rules for a bus. Compile the rules now if necessary."""
         judge = self._judges.get(bus)
         if judge is None:
             judge = Judge(self.spec.access, bus=bus, me=self.identity)
@@ -234,11 +241,14 @@ class Sandbox:
         self._judges = yield from self._compiled(self.spec.access, is_new=True)
 
     def has_rules(self, bus: str) -> bool:
-        """Return whether the rules for a bus are compiled. After a hand-over they may not be."""
+        """Return whether the rules for a bus are compiled.
+
+        After a hand-over the rules may not be compiled yet.
+        """
         return bus in self._judges
 
     def prepare(self) -> None:
-        """Compile the rules in slices, then resume the connections that wait for them."""
+        """Compile the rules in slices, and then resume waiting connections."""
         if not self._is_preparing:
             self._is_preparing = True
             Sliced(self._loop, self._prepare(), self._prepared).begin(lambda: None)
@@ -246,7 +256,8 @@ class Sandbox:
     def _prepare(self) -> Work:
         access = self.spec.access
         judges = yield from self._compiled(access, is_new=False)
-        if self.spec.access is access:  # else others came meanwhile, and are compiled
+        # Otherwise the rules have changed meanwhile, and the new rules are compiled.
+        if self.spec.access is access:
             self._judges.update(judges)
 
     def _prepared(self, refused: CallRefusedError | None) -> None:
@@ -254,12 +265,12 @@ class Sandbox:
         for connection in [one for one in self.connections if one.filter is None]:
             if refused is not None:
                 self.limited_log.warning("rules", str(refused))
-                connection.close("its rules are not understood")
+                connection.close("the rules of the sandbox cannot be compiled")
             else:
                 connection.resume()
 
     def set_access(self, access: AccessList) -> Work:
-        """Change the rules. Raises CallRefusedError, and nothing has changed."""
+        """Change the rules. Raises CallRefusedError without any change."""
         judges = yield from self._compiled(access, is_new=True)
         if self.is_over:
             raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
@@ -276,7 +287,7 @@ class Sandbox:
     ) -> Generator[int, None, dict[str, Judge]]:
         """Return the judge of each bus. Raises CallRefusedError.
 
-        A new list may also cost too much, because its author is not trusted to have counted that.
+        A new list is also refused if the list costs too much, because the author is not trusted.
         """
         judges = {}
         for listener in self.spec.listeners:
@@ -290,12 +301,12 @@ class Sandbox:
         return judges
 
     def settle(self) -> None:
-        """Do all chores of connections now, because the sandbox is about to be handed over."""
+        """Do all chores of connections now, because a hand-over follows."""
         for connection in list(self.connections):
             connection.settle()
 
     def set_container_server(self, bus: str, server: ContainerServer | None) -> None:
-        """Set the address of new connections to a bus, and connect those that wait for it."""
+        """Set the address of new connections to a bus, and resume connections that wait."""
         servers = {b: u for b, u in self.spec.container_servers.items() if b != bus}
         servers |= {bus: server} if server is not None else {}
         self.spec = msgspec.structs.replace(self.spec, container_servers=servers)
@@ -308,7 +319,7 @@ class Sandbox:
 
     @property
     def states(self) -> list[ConnectionState]:
-        """The states of all connections that are past their handshake."""
+        """The states of all connections whose handshakes are complete."""
         return [
             connection.filter.state
             for connection in self.connections
@@ -316,11 +327,11 @@ class Sandbox:
         ]
 
     def has_connections(self, bus: str) -> bool:
-        """Return whether an app is connected to that bus, or about to be."""
+        """Return whether there are connections to `bus`, including those in the handshake."""
         return any(connection.bus.name == bus for connection in self.connections)
 
     def is_connecting(self, bus: str) -> bool:
-        """Return whether a connection to that bus has no unique name yet."""
+        """Return whether a connection to `bus` has no unique name yet."""
         filters = [each.filter for each in self.connections if each.bus.name == bus]
         return any(judging is None or not judging.state.unique_name for judging in filters)
 
@@ -330,9 +341,10 @@ class Sandbox:
         return bool(self._listening)
 
     def may_accept(self) -> bool:
-        """Return whether a connection may be taken now.
+        """Return whether a connection may be accepted now.
 
-        If one more would be too many only because others linger, the sockets pause until the bus has let go of those.
+        If lingering connections take the last places, the sockets pause until the bus closes such a
+        connection.
         """
         most = self.limits.connections
         if not len(self.connections) < most <= len(self.connections) + len(self.lingering):
@@ -341,7 +353,7 @@ class Sandbox:
         return False
 
     def on_connection(self, listening: ListeningSocket, connection: socket.socket) -> None:
-        """Take a connection, if it has the right user and is not one too many."""
+        """Take a connection, unless the user is wrong or the limit is reached."""
         try:
             self._take(connection, listening.spec)
         except (OSError, MemoryError) as exc:  # e.g. no room in the loop
@@ -351,18 +363,18 @@ class Sandbox:
             self._pause_listening()
 
     def on_scarce(self, why: str) -> None:
-        """Log that no connection can be taken for a moment."""
+        """Log that no connection can be accepted for a moment."""
         self.limited_log.warning("accept", why)
 
     def on_lost(self, listening: ListeningSocket, why: str) -> None:
-        """Close a listening socket that accepts no more."""
+        """Close a listening socket that cannot accept connections any more."""
         self.limited_log.warning("listener-lost", why)
         self._close_listener(listening)
         self._end_if_done()
 
     @ends_sandbox_on_error
     def failed(self, exc: Exception) -> None:
-        """End the sandbox, and nothing else, after a defect with one of its listening sockets."""
+        """End the sandbox, and nothing else, after an error in a listening socket or a reader."""
         raise exc
 
     def _pause_listening(self) -> None:
@@ -404,7 +416,7 @@ class Sandbox:
         )
 
     def said_hello(self, state: ConnectionState) -> None:
-        """Register the unique name of a connection, before its app gets to know it."""
+        """Register the unique name of a connection, before the app receives the name."""
         state.bus.connected(state.unique_name, self.id, self.identity)
         state.bus.payers.joined(state.unique_name, self.messages)
         self._emit(Connected(self.id, state.bus.name, state.unique_name))
@@ -423,7 +435,10 @@ class Sandbox:
         self._end_if_done()
 
     def linger(self, bus: BusState, unique_name: str, sock: socket.socket) -> None:
-        """Keep the bus side of a connection whose app has gone. The sandbox owns the socket from here on."""
+        """Keep the bus side of a connection whose app has gone.
+
+        The sandbox owns the socket from here on.
+        """
         rest = LingeringConnection(self._loop, bus.name, unique_name, sock, self._let_go)
         self.lingering[rest] = None
         bus.lingering[unique_name] = rest
@@ -442,7 +457,7 @@ class Sandbox:
     # -- budgets -----------------------------------------------------------------------------------
 
     def charge(self, cost: int, read_on: Callable[[], None], *, goes_first: bool = False) -> bool:
-        """Charge messages; return True if their sender is not to be read until `read_on` is called."""
+        """Charge messages. Return whether the sender has to wait until `read_on` is called."""
         return self._throttle.charge(cost, read_on, goes_first=goes_first)
 
     @property
@@ -451,7 +466,7 @@ class Sandbox:
         return sum(connection.fds for connection in self.connections)
 
     def usage(self) -> Usage:
-        """Return how much of each limit is used."""
+        """Return the use of each limit."""
         mine = Usage(
             bytes_held=self.bytes_held,
             rule_steps=max((judge.cost.steps for judge in self._judges.values()), default=0),
@@ -472,7 +487,7 @@ class Sandbox:
     # -- reports -----------------------------------------------------------------------------------
 
     def denied(self, state: ConnectionState, denial: Denial) -> None:
-        """Report a refusal, or count it when there are too many."""
+        """Report a refusal, or only count the refusal if there are too many."""
         if not is_news(state, denial):
             return
         self.denied_count += 1
@@ -487,7 +502,7 @@ class Sandbox:
             listening=bool(self._listening),
             connections=tuple(sorted([*named, *gone])),
             opening=len(self.connections) - len(named),
-            denied=self.denied_count - self._reports.unreported,  # these are told later
+            denied=self.denied_count - self._reports.unreported,  # The others are reported later.
             usage=self.usage(),
         )
 
@@ -520,7 +535,10 @@ class Sandbox:
         )
 
     def load(self, dump: SandboxDump, fds: Sequence[int], judges: dict[str, Judge]) -> None:
-        """Restore the state from `dump`. `resume` continues. `judges` are those of the same rules, by bus."""
+        """Restore the state from `dump`. The next call is `resume`.
+
+        `judges` are compiled from the same rules, by bus.
+        """
         self._judges = judges
         self._guid = dump.guid
         for place, at in dump.listening:
@@ -557,7 +575,7 @@ class Sandbox:
         self._reports.load(dump.reports_left, dump.unreported)
 
     def discard(self) -> None:
-        """Leave the loop and close nothing, because the former gate still has all that was loaded."""
+        """Leave the loop without closing anything, because the former gate has the originals."""
         self.is_over = True
         for listening in self._listening:
             listening.leave()
@@ -572,7 +590,7 @@ class Sandbox:
         """Continue after `load`."""
         for bus, unique_name in self.lost:
             self.limited_log.warning(
-                "connection-lost", f"{unique_name}: the next gate cannot read it"
+                "connection-lost", f"{unique_name}: this gate could not take over the connection"
             )
             self._buses[bus].gone(unique_name)
             self._emit(Gone(self.id, bus, unique_name))

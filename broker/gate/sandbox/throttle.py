@@ -1,10 +1,10 @@
-"""Throttling of a sandbox: readers wait, in order, until the budget of messages has filled up.
+"""Throttling of a sandbox, whose readers wait in order until the budget has filled up.
 
 budget  1    charge(5, A)         -4: throttled, A waits
              charge(2, B)         -6: B waits behind A
 timer        filled up: A reads,  charge(3, A): A waits behind B
 next turn    B reads              charge(1, B): B waits behind A
-...          nobody waits: not throttled any more
+...          no reader waits: not throttled any more
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from typing import Final
 from broker.gate.io.loop import Loop
 from broker.gate.sandbox.budgets import MessageBudget
 
-# Reads again. The function also stands for the reader, which waits once.
+# A function that resumes a reader. The function also identifies the reader, which waits only once.
 ReadOn = Callable[[], None]
 
 
@@ -24,7 +24,10 @@ class Throttle:
     def __init__(
         self, loop: Loop, budget: MessageBudget, failed: Callable[[Exception], None]
     ) -> None:
-        """Throttle readers by a budget; `failed` gets the error of a reader that was resumed."""
+        """Throttle readers by a budget.
+
+        `failed` is called with the error of a reader that was resumed.
+        """
         self._loop: Final = loop
         self._budget: Final = budget
         self._failed: Final = failed
@@ -39,10 +42,11 @@ class Throttle:
         return self._waiting
 
     def charge(self, cost: int, read_on: ReadOn, *, goes_first: bool = False) -> bool:
-        """Charge messages; return True if their reader is to wait until `read_on` is called.
+        """Charge messages. Return whether the reader has to wait until `read_on` is called.
 
-        Meanwhile the other readers get one read each, so none can starve the others. A reader with half a message
-        `goes_first`. Otherwise many large messages would be whole, and sent to the bus, at once.
+        Meanwhile every other reader has one read, so that no reader starves the others. A reader
+        with an unfinished message `goes_first`. Otherwise many large messages would be complete,
+        and sent to the bus, at the same time.
         """
         self._budget.left -= cost
         if self._budget.left < 0 and not self.is_throttled and (wait := self._budget.pause()):
@@ -64,9 +68,9 @@ class Throttle:
         self._is_stopped = True
 
     def _wake_next(self) -> None:
-        """Resume the reader that has waited longest; the next one follows when its read has been charged.
+        """Resume the reader that has waited longest. The next reader follows after the charge.
 
-        Resuming all at once would be a burst of a read each, and all other sandboxes would have to wait for it.
+        Resuming all readers at once would be a burst of reads, and delay all other sandboxes.
         """
         if self._is_stopped:
             return
@@ -76,7 +80,7 @@ class Throttle:
             read_on, _ = self._waiting.popitem(last=False)
             try:
                 read_on()
-            except Exception as exc:  # noqa: BLE001 - the sandbox knows what it means
+            except Exception as exc:  # noqa: BLE001 - the sandbox handles the error
                 self._failed(exc)
             self._loop.next_turn(self._wake_next)
         else:
