@@ -75,10 +75,7 @@ Arguments = ParamSpec("Arguments")
 def ends_sandbox_on_error(
     method: Callable[Concatenate["Sandbox", Arguments], None],
 ) -> Callable[Concatenate["Sandbox", Arguments], None]:
-    """Stop the sandbox after any error in `method`.
-
-    Such a method handles descriptors that the creator of the sandbox can change.
-    """
+    """Stop the sandbox after an error in `method`, which handles the creator's descriptors."""
 
     @functools.wraps(method)
     def guarded(self: "Sandbox", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -172,10 +169,7 @@ class Sandbox:
         listening.close()
 
     def stop(self, reason: str) -> None:
-        """Close all sockets and connections.
-
-        The sandbox is over as soon as the bus has closed all connections too.
-        """
+        """Close all sockets and connections. The sandbox is over when the bus has closed too."""
         if self._reason:
             return
         self._reason = reason
@@ -241,10 +235,7 @@ class Sandbox:
         self._judges = yield from self._compiled(self.spec.access, is_new=True)
 
     def has_rules(self, bus: str) -> bool:
-        """Return whether the rules for a bus are compiled.
-
-        After a hand-over the rules may not be compiled yet.
-        """
+        """Return whether the rules for a bus are compiled, which a hand-over does not include."""
         return bus in self._judges
 
     def prepare(self) -> None:
@@ -435,10 +426,7 @@ class Sandbox:
         self._end_if_done()
 
     def linger(self, bus: BusState, unique_name: str, sock: socket.socket) -> None:
-        """Keep the bus side of a connection whose app has gone.
-
-        The sandbox owns the socket from here on.
-        """
+        """Keep the bus side of a connection whose app has gone, and own the socket."""
         rest = LingeringConnection(self._loop, bus.name, unique_name, sock, self._let_go)
         self.lingering[rest] = None
         bus.lingering[unique_name] = rest
