@@ -91,7 +91,7 @@ def snaps_command(ctx: click.Context, *, as_json: bool) -> None:
 def load_command(settings: Settings, *, file: Path) -> None:
     """Replace all snaps by those of FILE (TOML or JSON).
 
-    A connection is kept if both snaps still have the plug and the slot.
+    A connection is kept if plug and slot still exist and have the same interface.
     """
     text = msgspec.json.encode(read_data(file)).decode()
     ask(settings, partial(ServiceClient.load_snaps, snaps=text))

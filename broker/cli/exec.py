@@ -45,7 +45,7 @@ class Made:
 @click.option(
     "--snap",
     metavar="NAME",
-    help="Run the command as an app of this snap, named by --app, under the snap's rules.",
+    help="Run as app --app of this snap, with the rules of the snap's connections.",
 )
 @click.option(
     "--share",

@@ -249,7 +249,7 @@ class Registry:
         """
         sandbox = self.get(id_or_path.removeprefix(INSTANCE_PREFIX))
         if sandbox is None or (seen_by is not None and not sandbox.may_be_seen_by(seen_by)):
-            raise CallRefusedError(NOT_CONTAINER, f"there is no container {id_or_path[:100]!r}")
+            raise CallRefusedError(NOT_CONTAINER, f"there is no sandbox {id_or_path[:100]!r}")
         return sandbox
 
     def current(self, record: Record) -> Record:
