@@ -2,8 +2,8 @@
 
 A bus may still deliver a message of a connection that has gone. A bus gives no unique name twice.
 So a name in the ledger never belongs to a host, however long the connection is gone. Unique names
-count upwards. So the names are kept as spans of numbers. A host that connects between two sandboxes
-begins a new span.
+count upwards. So the names are kept as spans of numbers. A new span begins each time that a host
+connects between two sandboxes.
 
 If this gate dies, all connections end, but messages of these connections may still be on the bus.
 The file tells the next gate about such names. So a name is written before the app may send with the

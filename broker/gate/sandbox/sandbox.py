@@ -235,7 +235,7 @@ class Sandbox:
         self._judges = yield from self._compiled(self.spec.access, is_new=True)
 
     def has_rules(self, bus: str) -> bool:
-        """Return whether the rules for a bus are compiled, which a hand-over does not include."""
+        """Return whether the rules for a bus are compiled. A hand-over has no compiled rules."""
         return bus in self._judges
 
     def prepare(self) -> None:
