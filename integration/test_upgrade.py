@@ -348,7 +348,7 @@ def test_an_app_may_not_ask_for_it(warden: Warden) -> None:
 def test_a_reload_replaces_the_gate(warden: Warden) -> None:
     app = warden.connect(warden.add_server(rules=TALK))
     warden.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: "SIGHUP: the gate is process" in warden.log)
+    wait_for(lambda: "SIGHUP: gate process" in warden.log)
     (status,) = warden.manage("Status")
     assert status["gate_pid"] != warden.gate_pid
     warden.gate_pid = status["gate_pid"]
