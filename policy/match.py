@@ -72,6 +72,9 @@ NO_OWN: Final = Verdict(allowed=False, rule=None, reason="no rule allows owning 
 NO_SEE: Final = Verdict(allowed=False, rule=None, reason="no rule allows seeing the name")
 NO_START: Final = Verdict(allowed=False, rule=None, reason="no rule allows sending to the name")
 FROM_HOST: Final = Verdict(allowed=True, rule=None, reason="what the host sends is let in")
+FROM_SAME_APP: Final = Verdict(
+    allowed=True, rule=None, reason="what the app's own connections send is let in"
+)
 LONG_PATH: Final = Verdict(
     allowed=False, rule=None, reason=f"object path longer than {MAX_PATH} characters"
 )
@@ -154,11 +157,14 @@ class Judge:
         *,
         broadcast: bool,
     ) -> Verdict:
-        """Judge a call or signal into the sandbox. A broadcast needs a rule even from the host."""
+        """Judge a call or signal into the sandbox. A broadcast needs a rule, whoever the sender."""
         question = Question(path, interface, member, peer)
         verdict = self._judge(self._tables.receive, names, question, NO_RECEIVE)
-        if verdict is NO_RECEIVE and peer is None and not broadcast and self._receive_from_host:
-            return FROM_HOST
+        if verdict is NO_RECEIVE and self._receive_from_host and not broadcast:
+            if peer is None:
+                return FROM_HOST
+            if (peer.type, peer.app) == (self.me.type, self.me.app):
+                return FROM_SAME_APP
         return verdict
 
     def own(self, name: str) -> Verdict:

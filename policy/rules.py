@@ -64,8 +64,9 @@ class AccessList(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All rules of a sandbox. The order has no meaning, because deny beats allow."""
 
     rules: tuple[Rule, ...] = ()
-    # The default for unicast calls and signals from the host that match no rule: xdg-dbus-proxy
-    # lets such messages in, and snapd's AppArmor does not.
+    # The default for unicast calls and signals that match no rule, from the host and from
+    # connections of the same app: xdg-dbus-proxy lets such messages in, and snapd's AppArmor does
+    # not. The default also lets a connection send to itself.
     receive_from_host: bool = True
     # With this flag some calls to the bus itself need a send rule, as under snapd's AppArmor. All
     # sandboxes may make these calls otherwise (broker.gate.filter.driver_calls.BY_RULE_TOO).

@@ -96,6 +96,8 @@ class Witness:
         else:
             names, peer = self.names_of(header.destination)
             verdict = self.judge.send(names, header.path, header.interface, header.member, peer)
+            if self.me in names and verdict.rule is None:
+                return verdict.allowed or self.judge.access.receive_from_host
         return verdict.allowed
 
     def may_receive(self, header: Header) -> bool:

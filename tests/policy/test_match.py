@@ -178,6 +178,34 @@ def test_receiving(
     assert verdict.allowed is allowed
 
 
+TWIN = Identity(type=ME.type, app=ME.app)
+OF_ANOTHER_TYPE = Identity(type="io.flat", app=ME.app, component=ME.component)
+UNKNOWN = Identity(type="", app="")
+
+
+@pytest.mark.parametrize(
+    ("rules", "peer", "from_host", "allowed"),
+    [
+        ([], ME, True, True),
+        ([], TWIN, True, True),
+        ([], FRIEND, True, False),
+        ([], OF_ANOTHER_TYPE, True, False),
+        ([], UNKNOWN, True, False),
+        ([], ME, False, False),
+        (["receive:,peer=same-app"], TWIN, False, True),
+        (["!receive::M"], ME, True, False),
+        (["!receive:,peer=same-app"], TWIN, True, False),
+    ],
+)
+def test_bug_1_own_connections_are_let_in_as_the_host_is(
+    rules: list[str], peer: Identity, from_host: bool, allowed: bool
+) -> None:
+    receiver = judge(*rules, receive_from_host=from_host)
+    what = ({":1.7"}, "/p", "org.i", "M", peer)
+    assert receiver.receive(*what, broadcast=False).allowed is allowed
+    assert receiver.receive(*what, broadcast=True).allowed is (allowed and not from_host)
+
+
 @pytest.mark.parametrize(
     ("rules", "peer", "allowed"),
     [

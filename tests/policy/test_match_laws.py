@@ -114,7 +114,8 @@ def plain_answers(access: AccessList, question: Question) -> dict[str, bool]:
         )
 
     received = whole(Access.RECEIVE)
-    by_default = peer is None and access.receive_from_host
+    is_us = peer is None or (peer.type, peer.app) == (ME.type, ME.app)
+    by_default = is_us and access.receive_from_host
     return {
         "send": bool(whole(Access.SEND)),
         "broadcast": bool(

@@ -17,12 +17,13 @@ from broker.wire.errors import PeerProtocolError
 from broker.wire.header import Flag, Header, MessageType, serialise_header
 from broker.wire.interfaces import DRIVER, INSTANCE_FIELD, INSTANCE_PREFIX
 from broker.wire.marshal import read_reply
-from policy.match import Verdict
+from policy.match import NO_SEND, Verdict
 from policy.rules import Identity
 
 # dbus-daemon takes 16 and ends a connection that sends more (max_message_unix_fds).
 MAX_FDS: Final = 16
 KNOWN_FLAGS: Final = 7
+TO_ITSELF: Final = Verdict(allowed=True, rule=None, reason="a connection may send to itself")
 
 
 class DriverCalls(Protocol):
@@ -116,7 +117,7 @@ class AppMessages:
         if self._over_limit(header, fds):
             return True
         names, peer = self._other_end(header, replier)
-        verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
+        verdict = self._judge(header, replier, names, peer)
         if not verdict.allowed:
             state.sandbox.close_fds(fds)
             self._refuse(header, verdict, names, peer)
@@ -167,7 +168,7 @@ class AppMessages:
         if replier is None:
             return False
         names, peer = self._other_end(header, replier)
-        verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
+        verdict = self._judge(header, replier, names, peer)
         if verdict.allowed and len(fds) <= MAX_FDS:
             if self._emit(header, data, fds, replier):
                 state.verdicts.app_signals.remember(
@@ -210,6 +211,17 @@ class AppMessages:
         if replier.owner and (replier.owner == name or not state.bus.judges_names_alone):
             names |= self._owners.names_of(replier.owner)
         return names, state.bus.peer(replier.owner)
+
+    def _judge(
+        self, header: Header, replier: Replier, names: Collection[str], peer: Identity | None
+    ) -> Verdict:
+        state = self._state
+        verdict = state.judge.send(names, header.path, header.interface, header.member, peer)
+        # A list that lets the app's own connections in has no reason to keep one from itself.
+        is_open = state.judge.access.receive_from_host
+        if verdict is NO_SEND and is_open and replier.owner == state.unique_name:
+            return TO_ITSELF
+        return verdict
 
     def _refuse(
         self, header: Header, verdict: Verdict, names: Collection[str], peer: Identity | None
