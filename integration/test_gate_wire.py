@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from broker.wire.header import MessageType, serialise_header
+from broker.wire.reader import MAX_ARRAY
 from integration.harness.buses import Bus
 from integration.harness.messages import make_header, make_message
 from integration.harness.rawclient import BUS, BUS_PATH, connect_socket
@@ -159,6 +160,29 @@ def test_twenty_mebibytes_go_there_and_back(shared: Warden, sandbox: Sandbox) ->
     text = "0123456789abcdef" * (20 * 1024 * 1024 // 16)
     echo(client, text)
     echo(client)
+
+
+def test_bug_9_largest_array_fits_with_its_header(shared: Warden, sandbox: Sandbox) -> None:
+    client, host = shared.connect(sandbox), shared.connect_host()
+    name = "org.example.Largest"
+    assert host.request_name(name) == 1
+    shared.change_access(sandbox, rules=[f"send:{name}"])
+    length = struct.pack("<I", MAX_ARRAY)
+    made = make_header(
+        MessageType.METHOD_CALL,
+        client.next_serial(),
+        path="/" + "x" * 1000,
+        interface=ECHO,
+        member="Take",
+        destination=name,
+        signature="ay",
+    )
+    made = replace(made, body_length=len(length) + MAX_ARRAY)
+    client.send_raw(serialise_header(made) + length + bytes(MAX_ARRAY))
+    got = host.wait_call("Take", 60)
+    assert len(got.body) == len(length) + MAX_ARRAY
+    host.reply(got)
+    assert client.wait_reply(made.serial, 60).error is None
 
 
 def test_large_message_does_not_hold_up_others(shared: Warden, sandbox: Sandbox) -> None:

@@ -19,12 +19,14 @@ from integration.harness.proxies import (
     Proxy,
     Scene,
     World,
+    echo_error,
     open_proxy,
     refused,
 )
-from integration.harness.rawclient import BUS, RawClient, connect_socket
+from integration.harness.rawclient import BUS, BUS_PATH, RawClient, connect_socket
 from integration.harness.scripts import echo
 from integration.harness.service import ECHO, PATH
+from integration.harness.stage import UNKNOWN
 
 FAILED = "org.freedesktop.DBus.Error.Failed"
 
@@ -32,6 +34,21 @@ FAILED = "org.freedesktop.DBus.Error.Failed"
 @pytest.fixture
 def scene(world: World) -> Scene:
     return Scene(kind=OURS, world=world)
+
+
+def test_bug_9_a_glob_for_names_that_have_a_number(scene: Scene) -> None:
+    mine = "org.kde.StatusNotifierItem"
+    with scene.client("--own=org.kde.StatusNotifierItem-*", "--talk=org.example.Sec*d") as app:
+        for name in (f"{mine}-4711-1", f"{mine}-2-1.x"):
+            assert app.request_name(name) == 1
+            assert scene.world.host.name_owner(name) == app.unique_name
+        for name in (mine, f"{mine}x-1", "org.kde.Other"):
+            reply = app.call(BUS, BUS_PATH, BUS, "RequestName", "su", (name, 0))
+            assert reply.error == UNKNOWN
+        assert echo_error(app, SECOND) == ""
+        assert echo_error(app, ECHO) == UNKNOWN
+    done = run(*PROGRAMS[OURS], "--help")
+    assert "org.kde.StatusNotifierItem-*" in done.out
 
 
 # -- addresses, sockets, arguments --------------------------------------------------------------------

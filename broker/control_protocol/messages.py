@@ -102,7 +102,7 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """
 
     connections: int = 16  # max_connections_per_container, counted at accept
-    bytes_held: int = 64 * 1024 * 1024  # of unfinished messages from the sandbox
+    bytes_held: int = 66 * 1024 * 1024  # of unfinished messages from the sandbox
     bytes_queued: int = 64 * 1024 * 1024  # to connections that do not read, all together
     pending_calls: int = 4096  # for each connection and each direction
     match_rules: int = 1024  # of all connections

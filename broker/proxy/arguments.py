@@ -78,7 +78,7 @@ class _Group:
         """Return the group with the rules. Raises ConfigError."""
         options = [*self.policy, "--filter"] if "filter" in self.flags else self.policy
         try:
-            imported = import_options(options, bus=None, file=ORIGIN)
+            imported = import_options(options, bus=None, file=ORIGIN, globs=True)
         except ImportFileError as exc:
             raise ConfigError(exc.problem) from exc
         flags = {name: name in self.flags for name in _FLAGS.values()}

@@ -53,6 +53,8 @@ Options behind an ADDRESS and PATH:
   --own=NAME              as --talk, and the client may own NAME
   --call=NAME=RULE        calls to NAME; RULE is [INTERFACE.MEMBER][@PATH], with * for any
   --broadcast=NAME=RULE   broadcasts from NAME
+
+Beyond xdg-dbus-proxy, NAME may be a glob with a fixed beginning: org.kde.StatusNotifierItem-*
 """
 
 

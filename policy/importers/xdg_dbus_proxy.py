@@ -18,6 +18,7 @@ from policy.globs import (
     check_interface,
     check_member,
     check_path,
+    compile_name,
     parse_name_pattern,
 )
 from policy.importers.report import Imported, ImportFileError, Unsaid, cut
@@ -61,10 +62,17 @@ class Argument(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def import_options(
-    options: Sequence[str], *, bus: str | None = None, file: str = "xdg-dbus-proxy"
+    options: Sequence[str],
+    *,
+    bus: str | None = None,
+    file: str = "xdg-dbus-proxy",
+    globs: bool = False,
 ) -> Imported:
-    """Return the rules of the options after one address and path. Raises ImportFileError."""
-    return import_arguments(_arguments(options, file), bus=bus)
+    """Return the rules of the options after one address and path. Raises ImportFileError.
+
+    With `globs`, names may be globs with a fixed beginning: an extension of `buswarden proxy`.
+    """
+    return import_arguments(_arguments(options, file), bus=bus, globs=globs)
 
 
 def import_command_line(
@@ -86,9 +94,11 @@ def import_command_line(
     return Imported(access=AccessList(rules=tuple(rules)), unsaid=tuple(unsaid))
 
 
-def import_arguments(arguments: Iterable[Argument], *, bus: str | None) -> Imported:
+def import_arguments(
+    arguments: Iterable[Argument], *, bus: str | None, globs: bool = False
+) -> Imported:
     """Return the rules of options with positions. Raises ImportFileError."""
-    importer = _Importer(bus)
+    importer = _Importer(bus, globs=globs)
     for argument in arguments:
         importer.add(argument)
     return importer.result()
@@ -161,8 +171,9 @@ def _check_global(argument: Argument) -> None:
 
 
 class _Importer:
-    def __init__(self, bus: str | None) -> None:
+    def __init__(self, bus: str | None, *, globs: bool) -> None:
         self._bus: Final = bus
+        self._globs: Final = globs
         self._filter = False
         self._rules: Final[dict[Rule, Rule]] = {}  # by the rule without origin
         self._heard: Final[list[tuple[Argument, NamePattern]]] = []
@@ -203,10 +214,11 @@ class _Importer:
         )
 
     def _add_level(self, argument: Argument, option: str, name: str) -> None:
-        try:
-            check_bus_name(name.removesuffix(".*"))
-        except PatternError as exc:
-            raise argument.error(exc.problem) from None
+        if not self._is_glob(name):
+            try:
+                check_bus_name(name.removesuffix(".*"))
+            except PatternError as exc:
+                raise argument.error(exc.problem) from None
         if name.startswith(":"):
             raise argument.error("a unique name")
         self._keep(argument, Rule(access=_LEVELS[option], bus=self._bus, name=name))
@@ -220,7 +232,7 @@ class _Importer:
         except PatternError as exc:
             self._unsaid.append(argument.unsaid(f"left out: {exc.problem}"))
             return
-        if pattern.kind == "glob":
+        if pattern.kind == "glob" and not self._is_glob(name):
             self._unsaid.append(argument.unsaid("can match nothing: '*' stands only in '.*'"))
             return
         try:
@@ -241,6 +253,21 @@ class _Importer:
         self._keep(argument, rule)
         if option == "--broadcast":
             self._heard.append((argument, pattern))
+
+    def _is_glob(self, name: str) -> bool:
+        """Return whether a name is a glob of the extension.
+
+        The fixed beginning reaches into an element after the first, so that no option is about all
+        names of a domain.
+        """
+        if not self._globs or name.startswith(":"):
+            return False
+        try:
+            pattern = parse_name_pattern(name)
+        except PatternError:
+            return False
+        first, dot, second = compile_name(name).stem.partition(".")
+        return pattern.kind == "glob" and bool(first and dot and second)
 
     def _keep(self, argument: Argument, rule: Rule) -> None:
         self._rules.setdefault(rule, msgspec.structs.replace(rule, origin=argument.origin))

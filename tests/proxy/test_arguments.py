@@ -12,6 +12,7 @@ from broker.proxy.arguments import (
     split_arguments,
 )
 from broker.wire.errors import ConfigError
+from policy.importers.report import ImportFileError
 from policy.importers.xdg_dbus_proxy import import_options
 from policy.rules import Access
 from policy.text import format_rule
@@ -80,6 +81,43 @@ def test_without_filter_everything_is_allowed() -> None:
 def test_filter_may_stand_behind_what_it_is_for() -> None:
     (group,) = parse(BUS, "/s", "--see=org.example.A", "--filter").groups
     assert "see:org.example.A" in {format_rule(rule) for rule in group.imported.access.rules}
+
+
+@pytest.mark.parametrize(
+    ("option", "rule"),
+    [
+        ("--own=", "send+receive+own:{}"),
+        ("--talk=", "send+receive:{}"),
+        ("--see=", "see:{}"),
+        ("--call=", "send:{}:x.Y.*"),
+        ("--broadcast=", "receive:{}:x.Y.*"),
+    ],
+)
+@pytest.mark.parametrize("name", ["org.kde.StatusNotifierItem-*", "org.kde.Item-[0-9]", "org.k?"])
+def test_bug_9_globs_are_an_extension(option: str, rule: str, name: str) -> None:
+    more = "=x.Y.*" if ".Y." in rule else ""
+    (group,) = parse(BUS, "/s", "--filter", f"{option}{name}{more}").groups
+    assert format_rule(group.imported.access.rules[-1]) == rule.format(name)
+    # What xdg-dbus-proxy's own options mean stays as it is.
+    options = ["--filter", f"{option}{name}{more}"]
+    if more:
+        assert import_options(options).unsaid
+        assert len(import_options(options).access.rules) == 2
+    else:
+        with pytest.raises(ImportFileError):
+            import_options(options)
+
+
+@pytest.mark.parametrize(
+    "name", ["*", "?", "org*", "org.*-x", "org.?", "*.kde.x", "org.*.x", ":1.4*", "org.kde[.x"]
+)
+def test_bug_9_globs_have_a_fixed_beginning(name: str) -> None:
+    for option in ("--own=", "--talk=", "--see="):
+        assert f"{option}{name}" in refusal(BUS, "/s", "--filter", f"{option}{name}")
+    for option in ("--call=", "--broadcast="):
+        (group,) = parse(BUS, "/s", "--filter", f"{option}{name}=*").groups
+        assert group.imported.unsaid
+        assert len(group.imported.access.rules) == 2
 
 
 def test_the_origin_of_a_rule_is_its_option() -> None:

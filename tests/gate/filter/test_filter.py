@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 
 from broker.control_protocol.messages import SandboxLimits
+from broker.supervisor.config import SYSTEM_LIMITS, ConfiguredLimits
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
-from broker.wire.header import MessageType
+from broker.wire.header import FIXED_SIZE, MAX_FIELDS, MessageType
 from broker.wire.marshal import make_return
+from broker.wire.reader import MAX_ARRAY
 from tests.helpers.messages import NO_REPLY, access, big, call, changed, driver_call, names, signal
 from tests.helpers.modelbus import ME, Dialogue
 
@@ -318,3 +320,11 @@ def test_message_of_unknown_type_is_ignored() -> None:
     assert not talk.app(changed(call(2, "org.a"), type=9))
     assert not talk.deliver(changed(call(2, ME), type=9, sender=":1.2"))
     assert not talk.model.seen
+
+
+def test_bug_9_budget_holds_the_largest_array_with_the_largest_header() -> None:
+    # The body is an array of structs with its length and padding, beside a few other arguments.
+    largest = FIXED_SIZE + MAX_FIELDS + 8 + MAX_ARRAY + 4096
+    assert SandboxLimits().bytes_held >= largest
+    assert ConfiguredLimits().for_sandbox().bytes_held >= largest
+    assert SYSTEM_LIMITS.for_sandbox().bytes_held >= largest
