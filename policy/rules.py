@@ -69,7 +69,7 @@ class AccessList(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     # not. The default also lets a connection send to itself.
     receive_from_host: bool = True
     # With this flag some calls to the bus itself need a send rule, as under snapd's AppArmor. All
-    # sandboxes may make these calls otherwise (broker.gate.filter.driver_calls.BY_RULE_TOO).
+    # sandboxes may make these calls otherwise (policy.bus_calls.BY_RULE_TOO).
     bus_by_rule: bool = False
 
 

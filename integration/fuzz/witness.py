@@ -10,12 +10,12 @@ from typing import Final
 
 from broker.gate.filter.bus_state import ABSENT_UNIQUE, BusState
 from broker.gate.filter.connection_state import REPLY_SERIAL
-from broker.gate.filter.driver_calls import NEVER_INTERFACES, NEVER_MEMBERS
 from broker.gate.filter.pending_calls import FIRST_GATE_SERIAL
 from broker.wire.header import Field, Flag, Header, MessageType
 from broker.wire.interfaces import DRIVER, INSTANCE_FIELD, INSTANCE_PREFIX
 from broker.wire.matchrule import parse_match_rule
 from integration.fuzz.header import read_fields
+from policy.bus_calls import NEVER_INTERFACES, NEVER_MEMBERS
 from policy.match import Judge
 from policy.rules import Identity
 from tests.helpers.messages import Message

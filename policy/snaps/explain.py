@@ -11,8 +11,9 @@ from typing import Final
 
 import msgspec
 
+from policy.bus_calls import BUS_PATH, NEVER, judge_bus_call, own_calls
 from policy.globs import is_literal
-from policy.match import RULE_WORK, Judge, Verdict, make_judge
+from policy.match import BUS_NAME, RULE_WORK, Judge, Verdict, make_judge
 from policy.rules import Access, AccessList, Identity, Peer, Rule
 from policy.snaps.compiler import Compiler
 from policy.snaps.installed import Connection, Port, Snap, SnapError, identity_of, tag_of
@@ -22,6 +23,7 @@ from policy.wall import walled
 # Limit on connections that are tried. Connections to the other end's snap, and to the system's,
 # come first.
 MAX_TRIED: Final = 500
+_SEES_BUS: Final = Verdict(allowed=True, rule=None, reason="every sandbox sees the bus itself")
 # Work of looking at a plug or slot, in the unit of policy.match.
 _LOOKING: Final = 16
 # Work of trying a connection, without the work for the connection's rules.
@@ -84,6 +86,25 @@ def ask(judge: Judge, question: Question) -> Verdict:
             return judge.see(names, peer)
 
 
+def ask_as_gate(judge: Judge, question: Question) -> Verdict:
+    """Return the verdict of the gate, which treats the bus itself in a way of its own."""
+    verdict = ask(judge, question)
+    names = question.names
+    match question.access:
+        case Access.SEND if BUS_NAME in names and not question.broadcast:
+            return judge_bus_call(judge, question.path, question.interface, question.member)
+        case Access.SEE if BUS_NAME in names:
+            return _SEES_BUS
+        case Access.OWN if BUS_NAME in names:
+            return NEVER
+        case Access.OWN if verdict.allowed:
+            # The name is asked for by a call, which may need a rule as well.
+            calling = judge_bus_call(judge, BUS_PATH, BUS_NAME, "RequestName")
+            return verdict if calling.allowed else calling
+        case _:
+            return verdict
+
+
 def explain_list(access: AccessList, me: Identity, question: Question) -> Explanation:
     """Explain a verdict by an access list alone."""
     return _at_once(explaining_list(access, me, question))
@@ -116,7 +137,7 @@ def explaining(
     snap, app = _find_app(compiler, tag)
     me = identity_of(snap.name, app)
     verdict = yield from _judging(access, me, question)
-    if verdict.allowed or verdict.rule is not None:
+    if verdict.allowed or verdict.rule is not None or verdict is NEVER:
         return _explanation(verdict, ())
     remedies: list[Remedy] = []
     yield from _one_rule(access, me, question, remedies)
@@ -136,12 +157,15 @@ def _at_once(work: Generator[int, None, Explanation]) -> Explanation:
 
 def _judging(access: AccessList, me: Identity, question: Question) -> Generator[int, None, Verdict]:
     made = yield from make_judge(access, bus=question.bus, me=me)
-    return ask(made, question)
+    return ask_as_gate(made, question)
 
 
 def narrowest_rule(question: Question) -> Rule:
     """Return the rule that allows an action and as little else as a rule can."""
-    name = next((name for name in question.names if not name.startswith(":")), None)
+    # A unique name is of one service, like a well-known name. A rule without a name would be about
+    # all services.
+    names = sorted(question.names, key=lambda name: name.startswith(":"))
+    name = names[0] if names else None
     rule = Rule(access=frozenset({question.access}), bus=question.bus, name=name)
     if question.access is Access.OWN:
         return rule
@@ -195,7 +219,13 @@ def _one_rule(
     access: AccessList, me: Identity, question: Question, found: list[Remedy]
 ) -> _Finding:
     rule = narrowest_rule(question)
-    more = msgspec.structs.replace(access, rules=(*access.rules, rule))
+    if question.access in {Access.OWN, Access.SEE} and rule.name is None:
+        return  # a rule without a name would be about all names
+    if question.access is Access.OWN and str(rule.name).startswith(":"):
+        return  # nobody can request a unique name
+    # A rule for owning brings the calls along that it needs.
+    added = (rule, *own_calls((rule,), "")) if access.bus_by_rule else (rule,)
+    more = msgspec.structs.replace(access, rules=(*access.rules, *added))
     verdict = yield from _judging(more, me, question)
     if verdict.allowed:
         found.append(Remedy(because=rule, opens=breadth([rule]), rule=rule))
@@ -297,7 +327,7 @@ def _new_plugs(
 def _allowing(
     added: list[Rule], me: Identity, question: Question
 ) -> Generator[int, None, Rule | None]:
-    access = AccessList(rules=tuple(added), receive_from_host=False)
+    access = AccessList(rules=tuple(added), receive_from_host=False, bus_by_rule=True)
     verdict = yield from _judging(access, me, question)
     return verdict.rule if verdict.allowed else None
 

@@ -152,11 +152,34 @@ def test_an_allowance_is_explained(run: Run, broker: Broker) -> None:
     assert set(broker.values("Explain")[1]) == {"direction", "bus", "peer"}
 
 
+@pytest.mark.parametrize("direction", ["own", "see"])
+@pytest.mark.parametrize("more", [[], ["-", "-", "-"]])
+def test_program_p3_a_name_to_own_or_see_is_explained(
+    run: Run, broker: Broker, direction: str, more: list[str]
+) -> None:
+    assert run("explain", "c1", f"--{direction}", "session", "org.x.Y", *more)[0] == 0
+    what, message = broker.values("Explain")
+    assert what == "c1"
+    assert {key: text.value for key, text in message.items()} == {
+        "direction": direction,
+        "bus": "session",
+        "name": "org.x.Y",
+        "peer": "host",
+    }
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["explain", "c1", *MESSAGE], "--send and --receive"),
         (["explain", "c1", "--send", "session"], "Missing argument"),
+        (
+            ["explain", "c1", "--send", "session", "org.x.Y", "/x", "a.b"],
+            "Missing argument 'MEMBER'",
+        ),
+        (["explain", "c1", "--own", "session"], "Missing argument"),
+        (["explain", "c1", "--own", "session", "-"], "--own needs a NAME"),
+        (["explain", "c1", "--see", *MESSAGE], "--see takes BUS and NAME alone"),
         (["connect", "a:p"], "Missing argument"),
         (["snaps", "load", "/nonexistent"], "does not exist"),
         (["snaps", "frob"], "No such command"),

@@ -5,7 +5,7 @@ An allow-list: a call in none of the tables here needs a rule, and a few calls a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn
 
 from broker.gate.dumps import ReplyAction
 from broker.gate.filter.chores import NAME_WORK, STEP_WORK, Work
@@ -17,18 +17,13 @@ from broker.gate.filter.visibility import NameVisibility
 from broker.wire import errors, marshal
 from broker.wire.errors import CallRefusedError, PeerProtocolError, PeerQuotaError
 from broker.wire.header import Flag, Header, MessageType, parse_header, serialise_header
-from broker.wire.interfaces import (
-    CONTAINERS1,
-    DRIVER,
-    DRIVER_PATH,
-    INTROSPECTABLE,
-    PEER,
-    PROPERTIES,
-)
+from broker.wire.interfaces import DRIVER, DRIVER_PATH, PEER, PROPERTIES
 from broker.wire.marshal import Value, read_reply
 from broker.wire.matchrule import MatchRule, parse_match_rule
 from broker.wire.names import is_bus_name, is_well_known_name
 from broker.wire.reader import Reader, skip_value
+from policy.bus_calls import LOOK_UPS, NEVER, NEVER_INTERFACES, judge_bus_call
+from policy.match import Verdict
 from policy.tables import MAX_PATH
 
 _PROPERTIES: Final = "a{sv}"
@@ -80,63 +75,10 @@ def without_descriptors(data: bytes) -> bytes:
     return serialise_header(header, sender=True) + new
 
 
-# No rule allows these interfaces, because they reach beyond one connection. The stock session buses allow them.
-NEVER_INTERFACES: Final = frozenset(
-    {
-        "org.freedesktop.DBus.Monitoring",
-        "org.freedesktop.DBus.Debug.Stats",
-        CONTAINERS1,
-    }
-)
-# The bus takes calls without an interface, so the members of those interfaces are listed as well.
-NEVER_MEMBERS: Final = frozenset(
-    {
-        "BecomeMonitor",
-        "UpdateActivationEnvironment",
-        "GetStats",
-        "GetConnectionStats",
-        "GetAllMatchRules",
-        "AddServer",
-        "StopInstance",
-        "StopListening",
-        "GetConnectionInstance",
-        "GetInstanceInfo",
-        "RequestHeader",
-    }
-)
 # The flags of RequestName in the specification.
 REQUEST_NAME_FLAGS: Final = 7
 # Replies to RequestName: the app owns the name, waits in its queue, or owned it already.
 HAS_NAME: Final = (1, 2, 4)
-
-# Calls that every sandbox may make. snapd's profiles do not allow them to every snap, so in an access list with
-# `bus_by_rule` they need a send rule.
-BY_RULE_TOO: Final = frozenset(
-    {
-        "GetAdtAuditSessionData",
-        "GetConnectionCredentials",
-        "GetConnectionSELinuxSecurityContext",
-        "GetConnectionUnixProcessID",
-        "GetConnectionUnixUser",
-        "GetId",
-        "ListActivatableNames",
-        "ListNames",
-        "ListQueuedOwners",
-        "ReleaseName",
-        "RequestName",
-    }
-)
-LOOK_UPS: Final = frozenset(
-    {
-        "GetNameOwner",
-        "NameHasOwner",
-        "GetConnectionUnixProcessID",
-        "GetConnectionUnixUser",
-        "GetConnectionCredentials",
-        "GetConnectionSELinuxSecurityContext",
-        "GetAdtAuditSessionData",
-    }
-)
 
 
 class BusDriverCalls:
@@ -177,25 +119,18 @@ class BusDriverCalls:
         member = header.member or ""
         if header.destination is None:
             return self._nobody(header, data)
-        if header.interface in NEVER_INTERFACES or (
-            member in NEVER_MEMBERS and header.interface in (None, DRIVER)
-        ):
-            self._never(header)
-        if header.interface in (None, DRIVER):
-            method = self._METHODS.get(member)
-            if method is not None:
-                if member in BY_RULE_TOO and self._state.judge.access.bus_by_rule:
-                    self._demand_rule(header)
-                return method(self, header, data)
-        if header.interface in (None, PEER) and member == "Ping":
-            return self._pass(header, data)
-        if header.interface in (None, INTROSPECTABLE) and member == "Introspect":
-            return self._pass(header, data)
+        # Nothing reaches the bus that `explain` would call denied: both ask the same function.
+        verdict = judge_bus_call(self._state.judge, header.path, header.interface, header.member)
+        if not verdict.allowed:
+            self._refuse(header, verdict)
+        method = self._METHODS.get(member) if header.interface in (None, DRIVER) else None
+        if method is not None:
+            return method(self, header, data)
         if header.interface in (None, PROPERTIES) and member in ("Get", "GetAll", "Set"):
             body = data[header.size :]
             if any(name.encode() in body for name in NEVER_INTERFACES):
-                self._never(header)
-        return self._by_rule(header, data)
+                self._refuse(header, NEVER)
+        return self._pass(header, data)
 
     def _nobody(self, header: Header, data: bytes) -> bool:
         """Handle a call without a destination. Buses answer org.freedesktop.DBus.Peer alone there."""
@@ -203,33 +138,23 @@ class BusDriverCalls:
             if header.member == "Ping":
                 return self._pass(header, data)
             if header.member == "GetMachineId":
-                return self._by_rule(header, data)
+                verdict = judge_bus_call(
+                    self._state.judge, header.path, header.interface, header.member
+                )
+                if not verdict.allowed:
+                    self._refuse(header, verdict)
+                return self._pass(header, data)
         raise CallRefusedError(
             errors.UNKNOWN_METHOD,
             f"{header.interface}.{header.member} is not understood without a destination",
         )
 
-    def _never(self, header: Header) -> None:
-        reason = "no rule can allow it in a sandbox"
-        self._report(header, reason)
-        raise CallRefusedError(errors.ACCESS_DENIED, f"{header.member} of the bus: {reason}")
-
-    def _by_rule(self, header: Header, data: bytes) -> bool:
-        self._demand_rule(header)
-        return self._pass(header, data)
-
-    def _demand_rule(self, header: Header) -> None:
-        verdict = self._state.judge.send(
-            (DRIVER,), header.path, header.interface, header.member, None
-        )
-        if verdict.allowed:
-            return
+    def _refuse(self, header: Header, verdict: Verdict) -> NoReturn:
         origin = verdict.rule.origin if verdict.rule is not None else ""
         self._report(header, verdict.reason, origin=origin)
+        called = f"{header.interface}.{header.member}" if header.interface else header.member
         raise CallRefusedError(
-            errors.ACCESS_DENIED,
-            f"This sandbox may not call {header.interface}.{header.member} of the bus: "
-            f"{verdict.reason}",
+            errors.ACCESS_DENIED, f"This sandbox may not call {called} of the bus: {verdict.reason}"
         )
 
     def _report(

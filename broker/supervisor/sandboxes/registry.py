@@ -39,7 +39,8 @@ from broker.supervisor.sandboxes.lifecycle import (
     Process,
 )
 from broker.wire.errors import LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
-from broker.wire.interfaces import DRIVER, INSTANCE_PREFIX
+from broker.wire.interfaces import INSTANCE_PREFIX
+from policy.bus_calls import own_calls
 from policy.rules import NO_ACCESS, Access, AccessList, Identity, Rule
 from policy.wall import WALL
 
@@ -132,28 +133,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         more = compiled or NO_ACCESS
         built_in = self.built_in
         if more.bus_by_rule:
-            built_in += _own_calls(self.access.rules)
+            built_in += own_calls(self.access.rules, OWN_CALLS)
         return AccessList(
             rules=(*self.access.rules, *more.rules, *built_in),
             receive_from_host=self.access.receive_from_host and more.receive_from_host,
             bus_by_rule=self.access.bus_by_rule or more.bus_by_rule,
         )
-
-
-def _own_calls(given: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Return rules to request and release the names that rules allow to own."""
-    buses = {rule.bus for rule in given if Access.OWN in rule.access and not rule.deny}
-    return tuple(
-        Rule(
-            access=frozenset({Access.SEND}),
-            bus=bus,
-            name=DRIVER,
-            interface=DRIVER,
-            member="{Request,Release}Name",
-            origin=OWN_CALLS,
-        )
-        for bus in sorted(buses, key=str)
-    )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -3,6 +3,8 @@ import itertools
 import msgspec
 import pytest
 
+from policy.bus_calls import NEVER_INTERFACES, NEVER_MEMBERS
+from policy.match import BUS_NAME
 from policy.rules import Access, AccessList, Identity
 from policy.snaps.compiler import Change, Compiler
 from policy.snaps.explain import (
@@ -247,3 +249,104 @@ def test_breadth_grows_with_what_is_left_open() -> None:
     assert breadth([narrow, some]) == breadth([narrow]) + breadth([some])
     assert breadth([parse_rule("send:", deny=True)]) == 0
     assert breadth([parse_rule("own:org.x,bus=b")]) == 1
+
+
+def bus_call(member: str, interface: str | None = BUS_NAME) -> Question:
+    return Question(
+        access=Access.SEND,
+        bus="session",
+        names=(BUS_NAME,),
+        path="/org/freedesktop/DBus",
+        interface=interface,
+        member=member,
+    )
+
+
+OPEN = ["Hello", "GetId", "AddMatch", "ListNames", "GetNameOwner", "NameHasOwner", "RequestName"]
+
+
+@pytest.mark.parametrize("member", OPEN)
+@pytest.mark.parametrize("interface", [BUS_NAME, None])
+def test_program_p3_what_every_sandbox_may_call_needs_no_rule(
+    member: str, interface: str | None
+) -> None:
+    found = explain_list(AccessList(), ME, bus_call(member, interface))
+    assert found.verdict.allowed
+    assert found.verdict.reason.startswith("every sandbox may call it")
+    assert found.remedies == ()
+
+
+@pytest.mark.parametrize("member", sorted(NEVER_MEMBERS))
+def test_program_p3_no_rule_is_suggested_where_none_can_help(member: str) -> None:
+    everything = AccessList(rules=(parse_rule("send+receive+own+see:"),))
+    for interface in (BUS_NAME, None, *NEVER_INTERFACES):
+        for access in (AccessList(), everything):
+            found = explain_list(access, ME, bus_call(member, interface))
+            assert not found.verdict.allowed
+            assert found.verdict.reason == "no rule can allow it in a sandbox"
+            assert found.remedies == ()
+    tag = explain(compiler(), "snap.client.app", bus_call(member))
+    assert (tag.verdict.allowed, tag.remedies) == (False, ())
+
+
+def test_program_p3_the_rest_of_the_bus_is_explained_by_a_rule() -> None:
+    found = explain_list(AccessList(), ME, bus_call("ReloadConfig"))
+    assert not found.verdict.allowed
+    (rule,) = remedies(found)
+    access = AccessList(rules=(parse_rule(rule),))
+    assert explain_list(access, ME, bus_call("ReloadConfig")).verdict.allowed
+    assert not explain_list(access, ME, bus_call("BecomeMonitor")).verdict.allowed
+
+
+def test_program_p3_by_rule_the_bus_is_judged_as_the_gate_judges() -> None:
+    strict = AccessList(bus_by_rule=True)
+    for member in ("GetId", "ListNames", "RequestName", "GetConnectionUnixUser"):
+        found = explain_list(strict, ME, bus_call(member))
+        assert not found.verdict.allowed
+        assert remedies(found)
+    for member in ("GetNameOwner", "AddMatch"):
+        assert explain_list(strict, ME, bus_call(member)).verdict.allowed
+
+
+def named(access: Access, *names: str) -> Question:
+    return Question(access=access, bus="session", names=names)
+
+
+def test_program_p3_own_and_see_are_explained() -> None:
+    for access, rule in ((Access.OWN, "own:org.x"), (Access.SEE, "see:org.x,peer=host")):
+        question = named(access, "org.x")
+        found = explain_list(AccessList(), ME, question)
+        assert not found.verdict.allowed
+        assert remedies(found) == [f"{rule},bus=session"]
+        allowed = AccessList(rules=(parse_rule(rule),))
+        assert explain_list(allowed, ME, question).verdict.allowed
+    assert explain_list(AccessList(), ME, named(Access.SEE, BUS_NAME)).verdict.allowed
+    assert not explain_list(AccessList(), ME, named(Access.OWN, BUS_NAME)).verdict.allowed
+
+
+def test_program_p3_to_own_a_name_by_rule_takes_the_call_as_well() -> None:
+    owns = AccessList(rules=(parse_rule("own:org.x"),), bus_by_rule=True)
+    found = explain_list(owns, ME, named(Access.OWN, "org.x"))
+    assert not found.verdict.allowed
+    none = explain_list(AccessList(bus_by_rule=True), ME, named(Access.OWN, "org.x"))
+    assert remedies(none) == ["own:org.x,bus=session"]
+
+
+@pytest.mark.parametrize("access", [Access.SEND, Access.RECEIVE, Access.SEE])
+def test_program_p3_a_rule_for_a_unique_name_is_about_that_connection(access: Access) -> None:
+    question = msgspec.structs.replace(NM, access=access, names=(":1.5",), bus="session")
+    strict = AccessList(receive_from_host=False)
+    (rule,) = (each.rule for each in explain_list(strict, ME, question).remedies)
+    assert rule is not None
+    assert rule.name == ":1.5"
+    again = parse_rule(format_rule(rule))
+    given = msgspec.structs.replace(strict, rules=(again,))
+    assert explain_list(given, ME, question).verdict.allowed
+    other = msgspec.structs.replace(question, names=(":1.6",))
+    assert not explain_list(given, ME, other).verdict.allowed
+
+
+@pytest.mark.parametrize("access", [Access.OWN, Access.SEE])
+def test_program_p3_no_rule_about_all_names_is_suggested(access: Access) -> None:
+    assert not explain_list(AccessList(), ME, named(access)).remedies
+    assert not explain_list(AccessList(), ME, named(Access.OWN, ":1.5")).remedies
