@@ -16,7 +16,7 @@ def explain(stage: Stage, sandbox: str, **message: str) -> dict[str, Any]:
     said = {key: Variant("s", text) for key, text in {"bus": "session", **message}.items()}
     host = stage.warden.host
     (why,) = host.ask(NAME, MANAGE_PATH, POLICY, "Explain", "sa{sv}", (sandbox, said))
-    return {key: variant.value for key, variant in why.items()}
+    return dict(why)
 
 
 # Calls to the bus about itself: what a sandbox without rules may call, and what no rule allows.
@@ -28,7 +28,7 @@ BUS_CALLS: Final = [
     (BUS, "AddMatch", "s", ("type='signal'",)),
     (f"{BUS}.Peer", "Ping", "", ()),
     (f"{BUS}.Introspectable", "Introspect", "", ()),
-    (BUS, "ReloadConfig", "", ()),
+    (BUS, "NoSuchMethod", "", ()),
     (f"{BUS}.Peer", "GetMachineId", "", ()),
     (BUS, "UpdateActivationEnvironment", "a{ss}", ({},)),
     (f"{BUS}.Monitoring", "BecomeMonitor", "asu", ([], 0)),
