@@ -47,14 +47,14 @@ class MessageBudget:
         self._rate: Final = max(1, a_second)
         self._full: Final = max(1, int(self._rate * BURST))
         self._least: Final = -self._rate * MOST_OWED
-        self._clock: Final = clock
+        self.clock: Final = clock
         self._filled = clock()
         self.left = self._full
         self.caused = 0  # the part of all charges, so far, that is for messages from the bus
 
     def fill(self) -> None:
         """Add the messages earned since the last time."""
-        now = self._clock()
+        now = self.clock()
         earned = int((now - self._filled) * self._rate)
         # A fraction of a message counts the next time.
         self._filled += earned / self._rate

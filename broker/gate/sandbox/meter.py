@@ -14,7 +14,6 @@ messages. So a flood gets the same share of the time on any machine.
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -40,11 +39,11 @@ class Meter:
     """
 
     def __init__(
-        self, judging: Mediator, budget: MessageBudget, clock: Clock = time.monotonic
+        self, judging: Mediator, budget: MessageBudget, clock: Clock | None = None
     ) -> None:
         self._judging: Final = judging
         self._budget: Final = budget
-        self._clock: Final = clock
+        self._clock: Final = clock or budget.clock
         self._asked: tuple[float, int] | None = None  # time, and the charges until then
         # A mediator without handlers passes all replies on, also those to calls of the gate.
         self._asks: Final = bool(judging.state.reply_handlers)

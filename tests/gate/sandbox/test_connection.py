@@ -86,8 +86,8 @@ class World:
         self.sandbox = Sandbox(
             self.loop, spec, buses, self.events.append, lambda _sandbox: None, self.far
         )
-        # No tick of the real clock is to put anything in.
-        self.sandbox.messages._clock = self.clock  # type: ignore[misc]
+        # No tick of the real clock is to put anything in, or to be charged.
+        self.sandbox.messages.clock = self.clock  # type: ignore[misc]
         self.sandbox.messages._filled = self.clock.now
         self.sandbox.open([listener.detach()])
         self.app = socket.socket(socket.AF_UNIX)

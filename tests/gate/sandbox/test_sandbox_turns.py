@@ -44,7 +44,7 @@ class World:
         )
         self.sandbox = Sandbox(self.loop, spec, {}, lambda _event: None, lambda _sandbox: None)
         # No tick of the real clock is to put anything in.
-        self.sandbox.messages._clock = self.clock  # type: ignore[misc]
+        self.sandbox.messages.clock = self.clock  # type: ignore[misc]
         self.sandbox.messages._filled = self.clock.now
         self.sandbox.open([listener.detach()])
         self.went: list[str] = []
