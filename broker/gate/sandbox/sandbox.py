@@ -15,7 +15,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Concatenate, Final, ParamSpec
 
 import msgspec
@@ -48,6 +48,7 @@ from broker.gate.sandbox.budgets import (
     MessageBudget,
     RateLimitedLog,
 )
+from broker.gate.sandbox.compiled_rules import compile_rules
 from broker.gate.sandbox.connection import AppConnection
 from broker.gate.sandbox.denial_reports import DenialReports, is_news
 from broker.gate.sandbox.lingering import LingeringConnection
@@ -55,8 +56,8 @@ from broker.gate.sandbox.mediator import Mediator
 from broker.gate.sandbox.throttle import Throttle
 from broker.posix.descriptors import close_fds
 from broker.posix.sockets import peer_uid, stream_socket_from_fd
-from broker.wire.errors import INVALID_ARGS, LIMITS_EXCEEDED, NOT_CONTAINER, CallRefusedError
-from policy.match import Judge, excess, make_judge
+from broker.wire.errors import NOT_CONTAINER, CallRefusedError
+from policy.match import Judge
 from policy.rules import AccessList
 
 # The server's guid in the handshake, for sockets without a guid from the creator. 32 hex digits.
@@ -232,7 +233,7 @@ class Sandbox:
 
     def compile(self) -> Work:
         """Compile the rules of the spec. Raises CallRefusedError."""
-        self._judges = yield from self._compiled(self.spec.access, is_new=True)
+        self._judges = yield from compile_rules(self.spec, self.spec.access, is_new=True)
 
     def has_rules(self, bus: str) -> bool:
         """Return whether the rules for a bus are compiled. A hand-over has no compiled rules."""
@@ -246,7 +247,7 @@ class Sandbox:
 
     def _prepare(self) -> Work:
         access = self.spec.access
-        judges = yield from self._compiled(access, is_new=False)
+        judges = yield from compile_rules(self.spec, access, is_new=False)
         # Otherwise the rules have changed meanwhile, and the new rules are compiled.
         if self.spec.access is access:
             self._judges.update(judges)
@@ -262,7 +263,7 @@ class Sandbox:
 
     def set_access(self, access: AccessList) -> Work:
         """Change the rules. Raises CallRefusedError without any change."""
-        judges = yield from self._compiled(access, is_new=True)
+        judges = yield from compile_rules(self.spec, access, is_new=True)
         if self.is_over:
             raise CallRefusedError(NOT_CONTAINER, f"{self.id} has ended")
         self.spec = msgspec.structs.replace(self.spec, access=access)
@@ -272,24 +273,6 @@ class Sandbox:
             if judging is not None and connection in self.connections:
                 yield from connection.change_rules(self.judge(judging.state.bus.name))
                 yield CHANGE_WORK
-
-    def _compiled(
-        self, access: AccessList, *, is_new: bool
-    ) -> Generator[int, None, dict[str, Judge]]:
-        """Return the judge of each bus. Raises CallRefusedError.
-
-        A new list is also refused if the list costs too much, because the author is not trusted.
-        """
-        judges = {}
-        for listener in self.spec.listeners:
-            try:
-                judge = yield from make_judge(access, bus=listener.bus, me=self.identity)
-            except ValueError as exc:
-                raise CallRefusedError(INVALID_ARGS, str(exc)) from exc
-            if is_new and (text := excess(judge.cost, self.limits.rule_steps)) is not None:
-                raise CallRefusedError(LIMITS_EXCEEDED, text)
-            judges[listener.bus] = judge
-        return judges
 
     def settle(self) -> None:
         """Do all chores of connections now, because a hand-over follows."""

@@ -15,7 +15,7 @@ GIVEN: Final = """
 _about _access_change _account _app _app_messages _budget _budgets _bus_messages _buses _changed _clock
 _drained _driver _emit _failed _full _judging _least _loop _most _on_lost _on_request _owner _owners
 _pending _rate _recorder _reports _sandbox _seconds _state _synced _turn _uid _verdicts _visibility
-absent_name bus connector fd from_app id identity limits recorder reply_handlers sandbox sock state
+absent_name bus clock connector fd from_app id identity limits recorder reply_handlers sandbox sock state
 """
 STATE: Final = """
 app_takes_fds callers counts_callers greeting matches name_requests pending requested_names unique_name
