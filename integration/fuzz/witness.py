@@ -58,7 +58,7 @@ class Witness:
         self.judge = judge
         self.me: Final = me
         # Who is or was in a sandbox, whatever the bus has let go of.
-        self.insiders: Final[dict[str, Identity]] = {}
+        self.insiders: Final[dict[str, Identity]] = {me: APP}  # the app itself is no host, either
         # Calls of the app that want a reply and have none: how many of each serial.
         self.unanswered: Final[Counter[int]] = Counter()
         self.waiting: Final[dict[int, Waiting]] = {}  # by the app's serial

@@ -442,3 +442,16 @@ def test_wrong_number_of_descriptors_ends_the_connection(
         talk.filter.feed_app(message, fds)
     passed = [fd for item in talk.state.to_bus if not isinstance(item, bytes) for fd in item.fds]
     assert sorted([*talk.filter.close(), *talk.host.closed, *passed]) == fds
+
+
+def test_the_app_itself_is_no_host() -> None:
+    """A rule about hosts says nothing of a name that the app has taken over from one."""
+    rules = access("send:,peer=host", "own:org.a", receive_from_host=False)
+    talk = Dialogue(rules, owners={"org.a": ":1.2"})
+    talk.app(call(5, "org.a"))
+    assert len(talk.arrived) == 1
+    talk.change("org.a", ME)
+    talk.arrived.clear()
+    (refused,) = talk.app(call(6, "org.a"))
+    assert refused.header.error_name in (errors.ACCESS_DENIED, errors.SERVICE_UNKNOWN)
+    assert not talk.arrived
