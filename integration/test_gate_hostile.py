@@ -122,7 +122,7 @@ def test_broken_bytes_end_that_connection_only(small: Warden, victim: Sandbox, h
         b"\0" + b"AUTH NONSENSE\r\n" * 8,
         auth() + b"BEGIN\r\n" + b"X" * 64,
         auth() + b"BEGIN\r\n" + echo_message(1),  # no Hello
-        b"\0AUTH EXTERNAL 31\r\nBEGIN\r\n",
+        b"\0AUTH EXTERNAL 2d31\r\nBEGIN\r\n",
     ],
 )
 def test_broken_handshake_ends_that_connection_only(

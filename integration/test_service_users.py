@@ -62,12 +62,13 @@ def test_the_socket_cannot_be_reached_by_path(shared: Warden) -> None:
     assert as_user(NOBODY, attempt) == "forbidden"
 
 
-def test_claiming_another_uid_is_rejected(shared: Warden) -> None:
+def test_claiming_another_uid_changes_nothing(shared: Warden) -> None:
+    """The kernel's uid has decided already: see `test_bug_7_*` and `test_a13_*`."""
     sandbox = shared.add_server()
     with connect_socket(sandbox.address) as sock:
         sock.settimeout(5)
         sock.sendall(b"\0AUTH EXTERNAL " + str(NOBODY).encode().hex().encode() + b"\r\n")
-        assert sock.recv(100) == b"REJECTED EXTERNAL\r\n"
+        assert sock.recv(100).startswith(b"OK ")
 
 
 @pytest.fixture
