@@ -30,7 +30,7 @@ class Throttle:
         """
         self._loop: Final = loop
         self._budget: Final = budget
-        self._failed: Final = failed
+        self._failed = failed
         self._waiting: Final[OrderedDict[ReadOn, None]] = OrderedDict()
         self.is_throttled = False
         self.count = 0  # how often throttling began
@@ -64,8 +64,14 @@ class Throttle:
         self._waiting.pop(read_on, None)
 
     def stop(self) -> None:
-        """Resume no reader any more."""
+        """Resume no reader any more, and let go of the sandbox.
+
+        The callbacks are methods of the sandbox. Kept, they would be a circle, and a thousand ended
+        sandboxes would wait for the garbage collector.
+        """
         self._is_stopped = True
+        self._failed = _ignore
+        self._waiting.clear()
 
     def _wake_next(self) -> None:
         """Resume the reader that has waited longest. The next reader follows after the charge.
@@ -95,3 +101,7 @@ class Throttle:
         """Continue after `load`."""
         if self.is_throttled:
             self._loop.next_turn(self._wake_next)
+
+
+def _ignore(_exc: Exception) -> None:
+    pass

@@ -1,8 +1,10 @@
 """What a connection's reads cost its sandbox: those of its handshake, and those that end it."""
 
 import contextlib
+import gc
 import os
 import socket
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -415,3 +417,20 @@ def test_handed_over_rules_that_are_not_understood_end_who_waits_for_them(world:
     world.turn(times=3)
     assert not world.is_open()
     assert world.sandbox.is_listening
+
+
+def test_an_ended_sandbox_does_not_wait_for_the_garbage_collector(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.app.close()
+    world.turn()
+    world.sandbox.stop("test")
+    world.turn()
+    assert world.sandbox.is_over
+    gone = weakref.ref(world.sandbox)
+    gc.collect()
+    gc.disable()
+    try:
+        del world.sandbox
+        assert gone() is None
+    finally:
+        gc.enable()
