@@ -44,6 +44,7 @@ _ANY_NAME: Final = frozenset({None, "*"})
 PIECES_A_STEP: Final = 4
 # An upper bound for the steps of a pattern's character, and for a name's steps beside globs.
 _STEPS_A_LETTER: Final = 8
+_DIRECTIONS: Final = frozenset({Access.SEND, Access.RECEIVE})
 _SHOWN: Final = 200  # characters of a rule
 # Work of filing a rule, and of compiling a character of a pattern. The unit is a literal character.
 RULE_WORK: Final = 128
@@ -234,10 +235,14 @@ def most_steps(access: AccessList) -> int:
         if rule.name is not None and not is_literal(rule.name):
             has_subtrees = True
             steps += MAX_NAMES * _STEPS_A_LETTER * len(rule.name)
+        # A text is a piece in each direction, and a step in the more expensive direction.
+        directions = max(1, len(rule.access & _DIRECTIONS))
         for text in (rule.path, rule.interface, rule.member):
             if text is not None:
                 steps += (
-                    1 if is_literal(text) else _STEPS_A_LETTER * reading_cost(MAX_PATH) * len(text)
+                    directions
+                    if is_literal(text)
+                    else _STEPS_A_LETTER * reading_cost(MAX_PATH) * len(text)
                 )
     return steps + has_subtrees * MAX_NAMES * NAME_STEPS
 

@@ -135,6 +135,12 @@ def test_the_quick_bound_is_one(access: AccessList) -> None:
     assert cost.pieces <= most_steps(access)
 
 
+def test_the_quick_bound_counts_the_pieces_of_both_directions() -> None:
+    access = listed("send+receive:@/:*.Get")
+    cost = judged(access).cost
+    assert (cost.pieces, most_steps(access)) == (4, 5)
+
+
 def test_many_peers_are_one_look_up() -> None:
     """A slot has rules for each plug connected to it."""
     rules = [
