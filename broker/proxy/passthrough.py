@@ -5,7 +5,7 @@ that the header counts, and without a sender or unknown fields from the app. Dat
 split into messages only to keep descriptors with the right message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from broker.gate.dumps import Fds, FilterDump, HandoverError
@@ -19,6 +19,7 @@ from broker.gate.output import Chunk
 from broker.wire import errors
 from broker.wire.errors import PeerProtocolError, PeerQuotaError
 from broker.wire.header import (
+    APP_LIMITS,
     BUS_LIMITS,
     FIXED_SIZE,
     Flag,
@@ -92,34 +93,54 @@ class PassthroughFilter:
         """Raise HandoverError, because a proxy has no former process."""
         raise HandoverError("connections of a proxy are not handed over")
 
+    # -- both directions ---------------------------------------------------------------------------
+
+    def _split(
+        self,
+        buffer: ReceiveBuffer,
+        whole: bytes,
+        is_known: Callable[[bytes, int, int], bool],
+        look_at: Callable[[bytes, int], None],
+    ) -> None:
+        """Split data into messages, and pass on runs of known messages as one piece each.
+
+        `is_known` gets the data with the position and size of a message. `look_at` passes on any
+        other message, or does not.
+        """
+        is_from_app = buffer is self.from_app
+        limits = APP_LIMITS if is_from_app else BUS_LIMITS
+        out = self.state.to_bus if is_from_app else self.state.to_app
+        pos = run = 0
+        while pos + FIXED_SIZE <= len(whole):
+            size = measure(whole, pos, limits)
+            if pos + size > len(whole):
+                if is_from_app:
+                    self._check_size(size)
+                buffer.expect(size)
+                break
+            if not is_known(whole, pos, size):
+                if run < pos:
+                    out.append(whole[run:pos])
+                look_at(whole[pos : pos + size], pos)
+                run = pos + size
+            pos += size
+        if run < pos:
+            out.append(whole[run:pos])
+        buffer.consume(whole, pos)
+
     # -- from the app ------------------------------------------------------------------------------
 
     def feed_app(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Take bytes from the app. PeerProtocolError and PeerQuotaError end the connection."""
-        buffer = self.from_app
-        whole = buffer.feed(data, fds)
-        if whole is None:
-            return
-        pos = run = 0
-        out = self.state.to_bus
-        while pos + FIXED_SIZE <= len(whole):
-            size = measure(whole, pos)
-            if pos + size > len(whole):
-                self._check_size(size)
-                buffer.expect(size)
-                break
-            if not buffer.has_fds and _key(whole, pos, size) in self._clean:
-                self.spent += 1
-                pos += size
-                continue
-            if run < pos:
-                out.append(whole[run:pos])
-            self._look_at(whole[pos : pos + size], pos)
-            pos += size
-            run = pos
-        if run < pos:
-            out.append(whole[run:pos])
-        buffer.consume(whole, pos)
+        whole = self.from_app.feed(data, fds)
+        if whole is not None:
+            self._split(self.from_app, whole, self._is_clean, self._look_at)
+
+    def _is_clean(self, data: bytes, pos: int, size: int) -> bool:
+        if self.from_app.has_fds or _key(data, pos, size) not in self._clean:
+            return False
+        self.spent += 1
+        return True
 
     def _check_size(self, size: int) -> None:
         limit = self.state.sandbox.limits.bytes_held
@@ -135,9 +156,7 @@ class PassthroughFilter:
         if fds and not state.app_takes_fds:
             raise PeerProtocolError("file descriptors that were not negotiated")
         self.from_app.drop_fds(len(fds))
-        if (
-            header.type > MessageType.SIGNAL
-        ):  # unknown types are ignored, as the specification wants
+        if header.type > MessageType.SIGNAL:  # The specification wants unknown types ignored.
             state.sandbox.close_fds(fds)
             return
         if _has_forgeries(header):
@@ -156,26 +175,12 @@ class PassthroughFilter:
 
     def feed_bus(self, arrived: bytes, fds: Sequence[int] = ()) -> None:
         """Take bytes from the bus. PeerProtocolError and PeerQuotaError end the connection."""
-        buffer = self._from_bus
-        whole = buffer.feed(arrived, fds)
-        if whole is None:
-            return
-        pos = run = 0
-        out = self.state.to_app
-        while pos + FIXED_SIZE <= len(whole):
-            size = measure(whole, pos, BUS_LIMITS)
-            if pos + size > len(whole):
-                buffer.expect(size)
-                break
-            if buffer.has_fds or not self.state.unique_name:
-                if run < pos:
-                    out.append(whole[run:pos])
-                self._bring(whole[pos : pos + size], pos)
-                run = pos + size
-            pos += size
-        if run < pos:
-            out.append(whole[run:pos])
-        buffer.consume(whole, pos)
+        whole = self._from_bus.feed(arrived, fds)
+        if whole is not None:
+            self._split(self._from_bus, whole, self._is_plain, self._bring)
+
+    def _is_plain(self, _data: bytes, _pos: int, _size: int) -> bool:
+        return bool(self.state.unique_name) and not self._from_bus.has_fds
 
     def _bring(self, data: bytes, at: int) -> None:
         """Pass a message with descriptors, or the answer to Hello, to the app."""
