@@ -46,11 +46,11 @@ class ReplierDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class CallDump(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call that waits for a reply, with an action, or made by the gate."""
+    """A waiting call with a reply that the gate handles by an action."""
 
     serial: int
     replier: ReplierDump
-    action: ReplyAction | None = None
+    action: ReplyAction
     is_own: bool = False  # a call of the gate, not of the app
 
 

@@ -35,9 +35,6 @@ _known: Iterator[int] = itertools.cycle(range(RING, SIZE, SLOT))
 
 _now: Final = time.time
 
-# Records a known header. The arguments are data, position and size of the header.
-KnownNote = Callable[[bytes, int, int], None]
-
 
 class HeaderRecorder:
     """The recorder for the headers of one sandbox's messages.
@@ -50,7 +47,9 @@ class HeaderRecorder:
 
     def __init__(self, sandbox: str) -> None:
         self._sandbox: Final = sandbox
-        self.note_from_app, self.note_from_bus = _make_notes(sandbox)
+        name = make_name(sandbox)
+        self.note_from_app: Final = _make_note(name, FROM_APP)
+        self.note_from_bus: Final = _make_note(name, FROM_BUS)
 
     def parse_from_app(self, data: bytes, pos: int) -> Header:
         """Record and parse the header at `pos`. Raises PeerProtocolError."""
@@ -69,33 +68,24 @@ def _note(sandbox: str, direction: int, data: bytes, pos: int) -> None:
         note.write(_rings, next(_judged), data, pos)
 
 
-def _make_notes(sandbox: str) -> tuple[KnownNote, KnownNote]:
-    """Return functions that record known messages of the app and of the bus.
+def _make_note(name: bytes, direction: int) -> Callable[[bytes, int, int], None]:
+    """Return the function that records a known header: data, position and size of the header.
 
     Every known message costs a call of such a function. A closure takes 0.15 µs less than a method.
     """
-    name = make_name(sandbox)
     name_size = len(name)
     slot, room = known_slot(name_size)
     pack_into = slot.pack_into
 
-    def note_from_app(data: bytes, pos: int, size: int) -> None:
+    def note(data: bytes, pos: int, size: int) -> None:
         if _rings is not None:
             if size > room:  # noqa: PLR1730 - min() costs a call for each message
                 size = room
             header = data[pos : pos + size]
             number, at = next(_numbers), next(_known)
-            pack_into(_rings, at, number, _now(), FROM_APP, name_size, size, name, header)
+            pack_into(_rings, at, number, _now(), direction, name_size, size, name, header)
 
-    def note_from_bus(data: bytes, pos: int, size: int) -> None:
-        if _rings is not None:
-            if size > room:  # noqa: PLR1730 - min() costs a call for each message
-                size = room
-            header = data[pos : pos + size]
-            number, at = next(_numbers), next(_known)
-            pack_into(_rings, at, number, _now(), FROM_BUS, name_size, size, name, header)
-
-    return note_from_app, note_from_bus
+    return note
 
 
 def trace_into(path: Path | None) -> None:

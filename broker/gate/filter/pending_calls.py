@@ -138,23 +138,19 @@ class PendingCalls:
         """
         plain = PlainCalls()
         others: list[CallDump] = []
-        last: Replier | InterceptedCall | None = None
-        dump, row, is_plain = ReplierDump(owner=""), (0, 0, 0), False
+        last: Replier | None = None
+        row = (0, 0, 0)
         for serial, entry in self.calls_to_bus.items():
+            if isinstance(entry, InterceptedCall):
+                dump = _dump_replier(entry.replier, changes_of)
+                others.append(
+                    CallDump(serial=serial, replier=dump, action=entry.action, is_own=entry.is_own)
+                )
+                continue
             if entry is not last:  # calls in a row are often to one peer
                 last, dump = entry, _dump_replier(entry, changes_of)
-                is_plain = isinstance(entry, Replier)
-                if is_plain:
-                    row = (*plain.index(dump.owner, dump.name), dump.since)
-            if is_plain:
-                plain.add((serial, *row))
-            else:
-                action, is_own = (
-                    (entry.action, entry.is_own)
-                    if isinstance(entry, InterceptedCall)
-                    else (None, False)
-                )
-                others.append(CallDump(serial=serial, replier=dump, action=action, is_own=is_own))
+                row = (*plain.index(dump.owner, dump.name), dump.since)
+            plain.add((serial, *row))
         return plain.dump(), tuple(others)
 
     def load(self, dump: ConnectionStateDump, since: Callable[[str, int], "OwnersSince"]) -> None:
@@ -208,7 +204,7 @@ class OwnersSince(Collection[str]):
         self.count: Final = history.count if count is None else count  # the changes before the call
 
     def __contains__(self, owner: object) -> bool:
-        return owner in {*self._history.owners_since(self.count)}
+        return any(owner == each for each in self._history.owners_since(self.count))
 
     def __iter__(self) -> Iterator[str]:
         return iter({*self._history.owners_since(self.count)})
@@ -217,10 +213,7 @@ class OwnersSince(Collection[str]):
         return len({*self})
 
 
-def _dump_replier(
-    entry: Replier | InterceptedCall, changes_of: Callable[[str], int]
-) -> ReplierDump:
-    replier = entry.replier if isinstance(entry, InterceptedCall) else entry
+def _dump_replier(replier: Replier, changes_of: Callable[[str], int]) -> ReplierDump:
     if isinstance(replier.former, OwnersSince):
         since = replier.former.count
     else:
@@ -237,21 +230,18 @@ def _load_plain(
         key = (owner, name, count)
         replier = made.get(key)
         if replier is None:
-            replier = made[key] = Replier(owners[owner], names[name])
-            if replier.name:
-                replier.former = since(replier.name, count)
+            replier = made[key] = _make_replier(owners[owner], names[name], count, since)
         yield serial, replier
 
 
-def _load_call(
-    dump: CallDump, since: Callable[[str, int], OwnersSince]
-) -> Replier | InterceptedCall:
+def _load_call(dump: CallDump, since: Callable[[str, int], OwnersSince]) -> InterceptedCall:
     its = dump.replier
-    replier = Replier(its.owner, its.name)
-    if its.name:
-        replier.former = since(its.name, its.since)
-    return (
-        replier
-        if dump.action is None
-        else InterceptedCall(dump.action, replier, is_own=dump.is_own)
+    return InterceptedCall(
+        dump.action, _make_replier(its.owner, its.name, its.since, since), is_own=dump.is_own
     )
+
+
+def _make_replier(
+    owner: str, name: str, count: int, since: Callable[[str, int], OwnersSince]
+) -> Replier:
+    return Replier(owner, name, since(name, count) if name else frozenset())

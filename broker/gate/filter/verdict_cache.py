@@ -96,15 +96,14 @@ class VerdictCache:
         self.bus_mute: Final[VerdictTable[str]] = VerdictTable()  # -> sender
         self.bus_signals: Final[VerdictTable[str]] = VerdictTable()
         self.bus_refused: Final[VerdictTable[Denial]] = VerdictTable()  # broadcasts
-        self.tables: Final[tuple[VerdictTable[Any], ...]] = (
-            *(self.app_calls, self.app_mute, self.app_signals),
-            *(self.bus_calls, self.bus_mute, self.bus_signals, self.bus_refused),
-        )
         self.app_tables: Final[tuple[VerdictTable[Any], ...]] = (
             *(self.app_calls, self.app_mute, self.app_signals),
         )
         self.bus_tables: Final[tuple[VerdictTable[str], ...]] = (
             *(self.bus_calls, self.bus_mute, self.bus_signals),
+        )
+        self.tables: Final[tuple[VerdictTable[Any], ...]] = (
+            *(*self.app_tables, *self.bus_tables, self.bus_refused),
         )
         self.bus_reply_at: Final[dict[int, int]] = {}
         self.bus_replies: Final[dict[bytes, str]] = {}

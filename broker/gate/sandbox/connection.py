@@ -44,7 +44,6 @@ from policy.match import Judge
 
 LOGGER: Final = logging.getLogger(__name__)
 
-
 Arguments = ParamSpec("Arguments")
 
 
@@ -242,7 +241,7 @@ class AppConnection:
 
     def said_hello(self) -> None:
         """End the handshake, because the bus has answered Hello."""
-        self._handshake.said_hello()
+        self._handshake.cancel_deadline()
 
     # -- the handshake -----------------------------------------------------------------------------
 
@@ -280,8 +279,7 @@ class AppConnection:
         self._send()
 
     def _judge_with(self, bus_side: SocketStream, *, app_takes_fds: bool) -> Mediator:
-        """Put a mediator between both streams."""
-        self._bus_side = bus_side
+        """Put a mediator between both streams, of which `_bus_side` is one already."""
         judging = self._filter = self.sandbox.make_filter(self.bus, app_takes_fds=app_takes_fds)
         self.bus.members.add(judging.state.verdicts)
         self.bus.connections.add(self)
@@ -521,7 +519,7 @@ class AppConnection:
             self._handshake.load(dump.said, dump.bus_side, dump.bus_said, fds)
             return
         sock = stream_socket_from_fd(fds[dump.bus_side.fd])
-        bus_side = SocketStream(self._loop, sock, _nothing, self.bus_drained)
+        bus_side = self._bus_side = SocketStream(self._loop, sock, _nothing, self.bus_drained)
         bus_side.load(dump.bus_side, fds)
         judging = self._judge_with(bus_side, app_takes_fds=dump.filter.app_takes_fds)
         judging.load(dump.filter, fds)

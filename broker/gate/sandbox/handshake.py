@@ -11,7 +11,7 @@
      |                       | owner.established(): the messages |
      | -- Hello -----------> | --------------------------------> |
      |                       | <-- the unique name ------------- |
-     |                       | said_hello() ends the deadline    |
+     |                       | cancel_deadline()                 |
 
 Between `app_authenticated` and `connect` the owner may compile rules, or wait for the address of a
 container server. The gate reads nothing from the app meanwhile. Bytes that came with BEGIN are the
@@ -146,8 +146,8 @@ class Handshake:
         """Read the app again, unless the next bytes are messages."""
         self._app.pause(reading=not self._server.done)
 
-    def said_hello(self) -> None:
-        """Cancel the deadline."""
+    def cancel_deadline(self) -> None:
+        """Let the app take its time, because Hello was answered or the handshake is over."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -165,7 +165,7 @@ class Handshake:
     def close(self) -> None:
         """Cancel the deadline, and close the bus side unless the owner has taken over."""
         self._is_closed = True
-        self.said_hello()
+        self.cancel_deadline()
         if self._bus_side is not None:
             self._bus_side.close()
         elif self._bus_sock is not None and self._client is None:
@@ -174,7 +174,7 @@ class Handshake:
     def leave(self) -> None:
         """Leave the loop, and close nothing."""
         self._is_closed = True
-        self.said_hello()
+        self.cancel_deadline()
         if self._bus_side is not None:
             self._bus_side.leave()
         elif self._bus_sock is not None and self._client is None:
@@ -268,6 +268,6 @@ class Handshake:
 
     def load_deadline(self, when: float | None) -> None:
         """Set the deadline to a time of the loop's clock. None cancels the deadline."""
-        self.said_hello()
+        self.cancel_deadline()
         if when is not None:
             self._deadline = self._loop.call_at(when, self._too_slow)
