@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from integration.harness.processes import PROJECT
@@ -45,8 +45,8 @@ MODULES: Final = (
     "policy/match.py",
     "policy/snaps/compiler.py",
 )
-COPIED: Final = ("broker", "policy", "tests", "integration", "docs", ".ci")
-FILES: Final = ("pyproject.toml", "README.md", "Makefile", "Dockerfile", "CHANGELOG.md")
+# What a copy of the project does without: environments, caches, the history.
+LEFT_OUT: Final = (".venv", ".git", ".cache", "*_cache", ".hypothesis", "__pycache__")
 COUNT: Final = 100
 MOST_ALIVE: Final = 0.05
 TIMEOUT: Final = 600.0  # seconds: a mutant that hangs is noticed, too
@@ -66,7 +66,7 @@ _OTHER_WAY: Final[dict[type[ast.cmpop], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One change: the text of a node, and what stands there instead."""
+    """A change of a module: the place of a node's text, and the text that replaces it."""
 
     module: str
     line: int
@@ -145,17 +145,19 @@ def sample(count: int, seed: int) -> list[Mutant]:
     return [every[key] for key in sorted(chosen)]
 
 
+def tests_beside(module: str) -> str:
+    """Return the folder of the tests of a module. That of broker/ is tests/ itself."""
+    return str(PurePath("tests", PurePath(module.removeprefix("broker/")).parent))
+
+
 class Laboratory:
     """A copy of the project, in which one module at a time is another."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder: Final = folder
         self._jobs: Final = jobs
-        skip = shutil.ignore_patterns("__pycache__")
-        for name in COPIED:
-            shutil.copytree(PROJECT / name, folder / name, ignore=skip)
-        for name in FILES:
-            shutil.copy(PROJECT / name, folder / name)
+        ignore = shutil.ignore_patterns(*LEFT_OUT)
+        shutil.copytree(PROJECT, folder, ignore=ignore, dirs_exist_ok=True)
 
     def is_noticed(self, mutant: Mutant) -> bool:
         """Return whether a test fails, hangs or crashes with the mutant in place."""
@@ -163,8 +165,7 @@ class Laboratory:
         text = path.read_text()
         path.write_text(mutant.apply(text))
         try:
-            near = "/".join(["tests", *mutant.module.split("/")[:-1]]).replace("/broker", "")
-            return not (self._passes(near) and self._passes("tests"))
+            return not (self._passes(tests_beside(mutant.module)) and self._passes("tests"))
         finally:
             path.write_text(text)
 

@@ -96,7 +96,7 @@ class Session:
                 raise AssertionError(f"wanted\n{wanted}\nprinted\n{log.read_text()}")
 
     def _enter(self) -> None:
-        """Have an app in c0, as soon as that is there."""
+        """Start an app in sandbox c0, as soon as the sandbox exists."""
         if "APP" in self.variables:
             return
         for shown in self.warden.list_sandboxes():

@@ -1,4 +1,4 @@
-"""What `explain` says is what the gate does, also about the bus itself; and its suggestions are enough."""
+"""`explain` gives the verdicts of the gate, also about the bus itself, and sufficient suggestions."""
 
 from typing import Any, Final
 

@@ -195,7 +195,7 @@ def test_a13_a_claim_that_is_no_uid_is_rejected(scene: Scene) -> None:
 
 
 def test_a13_a_claimed_uid_gives_no_right(scene: Scene) -> None:
-    """Who may connect is what the kernel says; the bus is told the gate's own uid in any case."""
+    """The kernel decides which user may connect, and the gate gives its own uid to the bus."""
     before = set(scene.host.list_names())
     sock = scene.raw(b"\0AUTH EXTERNAL " + b"12345".hex().encode() + b"\r\n" + HELLO)
     assert read_until(sock, b"NameAcquired")
@@ -204,7 +204,7 @@ def test_a13_a_claimed_uid_gives_no_right(scene: Scene) -> None:
 
 
 def test_bug_7_a_program_in_a_user_namespace_connects(scene: Scene) -> None:
-    """It claims the uid that it has in there."""
+    """The program claims the uid that the program has in the namespace."""
     inside = ["bwrap", "--unshare-user", "--uid", "1234", "--dev-bind", "/", "/"]
     call = ["--dest", DRIVER, "--object-path", "/", "--method", f"{DRIVER}.GetId"]
     done = run(*inside, "gdbus", "call", "--address", scene.villain.address, *call)

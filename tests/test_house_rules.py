@@ -11,6 +11,8 @@ from typing import Final
 
 import pytest
 
+from tests.helpers.house_report import class_names, docstrings
+
 PROJECT: Final = Path(__file__).resolve().parent.parent
 PACKAGES: Final = ("broker", "policy")
 SOURCES: Final = sorted(path for name in PACKAGES for path in (PROJECT / name).rglob("*.py"))
@@ -265,14 +267,8 @@ def test_a_circle_and_a_chain_are_found() -> None:
 
 
 def test_a_class_name_stands_for_one_class() -> None:
-    names = Counter(
-        node.name
-        for path in SOURCES
-        if is_within(name_of(path), "broker")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-        and not any("Protocol" in ast.unparse(base) for base in node.bases)
-    )
+    paths = [path for path in SOURCES if is_within(name_of(path), "broker")]
+    names = Counter(name for path in paths for name in class_names(path.read_text()))
     assert not {name for name, count in names.items() if count > 1}
 
 
@@ -328,15 +324,9 @@ def test_functions_are_not_too_long(path: Path) -> None:
             assert len(written) <= MAX_FUNCTION_LINES, node.name
 
 
-def docstrings(path: Path) -> list[str]:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
-    return [text for node in nodes if (text := ast.get_docstring(node)) is not None]
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_docstrings_name_their_subject(path: Path) -> None:
-    assert not [text for text in docstrings(path) if NAMELESS.match(text)]
+    assert not [text for text in docstrings(path.read_text()) if NAMELESS.match(text)]
 
 
 @pytest.mark.parametrize(

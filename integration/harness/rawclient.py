@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from broker.wire.address import parse_address
-from broker.wire.header import FIXED_SIZE, Flag, MessageType, measure, parse_header
+from broker.wire.header import FIXED_SIZE, Flag, Header, MessageType, measure, parse_header
 from broker.wire.sasl import SaslClient
 from integration.harness.messages import Message, make_header, make_message
 
@@ -102,36 +102,42 @@ class RawClient:
         flags: int = 0,
     ) -> int:
         """Send a call and return its serial, without waiting for the reply."""
-        serial = self.next_serial()
-        header = make_header(
+        header = self._make_call(
+            destination, path, interface, member, signature, flags=flags, unix_fds=len(fds)
+        )
+        self.send_raw(make_message(header, values), fds)
+        return header.serial
+
+    def make_mute_call(
+        self, destination: str, path: str, interface: str, member: str, text: str = ""
+    ) -> bytes:
+        """Return a call that wants no reply, not sent yet."""
+        flags = Flag.NO_REPLY_EXPECTED
+        header = self._make_call(destination, path, interface, member, "s", flags=flags)
+        return make_message(header, (text,))
+
+    def _make_call(
+        self,
+        destination: str | None,
+        path: str,
+        interface: str | None,
+        member: str,
+        signature: str,
+        *,
+        flags: int,
+        unix_fds: int = 0,
+    ) -> Header:
+        return make_header(
             MessageType.METHOD_CALL,
-            serial,
+            self.next_serial(),
             flags=flags,
             path=path,
             interface=interface,
             member=member,
             destination=destination,
             signature=signature,
-            unix_fds=len(fds),
+            unix_fds=unix_fds,
         )
-        self.send_raw(make_message(header, values), fds)
-        return serial
-
-    def make_mute_call(
-        self, destination: str, path: str, interface: str, member: str, text: str = ""
-    ) -> bytes:
-        """Return a call that wants no reply, not sent yet."""
-        header = make_header(
-            MessageType.METHOD_CALL,
-            self.next_serial(),
-            flags=Flag.NO_REPLY_EXPECTED,
-            path=path,
-            interface=interface,
-            member=member,
-            destination=destination,
-            signature="s",
-        )
-        return make_message(header, (text,))
 
     def emit(
         self,

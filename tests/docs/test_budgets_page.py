@@ -12,6 +12,7 @@ from broker.gate.sandbox import budgets, denial_reports, meter
 from broker.supervisor.config import ConfiguredLimits
 from broker.wire.sasl import MAX_LINES
 from policy import match, tables
+from tests.helpers.dbus_page import Row, read_sections
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "budgets.md"
 TEXT: Final = PAGE.read_text(encoding="utf-8")
@@ -20,11 +21,9 @@ MIB: Final = 1024 * 1024
 UNIT: Final = {"MiB": MIB}
 
 
-def rows(first: str) -> dict[str, tuple[str, ...]]:
+def rows(first: str) -> dict[str, Row]:
     """Return the rows of the table whose head begins with a word, by their first column."""
-    lines = TEXT.partition(f"\n| {first} |")[2].partition("\n\n")[0].splitlines()[2:]
-    cells = [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in lines]
-    return {row[0].strip("`"): row[1:] for row in cells}
+    return {row[0]: row[1:] for part in read_sections(PAGE) for row in part.rows(first)}
 
 
 def number(text: str) -> int:

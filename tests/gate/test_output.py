@@ -1,4 +1,4 @@
-"""What is on its way out of a connection."""
+"""The data on its way out of a connection."""
 
 import pytest
 

@@ -39,7 +39,7 @@ class Block:
 
     @property
     def output(self) -> str:
-        """What the example prints."""
+        """The output of the example, as the page shows it."""
         lines = self.text.removeprefix("$ ").splitlines(keepends=True)
         return "".join(lines[self._command_length(lines) :])
 

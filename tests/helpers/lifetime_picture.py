@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
-from xml.sax.saxutils import escape
 
 from broker.supervisor.sandboxes.lifecycle import TRANSITIONS, Effect, Event, Phase, Transition
+from tests.helpers.pictures import draw
 
 DOCS: Final = Path(__file__).resolve().parents[2] / "docs"
 PAGE: Final = DOCS / "lifetime.md"
@@ -15,7 +15,6 @@ END: Final = "<!-- end of what is made -->\n"
 
 WIDTH, HEIGHT = 1180, 470
 BOX_WIDTH, BOX_HEIGHT = 116, 36
-LINE: Final = 14  # px, of text
 # The middle of each box, and the corners of each arrow but for its ends; where its text begins.
 BOXES: Final = {
     Phase.STARTING: (80, 150),
@@ -25,24 +24,18 @@ BOXES: Final = {
     Phase.STOPPING: (790, 240),
     Phase.GONE: (1090, 240),
 }
-_HEAD: Final = (
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    ' font-family="sans-serif" font-size="12">\n'
-    '<defs><marker id="a" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8"'
-    ' orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>'
-)
 Point = tuple[int, int]
 ARROWS: Final[dict[tuple[Phase, Phase], tuple[Sequence[Point], Point]]] = {
     (Phase.STARTING, Phase.RUNNING): (((138, 150), (362, 150)), (150, 142)),
     (Phase.STARTING, Phase.ENDED): (((80, 168), (80, 312)), (90, 200)),
     (Phase.STARTING, Phase.GONE): (((80, 132), (80, 30), (1120, 30), (1120, 222)), (90, 22)),
-    (Phase.ENDED, Phase.GONE): (((80, 348), (80, 440), (1120, 440), (1120, 258)), (90, 416)),
-    (Phase.RUNNING, Phase.CLOSING): (((420, 168), (420, 312)), (252, 284)),
-    (Phase.RUNNING, Phase.GONE): (((420, 132), (420, 60), (1070, 60), (1070, 222)), (860, 78)),
+    (Phase.ENDED, Phase.GONE): (((80, 348), (80, 440), (1120, 440), (1120, 258)), (90, 412)),
+    (Phase.RUNNING, Phase.CLOSING): (((420, 168), (420, 312)), (236, 276)),
+    (Phase.RUNNING, Phase.GONE): (((420, 132), (420, 60), (1070, 60), (1070, 222)), (500, 78)),
     (Phase.RUNNING, Phase.STOPPING): (((478, 150), (740, 150), (740, 222)), (490, 166)),
-    (Phase.CLOSING, Phase.STOPPING): (((478, 330), (740, 330), (740, 258)), (490, 268)),
-    (Phase.CLOSING, Phase.GONE): (((420, 348), (420, 400), (1070, 400), (1070, 258)), (860, 338)),
-    (Phase.STOPPING, Phase.GONE): (((848, 240), (1032, 240)), (852, 178)),
+    (Phase.CLOSING, Phase.STOPPING): (((478, 330), (740, 330), (740, 258)), (490, 256)),
+    (Phase.CLOSING, Phase.GONE): (((420, 348), (420, 400), (1070, 400), (1070, 258)), (842, 318)),
+    (Phase.STOPPING, Phase.GONE): (((848, 240), (1032, 240)), (852, 160)),
 }
 
 
@@ -61,21 +54,27 @@ def make_table() -> str:
 
 def make_svg() -> str:
     """Return the picture."""
-    parts = [_HEAD, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for (before, after), (points, label) in ARROWS.items():
-        path = " ".join(f"{x},{y}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="black" marker-end="url(#a)"/>')
-        parts += _text(label, _events(before, after))
-    for phase, (x, y) in BOXES.items():
-        left, top = x - BOX_WIDTH // 2, y - BOX_HEIGHT // 2
-        parts.append(
-            f'<rect x="{left}" y="{top}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8"'
-            ' fill="#eef" stroke="black"/>'
-        )
-        parts.append(
-            f'<text x="{x}" y="{y + 5}" text-anchor="middle" font-weight="bold">{phase.name}</text>'
-        )
-    return "\n".join((*parts, "</svg>")) + "\n"
+    boxes = [
+        {
+            "at": (x - BOX_WIDTH // 2, y - BOX_HEIGHT // 2),
+            "size": (BOX_WIDTH, BOX_HEIGHT),
+            "text": [phase.name],
+        }
+        for phase, (x, y) in BOXES.items()
+    ]
+    arrows = [
+        {"points": points, "text": _events(before, after), "text_at": label}
+        for (before, after), (points, label) in ARROWS.items()
+    ]
+    return draw(
+        {
+            "kind": "boxes",
+            "title": "The states of a sandbox",
+            "size": (WIDTH, HEIGHT),
+            "box": boxes,
+            "arrow": arrows,
+        }
+    )
 
 
 def make_page(page: str) -> str:
@@ -102,14 +101,6 @@ def _events(before: Phase, after: Phase) -> list[str]:
         event.value
         for (phase, event), row in TRANSITIONS.items()
         if phase is before and row.to is after
-    ]
-
-
-def _text(at: Point, lines: Sequence[str]) -> list[str]:
-    x, y = at
-    return [
-        f'<text x="{x}" y="{y + LINE * number}">{escape(line)}</text>'
-        for number, line in enumerate(lines)
     ]
 
 

@@ -267,8 +267,8 @@ def test_the_commands_own_folder_is_there(
 
 
 def test_a_working_directory_that_is_there_is_kept() -> None:
-    made = plan({"shared": ("/home/u/work",)}, cwd="/home/u/work/src")
-    assert ("--chdir", "/home/u/work/src") in pairwise(made.after)
+    made = plan({"shared": ("/home/u/project",)}, cwd="/home/u/project/src")
+    assert ("--chdir", "/home/u/project/src") in pairwise(made.after)
     assert made.notes == ()
 
 

@@ -127,7 +127,7 @@ def test_first_messages_of_both_sides_come_with_the_streams(world: World) -> Non
     assert (both.takes_fds, both.bus_id) == (True, "7" * 32)
     assert (world.handshake.app_said, world.handshake.bus_said) == (b"", b"")
     assert world.handshake.deadline is not None
-    world.handshake.said_hello()
+    world.handshake.cancel_deadline()
     world.now += SECONDS
     world.turn()
     assert not world.owner.errors
