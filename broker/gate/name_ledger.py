@@ -226,10 +226,14 @@ class NameLedger:
             self._write_at(self._size, b"\n")
 
     def _write_at(self, at: int, data: bytes) -> None:
-        if os.pwrite(self._fd, data, at) != len(data):
+        try:
+            written = os.pwrite(self._fd, data, at)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, str(self._path)) from exc
+        if written != len(data):
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         self._size = at + len(data)
 
     def _write_anew(self) -> None:

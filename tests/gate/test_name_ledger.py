@@ -1,5 +1,6 @@
 """The ledger of sandboxed names: spans, and a file that the next gate reads."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -120,6 +121,24 @@ def test_lines_that_are_not_whole_are_none(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write(f":1 {7:020d} {3:020d}\n:1 {2**63:020d} {2**63:020d}\nx\n:1 0000")
     assert spans_of(make(tmp_path)) == [(":1", 5, 5)]
+
+
+@pytest.mark.parametrize("how", ["error", "short"])
+def test_a_full_disk_is_an_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    def write(_fd: int, _data: bytes, _at: int) -> int:
+        if how == "error":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return 3
+
+    ledger = NameLedger(tmp_path)
+    ledger.meet(BUS)
+    ledger.add(":1.1")
+    monkeypatch.setattr(os, "pwrite", write)
+    with pytest.raises(OSError, match=r"No space left on device: .*sandboxed-names-"):
+        ledger.add(":1.5")
+    assert ":1.5" not in ledger
 
 
 def test_what_cannot_be_written_is_an_error_and_not_known(tmp_path: Path) -> None:
