@@ -5,13 +5,20 @@ import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.helpers.house_report import class_names, docstrings
+from tests.helpers.house_report import (
+    class_names,
+    count_levels,
+    docstrings,
+    find_circle,
+    import_graph,
+    imported_modules,
+    inside,
+)
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 PACKAGES: Final = ("broker", "policy")
@@ -146,23 +153,6 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Return the full names of all that a file imports: `from a import b` counts as a and a.b."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def modules_imported_by(path: Path) -> set[str]:
-    """Return the names of our modules that a file imports; packages' own files, which are empty, are left out."""
-    ours = {name_of(source) for source in SOURCES if source.name != "__init__.py"}
-    return imported_modules(path) & ours
-
-
 def top_level(modules: set[str]) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
@@ -179,7 +169,7 @@ def wrong_imports(path: Path) -> set[str]:
     allowed = MAY_IMPORT[layer]
     return {
         module
-        for module in imported_modules(path)
+        for module in imported_modules(path.read_text())
         if any(is_within(module, package) for package in PACKAGES)
         and not any(is_within(module, other) for other in allowed)
         # `from broker import control_protocol` names the package, too: what it takes of it is judged.
@@ -192,45 +182,10 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     assert not wrong_imports(path)
 
 
-def import_graph(modules: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Return which of these modules each one imports, from the full names that it imports."""
-    return {
-        module: {name for name in imported if name in modules and name != module}
-        for module, imported in modules.items()
-    }
-
-
-def find_circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Return modules that import each other in a circle, in order; [] if there is none."""
-    finished: set[str] = set()
-
-    def search(module: str, path: list[str]) -> list[str]:
-        if module in path:
-            return [*path[path.index(module) :], module]
-        if module not in finished:
-            for name in sorted(graph[module]):
-                if circle := search(name, [*path, module]):
-                    return circle
-            finished.add(module)
-        return []
-
-    return next((circle for module in sorted(graph) if (circle := search(module, []))), [])
-
-
-def count_levels(graph: Mapping[str, set[str]]) -> int:
-    """Return the length of the longest chain of imports. There must be no circle."""
-    levels: dict[str, int] = {}
-
-    def level(module: str) -> int:
-        if module not in levels:
-            levels[module] = 1 + max(map(level, graph[module]), default=0)
-        return levels[module]
-
-    return max(map(level, graph), default=0)
-
-
-# Imports under TYPE_CHECKING count as all others do.
-GRAPH: Final = import_graph({name_of(path): imported_modules(path) for path in SOURCES})
+# Imports under TYPE_CHECKING count as all others do. The files of packages are empty, and left out.
+GRAPH: Final = import_graph(
+    {name_of(path): path.read_text() for path in SOURCES if path.name != "__init__.py"}
+)
 FOLDERS: Final = sorted({module.rpartition(".")[0] for module in GRAPH if "." in module})
 
 
@@ -240,9 +195,7 @@ def test_no_modules_import_each_other() -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_package_has_few_levels(folder: str) -> None:
-    inside = {name: GRAPH[name] for name in GRAPH if name.rpartition(".")[0] == folder}
-    graph = {name: imports & inside.keys() for name, imports in inside.items()}
-    assert count_levels(graph) <= MAX_LEVELS
+    assert count_levels(inside(folder, GRAPH)) <= MAX_LEVELS
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -274,7 +227,7 @@ def test_a_class_name_stands_for_one_class() -> None:
 
 @pytest.mark.parametrize("path", PURE, ids=name_of)
 def test_pure_module_does_no_io(path: Path) -> None:
-    imported = imported_modules(path)
+    imported = imported_modules(path.read_text())
     assert not {module for module in NEEDS_THE_WORLD if any(is_within(i, module) for i in imported)}
 
 
@@ -282,7 +235,7 @@ def test_pure_module_does_no_io(path: Path) -> None:
     "path", [p for p in PURE if is_within(name_of(p), "broker.gate")], ids=name_of
 )
 def test_pure_module_of_the_gate_imports_pure_ones_alone(path: Path) -> None:
-    ours = modules_imported_by(path)
+    ours = GRAPH.get(name_of(path), set())
     assert ours <= {name_of(pure) for pure in PURE}
 
 
@@ -298,14 +251,20 @@ def test_pure_module_of_the_gate_imports_pure_ones_alone(path: Path) -> None:
 def test_gate_stays_lean(path: Path) -> None:
     # One gate a session, and its memory is measured: msgspec and the standard library, no event
     # loop but its own on epoll (docs/decisions/0001).
-    outside = top_level(imported_modules(path)) - set(sys.stdlib_module_names) - set(PACKAGES)
+    outside = (
+        top_level(imported_modules(path.read_text())) - set(sys.stdlib_module_names) - set(PACKAGES)
+    )
     assert outside <= {"msgspec"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_only_the_bus_bridge_knows_asyncio(path: Path) -> None:
     if not is_within(name_of(path), "broker.bus"):
-        assert not top_level(imported_modules(path)) & {"asyncio", "trio_asyncio", "dbus_next"}
+        assert not top_level(imported_modules(path.read_text())) & {
+            "asyncio",
+            "trio_asyncio",
+            "dbus_next",
+        }
 
 
 @pytest.mark.parametrize("path", SOURCES + TESTS, ids=name_of)

@@ -4,7 +4,7 @@ A number that a test demands is a number that people write up to. So these figur
 
 - pronouns in 100 words of docstrings and comments, and the docstrings of one line;
 - lines of files and of functions: the median, the 90th percentile and the longest;
-- modules, import levels and class names that stand for more than one class.
+- modules, packages, import levels and circles, and class names that stand for more than one class.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -100,14 +100,79 @@ def class_names(text: str) -> list[str]:
     ]
 
 
+def imported_modules(text: str) -> set[str]:
+    """Return the full names of all that a file imports: `from a import b` counts as a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def import_graph(texts: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return which of these modules each module imports, from the texts by full name."""
+    return {
+        module: (imported_modules(text) & texts.keys()) - {module} for module, text in texts.items()
+    }
+
+
+def inside(folder: str, graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Return the part of a graph that is about the modules of one folder, by the folder's name."""
+    names = {name for name in graph if name.rpartition(".")[0] == folder}
+    return {name: graph[name] & names for name in names}
+
+
+def find_circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return modules that import each other in a circle, in order; [] if there is none."""
+    finished: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module not in finished:
+            for name in sorted(graph[module]):
+                if circle := search(name, [*path, module]):
+                    return circle
+            finished.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := search(module, []))), [])
+
+
+def count_levels(graph: Mapping[str, set[str]]) -> int:
+    """Return the length of the longest chain of imports. There must be no circle."""
+    levels: dict[str, int] = {}
+
+    def level(module: str) -> int:
+        if module not in levels:
+            levels[module] = 1 + max(map(level, graph[module]), default=0)
+        return levels[module]
+
+    return max(map(level, graph), default=0)
+
+
 def _spread(sizes: Sequence[int]) -> str:
     ordered = sorted(sizes)
     return f"{statistics.median(ordered):g}, {ordered[len(ordered) * 9 // 10]}, {ordered[-1]}"
 
 
+def _describe_imports(paths: Sequence[Path]) -> str:
+    modules = [path for path in paths if path.name != "__init__.py"]
+    graph = import_graph({".".join(one.with_suffix("").parts): one.read_text() for one in modules})
+    if circle := find_circle(graph):
+        return f"a circle: {' -> '.join(circle)}"
+    folders = sorted({name.rpartition(".")[0] for name in graph})
+    levels, most = max((count_levels(inside(one, graph)), one) for one in folders)
+    return f"no circle; at most {levels} levels in a folder ({most})"
+
+
 def describe(folder: Path) -> str:
     """Return the figures of a folder, in a few lines."""
-    texts = [path.read_text() for path in sorted(folder.rglob("*.py"))]
+    paths = sorted(folder.rglob("*.py"))
+    packages = sum(path.name == "__init__.py" for path in paths)
+    texts = [path.read_text() for path in paths]
     words = [word for text in texts for word in words_of(text)]
     docs = [found for text in texts for found in docstrings(text)]
     single = sum("\n" not in found for found in docs)
@@ -115,7 +180,8 @@ def describe(folder: Path) -> str:
     again = sorted(name for name, count in names.items() if count > 1 and name[0] != "_")
     return "\n".join(
         (
-            f"{folder}: {len(texts)} modules, {len(words)} words of prose",
+            f"{folder}: {len(paths) - packages} modules, {packages} packages, {len(words)} words",
+            f"  imports                       {_describe_imports(paths)}",
             f"  pronouns in 100 words         {pronouns_in_100(words):.1f}",
             f"  docstrings of a single line   {100 * single // max(1, len(docs))} % of {len(docs)}",
             f"  lines of a file               {_spread([text.count(chr(10)) for text in texts])}",
